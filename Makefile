@@ -1,0 +1,47 @@
+# Every target works on a fresh checkout: it makes the virtual environment that it needs first.
+PYTHON ?= $(shell for v in 3.11 3.12 3.13 3; do p=$$(command -v python$$v) && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+LATEST_VENV ?= .venv-latest
+# A Python newer than 3.11, for the newest JAX.
+LATEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do q=$$(command -v $$p) && $$q -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$q; break; }; done)
+JOBS ?= 2
+
+.PHONY: help install demo test test-latest lint format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 16
+
+install: $(VENV)/.installed  ## make .venv with everything for development
+
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed, found none; set PYTHON=/path/to/python."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+demo: install  ## prune a network on real digits to 10 % of its FLOPs; results in demo/
+	$(BIN)/python examples/digits_cnn.py --flops-target 0.1 --out demo
+
+test: install lint  ## lint, types, doctests and tests
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) --durations 5
+
+test-latest:  ## the same tests on the newest JAX, under a newer Python
+	@test -n "$(LATEST_PYTHON)" || { echo "Python 3.12 or newer is needed, found none; set LATEST_PYTHON."; exit 1; }
+	$(MAKE) install VENV=$(LATEST_VENV) PYTHON=$(LATEST_PYTHON)
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(LATEST_VENV)/bin/python -m pytest -n $(JOBS) --durations 5
+
+lint: install  ## format check, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install  ## format in place
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install  ## what a pruning step and cost_model cost; writes benchmarks/results.json
+	$(BIN)/python benchmarks/overhead.py --out benchmarks/results.json
+
+clean:  ## remove environments and results
+	rm -rf $(VENV) $(LATEST_VENV) demo .pytest_cache .mypy_cache .ruff_cache

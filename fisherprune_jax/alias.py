@@ -1,0 +1,93 @@
+"""The classic optimizer as one call, and injected hyperparameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from fisherprune_jax.cost import CostModel
+from fisherprune_jax.transform import fisher_prune
+
+STATIC = (
+  "cost",
+  "prune_every",
+  "burn_in",
+  "method",
+  "debias",
+  "features_per_prune",
+  "min_features",
+  "axis_name",
+)
+
+
+def pruning_sgd(
+  learning_rate: optax.ScalarOrSchedule,
+  cost: CostModel,
+  momentum: float | None = 0.9,
+  nesterov: bool = False,
+  update_params: optax.GradientTransformation | None = None,
+  **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Momentum SGD that prunes: the classic Fisher-pruning optimizer.
+
+  .. math:: a \leftarrow momentum \cdot a + g, \quad w \leftarrow w - learning\_rate \cdot a
+
+  Args:
+    learning_rate: a number or a schedule.
+    cost: what the network costs, in FLOPs per example.
+    momentum: of the SGD.
+    nesterov: whether the momentum is Nesterov's.
+    update_params: any transformation to use in place of the SGD.
+    **options: those of :func:`fisher_prune`.
+
+  Returns:
+    ``optax.chain(sgd, fisher_prune(cost, **options))``.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> cost = fp.CostModel.from_functions(
+  ...   {"m": jnp.ones(2)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
+  >>> tx = fp.pruning_sgd(0.5, cost, prune_every=10)
+  >>> updates, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), mask_grads={"m": jnp.ones((4, 2))})
+  >>> updates
+  Array([-0.5], dtype=float32)
+  """
+  train = optax.sgd(learning_rate, momentum, nesterov) if update_params is None else update_params
+  return optax.chain(train, fisher_prune(cost, **options))
+
+
+def inject_hyperparams(
+  inner_factory: Callable[..., Any] = fisher_prune, static_args: Any = (), **options: Any
+) -> Callable[..., Any]:
+  """``optax.inject_hyperparams`` for :func:`fisher_prune`, with the right arguments held static.
+
+  Optax takes any callable argument for a schedule (the cost model too), makes integers tracers and gives numbers
+  the updates' dtype, in which a target of 250,123 FLOPs can be infinite. This wrapper names the static
+  arguments and keeps hyperparameters in float32.
+
+  Args:
+    inner_factory: :func:`fisher_prune`, or a factory with the same arguments.
+    static_args: names of more arguments that are not hyperparameters.
+    **options: those of ``optax.inject_hyperparams``.
+
+  Returns:
+    A factory whose state has ``hyperparams`` that can be set between steps.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> cost = fp.CostModel.from_functions(
+  ...   {"m": jnp.ones(2)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
+  >>> tx = fp.inject_hyperparams(fp.fisher_prune)(cost, flops_target=250_123.0)
+  >>> float(tx.init({}).hyperparams["flops_target"])
+  250123.0
+  """
+  extra = (static_args,) if isinstance(static_args, str) else tuple(static_args)
+  options.setdefault("hyperparam_dtype", jnp.float32)
+
+  def factory(*args: Any, **kwargs: Any) -> Any:
+    weight = ("flops_weight",) if isinstance(kwargs.get("flops_weight", "auto"), str) else ()
+    wrapped = optax.inject_hyperparams(inner_factory, static_args=(*STATIC, *weight, *extra), **options)
+    return wrapped(*args, **kwargs)
+
+  return factory

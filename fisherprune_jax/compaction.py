@@ -1,0 +1,299 @@
+"""Handing the pruned network back physically smaller, with the same outputs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from fisherprune_jax import report
+from fisherprune_jax.blockers import Blocker, blockers, check
+from fisherprune_jax.cost import cost_of
+from fisherprune_jax.errors import describe
+from fisherprune_jax.graph.evaluate import Evaluation
+from fisherprune_jax.graph.execute import Run
+from fisherprune_jax.graph.liveness import whole_box
+from fisherprune_jax.model import MaskSelector, Model, VariableTree, abstract, keystr, rows_of, trace_model
+from fisherprune_jax.shrinking import Kept, shrink_opt_state
+
+
+class Compact:
+  """A network without its dead entries; made by :func:`compact`.
+
+  Attributes:
+    variables: the variables in the tree that they came in, with smaller leaves and without the masks.
+    cost: FLOPs per example.
+    blockers: where dead entries had to stay, and why.
+  """
+
+  def __init__(
+    self,
+    apply_fn: Callable[..., Any],
+    tree: VariableTree,
+    args: Sequence[Any],
+    batch_axes: Any,
+    keep_masks: bool,
+    strict: bool,
+  ) -> None:
+    self._apply_fn = apply_fn
+    self._tree = tree
+    self._batch_axes = batch_axes
+    self._keep_masks = keep_masks
+    self._ev = Evaluation(rows_of(tree.mask_leaves, np))
+    model = self._trace(tree.variables, args)
+    check(model, strict)
+    self._kept = self._find_kept(model)
+    self._models = {_signature((tree.variables, args)): model}
+    self._call = jax.jit(self._execute)
+    self._cost_model = cost_of(model, tree.mask_tree, _batch_size(args, batch_axes))
+    self.blockers: list[Blocker] = blockers(model)
+    self.cost: float = self._cost_model.exact(tree.mask_tree) / _batch_size(args, batch_axes)
+    self.variables = self._present(_map(Kept.slice, self._kept, tree.variables))
+
+  def __call__(self, variables: Any, *args: Any) -> Any:
+    """The outputs of ``apply_fn(full_variables, *args)``, from the compact ``variables``.
+
+    Works at any batch size, and under ``jit``, ``grad`` and ``vmap``.
+
+    Args:
+      variables: a tree like ``self.variables``.
+      *args: the other arguments, as ``apply_fn`` takes them.
+    """
+    return self._call(variables, args)
+
+  def shrink(self, tree: Any) -> Any:
+    """Slices any tree shaped like the parameters, like all variables, or like another collection of them."""
+    return _map(Kept.slice, self._kept_like(tree), tree)
+
+  def shrink_opt_state(self, tx: Any, opt_state: Any) -> Any:
+    """Slices what an optimizer remembers of the parameters, so that training goes on where it was.
+
+    Args:
+      tx: the Optax transformation that made the state.
+      opt_state: its state, for the full parameters.
+
+    Returns:
+      The state for the compact parameters. The pruning state in it becomes inert (``mask_grads=None`` is
+      accepted from then on), unless masks were kept.
+    """
+    masks = VariableTree(self._kept, self._tree.masks).mask_tree if self._keep_masks else None
+    params = self.variables["params"] if _has_params(self.variables) else self.variables
+    kept = self._kept["params"] if _has_params(self.variables) else self._present(self._kept)
+    return shrink_opt_state(tx, opt_state, params, kept, masks)
+
+  def report(self) -> str:
+    """A text table, layer by layer: widths before and after, and what could not be removed and why."""
+    return report.table(self._tree, self._kept, self.cost, self._cost_model.dense, self.blockers)
+
+  def export(self, *args: Any, platforms: Sequence[str] | None = None) -> export.Exported:
+    """``args -> outputs`` as StableHLO, with the weights inside and a symbolic batch size.
+
+    Args:
+      *args: example arguments, arrays or ``jax.ShapeDtypeStruct``; their batch size does not matter.
+      platforms: what to lower for, such as ``("cpu", "cuda")``; None for what runs here.
+
+    Returns:
+      A ``jax.export.Exported``: ``.call(*args)`` runs it, ``.serialize()`` (which needs ``flatbuffers``) gives
+      bytes that ``jax.export.deserialize`` loads without this library.
+    """
+    (batch,) = export.symbolic_shape("batch")
+
+    def with_batch(x: Any, axis: int | None) -> Any:
+      has_batch = axis is not None and axis < len(x.shape)
+      shape = (*x.shape[:axis], batch, *x.shape[axis + 1 :]) if has_batch else x.shape
+      return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    shapes = _map_with_axes(with_batch, abstract(args), self._batch_axes)
+    return export.export(jax.jit(lambda *xs: self(self.variables, *xs)), platforms=platforms)(*shapes)
+
+  def _execute(self, variables: Any, args: Sequence[Any]) -> Any:
+    full = self._full_tree(variables)
+    shapes = jax.tree.map(lambda kept, x: jax.ShapeDtypeStruct(kept.shape, x.dtype), self._kept, full)
+    key = _signature((shapes, args))
+    if key not in self._models:
+      self._models[key] = self._checked(self._trace(shapes, args))
+    model = self._models[key]
+    given, held = jax.tree.leaves(full), [kept.box for kept in jax.tree.leaves(self._kept)]
+    if not self._keep_masks:
+      flags = self._tree.flags
+      held = [
+        whole_box(jnp.shape(x)) if is_mask else box
+        for x, box, is_mask in zip(given, held, flags, strict=True)
+      ]
+    leaves = jax.tree.leaves(args)
+    wanted = [whole_box(value.shape) for value in model.program.outputs]
+    run = Run(model.program, model.live, self._ev)
+    outputs = run([*given, *leaves], [*held, *(whole_box(jnp.shape(x)) for x in leaves)], wanted)
+    return jax.tree.unflatten(jax.tree.structure(model.out_tree), outputs)
+
+  def _trace(self, variables: Any, args: Sequence[Any]) -> Model:
+    return trace_model(self._apply_fn, VariableTree(variables, self._tree.masks), args, not self._keep_masks)
+
+  def _find_kept(self, model: Model) -> Any:
+    """What is kept of each variable; of one that the output does not depend on, everything."""
+
+    def kept(value: Any) -> Kept:
+      if value not in model.live.asked:
+        return Kept(value.shape, (None,) * len(value.shape))
+      return Kept(value.shape, tuple(map(self._ev.index, model.live.stored(value))))
+
+    return jax.tree.unflatten(jax.tree.structure(self._tree.variables), map(kept, model.variables))
+
+  def _checked(self, model: Model) -> Model:
+    """Raises if the program for another shape needs what was removed for the first one."""
+    for value, (path, kept) in zip(
+      model.variables, jax.tree_util.tree_leaves_with_path(self._kept), strict=True
+    ):
+      if value in model.live.asked:
+        for need, have, size in zip(model.live.stored(value), kept.index, kept.shape, strict=True):
+          index = self._ev.index(need)
+          needed = np.arange(size) if index is None else index
+          if have is not None and not np.isin(needed, have).all() and not self._is_mask(path):
+            raise ValueError(
+              f"A compact network must need no more of its variables for these arguments than for those it was "
+              f"built with, got a use of removed entries of {keystr(path)}. Compact it with these arguments."
+            )
+    return model
+
+  def _is_mask(self, path: Any) -> bool:
+    return self._tree.is_mask(path)
+
+  def _present(self, tree: Any) -> Any:
+    """The variables as users see them."""
+    return tree if self._keep_masks else self._tree.without_masks(tree)
+
+  def _full_tree(self, variables: Any) -> Any:
+    """The variables as the traced function takes them: masks put back if they had been dropped."""
+    expected = jax.tree.structure(self.variables)
+    if jax.tree.structure(variables) != expected:
+      raise ValueError(
+        f"variables must have the structure of small.variables, {expected}; "
+        f"got {jax.tree.structure(variables)}. Pass small.variables, or small.shrink(...) of full ones."
+      )
+    rest = iter(jax.tree.leaves(variables))
+    masks = iter(self._tree.mask_leaves)
+    dropped = [is_mask and not self._keep_masks for is_mask in self._tree.flags]
+    leaves = [np.asarray(next(masks)) if drop else next(rest) for drop in dropped]
+    return jax.tree.unflatten(jax.tree.structure(self._tree.variables), leaves)
+
+  def _kept_like(self, tree: Any) -> Any:
+    """The part of the variables that a tree is shaped like."""
+    parts = [self._kept["params"]] if _has_params(self._kept) else []
+    parts += [self._kept, self._present(self._kept)]
+    if isinstance(self._kept, dict):
+      parts += self._kept.values()
+    for part in parts:
+      if jax.tree.structure(part) == jax.tree.structure(tree):
+        return part
+    raise ValueError(
+      "A tree to shrink must have the structure of the parameters, of all variables or of one collection, "
+      f"got {describe(tree)} with structure {jax.tree.structure(tree)}."
+    )
+
+
+def compact(
+  apply_fn: Callable[..., Any],
+  variables: Any,
+  *args: Any,
+  masks: MaskSelector = "masks",
+  batch_axes: Any = 0,
+  keep_masks: bool = False,
+  updates: Callable[[Any], Any] | None = None,
+  strict: bool = False,
+) -> Compact:
+  """Removes what the masks switched off: a smaller network with the same outputs.
+
+  Every array is sliced to the entries that can be non-zero and that are asked for. An entry that cannot be
+  removed soundly stays; ``report()`` says where and why.
+
+  Args:
+    apply_fn: ``apply_fn(variables, *args)``, such as ``model.apply``. Keyword arguments go in by closure:
+      ``functools.partial(model.apply, train=False)``.
+    variables: the variables, with concrete 0/1 masks among them.
+    *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
+    masks: the collection that holds the masks, or a predicate on tree paths.
+    batch_axes: where the example axes of ``args`` are, like ``jax.vmap``'s ``in_axes``.
+    keep_masks: leave all-ones masks in, so that pruning can go on.
+    updates: picks from the output what replaces entries of ``variables``.
+    strict: raise where a dead feature cannot be removed, instead of keeping it.
+
+  Returns:
+    The compact network: ``small(small.variables, *args)``.
+
+  Raises:
+    ValueError: if there are no masks, if they are not 0/1, or, if ``strict``, where something stays.
+    TypeError: if the masks are tracers.
+
+  >>> import jax, jax.numpy as jnp
+  >>> import flax.linen as nn
+  >>> import fisherprune_jax as fp
+  >>> model = nn.Sequential([nn.Dense(4), nn.relu, fp.Mask(), nn.Dense(3)])
+  >>> x = jnp.ones((2, 5))
+  >>> variables = model.init(jax.random.key(0), x)
+  >>> masks = {"layers_2": {"mask": jnp.array([1.0, 0.0, 0.0, 1.0])}}
+  >>> small = fp.compact(model.apply, variables | {"masks": masks}, x)
+  >>> jax.tree.map(jnp.shape, small.variables["params"]["layers_0"])
+  {'bias': (2,), 'kernel': (5, 2)}
+  >>> small(small.variables, x).shape
+  (2, 3)
+  """
+  tree = VariableTree(variables, masks)
+  _check_masks(tree)
+  return Compact(apply_fn, tree, args, batch_axes, keep_masks, strict)
+
+
+def _check_masks(tree: VariableTree) -> None:
+  for path, leaf in tree.paths:
+    if tree.is_mask(path):
+      if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
+        raise TypeError(
+          f"compact needs concrete masks, got {describe(leaf)} at {keystr(path)}. Call it outside jit: shapes "
+          "depend on the masks."
+        )
+      values = np.asarray(leaf)
+      if not np.isin(values, (0, 1)).all():
+        raise ValueError(
+          f"Masks must be 0 or 1, got {values[~np.isin(values, (0, 1))][0]} at {keystr(path)}."
+        )
+
+
+def _map(function: Callable[..., Any], *trees: Any) -> Any:
+  return jax.tree.map(function, *trees)
+
+
+def _map_with_axes(function: Callable[[Any, int | None], Any], args: Any, batch_axes: Any) -> Any:
+  is_axis = lambda x: x is None or isinstance(x, int)  # noqa: E731
+  axes = batch_axes if is_axis(batch_axes) else tuple(batch_axes)
+  full = jax.tree.broadcast(axes, args, is_leaf=is_axis)
+  return jax.tree.map(lambda axis, x: function(x, axis), full, args, is_leaf=is_axis)
+
+
+def _batch_size(args: Sequence[Any], batch_axes: Any) -> int:
+  """The number of examples, by the first argument that has an example axis."""
+  found: list[tuple[Any, int]] = []
+
+  def note(x: Any, axis: int | None) -> None:
+    if axis is not None:
+      found.append((x, axis))
+
+  _map_with_axes(note, abstract(args), batch_axes)
+  if not found or len(found[0][0].shape) <= found[0][1]:
+    what = f"batch axis {found[0][1]} of {describe(found[0][0])}" if found else "none"
+    raise ValueError(
+      f"The first array of `args` must lead with the example axis, got {what} with batch_axes={batch_axes!r}. "
+      "Pass a batch, such as x[None], or say where its example axis is."
+    )
+  example, axis = found[0]
+  return example.shape[axis]
+
+
+def _has_params(tree: Any) -> bool:
+  return isinstance(tree, dict) and "params" in tree
+
+
+def _signature(tree: Any) -> Any:
+  """What a trace depends on: structure, shapes and dtypes."""
+  shapes = abstract(tree)
+  return jax.tree.structure(shapes), tuple((x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(shapes))

@@ -1,0 +1,206 @@
+"""The cost of a masked network in FLOPs per example, and what each feature contributes to it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax.blockers import check
+from fisherprune_jax.errors import require_same_tree
+from fisherprune_jax.graph import flops
+from fisherprune_jax.graph.evaluate import Evaluation
+from fisherprune_jax.model import MaskSelector, Model, VariableTree, batch_size, rows_of, trace_model
+
+
+class Row(NamedTuple):
+  """One line of a cost breakdown, in FLOPs per example."""
+
+  where: str
+  primitive: str
+  dense: float
+  now: float
+
+
+class CostModel:
+  """What a network costs under given masks.
+
+  Made by :func:`cost_model`, or by :meth:`from_functions` for a cost of your own (latency, bytes, energy).
+
+  Attributes:
+    masks: the tree of all-ones masks.
+    dense: the cost per example with every feature alive.
+  """
+
+  def __init__(
+    self,
+    masks: Any,
+    total: Callable[[Any], jax.Array],
+    per_feature: Callable[[Any], Any],
+    exact: Callable[[Any], Any] | None = None,
+    breakdown: Callable[[Any], list[Row]] | None = None,
+    dense: float | None = None,
+  ) -> None:
+    self.masks = jax.tree.map(lambda m: jnp.ones(m.shape, jnp.float32), masks)
+    self._total = jax.jit(total)
+    self._per_feature = jax.jit(per_feature)
+    self._exact = exact
+    self._breakdown = breakdown
+    self.dense = float(total(self.masks)) if dense is None else dense
+
+  @classmethod
+  def from_functions(
+    cls, masks: Any, total: Callable[[Any], Any], per_feature: Callable[[Any], Any]
+  ) -> "CostModel":
+    """A cost model of your own.
+
+    Args:
+      masks: a tree of masks; only shapes matter.
+      total: ``total(masks)``, a scalar: the cost per example. Must be jit-able.
+      per_feature: ``per_feature(masks)``, a tree like ``masks``: the drop in cost if that one feature also
+        went. Must be jit-able.
+
+    Returns:
+      A cost model with no breakdown, whose ``exact`` rounds ``total``.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import fisherprune_jax as fp
+    >>> masks = {"a": jnp.ones(3)}
+    >>> cost = fp.CostModel.from_functions(
+    ...   masks, total=lambda m: 7.0 * jnp.sum(m["a"]), per_feature=lambda m: jax.tree.map(lambda x: 7.0 * x, m))
+    >>> cost.dense
+    21.0
+    """
+    return cls(masks, lambda m: jnp.asarray(total(m), jnp.float32), per_feature)
+
+  def __call__(self, masks: Any) -> jax.Array:
+    """The cost per example under ``masks``, a float32 scalar; jit-able."""
+    self._check(masks)
+    return self._total(masks)
+
+  def per_feature(self, masks: Any) -> Any:
+    """The drop in cost per example if one feature also went: a float32 tree like ``masks``; jit-able."""
+    self._check(masks)
+    return self._per_feature(masks)
+
+  def exact(self, masks: Any) -> int:
+    """The cost of one traced batch, as an integer computed on the host."""
+    self._check(masks)
+    if self._exact is None:
+      return round(float(self._total(masks)))
+    return self._exact(masks)
+
+  def breakdown(self, masks: Any) -> list[Row]:
+    """Where the FLOPs are: one row per source line and primitive, dense and under ``masks``."""
+    self._check(masks)
+    return [] if self._breakdown is None else self._breakdown(masks)
+
+  def _check(self, masks: Any) -> None:
+    if isinstance(masks, int | np.integer) or (hasattr(masks, "ndim") and masks.ndim == 0):
+      raise TypeError(
+        "A cost model takes a tree of masks, got a scalar. If this came from optax.inject_hyperparams, which "
+        "calls every callable argument with the step: use fp.inject_hyperparams, or pass "
+        "static_args=('cost', 'prune_every', 'burn_in', 'features_per_prune', 'min_features') and "
+        "hyperparam_dtype=jnp.float32."
+      )
+    require_same_tree(
+      masks, self.masks, "masks", "the cost model's masks", "Build the cost model for this model."
+    )
+    for given, ours in zip(jax.tree.leaves(masks), jax.tree.leaves(self.masks), strict=True):
+      if given.shape != ours.shape:
+        raise ValueError(
+          f"A mask must have the shape {ours.shape} that the cost model was built for, got {given.shape}. "
+          "Build the cost model for this model."
+        )
+
+
+def cost_model(
+  apply_fn: Callable[..., Any],
+  variables: Any,
+  *args: Any,
+  masks: MaskSelector = "masks",
+  primitives: Sequence[str] | None = None,
+  strict: bool = False,
+) -> CostModel:
+  r"""Counts the FLOPs of ``apply_fn(variables, *args)`` as a function of its masks.
+
+  The function is traced once. An inner product of ``K`` terms costs ``2 K - 1``, elementwise arithmetic and
+  comparisons 1 per element, reductions 1 per element read, data movement 0; see the README for the table. Only
+  live entries count: the cost is that of the program that :func:`compact` builds for the same masks, so it is
+
+  .. math:: cost(m) = \sum_{primitives} c \prod_{axes} |\text{live}_{axis}(m)|
+
+  Args:
+    apply_fn: ``apply_fn(variables, *args)``, such as ``model.apply``.
+    variables: the variables, arrays or ``jax.ShapeDtypeStruct``, with the masks among them.
+    *args: the other arguments, likewise; the first array leads with the example axis.
+    masks: the collection that holds the masks, or a predicate on tree paths.
+    primitives: names of the primitives to count, such as ``("dot_general",)``; None counts all.
+    strict: raise where a dead feature cannot be removed, instead of keeping it.
+
+  Returns:
+    The cost model: ``cost(masks)`` is in FLOPs per example.
+
+  Raises:
+    ValueError: without masks, without an example axis, or, if ``strict``, where something cannot be removed.
+
+  >>> import jax, jax.numpy as jnp
+  >>> import flax.linen as nn
+  >>> import fisherprune_jax as fp
+  >>> model = nn.Sequential([nn.Dense(8), fp.Mask(), nn.Dense(3)])
+  >>> x = jnp.ones((2, 4))
+  >>> variables = model.init(jax.random.key(0), x)
+  >>> cost = fp.cost_model(model.apply, variables, x)
+  >>> cost.dense  # 8 (2*4 - 1) + 8 for the bias, 3 (2*8 - 1) + 3
+  112.0
+  """
+  tree = VariableTree(variables, masks)
+  examples = batch_size(args)
+  model = trace_model(apply_fn, tree, args)
+  check(model, strict)
+  return cost_of(model, tree.mask_tree, examples, primitives)
+
+
+def cost_of(model: Model, masks: Any, examples: int, primitives: Sequence[str] | None = None) -> CostModel:
+  """The cost model of a traced model."""
+  nodes = [node for node in model.live.factors if primitives is None or node.name in primitives]
+  terms = flops.collect(term for node in nodes for term in model.live.terms(node))
+  shapes = [leaf.shape for leaf in jax.tree.leaves(masks)]
+
+  def total(masks: Any) -> jax.Array:
+    return flops.total(terms, _evaluation(masks, jnp)) / examples
+
+  def per_feature(masks: Any) -> Any:
+    ev = _evaluation(masks, jnp)
+    leaves = [_leaf_drops(terms, ev, position, shape, examples) for position, shape in enumerate(shapes)]
+    return jax.tree.unflatten(jax.tree.structure(masks), leaves)
+
+  def exact(masks: Any) -> int:
+    return flops.total(terms, _evaluation(masks, np))
+
+  def breakdown(masks: Any) -> list[Row]:
+    ones = jax.tree.map(lambda m: np.ones(m.shape), masks)
+    states = [_evaluation(ones, np), _evaluation(masks, np)]
+    rows: dict[tuple[str, str], list[float]] = {}
+    for node in nodes:
+      if found := model.live.terms(node):
+        row = rows.setdefault((node.source, node.name), [0.0, 0.0])
+        for i, ev in enumerate(states):
+          row[i] += flops.total(found, ev) / examples
+    return [Row(*where, *counts) for where, counts in rows.items()]
+
+  ones = jax.tree.map(lambda m: np.ones(m.shape), masks)
+  return CostModel(masks, total, per_feature, exact, breakdown, exact(ones) / examples)
+
+
+def _evaluation(masks: Any, xp: Any) -> Evaluation:
+  return Evaluation(rows_of(jax.tree.leaves(masks), xp), xp)
+
+
+def _leaf_drops(
+  terms: Any, ev: Evaluation, position: int, shape: tuple[int, ...], examples: int
+) -> jax.Array:
+  rows = int(np.prod(shape[:-1], dtype=int))
+  found = [flops.drops(terms, ev, (position, row), shape[-1]) for row in range(rows)]
+  return jnp.stack(found).reshape(shape) / examples

@@ -1,0 +1,64 @@
+"""Every contact with JAX internals, in one place.
+
+What differs between the supported versions of JAX is bridged by asking objects for what they have, so
+that nothing outside this file needs to know which version runs.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax._src import source_info_util
+from jax.extend import core
+
+Literal = core.Literal
+_LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("flax", "jax", "optax", "fisherprune_jax"))
+
+
+def trace(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+  """Traces ``fn`` to a jaxpr; returns it and the tree of ``fn``'s result (of ``ShapeDtypeStruct``)."""
+  return jax.make_jaxpr(fn, return_shape=True)(*args)
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+  """Splits an open or closed jaxpr into the jaxpr and the values of its constants."""
+  return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
+
+
+def bind(eqn: Any, arrays: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
+  """Applies an equation's primitive to ``arrays``, with its own parameters or with ``params``."""
+  params = eqn.params if params is None else params
+  with eqn.ctx.manager:
+    out = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(params))
+  return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def source_of(eqn: Any) -> str:
+  """The line of the user's own code that an equation came from, as ``file:line (function)``; empty if unknown."""
+  frames = list(source_info_util.user_frames(eqn.source_info.traceback))
+  own = [frame for frame in frames if not any(part in frame.file_name for part in _LIBRARIES)]
+  if not frames:
+    return ""
+  frame = (own or frames)[0]
+  return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
+
+
+def sub_jaxprs(params: dict[str, Any]) -> list[Any]:
+  """All jaxprs among an equation's parameters."""
+  found = []
+  for value in params.values():
+    items = value if isinstance(value, tuple | list) else (value,)
+    found += [item for item in items if hasattr(item, "eqns")]
+  return found
+
+
+def is_concrete(x: Any) -> bool:
+  """Whether ``x`` is a value rather than a tracer or an abstract shape."""
+  return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def is_static_size(n: Any) -> bool:
+  """Whether an axis size is a number, not a symbol of a shape-polymorphic trace."""
+  return isinstance(n, int | np.integer)

@@ -1,0 +1,101 @@
+"""Costs as polynomials in the sizes of live sets, evaluated on the host in integers or under ``jit``."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax.graph import sets
+from fisherprune_jax.graph.evaluate import Evaluation, product_drop
+from fisherprune_jax.graph.sets import Set
+from fisherprune_jax.graph.spec import Factor, Flops
+
+
+class Term(NamedTuple):
+  """``scale * prod |outer| * max(2 K - 1, 0)`` with ``K = terms * prod |inner|``; no last factor if None."""
+
+  scale: int
+  outer: tuple[Set, ...]
+  inner: tuple[Set, ...] | None = None
+  terms: int = 1
+
+  @property
+  def key(self) -> Any:
+    """Terms with equal keys differ by their scale alone."""
+    return self[1:]
+
+  @property
+  def leaves(self) -> frozenset[Any]:
+    return frozenset().union(*(s.leaves for s in (*self.outer, *(self.inner or ()))))
+
+
+def term(flops: Flops, factors: dict[Factor, Set]) -> Term:
+  """A rule's count, at the live sets of its factors; whole axes become part of the numbers."""
+  scale, outer = _split_constants(flops.scale, [factors[f] for f in flops.outer])
+  if flops.inner is None:
+    return Term(scale, outer)
+  terms, inner = _split_constants(flops.terms, [factors[f] for f in flops.inner])
+  if inner:
+    return Term(scale, outer, inner, terms)
+  return Term(scale * max(2 * terms - 1, 0), outer)
+
+
+def _split_constants(number: int, found: Iterable[Set]) -> tuple[int, tuple[Set, ...]]:
+  rest = []
+  for s in (part for whole in found for part in (whole.parts if whole.kind == sets.OUTER else (whole,))):
+    if s.is_all:
+      number *= s.size
+    else:
+      rest.append(s)
+  return int(number), tuple(sorted(rest, key=lambda s: s.serial))
+
+
+def collect(terms: Iterable[Term]) -> list[Term]:
+  """Adds up the terms that differ by their scale alone."""
+  scales: dict[Any, int] = {}
+  for t in terms:
+    scales[t.key] = scales.get(t.key, 0) + t.scale
+  return [Term(scale, *key) for key, scale in scales.items() if scale]
+
+
+def total(terms: Iterable[Term], ev: Evaluation) -> Any:
+  """The sum of terms: a Python int on the host, a float32 scalar under ``jax.numpy``."""
+  number = int if ev.xp is np else (lambda n: jnp.asarray(n, jnp.float32))
+  out = number(0)
+  for t in terms:
+    value = number(t.scale)
+    for s in t.outer:
+      value = value * number(ev.count(s))
+    if t.inner is not None:
+      inner = number(t.terms)
+      for s in t.inner:
+        inner = inner * number(ev.count(s))
+      value = value * ev.xp.maximum(2 * inner - 1, 0)
+    out = out + value
+  return int(out) if ev.xp is np else out
+
+
+def drops(terms: Iterable[Term], ev: Evaluation, key: Any, features: int) -> Any:
+  """For each feature of mask ``key``: how much the sum drops if it goes too, in float32.
+
+  No two totals are subtracted: the drop of a product is a sum of products of counts and drops of counts.
+  """
+  out = jnp.zeros(features, jnp.float32)
+  for t in terms:
+    if key in t.leaves:
+      pairs = [_count_and_drop(s, ev, key, features) for s in t.outer]
+      if t.inner is not None:
+        inner, drop = product_drop([_count_and_drop(s, ev, key, features) for s in t.inner])
+        inner, drop = t.terms * inner, t.terms * drop
+        value = jnp.maximum(2 * inner - 1, 0)
+        pairs.append((value, jnp.where(inner > drop, 2 * drop, value)))
+      out = out + t.scale * product_drop(pairs)[1]
+  return out
+
+
+def _count_and_drop(s: Set, ev: Evaluation, key: Any, features: int) -> tuple[Any, Any]:
+  count = jnp.asarray(ev.count(s), jnp.float32)
+  if key not in s.leaves:
+    return count, 0
+  return count, ev.drops(s, key, features).astype(jnp.float32)

@@ -1,0 +1,10 @@
+"""The rules: one ``Spec`` per primitive, by family. Importing this package registers them."""
+
+from fisherprune_jax.graph.rules import contraction as contraction
+from fisherprune_jax.graph.rules import elementwise as elementwise
+from fisherprune_jax.graph.rules import loops as loops
+from fisherprune_jax.graph.rules import movement as movement
+from fisherprune_jax.graph.rules import reduction as reduction
+from fisherprune_jax.graph.rules import reshaping as reshaping
+from fisherprune_jax.graph.rules.opaque import spec_of as spec_of
+from fisherprune_jax.graph.rules.opaque import unknown as unknown

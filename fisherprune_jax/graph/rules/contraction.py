@@ -1,0 +1,105 @@
+"""Inner products: ``dot_general`` and ``conv_general_dilated``."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from fisherprune_jax.graph import compat
+from fisherprune_jax.graph.spec import Axes, Axis, Factor, Flops, Prod, Spec, factors_of, register_rule
+
+BOTH = frozenset({0, 1})
+
+
+def dot_general(node: Any, infos: Sequence[Any]) -> Spec:
+  """``b m k, b n k -> b m n``, whatever the order of the axes."""
+  (left_contract, right_contract), (left_batch, right_batch) = node.params["dimension_numbers"]
+  left, right = (value.shape for value in node.ins)
+  left_axes: list[Factor] = [f"m{i}" for i in range(len(left))]
+  right_axes: list[Factor] = [f"n{i}" for i in range(len(right))]
+  for i, j in [*zip(left_batch, right_batch, strict=True), *zip(left_contract, right_contract, strict=True)]:
+    right_axes[j] = left_axes[i]
+  contracted = tuple(left_axes[i] for i in left_contract)
+  batch = [left_axes[i] for i in left_batch]
+  free = [f for f in (*left_axes, *right_axes) if f not in contracted and f not in batch]
+  out = (*batch, *free)
+  return Spec(
+    ins=(tuple(left_axes), tuple(right_axes)),
+    outs=(out,),
+    sizes={**dict(zip(left_axes, left, strict=True)), **dict(zip(right_axes, right, strict=True))},
+    kills=BOTH,
+    flops=(Flops(out, inner=contracted),),
+  )
+
+
+def conv_general_dilated(node: Any, infos: Sequence[Any]) -> Spec:
+  """``(h n) (g i) s.., (h g o) i k.. -> n (h g o) t..``: groups are factors, the window is whole."""
+  numbers = node.params["dimension_numbers"]
+  (left, right), out = (value.shape for value in node.ins), node.outs[0].shape
+  groups, batch_groups = node.params["feature_group_count"], node.params["batch_group_count"]
+  channels = {
+    "h": batch_groups,
+    "g": groups,
+    "i": right[numbers.rhs_spec[1]],
+    "o": right[numbers.rhs_spec[0]] // (groups * batch_groups),
+  }
+  inputs, features = _merge("gi", channels), _merge("hgo", channels)
+  terms = ("i",) if "i" in factors_of(inputs) else ()
+  used = {*factors_of(inputs), *factors_of(features)}
+  examples = Prod(("h", "n")) if batch_groups > 1 else "n"
+  space, taps, places = (
+    {f"{letter}{k}": shape[axis] for k, axis in enumerate(layout[2:])}
+    for letter, shape, layout in (
+      ("s", left, numbers.lhs_spec),
+      ("k", right, numbers.rhs_spec),
+      ("t", out, numbers.out_spec),
+    )
+  )
+  return Spec(
+    ins=(
+      _order(numbers.lhs_spec, examples, inputs, space),
+      _order(numbers.rhs_spec, features, terms[0] if terms else None, taps),
+    ),
+    outs=(_order(numbers.out_spec, "n", features, places),),
+    sizes={
+      "n": out[numbers.out_spec[0]],
+      **{f: n for f, n in channels.items() if f in used},
+      **space,
+      **taps,
+      **places,
+    },
+    kills=BOTH,
+    whole=frozenset((*space, *taps, *places)),
+    flops=(Flops(("n", *places, *factors_of(features)), inner=terms, terms=math.prod(taps.values())),),
+    bind=_bind_conv,
+  )
+
+
+def _merge(parts: str, sizes: dict[Factor, int]) -> Axis:
+  """One axis of several factors, without those of size 1 (but for the last, if it stands alone)."""
+  rest = tuple(f for f in parts if sizes[f] > 1)
+  if len(rest) > 1:
+    return Prod(rest)
+  return rest[0] if rest else parts[-1]
+
+
+def _order(layout: Sequence[int], first: Axis, second: Axis, window: dict[Factor, Any]) -> Axes:
+  """Lays axes out as ``layout`` says where the first, the second and the window's axes are."""
+  place = dict(zip(layout, (first, second, *window), strict=True))
+  return tuple(place[i] for i in range(len(layout)))
+
+
+def _bind_conv(node: Any, arrays: Sequence[Any], sizes: dict[Factor, Any]) -> list[Any]:
+  groups = {"feature_group_count": sizes.get("g", 1), "batch_group_count": sizes.get("h", 1)}
+  if sizes.get("i") == 0:  # nothing to add up; XLA has no convolution over no channels
+    numbers = node.params["dimension_numbers"]
+    shape = list(node.outs[0].shape)
+    shape[numbers.out_spec[0]] = sizes["n"]
+    shape[numbers.out_spec[1]] = arrays[1].shape[numbers.rhs_spec[0]]
+    return [jnp.zeros(shape, node.outs[0].aval.dtype)]
+  return compat.bind(node.eqn, arrays, {**node.params, **groups})
+
+
+register_rule("dot_general", dot_general)
+register_rule("conv_general_dilated", conv_general_dilated)

@@ -1,0 +1,109 @@
+"""Elementwise primitives. One fact each: that they are elementwise, and whether they compute or only move.
+
+Whether zeros stay zero is not written down: the primitive is asked, by applying it to zeros and to the
+constants that it is given. So ``max(x, 0)``, ``min(x, 6)``, ``x ** 2`` and ``tanh(x)`` keep zeros, ``x + 1``
+and ``exp(x)`` do not, and no list has to say so.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax.graph.spec import Axes, Flops, Spec, register_rule
+
+COMPUTES = ["abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "conj", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "mulhi", "ne", "neg", "nextafter", "not", "or", "polygamma", "population_count", "pow", "real", "regularized_incomplete_beta", "rem", "round", "rsqrt", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "xor", "zeta", "complex"]
+MOVES = ["convert_element_type", "copy", "copy_p", "reduce_precision", "select_n", "stop_gradient", "optimization_barrier", "sharding_constraint", "layout_constraint", "bitcast_convert_type"]
+# Operands of which a zero alone makes the result zero.
+PRODUCTS = {"mul": frozenset({0, 1}), "and": frozenset({0, 1}), "div": frozenset({0})}
+# Operands whose zeros decide nothing.
+PREDICATES = {"select_n": frozenset({0})}
+
+
+def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
+  """Axis by axis; an operand's size-1 axis (or missing axes) broadcasts."""
+  shape = node.outs[0].shape
+  ins = tuple(_axes(value.shape, shape) for value in node.ins)
+  names = _axes(shape, shape)
+  constants = {i for i, info in enumerate(infos) if info.const is not None}
+  neutral = PREDICATES.get(node.name, frozenset()) | constants
+  kills = _kills(node, infos)
+  moves = node.name in MOVES and node.name != "select_n"
+  keeps_zero = _keeps_zero(node, infos) or bool(kills)
+  alive = {f for f in names if not keeps_zero or _broadcasts(f, ins, neutral)}
+  opaque = "" if keeps_zero else f"{node.name} makes zeros non-zero"
+  return Spec(
+    ins=ins,
+    outs=(names,) * len(node.outs),
+    sizes=dict(zip(names, shape, strict=True)),
+    kills=kills,
+    neutral=frozenset(neutral),
+    alive=frozenset(alive),
+    flops=() if node.name in MOVES or _masks(node, infos) else (Flops(names),),
+    moves=moves,
+    opaque=opaque,
+    same_as=_same_as(node, infos),
+  )
+
+
+def _axes(shape: Sequence[Any], out: Sequence[Any]) -> Axes:
+  if len(shape) != len(out):  # scalars broadcast
+    return ()
+  return tuple(f"d{i}" if n == m else None for i, (n, m) in enumerate(zip(shape, out, strict=True)))
+
+
+def _broadcasts(factor: Any, ins: Sequence[Axes], neutral: frozenset[int]) -> bool:
+  """Whether some operand lacks the factor, and with it the zeros along it."""
+  return any(factor not in axes for i, axes in enumerate(ins) if i not in neutral)
+
+
+def _kills(node: Any, infos: Sequence[Any]) -> frozenset[int]:
+  # 0 / 0 is not zero: a numerator's zeros count only over a denominator that has none of its own.
+  if node.name == "div" and not (infos[1].const is None and all(s.is_all for s in infos[1].box)):
+    return frozenset()
+  return PRODUCTS.get(node.name, frozenset())
+
+
+def _masks(node: Any, infos: Sequence[Any]) -> bool:
+  return node.name == "mul" and any(info.mask for info in infos)
+
+
+def _same_as(node: Any, infos: Sequence[Any]) -> int | None:
+  if not _masks(node, infos):
+    return None
+  operand = 0 if infos[1].mask else 1
+  return operand if node.ins[operand].aval.shape == node.outs[0].aval.shape else None
+
+
+def _keeps_zero(node: Any, infos: Sequence[Any]) -> bool:
+  """Whether the result is zero wherever all operands but the constants are."""
+  if node.name == "select_n":
+    return all(info.const is None or info.const == 0 for info in infos[1:])
+  operands = tuple(
+    (np.dtype(value.aval.dtype), None if info.const is None else np.asarray(info.const).item())
+    for value, info in zip(node.ins, infos, strict=True)
+    if jnp.issubdtype(value.aval.dtype, jnp.number) or value.aval.dtype == bool
+  )
+  if len(operands) != len(infos):
+    return False
+  try:
+    return _zero_of_zeros(node.eqn.primitive, tuple(sorted(node.params.items())), operands)
+  except TypeError:  # unhashable parameters
+    return _zero_of_zeros.__wrapped__(node.eqn.primitive, tuple(node.params.items()), operands)
+
+
+@functools.lru_cache(maxsize=4096)
+def _zero_of_zeros(primitive: Any, params: Any, operands: Any) -> bool:
+  if primitive.name in MOVES:
+    return True
+  with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
+    zeros = [jnp.asarray(0 if const is None else const, dtype) for dtype, const in operands]
+    out = primitive.bind(*zeros, **primitive.get_bind_params(dict(params)))
+    return bool(np.asarray(out[0] if primitive.multiple_results else out) == 0)
+
+
+for name in COMPUTES + MOVES:
+  register_rule(name, elementwise)

@@ -1,0 +1,49 @@
+"""Primitives that are kept whole: random numbers, and everything that no rule knows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from fisherprune_jax.graph.program import Node
+from fisherprune_jax.graph.spec import Axes, Flops, Spec, register_rule, rule_for
+
+# Random bits depend on the whole shape; drawing them costs one operation per number.
+RANDOM = ["random_bits", "random_seed", "random_wrap", "random_unwrap", "random_split", "random_fold_in", "random_gamma", "random_clone", "threefry2x32", "rng_bit_generator", "rng_uniform"]
+
+
+def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = ()) -> Spec:
+  """Every entry of every operand is needed, and every entry of the results is alive."""
+  ins = _axes("i", [value.shape for value in node.ins])
+  outs = _axes("o", [value.shape for value in node.outs])
+  named = zip([f for axes in (*ins, *outs) for f in axes], _sizes(node), strict=True)
+  sizes = {str(f): n for f, n in named}
+  return Spec(ins, outs, sizes, whole=frozenset(sizes), flops=flops, opaque=reason)
+
+
+def _axes(side: str, shapes: Sequence[Sequence[Any]]) -> tuple[Axes, ...]:
+  return tuple(tuple(f"{side}{i}.{k}" for k in range(len(shape))) for i, shape in enumerate(shapes))
+
+
+def _sizes(node: Node) -> list[Any]:
+  return [n for value in (*node.ins, *node.outs) for n in value.shape]
+
+
+def random(node: Node, infos: Sequence[Any]) -> Spec:
+  """Drawn whole and then selected from, so that the numbers stay those of the masked network."""
+  draws = tuple(Flops(tuple(map(str, axes))) for axes in opaque(node, "").outs)
+  return opaque(node, "", draws)
+
+
+def spec_of(node: Node, infos: Sequence[Any]) -> Spec:
+  """The ``Spec`` of a node by the rule for its primitive; one that no rule knows is kept whole."""
+  rule = rule_for(node.name)
+  spec = rule(node, infos) if rule else None
+  return opaque(node, unknown(node.name)) if spec is None else spec
+
+
+def unknown(name: str) -> str:
+  """The reason given for a primitive without a rule."""
+  return f"no rule for {name}"
+
+
+for name in RANDOM:
+  register_rule(name, random)

@@ -1,0 +1,159 @@
+"""A user's apply function, traced once: its program, its masks, and what is live in it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax.errors import describe
+from fisherprune_jax.graph import sets
+from fisherprune_jax.graph.liveness import Info, Liveness, analyse, whole_box
+from fisherprune_jax.graph.program import Program, Value, trace
+from fisherprune_jax.graph.rules import spec_of
+
+Path = tuple[Any, ...]
+MaskSelector = str | Callable[[Path], bool]
+Key = tuple[int, int]
+"""A mask vector: the position of its leaf among the mask leaves, and its row if the leaf is a stack."""
+
+
+@dataclass(frozen=True)
+class VariableTree:
+  """A tree of variables, with the masks among them told apart."""
+
+  variables: Any
+  masks: MaskSelector
+
+  def __post_init__(self) -> None:
+    if not self.mask_leaves:
+      chosen = f"collection {self.masks!r}" if isinstance(self.masks, str) else "paths chosen by `masks`"
+      raise ValueError(
+        f"The variables must hold masks, got none in the {chosen}. "
+        "Put fp.Mask() after the layers to prune, and pass the variables that model.init returned."
+      )
+    for path, leaf in self.paths:
+      if self.is_mask(path) and not len(leaf.shape):
+        raise ValueError(f"A mask must have a feature axis, got a scalar at {keystr(path)}.")
+
+  @property
+  def paths(self) -> list[tuple[Path, Any]]:
+    """All leaves with their paths."""
+    return jax.tree_util.tree_leaves_with_path(self.variables)
+
+  def is_mask(self, path: Path) -> bool:
+    """Whether the leaf at ``path`` is a mask."""
+    if callable(self.masks):
+      return bool(self.masks(path))
+    return bool(path) and getattr(path[0], "key", getattr(path[0], "name", None)) == self.masks
+
+  @property
+  def flags(self) -> list[bool]:
+    """Per leaf, whether it is a mask."""
+    return [self.is_mask(path) for path, _ in self.paths]
+
+  @property
+  def mask_leaves(self) -> list[Any]:
+    """The masks, in tree order."""
+    return [leaf for path, leaf in self.paths if self.is_mask(path)]
+
+  @property
+  def mask_tree(self) -> Any:
+    """The masks as a tree: the collection itself, or all variables with None in place of the others."""
+    if isinstance(self.masks, str):
+      return self.variables[self.masks]
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if self.is_mask(path) else None, self.variables)
+
+  def without_masks(self, tree: Any) -> Any:
+    """A tree of this structure without its masks."""
+    if isinstance(self.masks, str):
+      return {name: part for name, part in tree.items() if name != self.masks}
+    return jax.tree_util.tree_map_with_path(lambda path, x: None if self.is_mask(path) else x, tree)
+
+
+@dataclass(frozen=True)
+class Model:
+  """An apply function traced at given shapes.
+
+  Attributes:
+    program: what it computes.
+    live: what is live in it, as expressions over the masks.
+    variables: the values of the variables' leaves; the inputs after them are the arguments.
+    out_tree: the structure of its result, of shapes.
+  """
+
+  program: Program
+  live: Liveness
+  variables: list[Value]
+  out_tree: Any
+
+  @property
+  def arguments(self) -> list[Value]:
+    """The values of the arguments' leaves."""
+    return self.program.inputs[len(self.variables) :]
+
+
+def trace_model(
+  apply_fn: Callable[..., Any], tree: VariableTree, args: Sequence[Any], drop_masks: bool = True
+) -> Model:
+  """Traces ``apply_fn(variables, *args)`` and finds what is live for every possible mask."""
+  program, out_tree = trace(apply_fn, abstract(tree.variables), *abstract(tuple(args)))
+  count = len(tree.flags)
+  values = program.inputs[:count]
+  infos = _variable_infos(values, tree.flags)
+  infos += [Info(whole_box(value.shape), varies=True) for value in program.inputs[count:]]
+  asked = [whole_box(value.shape) for value in program.outputs]
+  return Model(program, analyse(program, infos, asked, spec_of, drop_masks), values, out_tree)
+
+
+def _variable_infos(values: Sequence[Value], flags: Sequence[bool]) -> list[Info]:
+  infos, position = [], 0
+  for value, is_mask in zip(values, flags, strict=True):
+    infos.append(_mask_info(position, value.shape) if is_mask else Info(whole_box(value.shape)))
+    position += is_mask
+  return infos
+
+
+def _mask_info(position: int, shape: tuple[int, ...]) -> Info:
+  *stack, features = shape
+  rows = [sets.leaf((position, row), features) for row in range(int(np.prod(stack, dtype=int)))]
+  return Info((*whole_box(stack), sets.union(*rows)), mask=not stack)
+
+
+def rows_of(leaves: Sequence[Any], xp: Any) -> dict[Key, Any]:
+  """Mask leaves as vectors by key, on the host or under ``jit``."""
+  return {
+    (position, row): vector
+    for position, leaf in enumerate(leaves)
+    for row, vector in enumerate(xp.reshape(xp.asarray(leaf), (-1, leaf.shape[-1])))
+  }
+
+
+def abstract(tree: Any) -> Any:
+  """Arrays as shapes and dtypes."""
+  return jax.tree.map(_abstract_leaf, tree)
+
+
+def _abstract_leaf(x: Any) -> Any:
+  if isinstance(x, jax.ShapeDtypeStruct):
+    return x
+  x = x if hasattr(x, "shape") and hasattr(x, "dtype") else jnp.asarray(x)
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+
+
+def batch_size(args: Sequence[Any], axis: int = 0) -> Any:
+  """The number of examples: the length of the first array of ``args`` along its example axis."""
+  leaves = jax.tree.leaves(tuple(args))
+  if not leaves or len(getattr(leaves[0], "shape", ())) <= axis:
+    found = describe(leaves[0]) if leaves else "no argument"
+    raise ValueError(
+      f"The first array of `args` must lead with the example axis, got {found}. Pass a batch, such as x[None]."
+    )
+  return leaves[0].shape[axis]
+
+
+def keystr(path: Path) -> str:
+  """A tree path for people, as ``params/Dense_0/kernel``."""
+  return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,0 +1,61 @@
+"""The compact network as a text table."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from fisherprune_jax.model import VariableTree, keystr
+
+
+def table(tree: VariableTree, kept: Any, cost: float, dense: float, blockers: Sequence[Any]) -> str:
+  """Masks, variables and totals before and after, and what had to stay."""
+  leaves = zip(tree.paths, jax.tree.leaves(kept), strict=True)
+  masks, rest = [], []
+  for (path, leaf), k in leaves:
+    if tree.is_mask(path):
+      masks.append(
+        (keystr(path), f"{np.size(leaf)}", f"{int(np.sum(leaf))}", _share(np.sum(leaf), np.size(leaf)))
+      )
+    else:
+      after = k.compact_shape
+      rest.append((keystr(path), _shape(k.shape), _shape(after), _share(np.prod(after), np.prod(k.shape))))
+  before = sum(
+    int(np.prod(k.shape))
+    for (path, _), k in zip(tree.paths, jax.tree.leaves(kept), strict=True)
+    if not tree.is_mask(path)
+  )
+  after = sum(
+    int(np.prod(k.compact_shape))
+    for (path, _), k in zip(tree.paths, jax.tree.leaves(kept), strict=True)
+    if not tree.is_mask(path)
+  )
+  totals = [
+    ("numbers in all variables", f"{before:,}", f"{after:,}", _share(after, before)),
+    ("FLOPs per example", f"{dense:,.0f}", f"{cost:,.0f}", _share(cost, dense)),
+  ]
+  body = _align([("layer", "before", "after", "kept"), *masks, *rest, *totals])
+  reasons = [f"  {b.reason} ({b.where})" for b in blockers]
+  stays = (
+    ["", "Kept whole, because dead entries cannot be removed there soundly:", *reasons] if reasons else []
+  )
+  return "\n".join([*body, *stays])
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+  return "x".join(map(str, shape)) or "1"
+
+
+def _share(part: Any, whole: Any) -> str:
+  return f"{100 * float(part) / float(whole):.1f} %" if whole else "-"
+
+
+def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return [
+    "  ".join(
+      [row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))]
+    )
+    for row in rows
+  ]

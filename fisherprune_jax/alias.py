@@ -87,7 +87,13 @@ def inject_hyperparams(
 
   def factory(*args: Any, **kwargs: Any) -> Any:
     weight = ("flops_weight",) if isinstance(kwargs.get("flops_weight", "auto"), str) else ()
-    wrapped = optax.inject_hyperparams(inner_factory, static_args=(*STATIC, *weight, *extra), **options)
-    return wrapped(*args, **kwargs)
+    static = (*STATIC, *weight, *extra)
+    wrapped = optax.inject_hyperparams(inner_factory, static_args=static, **options)
+    # Optax would make an integer an int32, which cannot hold three billion FLOPs.
+    return wrapped(*args, **{k: v if k in static else _float(v) for k, v in kwargs.items()})
 
   return factory
+
+
+def _float(value: Any) -> Any:
+  return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -101,9 +101,9 @@ class Compact:
     (batch,) = export.symbolic_shape("batch")
 
     def with_batch(x: Any, axis: int | None) -> Any:
-      has_batch = axis is not None and axis < len(x.shape)
-      shape = (*x.shape[:axis], batch, *x.shape[axis + 1 :]) if has_batch else x.shape
-      return jax.ShapeDtypeStruct(shape, x.dtype)
+      if axis is None or axis >= len(x.shape):
+        return x
+      return jax.ShapeDtypeStruct((*x.shape[:axis], batch, *x.shape[axis + 1 :]), x.dtype)
 
     shapes = _map_with_axes(with_batch, abstract(args), self._batch_axes)
     return export.export(jax.jit(lambda *xs: self(self.variables, *xs)), platforms=platforms)(*shapes)

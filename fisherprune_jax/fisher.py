@@ -67,8 +67,8 @@ def value_and_grads(
 
 def _examples(batch: Any) -> int:
   leaves = jax.tree.leaves(batch)
-  sizes = {leaf.shape[0] if jnp.ndim(leaf) else None for leaf in leaves}
-  if len(sizes) != 1 or None in sizes:
+  sizes = {leaf.shape[0] for leaf in leaves if jnp.ndim(leaf)}
+  if len(sizes) != 1 or not all(map(jnp.ndim, leaves)):
     raise ValueError(
       "Every array of `batch` must lead with the same example axis, got "
       f"{', '.join(map(describe, leaves)) or 'no array'}. Pass what is not per example after the batch."

@@ -35,6 +35,7 @@ class Mask(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns ``x`` with the entries of dead features set to zero."""
     axis, batch_axis = _axis_of(x, self.axis, "axis"), _axis_of(x, self.batch_axis, "batch_axis")
     if axis == batch_axis:
       raise ValueError(

@@ -257,6 +257,7 @@ def _check(
   else:
     _check_number("flops_weight", flops_weight, lambda w: w == w, "'auto', a number or a schedule")
   require(method in METHODS, f"method must be one of {METHODS}", method)
+  require(bool(jax.tree.leaves(cost.masks)), "cost must be a cost of at least one mask", cost.masks)
   narrowest = min(leaf.shape[-1] for leaf in jax.tree.leaves(cost.masks))
   require(
     min_features <= narrowest,
@@ -276,6 +277,11 @@ def _check_integer(name: str, value: Any, least: int) -> None:
 
 
 def _check_number(name: str, value: Any, holds: Callable[[Any], bool], requirement: str) -> None:
+  if getattr(value, "dtype", None) in (jnp.float16, jnp.bfloat16):
+    raise TypeError(
+      f"{name} must have at least the precision of float32, got {describe(value)}. Under optax.inject_hyperparams "
+      "pass hyperparam_dtype=jnp.float32 (beside static_args), or use fp.inject_hyperparams."
+    )
   if callable(value) or is_traced(value):
     return
   if not is_number(value):
@@ -297,3 +303,5 @@ def _check_gradients(mask_grads: Any, masks: Any) -> None:
         f"mask_grads for a mask of shape {mask.shape} must have shape {(*stack, 'B', features)}, "
         f"one row per example, got {g.shape}. {how}"
       )
+  counts = {g.shape[-2] for g in jax.tree.leaves(mask_grads)}
+  require(len(counts) == 1, "mask_grads must have the same number B of examples in every mask", counts, how)

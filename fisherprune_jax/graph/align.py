@@ -38,11 +38,11 @@ def select(array: Any, axis: int, source: np.ndarray) -> Any:
   there = np.flatnonzero(source >= 0)
   if there.size == source.size and (stride := _even(source)):
     return lax.slice_in_dim(array, int(source[0]), int(source[-1]) + 1, stride, axis)
-  if there.size == array.shape[axis] and np.array_equal(source[there], np.arange(there.size)):
-    if stride := _even(there):
-      config = [(0, 0, 0)] * array.ndim
-      config[axis] = (int(there[0]), int(source.size - 1 - there[-1]), stride - 1)
-      return lax.pad(array, jnp.zeros((), array.dtype), config)
+  in_order = there.size == array.shape[axis] and np.array_equal(source[there], np.arange(there.size))
+  if in_order and (stride := _even(there)):
+    config = [(0, 0, 0)] * array.ndim
+    config[axis] = (int(there[0]), int(source.size - 1 - there[-1]), stride - 1)
+    return lax.pad(array, jnp.zeros((), array.dtype), config)
   if not there.size:
     return jnp.zeros((*array.shape[:axis], source.size, *array.shape[axis + 1 :]), array.dtype)
   beyond = np.where(source >= 0, source, array.shape[axis])

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util
 from jax.extend import core
@@ -35,6 +36,12 @@ def bind(eqn: Any, arrays: Sequence[Any], params: dict[str, Any] | None = None) 
   return list(out) if eqn.primitive.multiple_results else [out]
 
 
+def evaluate(eqn: Any, arrays: Sequence[Any]) -> np.ndarray:
+  """The value of a single-result equation at known operands, also in the middle of a trace."""
+  with jax.ensure_compile_time_eval():
+    return np.asarray(bind(eqn, [jnp.asarray(x) for x in arrays])[0])
+
+
 def source_of(eqn: Any) -> str:
   """The line of the user's own code that an equation came from, as ``file:line (function)``; empty if unknown."""
   frames = list(source_info_util.user_frames(eqn.source_info.traceback))
@@ -57,6 +64,12 @@ def sub_jaxprs(params: dict[str, Any]) -> list[Any]:
 def is_concrete(x: Any) -> bool:
   """Whether ``x`` is a value rather than a tracer or an abstract shape."""
   return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def dtype_of(x: Any) -> Any:
+  """The dtype of an array; of extended types (random keys) ``object``."""
+  dtype = getattr(x, "dtype", None) or np.asarray(x).dtype
+  return dtype if isinstance(dtype, np.dtype) else np.dtype(object)
 
 
 def is_static_size(n: Any) -> bool:

@@ -16,9 +16,9 @@ from fisherprune_jax.graph.sets import ALL, AND, ANY, CONCAT, FIXED, LEAF, OR, O
 
 
 class Slot(NamedTuple):
-  """At position ``i``, where ``bits[i]``, feature ``index[i]`` is critical. ``index`` is static."""
+  """At position ``i``, where ``bits[i]``, feature ``features[i]`` is critical. ``features`` is static."""
 
-  index: np.ndarray
+  features: np.ndarray
   bits: Any
 
 
@@ -197,7 +197,7 @@ def _or_slots(ev: Evaluation, s: Set, key: Any) -> list[Slot]:
 def _critical_at(slots: list[Slot], index: np.ndarray) -> Any:
   hit: Any = False
   for slot in slots:
-    hit = hit | (slot.bits & (slot.index == index))
+    hit = hit | (slot.bits & (slot.features == index))
   return hit
 
 
@@ -205,8 +205,8 @@ def _distinct(slots: list[Slot]) -> list[Slot]:
   """Drops from each slot what an earlier one already says."""
   out: list[Slot] = []
   for index, bits in slots:
-    earlier = [slot for slot in out if (slot.index == index).any()]
-    same = next((i for i, slot in enumerate(out) if np.array_equal(slot.index, index)), None)
+    earlier = [slot for slot in out if (slot.features == index).any()]
+    same = next((i for i, slot in enumerate(out) if np.array_equal(slot.features, index)), None)
     if same is not None and len(earlier) == 1:
       out[same] = Slot(index, out[same].bits | bits)
     else:
@@ -230,7 +230,7 @@ def _concat_slots(ev: Evaluation, s: Set, key: Any) -> list[Slot]:
       column[row] if row < len(column) else Slot(np.full(part.size, -1), ev.xp.zeros(part.size, bool))
       for part, column in zip(s.parts, columns, strict=True)
     ]
-    out.append(Slot(np.concatenate([a.index for a in slots]), ev.xp.concatenate([a.bits for a in slots])))
+    out.append(Slot(np.concatenate([a.features for a in slots]), ev.xp.concatenate([a.bits for a in slots])))
   return out
 
 
@@ -250,12 +250,12 @@ def _any_slots(ev: Evaluation, s: Set, key: Any) -> list[Slot]:
   columns = [
     Slot(index[:, column], bits[:, column])
     for slot in ev.slots(base, key)
-    for index, bits in [(_grouped(s, slot.index), _grouped(s, slot.bits))]
+    for index, bits in [(_grouped(s, slot.features), _grouped(s, slot.bits))]
     for column in range(index.shape[1])
   ]
   found = []
   for index, bits in columns:
-    votes = sum((other.bits & (other.index == index)).astype(np.int32) for other in columns)
+    votes = sum((other.bits & (other.features == index)).astype(np.int32) for other in columns)
     found.append(Slot(index, bits & (votes == members)))
   return _distinct(found)
 

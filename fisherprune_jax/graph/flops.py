@@ -27,6 +27,7 @@ class Term(NamedTuple):
 
   @property
   def leaves(self) -> frozenset[Any]:
+    """The masks that it depends on."""
     return frozenset().union(*(s.leaves for s in (*self.outer, *(self.inner or ()))))
 
 

@@ -6,16 +6,22 @@ axis. An entry that is not stored is zero, or nobody asks for it; so showing it 
 that is all that execution relies on.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from fisherprune_jax.graph import flops, sets
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax.graph import compat, flops, sets
 from fisherprune_jax.graph.program import Node, Program, Value
 from fisherprune_jax.graph.sets import Set
 from fisherprune_jax.graph.spec import Factor, Spec, compose, factors_of, project
 
 Box = tuple[Set, ...]
+LARGEST_KNOWN = 65_536
+"""Integer arrays up to this size are followed by value."""
 
 
 class Info(NamedTuple):
@@ -26,12 +32,14 @@ class Info(NamedTuple):
     const: the value of all its entries, where they are one known number.
     mask: whether its entries are one wherever ``box`` allows them to be non-zero.
     varies: whether it depends on the arguments, not on the variables alone.
+    known: its value, if it is a small array of integers that no input decides.
   """
 
   box: Box
   const: Any = None
   mask: bool = False
   varies: bool = False
+  known: np.ndarray | None = None
 
 
 @dataclass
@@ -97,7 +105,9 @@ def analyse(
 
 def _forward(program: Program, inputs: Iterable[Info], live: Liveness, rules: Any) -> None:
   live.infos.update(zip(program.inputs, inputs, strict=True))
-  live.infos.update((value, Info(whole_box(value.shape))) for value, _ in program.consts)
+  live.infos.update(
+    (value, Info(whole_box(value.shape), known=_known(const))) for value, const in program.consts
+  )
   for node in program.nodes:
     infos = [_info(value, live) for value in node.ins]
     if node.sub is not None:
@@ -114,7 +124,8 @@ def _forward(program: Program, inputs: Iterable[Info], live: Liveness, rules: An
 
 def _info(value: Value, live: Liveness) -> Info:
   if value.literal is not None:
-    live.infos[value] = Info(whole_box(value.shape), const=value.literal if value.shape == () else None)
+    const = value.literal if value.shape == () else None
+    live.infos[value] = Info(whole_box(value.shape), const, known=_known(value.literal))
   return live.infos[value]
 
 
@@ -125,11 +136,33 @@ def _results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
     tuple(compose(axis, factors, n) for axis, n in zip(axes, out.shape, strict=True))
     for axes, out in zip(spec.outs, node.outs, strict=True)
   ]
+  known = _fold(node, infos)
   if spec.moves:
     first = infos[0]
-    return [Info(boxes[0], first.const, first.mask and _is_exact(spec, factors, first), varies)]
+    return [Info(boxes[0], first.const, first.mask and _is_exact(spec, factors, first), varies, known)]
   mask = spec.same_as is not None and all(info.mask for info in infos)
-  return [Info(box, mask=mask, varies=varies) for box in boxes]
+  return [Info(box, mask=mask, varies=varies, known=known) for box in boxes]
+
+
+def _known(x: Any) -> np.ndarray | None:
+  """A small concrete array of integers, such as indices."""
+  if (
+    not compat.is_concrete(x)
+    or np.size(x) > LARGEST_KNOWN
+    or not np.issubdtype(compat.dtype_of(x), np.integer)
+  ):
+    return None
+  return np.asarray(x)
+
+
+def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:
+  """The value of a node that computes small integers from known ones, as indexing does."""
+  (out, *more) = node.outs
+  small = all(map(compat.is_static_size, out.shape)) and math.prod(out.shape) <= LARGEST_KNOWN
+  integers = jnp.issubdtype(out.aval.dtype, jnp.integer) or out.aval.dtype == bool
+  if more or not small or not integers or any(info.known is None for info in infos):
+    return None
+  return compat.evaluate(node.eqn, [info.known for info in infos])
 
 
 def _is_exact(spec: Spec, factors: dict[Factor, Set], info: Info) -> bool:

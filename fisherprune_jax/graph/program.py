@@ -30,6 +30,7 @@ class Value:
 
   @property
   def shape(self) -> tuple[Any, ...]:
+    """Its full shape; sizes may be symbolic."""
     return getattr(self.aval, "shape", ())
 
 
@@ -45,10 +46,12 @@ class Node:
 
   @property
   def name(self) -> str:
+    """The primitive's name."""
     return self.eqn.primitive.name
 
   @property
   def params(self) -> dict[str, Any]:
+    """The primitive's parameters."""
     return self.eqn.params
 
   @property

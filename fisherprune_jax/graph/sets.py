@@ -17,7 +17,17 @@ import numpy as np
 
 from fisherprune_jax.graph import compat
 
-ALL, FIXED, LEAF, AND, OR, TAKE, CONCAT, OUTER, ANY = ["all", "fixed", "leaf", "and", "or", "take", "concat", "outer", "any"]
+ALL, FIXED, LEAF, AND, OR, TAKE, CONCAT, OUTER, ANY = [
+  "all",
+  "fixed",
+  "leaf",
+  "and",
+  "or",
+  "take",
+  "concat",
+  "outer",
+  "any",
+]
 
 
 class Set:
@@ -33,10 +43,12 @@ class Set:
 
   @property
   def is_all(self) -> bool:
+    """Whether it holds every position."""
     return self.kind == ALL
 
   @property
   def is_empty(self) -> bool:
+    """Whether it is known to hold none."""
     return self.kind == FIXED and not any(self.data)
 
   def __repr__(self) -> str:
@@ -73,6 +85,7 @@ def fixed(bits: Any) -> Set:
 
 
 def nothing(size: int) -> Set:
+  """No position at all."""
   return fixed(np.zeros(size, bool))
 
 
@@ -186,10 +199,16 @@ def split(base: Set, sizes: Sequence[Any]) -> list[Set]:
 def _regroup(parts: Sequence[Set], sizes: Sequence[int]) -> list[Set] | None:
   """Groups adjacent factors of a product so that the groups have the given sizes, if they can."""
   groups, rest = [], list(parts)
-  for size in sizes:
+  for at, size in enumerate(sizes):
     group: list[Set] = []
-    while rest and math.prod(p.size for p in group) < size:
-      group.append(rest.pop(0))
+    while rest and (have := math.prod(p.size for p in group)) < size:
+      part = rest.pop(0)
+      if part.is_all and have * part.size > size and part.size % (size // have) == 0:
+        rest.insert(0, everything(part.size // (size // have)))
+        part = everything(size // have)
+      group.append(part)
+    if at == len(sizes) - 1:
+      group += rest  # of size 1, if anything
     if math.prod(p.size for p in group) != size:
       return None
     groups.append(outer(group) if group else everything(1))

@@ -136,8 +136,8 @@ def _unpick(picked: Set, index: np.ndarray, size: int) -> Set:
   return sets.any_over(sets.take(picked, table.reshape(-1)), (size, widest), 0)
 
 
-SpecRule = Callable[[Any, Sequence[Any]], Spec]
-"""``rule(node, infos) -> Spec``: ``infos`` tell what is known of each operand (``liveness.Info``)."""
+SpecRule = Callable[[Any, Sequence[Any]], Spec | None]
+"""``rule(node, infos) -> Spec``, or None for what it does not cover; ``infos`` are the operands' ``Info``."""
 
 _registry: dict[str, SpecRule] = {}
 
@@ -147,8 +147,9 @@ def register_rule(primitive: Any, rule: SpecRule) -> None:
 
   Args:
     primitive: a JAX primitive, or its name.
-    rule: called once for every application found in a traced program. ``node`` has ``ins`` and ``outs``
-      (with ``shape``), ``params`` and ``name``; ``infos`` tell what is known of each operand.
+    rule: called once for every application found in a traced program; may return None for one that it
+      does not cover. ``node`` has ``ins`` and ``outs`` (with ``shape``), ``params`` and ``name``; ``infos``
+      tell what is known of each operand.
   """
   _registry[getattr(primitive, "name", primitive)] = rule
 

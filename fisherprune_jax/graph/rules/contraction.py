@@ -92,7 +92,7 @@ def _order(layout: Sequence[int], first: Axis, second: Axis, window: dict[Factor
 
 def _bind_conv(node: Any, arrays: Sequence[Any], sizes: dict[Factor, Any]) -> list[Any]:
   groups = {"feature_group_count": sizes.get("g", 1), "batch_group_count": sizes.get("h", 1)}
-  if sizes.get("i") == 0:  # nothing to add up; XLA has no convolution over no channels
+  if 0 in (sizes.get("i"), sizes.get("g")):  # nothing to add up; XLA has no convolution over no channels
     numbers = node.params["dimension_numbers"]
     shape = list(node.outs[0].shape)
     shape[numbers.out_spec[0]] = sizes["n"]

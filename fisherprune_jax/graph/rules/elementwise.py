@@ -13,10 +13,96 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax.graph.spec import Axes, Flops, Spec, register_rule
+from fisherprune_jax.graph.spec import Axes, Factor, Flops, Spec, register_rule
 
-COMPUTES = ["abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "clamp", "clz", "conj", "cos", "cosh", "digamma", "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt", "igamma", "igammac", "imag", "integer_pow", "is_finite", "le", "lgamma", "log", "log1p", "logistic", "lt", "max", "min", "mul", "mulhi", "ne", "neg", "nextafter", "not", "or", "polygamma", "population_count", "pow", "real", "regularized_incomplete_beta", "rem", "round", "rsqrt", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan", "tanh", "xor", "zeta", "complex"]
-MOVES = ["convert_element_type", "copy", "copy_p", "reduce_precision", "select_n", "stop_gradient", "optimization_barrier", "sharding_constraint", "layout_constraint", "bitcast_convert_type"]
+COMPUTES = [
+  "abs",
+  "acos",
+  "acosh",
+  "add",
+  "add_any",
+  "and",
+  "asin",
+  "asinh",
+  "atan",
+  "atan2",
+  "atanh",
+  "bessel_i0e",
+  "bessel_i1e",
+  "cbrt",
+  "ceil",
+  "clamp",
+  "clz",
+  "conj",
+  "cos",
+  "cosh",
+  "digamma",
+  "div",
+  "eq",
+  "erf",
+  "erf_inv",
+  "erfc",
+  "exp",
+  "exp2",
+  "expm1",
+  "floor",
+  "ge",
+  "gt",
+  "igamma",
+  "igammac",
+  "imag",
+  "integer_pow",
+  "is_finite",
+  "le",
+  "lgamma",
+  "log",
+  "log1p",
+  "logistic",
+  "lt",
+  "max",
+  "min",
+  "mul",
+  "mulhi",
+  "ne",
+  "neg",
+  "nextafter",
+  "not",
+  "or",
+  "polygamma",
+  "population_count",
+  "pow",
+  "real",
+  "regularized_incomplete_beta",
+  "rem",
+  "round",
+  "rsqrt",
+  "shift_left",
+  "shift_right_arithmetic",
+  "shift_right_logical",
+  "sign",
+  "sin",
+  "sinh",
+  "sqrt",
+  "square",
+  "sub",
+  "tan",
+  "tanh",
+  "xor",
+  "zeta",
+  "complex",
+]
+MOVES = [
+  "convert_element_type",
+  "copy",
+  "copy_p",
+  "reduce_precision",
+  "select_n",
+  "stop_gradient",
+  "optimization_barrier",
+  "sharding_constraint",
+  "layout_constraint",
+  "bitcast_convert_type",
+]
 # Operands of which a zero alone makes the result zero.
 PRODUCTS = {"mul": frozenset({0, 1}), "and": frozenset({0, 1}), "div": frozenset({0})}
 # Operands whose zeros decide nothing.
@@ -27,14 +113,13 @@ def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
   """Axis by axis; an operand's size-1 axis (or missing axes) broadcasts."""
   shape = node.outs[0].shape
   ins = tuple(_axes(value.shape, shape) for value in node.ins)
-  names = _axes(shape, shape)
+  names = _names(shape)
   constants = {i for i, info in enumerate(infos) if info.const is not None}
   neutral = PREDICATES.get(node.name, frozenset()) | constants
   kills = _kills(node, infos)
   moves = node.name in MOVES and node.name != "select_n"
   keeps_zero = _keeps_zero(node, infos) or bool(kills)
   alive = {f for f in names if not keeps_zero or _broadcasts(f, ins, neutral)}
-  opaque = "" if keeps_zero else f"{node.name} makes zeros non-zero"
   return Spec(
     ins=ins,
     outs=(names,) * len(node.outs),
@@ -44,20 +129,39 @@ def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
     alive=frozenset(alive),
     flops=() if node.name in MOVES or _masks(node, infos) else (Flops(names),),
     moves=moves,
-    opaque=opaque,
+    opaque=_opaque(node, infos, keeps_zero, frozenset(neutral) | kills, bool(alive)),
     same_as=_same_as(node, infos),
   )
+
+
+def _names(shape: Sequence[Any]) -> tuple[Factor, ...]:
+  return tuple(f"d{i}" for i in range(len(shape)))
 
 
 def _axes(shape: Sequence[Any], out: Sequence[Any]) -> Axes:
   if len(shape) != len(out):  # scalars broadcast
     return ()
-  return tuple(f"d{i}" if n == m else None for i, (n, m) in enumerate(zip(shape, out, strict=True)))
+  sizes = zip(_names(out), shape, out, strict=True)
+  return tuple(f if n == m else None for f, n, m in sizes)
 
 
 def _broadcasts(factor: Any, ins: Sequence[Axes], neutral: frozenset[int]) -> bool:
   """Whether some operand lacks the factor, and with it the zeros along it."""
   return any(factor not in axes for i, axes in enumerate(ins) if i not in neutral)
+
+
+def _opaque(node: Any, infos: Sequence[Any], keeps_zero: bool, harmless: frozenset[int], alive: bool) -> str:
+  """Why dead entries come alive here, if they do for good: another branch may be dead there too."""
+  if not keeps_zero:
+    return f"{node.name} makes zeros non-zero"
+  others = [info for operand, info in enumerate(infos) if operand not in harmless]
+  if not others:
+    return ""
+  if not all(info.varies for info in others):
+    return f"{node.name} with a variable makes zeros non-zero"
+  if alive:
+    return f"{node.name} with an array that lacks the masked axis"
+  return ""
 
 
 def _kills(node: Any, infos: Sequence[Any]) -> frozenset[int]:

@@ -112,14 +112,14 @@ def slice_(node: Any, infos: Sequence[Any]) -> Spec:
     None if start == 0 and limit == n and stride == 1 else np.arange(int(start), int(limit), int(stride))
     for (start, limit, stride), n in zip(bounds, node.ins[0].shape, strict=True)
   ]
-  return _picked(node, picks)
+  return picked(node, picks)
 
 
 def rev(node: Any, infos: Sequence[Any]) -> Spec:
   """``a -> a reversed``."""
   shape = node.ins[0].shape
   turned = node.params["dimensions"]
-  return _picked(node, [np.arange(n)[::-1] if i in turned else None for i, n in enumerate(shape)])
+  return picked(node, [np.arange(n)[::-1] if i in turned else None for i, n in enumerate(shape)])
 
 
 def pad(node: Any, infos: Sequence[Any]) -> Spec:
@@ -127,7 +127,7 @@ def pad(node: Any, infos: Sequence[Any]) -> Spec:
   configs = node.params["padding_config"]
   if infos[1].const is None or infos[1].const != 0:
     return _pad_with_values(node, configs)
-  picks = []
+  picks: list[np.ndarray | None] = []
   for n, (low, high, interior) in zip(node.ins[0].shape, configs, strict=True):
     if (low, high, interior) == (0, 0, 0):
       picks.append(None)
@@ -136,7 +136,7 @@ def pad(node: Any, infos: Sequence[Any]) -> Spec:
     spread[:: interior + 1] = np.arange(n)
     index = np.pad(spread, (max(low, 0), max(high, 0)), constant_values=-1)
     picks.append(index[max(-low, 0) : index.size - max(-high, 0)])
-  return _picked(node, picks)
+  return picked(node, picks)
 
 
 def _pad_with_values(node: Any, configs: Sequence[Any]) -> Spec:
@@ -158,13 +158,14 @@ def _pad_with_values(node: Any, configs: Sequence[Any]) -> Spec:
   )
 
 
-def _picked(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
+def picked(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
+  """A static selection along each axis of operand 0, None for all of it; -1 gives zeros."""
   names = _names(node.ins[0].shape)
   outs: tuple[Axis, ...] = tuple(
     f if index is None else Pick(f, index) for f, index in zip(names, picks, strict=True)
   )
   return Spec(
-    ins=(names, *((),) * (len(node.ins) - 1)),
+    ins=(names, *((None,) * len(value.shape) for value in node.ins[1:])),
     outs=(outs,),
     sizes=dict(zip(names, node.ins[0].shape, strict=True)),
     neutral=frozenset(range(1, len(node.ins))),

@@ -7,7 +7,19 @@ from fisherprune_jax.graph.program import Node
 from fisherprune_jax.graph.spec import Axes, Flops, Spec, register_rule, rule_for
 
 # Random bits depend on the whole shape; drawing them costs one operation per number.
-RANDOM = ["random_bits", "random_seed", "random_wrap", "random_unwrap", "random_split", "random_fold_in", "random_gamma", "random_clone", "threefry2x32", "rng_bit_generator", "rng_uniform"]
+RANDOM = [
+  "random_bits",
+  "random_seed",
+  "random_wrap",
+  "random_unwrap",
+  "random_split",
+  "random_fold_in",
+  "random_gamma",
+  "random_clone",
+  "threefry2x32",
+  "rng_bit_generator",
+  "rng_uniform",
+]
 
 
 def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = ()) -> Spec:

@@ -1,5 +1,6 @@
 """``reshape``: the finest factors that both shapes are products of."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,13 +58,14 @@ def _axis(parts: list[Factor]) -> Axis:
 def factorise(before: Sequence[Any], after: Sequence[Any]) -> _Factors:
   """The common factors of two shapes of one size, outermost first."""
   found = _Factors([[] for _ in before], [[] for _ in after])
-  rows = [i for i, n in enumerate(before) if not _is_one(n)]
-  columns = [j for j, n in enumerate(after) if not _is_one(n)]
-  while rows and columns and before[rows[0]] == after[columns[0]]:
-    found.add(before[rows[0]], rows.pop(0), columns.pop(0))
+  rows, columns = list(range(len(before))), list(range(len(after)))
   last: list[tuple[int, int]] = []
   while rows and columns and before[rows[-1]] == after[columns[-1]]:
     last.append((rows.pop(), columns.pop()))
+  while rows and columns and before[rows[0]] == after[columns[0]]:
+    found.add(before[rows[0]], rows.pop(0), columns.pop(0))
+  rows = [i for i in rows if not _is_one(before[i])]
+  columns = [j for j in columns if not _is_one(after[j])]
   _middle(found, rows, columns, before, after)
   for i, j in reversed(last):
     found.add(before[i], i, j)
@@ -76,6 +78,8 @@ def _is_one(n: Any) -> bool:
 
 def _middle(found: _Factors, rows: list[int], columns: list[int], before: Any, after: Any) -> None:
   left, right = [before[i] for i in rows], [after[j] for j in columns]
+  if not left or not right:
+    return  # nothing but axes of size 1
   if len(left) == 1:
     for j in columns:
       found.add(after[j], rows[0], j)
@@ -95,9 +99,9 @@ def _suffixes(shape: Sequence[int]) -> list[int]:
 def _refine(found: _Factors, rows: list[int], columns: list[int], left: list[int], right: list[int]) -> None:
   """Cuts both shapes wherever either does; between two cuts of both, only if the pieces divide."""
   common = sorted({*left} & {*right}, reverse=True)
-  for outer, inner in zip(common, common[1:], strict=False):
+  for outer, inner in itertools.pairwise(common):
     cuts = sorted({c for c in (*left, *right) if inner <= c <= outer}, reverse=True)
-    pieces = list(zip(cuts, cuts[1:], strict=False))
+    pieces = list(itertools.pairwise(cuts))
     if all(a % b == 0 for a, b in pieces):
       for a, b in pieces:
         found.add(a // b, rows[_holder(left, a)], columns[_holder(right, a)])

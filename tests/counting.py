@@ -1,0 +1,79 @@
+"""An independent count of FLOPs over a jaxpr, for comparison: plain recursion, no liveness."""
+
+import math
+from typing import Any
+
+from jax.extend.core import Literal
+
+FREE = [
+  "reshape",
+  "transpose",
+  "squeeze",
+  "broadcast_in_dim",
+  "concatenate",
+  "split",
+  "slice",
+  "pad",
+  "rev",
+  "gather",
+  "select_n",
+  "convert_element_type",
+  "stop_gradient",
+  "copy",
+  "iota",
+  "dynamic_slice",
+  "dynamic_update_slice",
+]
+PER_INPUT = [
+  "reduce_sum",
+  "reduce_max",
+  "reduce_min",
+  "reduce_prod",
+  "reduce_or",
+  "reduce_and",
+  "argmax",
+  "argmin",
+  "cumsum",
+  "sort",
+]
+
+
+def count(closed: Any, depends: list[bool]) -> int:
+  """FLOPs of a jaxpr, leaving out what depends on no input that ``depends`` marks."""
+  return _count(closed, depends)[0]
+
+
+def _count(closed: Any, depends: list[bool]) -> tuple[int, list[bool]]:
+  jaxpr = getattr(closed, "jaxpr", closed)
+  marked = {v for v, d in zip(jaxpr.invars, depends, strict=True) if d}
+  total = 0
+  for eqn in jaxpr.eqns:
+    flags = [not isinstance(v, Literal) and v in marked for v in eqn.invars]
+    inner = next((p for p in eqn.params.values() if hasattr(p, "eqns")), None)
+    if inner is not None:
+      flops, outs = _count(inner, flags)
+    else:
+      flops, outs = _flops(eqn), [any(flags)] * len(eqn.outvars)
+    total += flops if any(flags) else 0
+    marked |= {v for v, d in zip(eqn.outvars, outs, strict=True) if d}
+  return total, [not isinstance(v, Literal) and v in marked for v in jaxpr.outvars]
+
+
+def _flops(eqn: Any) -> int:
+  name = eqn.primitive.name
+  out = math.prod(eqn.outvars[0].aval.shape)
+  left = eqn.invars[0].aval.shape
+  if name in FREE:
+    return 0
+  if name in PER_INPUT:
+    return math.prod(left)
+  if name.startswith("reduce_window"):
+    return out * math.prod(eqn.params["window_dimensions"])
+  if name == "dot_general":
+    terms = math.prod(left[i] for i in eqn.params["dimension_numbers"][0][0])
+    return out * max(2 * terms - 1, 0)
+  if name == "conv_general_dilated":
+    kernel = eqn.invars[1].aval.shape
+    spec = eqn.params["dimension_numbers"].rhs_spec
+    return out * max(2 * math.prod(kernel[i] for i in spec[1:]) - 1, 0)
+  return out

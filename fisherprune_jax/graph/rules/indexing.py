@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 
 from fisherprune_jax.graph.rules.movement import picked
-from fisherprune_jax.graph.spec import Axes, Factor, Spec, register_rule
+from fisherprune_jax.graph.spec import Factor, Spec, register_rule
 
 
 def gather(node: Any, infos: Sequence[Any]) -> Spec:
@@ -99,23 +99,21 @@ def dynamic_slice(node: Any, infos: Sequence[Any]) -> Spec:
     outs=(outs,),
     sizes={**dict(zip(ins, shape, strict=True)), **dict(zip(outs, out, strict=True))},
     neutral=frozenset(range(1, len(node.ins))),
-    whole=frozenset(str(f) for f in (*ins, *outs) if not str(f).startswith("d")),
+    whole=frozenset(f for f in (*ins, *outs) if not f.startswith("d")),
     opaque="a dynamic slice along the masked axis",
-    bind=lambda node, arrays, sizes: [
-      lax.dynamic_slice(arrays[0], arrays[1:], [sizes[str(f)] for f in outs])
-    ],
+    bind=lambda node, arrays, sizes: [lax.dynamic_slice(arrays[0], arrays[1:], [sizes[f] for f in outs])],
   )
 
 
 def _window(start: np.ndarray | None, size: Any, length: Any) -> np.ndarray | None:
   """A slice's positions; one that would reach beyond the end is moved back, as JAX does."""
-  if size == length:
+  if start is None or size == length:
     return None
   first = int(np.clip(start, 0, size - length))
   return np.arange(first, first + length)
 
 
-def _names(shape: Sequence[Any], out: Sequence[Any], letter: str) -> Axes:
+def _names(shape: Sequence[Any], out: Sequence[Any], letter: str) -> tuple[Factor, ...]:
   return tuple(f"d{i}" if n == m else f"{letter}{i}" for i, (n, m) in enumerate(zip(shape, out, strict=True)))
 
 

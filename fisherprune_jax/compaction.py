@@ -9,6 +9,7 @@ import numpy as np
 from jax import export
 
 from fisherprune_jax import report
+from fisherprune_jax.batching import batch_size, map_with_axes
 from fisherprune_jax.blockers import Blocker, blockers, check
 from fisherprune_jax.cost import cost_of
 from fisherprune_jax.errors import describe
@@ -47,9 +48,9 @@ class Compact:
     self._kept = self._find_kept(model)
     self._models = {_signature((tree.variables, args)): model}
     self._call = jax.jit(self._execute)
-    self._cost_model = cost_of(model, tree.mask_tree, _batch_size(args, batch_axes))
+    self._cost_model = cost_of(model, tree.mask_tree, batch_size(args, batch_axes))
     self.blockers: list[Blocker] = blockers(model)
-    self.cost: float = self._cost_model.exact(tree.mask_tree) / _batch_size(args, batch_axes)
+    self.cost: float = self._cost_model.exact(tree.mask_tree) / batch_size(args, batch_axes)
     self.variables = self._present(_map(Kept.slice, self._kept, tree.variables))
 
   def __call__(self, variables: Any, *args: Any) -> Any:
@@ -105,7 +106,7 @@ class Compact:
         return x
       return jax.ShapeDtypeStruct((*x.shape[:axis], batch, *x.shape[axis + 1 :]), x.dtype)
 
-    shapes = _map_with_axes(with_batch, abstract(args), self._batch_axes)
+    shapes = map_with_axes(with_batch, abstract(args), self._batch_axes)
     return export.export(jax.jit(lambda *xs: self(self.variables, *xs)), platforms=platforms)(*shapes)
 
   def _execute(self, variables: Any, args: Sequence[Any]) -> Any:
@@ -261,32 +262,6 @@ def _check_masks(tree: VariableTree) -> None:
 
 def _map(function: Callable[..., Any], *trees: Any) -> Any:
   return jax.tree.map(function, *trees)
-
-
-def _map_with_axes(function: Callable[[Any, int | None], Any], args: Any, batch_axes: Any) -> Any:
-  is_axis = lambda x: x is None or isinstance(x, int)  # noqa: E731
-  axes = batch_axes if is_axis(batch_axes) else tuple(batch_axes)
-  full = jax.tree.broadcast(axes, args, is_leaf=is_axis)
-  return jax.tree.map(lambda axis, x: function(x, axis), full, args, is_leaf=is_axis)
-
-
-def _batch_size(args: Sequence[Any], batch_axes: Any) -> int:
-  """The number of examples, by the first argument that has an example axis."""
-  found: list[tuple[Any, int]] = []
-
-  def note(x: Any, axis: int | None) -> None:
-    if axis is not None:
-      found.append((x, axis))
-
-  _map_with_axes(note, abstract(args), batch_axes)
-  if not found or len(found[0][0].shape) <= found[0][1]:
-    what = f"batch axis {found[0][1]} of {describe(found[0][0])}" if found else "none"
-    raise ValueError(
-      f"The first array of `args` must lead with the example axis, got {what} with batch_axes={batch_axes!r}. "
-      "Pass a batch, such as x[None], or say where its example axis is."
-    )
-  example, axis = found[0]
-  return example.shape[axis]
 
 
 def _has_params(tree: Any) -> bool:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisherprune_jax.batching import batch_size
 from fisherprune_jax.blockers import check
 from fisherprune_jax.errors import require_same_tree
 from fisherprune_jax.graph import flops
 from fisherprune_jax.graph.evaluate import Evaluation
-from fisherprune_jax.model import MaskSelector, Model, VariableTree, batch_size, rows_of, trace_model
+from fisherprune_jax.model import MaskSelector, Model, VariableTree, rows_of, trace_model
 
 
 class Row(NamedTuple):
@@ -156,7 +157,7 @@ def cost_model(
   112.0
   """
   tree = VariableTree(variables, masks)
-  examples = batch_size(args)
+  examples = batch_size(args, 0)
   model = trace_model(apply_fn, tree, args)
   check(model, strict)
   return cost_of(model, tree.mask_tree, examples, primitives)

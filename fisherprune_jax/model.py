@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax.errors import describe
 from fisherprune_jax.graph import sets
 from fisherprune_jax.graph.liveness import Info, Liveness, analyse, whole_box
 from fisherprune_jax.graph.program import Program, Value, trace
@@ -141,17 +140,6 @@ def _abstract_leaf(x: Any) -> Any:
     return x
   x = x if hasattr(x, "shape") and hasattr(x, "dtype") else jnp.asarray(x)
   return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
-
-
-def batch_size(args: Sequence[Any], axis: int = 0) -> Any:
-  """The number of examples: the length of the first array of ``args`` along its example axis."""
-  leaves = jax.tree.leaves(tuple(args))
-  if not leaves or len(getattr(leaves[0], "shape", ())) <= axis:
-    found = describe(leaves[0]) if leaves else "no argument"
-    raise ValueError(
-      f"The first array of `args` must lead with the example axis, got {found}. Pass a batch, such as x[None]."
-    )
-  return leaves[0].shape[axis]
 
 
 def keystr(path: Path) -> str:

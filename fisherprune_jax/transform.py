@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import optax
 
 from fisherprune_jax.cost import CostModel
-from fisherprune_jax.errors import describe, is_number, is_traced, require, require_same_tree
 from fisherprune_jax.fisher import fisher_signal
 from fisherprune_jax.selection import prune_one, rank, repeat_while
+from fisherprune_jax.validation import check_gradients, check_options
 
 Schedule = Callable[[jax.Array], Any]
-METHODS = ("fisher",)
 
 
 class FisherPruneState(NamedTuple):
@@ -113,7 +112,7 @@ def fisher_prune(
     Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
     <https://arxiv.org/abs/1801.05787>`_, 2018
   """
-  _check(
+  check_options(
     cost, prune_every, burn_in, decay, flops_weight, flops_target, method, features_per_prune, min_features
   )
   options = _Options(
@@ -155,7 +154,7 @@ def fisher_prune(
     del params, extra_args
     if not jax.tree.leaves(state.masks):  # the network was compacted: nothing left to prune
       return updates, state._replace(step=optax.safe_increment(state.step))
-    _check_gradients(mask_grads, state.masks)
+    check_gradients(mask_grads, state.masks)
     signal = fisher_signal(mask_grads, example_weights, axis_name)
     state, finite = _accumulate(state, signal, options)
     return updates, _prune(state, cost, finite, options)
@@ -225,83 +224,3 @@ def _prune(
 
 def _at(value: Any, step: jax.Array) -> Any:
   return value(step) if callable(value) else value
-
-
-def _check(
-  cost: Any,
-  prune_every: Any,
-  burn_in: Any,
-  decay: Any,
-  flops_weight: Any,
-  flops_target: Any,
-  method: Any,
-  features_per_prune: Any,
-  min_features: Any,
-) -> None:
-  if not isinstance(cost, CostModel):
-    raise TypeError(
-      f"cost must be a CostModel, got {describe(cost)}. Build one with fp.cost_model or CostModel.from_functions. "
-      "Under optax.inject_hyperparams name it in static_args, or use fp.inject_hyperparams."
-    )
-  for name, value, least in (
-    ("prune_every", prune_every, 1),
-    ("burn_in", burn_in, 0),
-    ("features_per_prune", features_per_prune, 1),
-    ("min_features", min_features, 0),
-  ):
-    _check_integer(name, value, least)
-  _check_number("decay", decay, lambda d: 0 <= d < 1, "in [0, 1)")
-  _check_number("flops_target", flops_target, lambda t: t >= 0, "a number of FLOPs, at least 0")
-  if isinstance(flops_weight, str):
-    require(flops_weight == "auto", "flops_weight must be 'auto', a number or a schedule", flops_weight)
-  else:
-    _check_number("flops_weight", flops_weight, lambda w: w == w, "'auto', a number or a schedule")
-  require(method in METHODS, f"method must be one of {METHODS}", method)
-  require(bool(jax.tree.leaves(cost.masks)), "cost must be a cost of at least one mask", cost.masks)
-  narrowest = min(leaf.shape[-1] for leaf in jax.tree.leaves(cost.masks))
-  require(
-    min_features <= narrowest,
-    f"min_features must be at most {narrowest}, the size of the smallest mask",
-    min_features,
-    "Lower it.",
-  )
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-  if isinstance(value, bool) or not isinstance(value, int):
-    raise TypeError(
-      f"{name} must be a Python int, got {describe(value)}. Under optax.inject_hyperparams name it in "
-      "static_args (and pass hyperparam_dtype=jnp.float32), or use fp.inject_hyperparams."
-    )
-  require(value >= least, f"{name} must be at least {least}", value)
-
-
-def _check_number(name: str, value: Any, holds: Callable[[Any], bool], requirement: str) -> None:
-  if getattr(value, "dtype", None) in (jnp.float16, jnp.bfloat16):
-    raise TypeError(
-      f"{name} must have at least the precision of float32, got {describe(value)}. Under optax.inject_hyperparams "
-      "pass hyperparam_dtype=jnp.float32 (beside static_args), or use fp.inject_hyperparams."
-    )
-  if callable(value) or is_traced(value):
-    return
-  if not is_number(value):
-    raise TypeError(f"{name} must be {requirement}, or a schedule of the step, got {describe(value)}.")
-  require(bool(holds(float(value))), f"{name} must be {requirement}", value)
-
-
-def _check_gradients(mask_grads: Any, masks: Any) -> None:
-  how = "Pass mask_grads from fp.value_and_grads: tx.update(grads, state, params, mask_grads=mask_grads)."
-  if mask_grads is None:
-    raise ValueError(f"fisher_prune needs the per-example gradients of the masks, got mask_grads=None. {how}")
-  require_same_tree(mask_grads, masks, "mask_grads", "the masks", how)
-  for g, mask in zip(jax.tree.leaves(mask_grads), jax.tree.leaves(masks), strict=True):
-    *stack, features = mask.shape
-    examples = g.shape[-2:-1] if g.ndim == mask.ndim + 1 else ("B",)
-    expected = (*stack, *examples, features)
-    if g.shape != expected:
-      raise ValueError(
-        f"mask_grads for a mask of shape {mask.shape} must have shape {(*stack, 'B', features)}, "
-        f"one row per example, got {g.shape}. {how}"
-      )
-  counts = {g.shape[-2] for g in jax.tree.leaves(mask_grads)}
-  require(len(counts) == 1, "mask_grads must have the same number B of examples in every mask", counts, how)

@@ -16,6 +16,7 @@ from fisherprune_jax.errors import describe
 from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.graph.execute import Run
 from fisherprune_jax.graph.liveness import whole_box
+from fisherprune_jax.graph.program import Value
 from fisherprune_jax.model import MaskSelector, Model, VariableTree, abstract, keystr, rows_of, trace_model
 from fisherprune_jax.shrinking import Kept, shrink_opt_state
 
@@ -34,11 +35,14 @@ class Compact:
     apply_fn: Callable[..., Any],
     tree: VariableTree,
     args: Sequence[Any],
+    *,
     batch_axes: Any,
     keep_masks: bool,
+    updates: Callable[[Any], Any] | None,
     strict: bool,
   ) -> None:
     self._apply_fn = apply_fn
+    self._updates = updates
     self._tree = tree
     self._batch_axes = batch_axes
     self._keep_masks = keep_masks
@@ -116,31 +120,34 @@ class Compact:
     if key not in self._models:
       self._models[key] = self._checked(self._trace(shapes, args))
     model = self._models[key]
-    given, held = jax.tree.leaves(full), [kept.box for kept in jax.tree.leaves(self._kept)]
-    if not self._keep_masks:
-      flags = self._tree.flags
-      held = [
-        whole_box(jnp.shape(x)) if is_mask else box
-        for x, box, is_mask in zip(given, held, flags, strict=True)
-      ]
-    leaves = jax.tree.leaves(args)
-    wanted = [whole_box(value.shape) for value in model.program.outputs]
+    given, leaves = jax.tree.leaves(full), jax.tree.leaves(args)
+    boxes = [kept.box for kept in jax.tree.leaves(self._kept)]
+    held = [
+      whole_box(jnp.shape(x)) if is_mask and not self._keep_masks else box
+      for x, box, is_mask in zip(given, boxes, self._tree.flags, strict=True)
+    ]
+    wanted = [
+      boxes[model.replaced[at]] if at in model.replaced else whole_box(value.shape)
+      for at, value in enumerate(model.program.outputs)
+    ]
     run = Run(model.program, model.live, self._ev)
     outputs = run([*given, *leaves], [*held, *(whole_box(jnp.shape(x)) for x in leaves)], wanted)
     return jax.tree.unflatten(jax.tree.structure(model.out_tree), outputs)
 
   def _trace(self, variables: Any, args: Sequence[Any]) -> Model:
-    return trace_model(self._apply_fn, VariableTree(variables, self._tree.masks), args, not self._keep_masks)
+    tree = VariableTree(variables, self._tree.masks)
+    return trace_model(self._apply_fn, tree, args, not self._keep_masks, self._updates)
 
   def _find_kept(self, model: Model) -> Any:
     """What is kept of each variable; of one that the output does not depend on, everything."""
+    shown = {model.replaced[at]: box for at, box in model.shown.items()}
 
-    def kept(value: Any) -> Kept:
-      if value not in model.live.asked:
-        return Kept(value.shape, (None,) * len(value.shape))
-      return Kept(value.shape, tuple(map(self._ev.index, model.live.stored(value))))
+    def kept(at: int, value: Value) -> Kept:
+      asked = model.live.stored(value) if value in model.live.asked else whole_box(value.shape)
+      return Kept(value.shape, tuple(map(self._ev.index, shown.get(at, asked))))
 
-    return jax.tree.unflatten(jax.tree.structure(self._tree.variables), map(kept, model.variables))
+    leaves = [kept(at, value) for at, value in enumerate(model.variables)]
+    return jax.tree.unflatten(jax.tree.structure(self._tree.variables), leaves)
 
   def _checked(self, model: Model) -> Model:
     """Raises if the program for another shape needs what was removed for the first one."""
@@ -217,7 +224,8 @@ def compact(
     masks: the collection that holds the masks, or a predicate on tree paths.
     batch_axes: where the example axes of ``args`` are, like ``jax.vmap``'s ``in_axes``.
     keep_masks: leave all-ones masks in, so that pruning can go on.
-    updates: picks from the output what replaces entries of ``variables``.
+    updates: picks from the output what replaces entries of ``variables``, which then comes back in compact
+      shapes and keeps nothing alive: ``lambda out: out[1]`` for ``mutable=["batch_stats"]``.
     strict: raise where a dead feature cannot be removed, instead of keeping it.
 
   Returns:
@@ -242,7 +250,9 @@ def compact(
   """
   tree = VariableTree(variables, masks)
   _check_masks(tree)
-  return Compact(apply_fn, tree, args, batch_axes, keep_masks, strict)
+  return Compact(
+    apply_fn, tree, args, batch_axes=batch_axes, keep_masks=keep_masks, updates=updates, strict=strict
+  )
 
 
 def _check_masks(tree: VariableTree) -> None:

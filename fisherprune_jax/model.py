@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax.graph import sets
-from fisherprune_jax.graph.liveness import Info, Liveness, analyse, whole_box
+from fisherprune_jax.graph.linking import analyse_linked
+from fisherprune_jax.graph.liveness import Box, Info, Liveness, whole_box
 from fisherprune_jax.graph.program import Program, Value, trace
 from fisherprune_jax.graph.rules import spec_of
 
@@ -81,12 +82,16 @@ class Model:
     live: what is live in it, as expressions over the masks.
     variables: the values of the variables' leaves; the inputs after them are the arguments.
     out_tree: the structure of its result, of shapes.
+    replaced: which output replaces which variable, by position.
+    shown: for such an output, the entries that it shows.
   """
 
   program: Program
   live: Liveness
   variables: list[Value]
   out_tree: Any
+  replaced: dict[int, int]
+  shown: dict[int, Box]
 
   @property
   def arguments(self) -> list[Value]:
@@ -95,7 +100,11 @@ class Model:
 
 
 def trace_model(
-  apply_fn: Callable[..., Any], tree: VariableTree, args: Sequence[Any], drop_masks: bool = True
+  apply_fn: Callable[..., Any],
+  tree: VariableTree,
+  args: Sequence[Any],
+  drop_masks: bool = True,
+  updates: Callable[[Any], Any] | None = None,
 ) -> Model:
   """Traces ``apply_fn(variables, *args)`` and finds what is live for every possible mask."""
   program, out_tree = trace(apply_fn, abstract(tree.variables), *abstract(tuple(args)))
@@ -103,8 +112,28 @@ def trace_model(
   values = program.inputs[:count]
   infos = _variable_infos(values, tree.flags)
   infos += [Info(whole_box(value.shape), varies=True) for value in program.inputs[count:]]
-  asked = [whole_box(value.shape) for value in program.outputs]
-  return Model(program, analyse(program, infos, asked, spec_of, drop_masks), values, out_tree)
+  replaced = _replaced(updates, out_tree, tree) if updates else {}
+  live, shown = analyse_linked(program, infos, replaced, spec_of, drop_masks)
+  return Model(program, live, values, out_tree, replaced, shown)
+
+
+def _replaced(updates: Callable[[Any], Any], out_tree: Any, tree: VariableTree) -> dict[int, int]:
+  """Which leaf of the output replaces which leaf of the variables."""
+  structure = jax.tree.structure(out_tree)
+  shapes = [leaf.shape for leaf in jax.tree.leaves(out_tree)]
+  picked = updates(jax.tree.unflatten(structure, range(structure.num_leaves)))
+  places = {keystr(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
+  found = {}
+  for path, out in jax.tree_util.tree_leaves_with_path(picked):
+    at, shape = places.get(keystr(path), (None, None))
+    if at is None or shapes[out] != shape:
+      raise ValueError(
+        f"updates must pick from the output what replaces entries of `variables`, got {keystr(path)} of shape "
+        f"{shapes[out]}, where the variables have {shape or 'no such entry'}. With mutable=['batch_stats'], "
+        "say updates=lambda out: out[1]."
+      )
+    found[out] = at
+  return found
 
 
 def _variable_infos(values: Sequence[Value], flags: Sequence[bool]) -> list[Info]:

@@ -332,3 +332,45 @@ def test_a_tree_of_another_structure_is_refused():
     small(variables, x)
   with pytest.raises(ValueError, match="structure"):
     small.shrink({"other": jnp.ones(3)})
+
+
+class Trained(nn.Module):
+  """Convolutions with batch norm in training form."""
+
+  @nn.compact
+  def __call__(self, x, train=True):
+    for features in (6, 5):
+      x = nn.Conv(features, (3, 3), use_bias=False, param_dtype=x.dtype)(x)
+      x = nn.BatchNorm(use_running_average=not train, param_dtype=x.dtype)(x)
+      x = fp.Mask()(nn.relu(x))
+    return nn.Dense(3, param_dtype=x.dtype)(x.mean(axis=(1, 2)))
+
+
+def test_batch_statistics_come_back_in_compact_shapes(x64):
+  model = Trained()
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 6, 2)))
+  variables = model.init(jax.random.key(0), x)
+  variables = variables | {"masks": random_masks(variables["masks"], 0, 0.5)}
+  widths = [int(mask.sum()) for mask in jax.tree.leaves(variables["masks"])]
+  train = functools.partial(model.apply, mutable=["batch_stats"])
+  small = fp.compact(train, variables, x, updates=lambda out: out[1])
+  assert small.variables["params"]["Conv_0"]["kernel"].shape == (3, 3, 2, widths[0])
+  assert small.variables["batch_stats"]["BatchNorm_1"]["mean"].shape == (widths[1],)
+  expected, stats = train(variables, x)
+  found, new = small(small.variables, x)
+  close(expected, found, 1e-10)
+  close(small.shrink(stats["batch_stats"]), new["batch_stats"], 1e-10)
+  inference = functools.partial(model.apply, train=False)
+  served = fp.compact(inference, variables | {"batch_stats": stats["batch_stats"]}, x)
+  assert jax.tree.map(jnp.shape, served.variables) == jax.tree.map(jnp.shape, {**small.variables, **new})
+  whole = fp.compact(train, variables, x)  # without `updates` every output keeps its full shape
+  close(train(variables, x), whole(whole.variables, x), 1e-10)
+
+
+def test_updates_must_name_variables():
+  model = Trained()
+  x = jnp.ones((4, 6, 6, 2))
+  variables = model.init(jax.random.key(0), x)
+  train = functools.partial(model.apply, mutable=["batch_stats"])
+  with pytest.raises(ValueError, match="updates must pick"):
+    fp.compact(train, variables, x, updates=lambda out: out)

@@ -82,7 +82,7 @@ def whole_box(shape: Sequence[Any]) -> Box:
 def analyse(
   program: Program,
   inputs: Sequence[Info],
-  asked: Sequence[Box],
+  asked: Sequence[Box | None],
   rules: Callable[[Node, Sequence[Info]], Spec],
   drop_masks: bool = True,
 ) -> Liveness:
@@ -91,14 +91,15 @@ def analyse(
   Args:
     program: what to analyse.
     inputs: what is known of each input.
-    asked: what is asked of each output.
+    asked: what is asked of each output; None if nothing is.
     rules: ``rules(node, infos)`` gives the ``Spec`` of a node that calls no program.
     drop_masks: whether multiplying by a mask is left out, as it changes no live entry.
   """
   live = Liveness(drop_masks=drop_masks)
   _forward(program, inputs, live, rules)
   for value, box in zip(program.outputs, asked, strict=True):
-    live.ask(value, box)
+    if box is not None:
+      live.ask(value, box)
   _backward(program, live)
   return live
 

@@ -30,10 +30,10 @@ def batch_size(args: Sequence[Any], batch_axes: Any) -> int:
 
   map_with_axes(note, abstract(args), batch_axes)
   if not found or len(found[0][0].shape) <= found[0][1]:
-    what = f"batch axis {found[0][1]} of {describe(found[0][0])}" if found else "none"
+    what = f"axis {found[0][1]} of {describe(found[0][0])}" if found else "no argument with one"
     raise ValueError(
-      f"The first array of `args` must lead with the example axis, got {what} with batch_axes={batch_axes!r}. "
-      "Pass a batch, such as x[None], or say where its example axis is."
+      f"The first array of `args` must lead with the example axis (compact takes batch_axes), got {what}. "
+      "Pass a batch, such as x[None]."
     )
   example, axis = found[0]
   return example.shape[axis]

@@ -4,7 +4,8 @@ import warnings
 from typing import NamedTuple
 
 from fisherprune_jax.graph import sets
-from fisherprune_jax.graph.liveness import Box, Liveness
+from fisherprune_jax.graph.facts import Box
+from fisherprune_jax.graph.liveness import Liveness
 from fisherprune_jax.graph.program import Node
 from fisherprune_jax.graph.rules import unknown
 from fisherprune_jax.graph.spec import Axes, compose
@@ -60,7 +61,7 @@ def _works_on_dead(node: Node, live: Liveness) -> bool:
   operands = [
     (used, offered)
     for value, axes in zip(node.ins, spec.ins, strict=True)
-    for used, offered in zip(worked_on(axes, value.shape), live.infos[value].box, strict=True)
+    for used, offered in zip(worked_on(axes, value.shape), live.info(value).box, strict=True)
   ]
   results = [
     (used, wanted)

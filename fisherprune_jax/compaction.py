@@ -15,7 +15,7 @@ from fisherprune_jax.cost import cost_of
 from fisherprune_jax.errors import describe
 from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.graph.execute import Run
-from fisherprune_jax.graph.liveness import whole_box
+from fisherprune_jax.graph.facts import whole_box
 from fisherprune_jax.graph.program import Value
 from fisherprune_jax.model import MaskSelector, Model, VariableTree, abstract, keystr, rows_of, trace_model
 from fisherprune_jax.shrinking import Kept, shrink_opt_state
@@ -47,14 +47,15 @@ class Compact:
     self._batch_axes = batch_axes
     self._keep_masks = keep_masks
     self._ev = Evaluation(rows_of(tree.mask_leaves, np))
+    examples = batch_size(args, batch_axes)
     model = self._trace(tree.variables, args)
     check(model, strict)
     self._kept = self._find_kept(model)
     self._models = {_signature((tree.variables, args)): model}
     self._call = jax.jit(self._execute)
-    self._cost_model = cost_of(model, tree.mask_tree, batch_size(args, batch_axes))
+    self._cost_model = cost_of(model, tree.mask_tree, examples)
     self.blockers: list[Blocker] = blockers(model)
-    self.cost: float = self._cost_model.exact(tree.mask_tree) / batch_size(args, batch_axes)
+    self.cost: float = self._cost_model.exact(tree.mask_tree) / examples
     self.variables = self._present(_map(Kept.slice, self._kept, tree.variables))
 
   def __call__(self, variables: Any, *args: Any) -> Any:

@@ -165,8 +165,9 @@ def cost_model(
 
 def cost_of(model: Model, masks: Any, examples: int, primitives: Sequence[str] | None = None) -> CostModel:
   """The cost model of a traced model."""
-  nodes = [node for node in model.live.factors if primitives is None or node.name in primitives]
-  terms = flops.collect(term for node in nodes for term in model.live.terms(node))
+  counted = (lambda name: True) if primitives is None else frozenset(primitives).__contains__
+  costs = list(model.live.costs(model.program, counted))
+  terms = flops.collect(cost.term for cost in costs)
   shapes = [leaf.shape for leaf in jax.tree.leaves(masks)]
 
   def total(masks: Any) -> jax.Array:
@@ -184,11 +185,10 @@ def cost_of(model: Model, masks: Any, examples: int, primitives: Sequence[str] |
     ones = jax.tree.map(lambda m: np.ones(m.shape), masks)
     states = [_evaluation(ones, np), _evaluation(masks, np)]
     rows: dict[tuple[str, str], list[float]] = {}
-    for node in nodes:
-      if found := model.live.terms(node):
-        row = rows.setdefault((node.source, node.name), [0.0, 0.0])
-        for i, ev in enumerate(states):
-          row[i] += flops.total(found, ev) / examples
+    for node, label, term in costs:
+      row = rows.setdefault((node.source, label), [0.0, 0.0])
+      for i, ev in enumerate(states):
+        row[i] += flops.total([term], ev) / examples
     return [Row(*where, *counts) for where, counts in rows.items()]
 
   ones = jax.tree.map(lambda m: np.ones(m.shape), masks)

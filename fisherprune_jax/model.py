@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisherprune_jax.graph import control as control
 from fisherprune_jax.graph import sets
+from fisherprune_jax.graph.facts import Box, Info, whole_box
 from fisherprune_jax.graph.linking import analyse_linked
-from fisherprune_jax.graph.liveness import Box, Info, Liveness, whole_box
+from fisherprune_jax.graph.liveness import Liveness
 from fisherprune_jax.graph.program import Program, Value, trace
 from fisherprune_jax.graph.rules import spec_of
 

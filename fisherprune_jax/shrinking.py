@@ -10,7 +10,7 @@ import numpy as np
 
 from fisherprune_jax.errors import describe
 from fisherprune_jax.graph import sets
-from fisherprune_jax.graph.liveness import Box
+from fisherprune_jax.graph.facts import Box
 from fisherprune_jax.model import Path, keystr
 from fisherprune_jax.transform import FisherPruneState
 

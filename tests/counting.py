@@ -5,6 +5,8 @@ from typing import Any
 
 from jax.extend.core import Literal
 
+from fisherprune_jax.graph.compat import scan_counts
+
 FREE = [
   "reshape",
   "transpose",
@@ -49,14 +51,37 @@ def _count(closed: Any, depends: list[bool]) -> tuple[int, list[bool]]:
   total = 0
   for eqn in jaxpr.eqns:
     flags = [not isinstance(v, Literal) and v in marked for v in eqn.invars]
+    name = eqn.primitive.name
     inner = next((p for p in eqn.params.values() if hasattr(p, "eqns")), None)
-    if inner is not None:
+    if name == "cond":
+      found = [_count(branch, flags[1:]) for branch in eqn.params["branches"]]
+      flops, outs = max(f for f, _ in found), [True] * len(eqn.outvars)
+    elif name == "while":
+      first, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+      body, outs = _turn(eqn.params["body_jaxpr"], flags[first:], consts, len(eqn.outvars))
+      flops = body + _count(eqn.params["cond_jaxpr"], [*flags[:first], *outs])[0]
+    elif name == "scan":
+      consts, carry = scan_counts(eqn.params)
+      turn, outs = _turn(inner, flags, consts, carry)
+      flops = eqn.params["length"] * turn
+    elif inner is not None:
       flops, outs = _count(inner, flags)
     else:
       flops, outs = _flops(eqn), [any(flags)] * len(eqn.outvars)
     total += flops if any(flags) else 0
     marked |= {v for v, d in zip(eqn.outvars, outs, strict=True) if d}
   return total, [not isinstance(v, Literal) and v in marked for v in jaxpr.outvars]
+
+
+def _turn(body: Any, flags: list[bool], consts: int, carry: int) -> tuple[int, list[bool]]:
+  """One turn of a loop; carried values depend on the arguments if they do at first or after any turn."""
+  flags = list(flags)
+  while True:
+    flops, outs = _count(body, flags)
+    joined = [a or b for a, b in zip(flags[consts : consts + carry], outs, strict=False)]
+    if joined == flags[consts : consts + carry]:
+      return flops, [*joined, *outs[carry:]]
+    flags[consts : consts + carry] = joined
 
 
 def _flops(eqn: Any) -> int:

@@ -18,7 +18,8 @@ class Case:
   """A network, the shape of one batch of its input, and what is known of it.
 
   ``removable``: nothing has to be kept whole. ``valid``: loop-free and VALID-padded, so that XLA's own count
-  can be compared.
+  can be compared. ``differentiable``: by reverse mode. ``independent``: an example's output
+  does not hang on the others.
   """
 
   name: str
@@ -26,6 +27,8 @@ class Case:
   shape: tuple[int, ...]
   removable: bool = True
   valid: bool = False
+  differentiable: bool = True
+  independent: bool = True
 
   def variables(self, seed: int = 0, dtype: Any = jnp.float32) -> Any:
     """Random variables: biases and statistics too, so that nothing is zero by accident."""
@@ -61,7 +64,7 @@ def random_masks(masks: Any, seed: int, alive: float = 0.6) -> Any:
 CASES: dict[str, Case] = {}
 
 
-def case(shape: tuple[int, ...], removable: bool = True, valid: bool = False) -> Any:
+def case(shape: tuple[int, ...], **known: bool) -> Any:
   """Adds a function ``x -> y`` with Linen layers in it to the table."""
 
   def add(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
@@ -70,7 +73,7 @@ def case(shape: tuple[int, ...], removable: bool = True, valid: bool = False) ->
       def __call__(self, x: jax.Array) -> jax.Array:
         return function(x)
 
-    CASES[function.__name__] = Case(function.__name__, Network, shape, removable, valid)
+    CASES[function.__name__] = Case(function.__name__, Network, shape, **known)
     return function
 
   return add
@@ -333,7 +336,7 @@ def weights_shared(x):
   return dense(2)(gate(nn.relu(layer(gate(nn.relu(layer(x)))))))
 
 
-@case((3, 6), removable=False)
+@case((3, 6), removable=False, independent=False)  # it divides by the number of examples
 def mask_value_used_in_other_ways(x):
   y = nn.relu(dense(5)(x))
   kept = fp.Mask()(jnp.ones_like(y))
@@ -348,3 +351,73 @@ def remat_and_jit(x):
   y = jax.jit(nn.gelu)(mask(dense(6)(x)))
   y = y + jax.checkpoint(jnp.sin)(y)
   return dense(2)(lax.rev(block(y), (1,)))
+
+
+def lstm(features: int) -> nn.OptimizedLSTMCell:
+  return nn.OptimizedLSTMCell(features, param_dtype=_dtype())
+
+
+class _Recurrent(nn.Module):
+  """A masked recurrent state, shared over time: by ``nn.RNN`` (a scan)."""
+
+  cell: Any
+
+  @nn.compact
+  def __call__(self, x):
+    y = nn.RNN(self.cell(6))(mask(dense(5)(x)))
+    return dense(2)(mask(y))
+
+
+CASES["lstm_scanned"] = Case("lstm_scanned", lambda: _Recurrent(lstm), (2, 4, 3))
+CASES["gru_scanned"] = Case(
+  "gru_scanned", lambda: _Recurrent(lambda n: nn.GRUCell(n, param_dtype=_dtype())), (2, 4, 3)
+)
+
+
+class _MaskedState(nn.Module):
+  """A hidden state that is masked at every turn, with the mask closed over."""
+
+  @nn.compact
+  def __call__(self, x):
+    inner, outer, gate = dense(6), dense(6, use_bias=False), fp.Mask()
+    w = self.param("w", nn.initializers.normal(), (6, 6), _dtype())
+    inputs = gate(nn.relu(inner(x)))
+    keep = gate(jnp.ones((x.shape[0], 6), x.dtype))
+    outer(inputs)
+
+    def turn(state, each):
+      state = jnp.tanh(state @ w + each) * keep
+      return state, state
+
+    last, states = lax.scan(turn, jnp.zeros_like(inputs[:, 0]), jnp.moveaxis(inputs, 1, 0))
+    return dense(2)(last + states.sum(0))
+
+
+CASES["recurrent_state_masked"] = Case("recurrent_state_masked", _MaskedState, (2, 4, 3))
+
+
+@case((2, 5), independent=False)
+def conditional(x):
+  y = mask(nn.relu(dense(6)(x)))
+  z = lax.cond(jnp.sum(x) > 0, lambda y: jnp.tanh(y) * 2 + jnp.sin(y), lambda y: y, y)
+  return dense(2)(z)
+
+
+@case((2, 5), differentiable=False)
+def while_loop(x):
+  y = mask(nn.relu(dense(6)(x)))
+  z = lax.while_loop(lambda s: s[0] < 3, lambda s: (s[0] + 1, jnp.sin(s[1])), (0, y))[1]
+  return dense(2)(z)
+
+
+@case((2, 5), independent=False)
+def switch(x):
+  y = mask(nn.relu(dense(6)(x)))
+  branches = [jnp.tanh, lambda y: y * y + y, lambda y: y]
+  return dense(2)(lax.switch(jnp.argmax(x[0]), branches, y))
+
+
+@case((2, 5))
+def fori_loop(x):
+  y = mask(nn.relu(dense(6)(x)))
+  return dense(2)(lax.fori_loop(0, 3, lambda i, y: y * 0.5 + jnp.sin(y), y))

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 
 from fisherprune_jax.graph.evaluate import Evaluation
-from fisherprune_jax.graph.liveness import Box
+from fisherprune_jax.graph.facts import Box
 
 
 def align(array: Any, held: Box, wanted: Box, ev: Evaluation) -> Any:
@@ -45,8 +45,20 @@ def select(array: Any, axis: int, source: np.ndarray) -> Any:
     return lax.pad(array, jnp.zeros((), array.dtype), config)
   if not there.size:
     return jnp.zeros((*array.shape[:axis], source.size, *array.shape[axis + 1 :]), array.dtype)
-  beyond = np.where(source >= 0, source, array.shape[axis])
-  return jnp.take(array, beyond, axis, mode="fill", fill_value=0)
+  return _gather(array, axis, np.where(source >= 0, source, array.shape[axis]))
+
+
+def _gather(array: Any, axis: int, index: np.ndarray) -> Any:
+  """Entries by static positions; those beyond the end are zero."""
+  others = tuple(at for at in range(array.ndim) if at != axis)
+  return lax.gather(
+    array,
+    jnp.asarray(index[:, None], jnp.int32),
+    lax.GatherDimensionNumbers(others, (axis,), (axis,)),
+    tuple(1 if at == axis else n for at, n in enumerate(array.shape)),
+    mode="fill",
+    fill_value=0,
+  )
 
 
 def _even(positions: np.ndarray) -> int:

@@ -52,6 +52,14 @@ def source_of(eqn: Any) -> str:
   return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
 
 
+def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+  """How many constants and how many carried values a scan has."""
+  if "ft_in" in params:
+    consts, carry, _ = params["ft_in"].unpack()
+    return len(consts), len(carry)
+  return params["num_consts"], params["num_carry"]
+
+
 def sub_jaxprs(params: dict[str, Any]) -> list[Any]:
   """All jaxprs among an equation's parameters."""
   found = []

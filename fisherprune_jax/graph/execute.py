@@ -13,13 +13,13 @@ import numpy as np
 
 from fisherprune_jax.graph import compat
 from fisherprune_jax.graph.align import align, select, sources
-from fisherprune_jax.graph.calls import CALLS
 from fisherprune_jax.graph.evaluate import Evaluation
-from fisherprune_jax.graph.liveness import Box, Info, Liveness, analyse, whole_box
+from fisherprune_jax.graph.facts import Box, Info, box_of, whole_box
+from fisherprune_jax.graph.liveness import STRUCTURED, Liveness, analyse
 from fisherprune_jax.graph.program import Node, Program, Value
 from fisherprune_jax.graph.rules import spec_of
 from fisherprune_jax.graph.sets import Set
-from fisherprune_jax.graph.spec import Axes, Factor, Pick, Spec, compose
+from fisherprune_jax.graph.spec import Axes, Factor, Pick, Spec
 
 Arrays = dict[Value, Any]
 
@@ -40,11 +40,17 @@ class Run:
       held: says per input what entries they hold.
       wanted: which entries of every output to return.
     """
-    arrays = [
+    return self.call(self.program, inputs, held, wanted)
+
+  def call(
+    self, program: Program, xs: Sequence[Any], held: Sequence[Box], wanted: Sequence[Box]
+  ) -> list[Any]:
+    """Executes a program that this one runs, on inputs that hold what ``held`` says."""
+    inputs = [
       align(x, box, self.live.stored(value), self.ev) if value in self.live.asked else None
-      for x, box, value in zip(inputs, held, self.program.inputs, strict=True)
+      for x, box, value in zip(xs, held, program.inputs, strict=True)
     ]
-    return self.run(self.program, arrays, wanted)
+    return self.run(program, inputs, wanted)
 
   def run(self, program: Program, inputs: Sequence[Any], wanted: Sequence[Box]) -> list[Any]:
     """Executes this program, or one that it calls, on what is stored of its inputs."""
@@ -71,27 +77,20 @@ class Run:
 
 
 def _execute(run: Run, node: Node, arrays: Arrays) -> None:
-  outs, boxes = (_apply if node.sub is None else _call)(run, node, arrays)
+  if node in run.live.subs:
+    outs, boxes = STRUCTURED[node.name].execute(run, node, arrays)
+  else:
+    outs, boxes = _apply(run, node, arrays)
   for out, array, box in zip(node.outs, outs, boxes, strict=True):
     if out in run.live.asked:
       arrays[out] = align(array, box, run.live.stored(out), run.ev)
-
-
-def _call(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequence[Box]]:
-  sub = node.sub
-  assert sub is not None
-  inputs = [
-    run.show(arrays, value, run.live.stored(inner)) for value, inner in zip(node.ins, sub.inputs, strict=True)
-  ]
-  boxes = [run.live.stored(out) for out in node.outs]
-  return CALLS[node.name](run, node, lambda *xs: run.run(sub, xs, boxes))(*inputs), boxes
 
 
 def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequence[Box]]:
   spec, factors = run.live.specs[node], run.live.factors[node]
 
   def box(axes: Axes, value: Value) -> Box:
-    return tuple(compose(axis, factors, n) for axis, n in zip(axes, value.shape, strict=True))
+    return box_of(axes, factors, value.shape)
 
   boxes = [box(axes, out) for axes, out in zip(spec.outs, node.outs, strict=True)]
   if spec.same_as is not None and run.live.drop_masks:

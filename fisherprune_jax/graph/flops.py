@@ -52,19 +52,45 @@ def _split_constants(number: int, found: Iterable[Set]) -> tuple[int, tuple[Set,
   return int(number), tuple(sorted(rest, key=lambda s: s.serial))
 
 
-def collect(terms: Iterable[Term]) -> list[Term]:
+class Dearest(NamedTuple):
+  """``scale`` times the largest of several sums of terms, as of the branches of a conditional."""
+
+  sums: tuple[tuple[Any, ...], ...]
+  scale: int = 1
+
+  @property
+  def key(self) -> Any:
+    """As of a term."""
+    return self.sums
+
+  @property
+  def leaves(self) -> frozenset[Any]:
+    """The masks that it depends on."""
+    return frozenset().union(*(t.leaves for terms in self.sums for t in terms))
+
+
+Terms = Iterable[Term | Dearest]
+
+
+def collect(terms: Terms) -> list[Term | Dearest]:
   """Adds up the terms that differ by their scale alone."""
   scales: dict[Any, int] = {}
+  first: dict[Any, Term | Dearest] = {}
   for t in terms:
-    scales[t.key] = scales.get(t.key, 0) + t.scale
-  return [Term(scale, *key) for key, scale in scales.items() if scale]
+    key = (type(t), t.key)
+    first.setdefault(key, t)
+    scales[key] = scales.get(key, 0) + t.scale
+  return [t._replace(scale=scales[key]) for key, t in first.items() if scales[key]]
 
 
-def total(terms: Iterable[Term], ev: Evaluation) -> Any:
+def total(terms: Terms, ev: Evaluation) -> Any:
   """The sum of terms: a Python int on the host, a float32 scalar under ``jax.numpy``."""
   number = int if ev.xp is np else (lambda n: jnp.asarray(n, jnp.float32))
   out = number(0)
   for t in terms:
+    if isinstance(t, Dearest):
+      out = out + number(t.scale) * _largest([total(sum_, ev) for sum_ in t.sums], ev.xp)
+      continue
     value = number(t.scale)
     for s in t.outer:
       value = value * number(ev.count(s))
@@ -77,14 +103,20 @@ def total(terms: Iterable[Term], ev: Evaluation) -> Any:
   return int(out) if ev.xp is np else out
 
 
-def drops(terms: Iterable[Term], ev: Evaluation, key: Any, features: int) -> Any:
+def _largest(values: list[Any], xp: Any) -> Any:
+  return max(values) if xp is np else jnp.max(jnp.stack(values), axis=0)
+
+
+def drops(terms: Terms, ev: Evaluation, key: Any, features: int) -> Any:
   """For each feature of mask ``key``: how much the sum drops if it goes too, in float32.
 
   No two totals are subtracted: the drop of a product is a sum of products of counts and drops of counts.
   """
   out = jnp.zeros(features, jnp.float32)
   for t in terms:
-    if key in t.leaves:
+    if isinstance(t, Dearest):
+      out = out + t.scale * _dearest_drops(t, ev, key, features)
+    elif key in t.leaves:
       pairs = [_count_and_drop(s, ev, key, features) for s in t.outer]
       if t.inner is not None:
         inner, drop = product_drop([_count_and_drop(s, ev, key, features) for s in t.inner])
@@ -93,6 +125,14 @@ def drops(terms: Iterable[Term], ev: Evaluation, key: Any, features: int) -> Any
         pairs.append((value, jnp.where(inner > drop, 2 * drop, value)))
       out = out + t.scale * product_drop(pairs)[1]
   return out
+
+
+def _dearest_drops(t: Dearest, ev: Evaluation, key: Any, features: int) -> Any:
+  """The largest sum drops to what the branch that is then the largest still has."""
+  totals = jnp.stack([total(terms, ev) for terms in t.sums])
+  behind = jnp.max(totals) - totals  # exactly zero for the dearest branch
+  falls = jnp.stack([drops(terms, ev, key, features) for terms in t.sums])
+  return jnp.min(behind[:, None] + falls, axis=0)
 
 
 def _count_and_drop(s: Set, ev: Evaluation, key: Any, features: int) -> tuple[Any, Any]:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fisherprune_jax.graph import sets
-from fisherprune_jax.graph.liveness import Box, Info, Liveness, analyse, whole_box
+from fisherprune_jax.graph.facts import Box, Info, whole_box
+from fisherprune_jax.graph.liveness import Liveness, analyse
 from fisherprune_jax.graph.program import Node, Program, Value
 from fisherprune_jax.graph.sets import Set
 
@@ -51,16 +52,12 @@ def _join(box: Box, live: Liveness, value: Value) -> Box:
   return tuple(map(sets.union, box, live.stored(value)))
 
 
-def _sources(program: Program) -> dict[Value, list[tuple[Node | None, int, Value]]]:
-  """For each value, where it comes from: a node and which of its results, or an alias of a call."""
-  found: dict[Value, list[tuple[Node | None, int, Value]]] = {}
+def _sources(program: Program) -> dict[Value, list[tuple[Node, int]]]:
+  """For each value the node that computes it, and as which of its results."""
+  found: dict[Value, list[tuple[Node, int]]] = {}
   for node in program.nodes:
     for at, out in enumerate(node.outs):
-      found.setdefault(out, []).append((node, at, node.sub.outputs[at] if node.sub else out))
-    if node.sub is not None:
-      found.update(_sources(node.sub))
-      for inner, outer in zip(node.sub.inputs, node.ins, strict=True):
-        found.setdefault(inner, []).append((None, 0, outer))
+      found.setdefault(out, []).append((node, at))
   return found
 
 
@@ -86,11 +83,10 @@ def _follow(value: Value, axis: int, live: Liveness, sources: Any) -> Set:
 def _back(value: Value, axis: int, live: Liveness, sources: Any) -> list[tuple[Value, int]]:
   """The operands' axes that an axis of a value comes from unchanged."""
   out = []
-  for node, at, alias in sources.get(value, []):
-    if node is None or node.sub is not None:
-      out.append((alias, axis))
+  for node, at in sources.get(value, []):
+    spec = live.specs.get(node)
+    if spec is None:  # it runs a program: nothing is known of its axes
       continue
-    spec = live.specs[node]
     factor = spec.outs[at][axis]
     out += [
       (operand, place)

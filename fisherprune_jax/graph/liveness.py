@@ -6,85 +6,136 @@ axis. An entry that is not stored is zero, or nobody asks for it; so showing it 
 that is all that execution relies on.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-import jax.numpy as jnp
-import numpy as np
-
-from fisherprune_jax.graph import compat, flops, sets
+from fisherprune_jax.graph import flops
+from fisherprune_jax.graph.facts import (
+  Box,
+  Factors,
+  Info,
+  box_of,
+  constant,
+  empty_box,
+  join,
+  meet,
+  needed,
+  results,
+)
 from fisherprune_jax.graph.program import Node, Program, Value
-from fisherprune_jax.graph.sets import Set
-from fisherprune_jax.graph.spec import Factor, Spec, compose, factors_of, project
+from fisherprune_jax.graph.spec import Spec
 
-Box = tuple[Set, ...]
-LARGEST_KNOWN = 65_536
-"""Integer arrays up to this size are followed by value."""
+Rules = Callable[[Node, Sequence[Info]], Spec]
 
 
-class Info(NamedTuple):
-  """What is known of an array before it is computed.
+class Cost(NamedTuple):
+  """What one node costs; ``node`` says where it is, ``label`` what it is called in a breakdown."""
 
-  Attributes:
-    box: per axis, where it can be non-zero.
-    const: the value of all its entries, where they are one known number.
-    mask: whether its entries are one wherever ``box`` allows them to be non-zero.
-    varies: whether it depends on the arguments, not on the variables alone.
-    known: its value, if it is a small array of integers that no input decides.
-  """
+  node: Node
+  label: str
+  term: Any
 
-  box: Box
-  const: Any = None
-  mask: bool = False
-  varies: bool = False
-  known: np.ndarray | None = None
+
+class Structured(Protocol):
+  """A primitive that runs programs: calls, conditionals, loops."""
+
+  def forward(self, node: Node, infos: Sequence[Info], live: "Liveness") -> list[Info] | None:
+    """What is known of the results; None where the primitive has to be kept whole."""
+
+  def backward(self, node: Node, live: "Liveness") -> None:
+    """Asks for what is needed of the operands."""
+
+  def costs(self, node: Node, live: "Liveness", counted: Callable[[str], bool]) -> Iterator[Cost]:
+    """What it costs."""
+
+  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+    """Its results, and the entries that they hold."""
+
+
+STRUCTURED: dict[str, Structured] = {}
 
 
 @dataclass
 class Liveness:
-  """The facts found about one program, and about the programs it calls."""
+  """The facts found about one program, and about the programs that it runs (``subs``)."""
 
+  rules: Rules
+  drop_masks: bool = True
   infos: dict[Value, Info] = field(default_factory=dict)
   asked: dict[Value, Box] = field(default_factory=dict)
   specs: dict[Node, Spec] = field(default_factory=dict)
-  factors: dict[Node, dict[Factor, Set]] = field(default_factory=dict)
-  drop_masks: bool = True
+  factors: dict[Node, Factors] = field(default_factory=dict)
+  subs: dict[Node, list[Program]] = field(default_factory=dict)
+
+  def forward(self, program: Program, inputs: Sequence[Info]) -> list[Info]:
+    """Finds what is known of every value of a program; returns it for the outputs."""
+    self.infos.update(zip(program.inputs, inputs, strict=True))
+    self.infos.update((value, constant(const, value.shape)) for value, const in program.consts)
+    for node in program.nodes:
+      infos = [self.info(value) for value in node.ins]
+      handler = STRUCTURED.get(node.name)
+      outs = handler.forward(node, infos, self) if handler else None
+      if outs is None:
+        self.subs.pop(node, None)
+        spec = self.specs[node] = self.rules(node, infos)
+        outs = results(node, spec, infos)
+      self.infos.update(zip(node.outs, outs, strict=True))
+    return [self.info(value) for value in program.outputs]
+
+  def backward(self, program: Program, asked: Sequence[Box | None]) -> None:
+    """Asks for the outputs, and for everything that they need in turn."""
+    for value, box in zip(program.outputs, asked, strict=True):
+      if box is not None:
+        self.ask(value, box)
+    for node in reversed(program.nodes):
+      if not any(out in self.asked for out in node.outs):
+        continue
+      if node in self.subs:
+        STRUCTURED[node.name].backward(node, self)
+      else:
+        self._backward_spec(node)
+
+  def _backward_spec(self, node: Node) -> None:
+    spec = self.specs[node]
+    factors = needed(
+      node, spec, lambda v: self.info(v).box, lambda v: self.stored(v) if v in self.asked else None
+    )
+    self.factors[node] = factors
+    for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
+      if spec.same_as in (None, operand) or not self.drop_masks:
+        self.ask(value, box_of(axes, factors, value.shape))
+
+  def info(self, value: Value) -> Info:
+    """What is known of a value."""
+    return self.infos[value] if value.literal is None else constant(value.literal, value.shape)
 
   def stored(self, value: Value) -> Box:
     """Per axis, the entries of an array that are kept."""
-    box = self.infos[value].box
-    asked = self.asked.get(value)
-    if asked is None:
-      return tuple(sets.nothing(s.size) for s in box)
-    return tuple(sets.intersection(a, b) for a, b in zip(box, asked, strict=True))
+    box = self.info(value).box
+    if value.literal is not None:
+      return box
+    return meet(box, self.asked[value]) if value in self.asked else empty_box(value.shape)
 
   def ask(self, value: Value, box: Box) -> None:
     """Adds to what is asked of an array."""
     if value.literal is None:
-      before = self.asked.get(value)
-      joined = box if before is None else tuple(map(sets.union, before, box))
-      self.asked[value] = joined
+      self.asked[value] = join(self.asked[value], box) if value in self.asked else box
 
-  def terms(self, node: Node) -> list[flops.Term]:
-    """What one node costs; nothing where its results depend on the variables alone."""
-    if node not in self.factors or not any(self.infos[out].varies for out in node.outs):
-      return []
-    return [flops.term(count, self.factors[node]) for count in self.specs[node].flops]
-
-
-def whole_box(shape: Sequence[Any]) -> Box:
-  """The box that holds everything."""
-  return tuple(sets.everything(n) for n in shape)
+  def costs(self, program: Program, counted: Callable[[str], bool] = lambda name: True) -> Iterator[Cost]:
+    """What the nodes of a program cost; nothing where results depend on the variables alone."""
+    for node in program.nodes:
+      if not any(out in self.asked and self.infos[out].varies for out in node.outs):
+        continue
+      if node in self.subs:
+        yield from STRUCTURED[node.name].costs(node, self, counted)
+      elif counted(node.name):
+        for count in self.specs[node].flops:
+          yield Cost(node, node.name, flops.term(count, self.factors[node]))
 
 
 def analyse(
-  program: Program,
-  inputs: Sequence[Info],
-  asked: Sequence[Box | None],
-  rules: Callable[[Node, Sequence[Info]], Spec],
-  drop_masks: bool = True,
+  program: Program, inputs: Sequence[Info], asked: Sequence[Box | None], rules: Rules, drop_masks: bool = True
 ) -> Liveness:
   """Runs both passes.
 
@@ -92,148 +143,10 @@ def analyse(
     program: what to analyse.
     inputs: what is known of each input.
     asked: what is asked of each output; None if nothing is.
-    rules: ``rules(node, infos)`` gives the ``Spec`` of a node that calls no program.
+    rules: ``rules(node, infos)`` gives the ``Spec`` of a node that runs no program.
     drop_masks: whether multiplying by a mask is left out, as it changes no live entry.
   """
-  live = Liveness(drop_masks=drop_masks)
-  _forward(program, inputs, live, rules)
-  for value, box in zip(program.outputs, asked, strict=True):
-    if box is not None:
-      live.ask(value, box)
-  _backward(program, live)
+  live = Liveness(rules, drop_masks)
+  live.forward(program, inputs)
+  live.backward(program, asked)
   return live
-
-
-def _forward(program: Program, inputs: Iterable[Info], live: Liveness, rules: Any) -> None:
-  live.infos.update(zip(program.inputs, inputs, strict=True))
-  live.infos.update(
-    (value, Info(whole_box(value.shape), known=_known(const))) for value, const in program.consts
-  )
-  for node in program.nodes:
-    infos = [_info(value, live) for value in node.ins]
-    if node.sub is not None:
-      _forward(node.sub, infos, live, rules)
-      live.infos.update(
-        (out, live.infos[inner]) for out, inner in zip(node.outs, node.sub.outputs, strict=True)
-      )
-    else:
-      spec = live.specs[node] = rules(node, infos)
-      live.infos.update(zip(node.outs, _results(node, spec, infos), strict=True))
-  for value in program.outputs:
-    _info(value, live)
-
-
-def _info(value: Value, live: Liveness) -> Info:
-  if value.literal is not None:
-    const = value.literal if value.shape == () else None
-    live.infos[value] = Info(whole_box(value.shape), const, known=_known(value.literal))
-  return live.infos[value]
-
-
-def _results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
-  factors = {f: _can_be_nonzero(f, spec, infos) for f in spec.sizes}
-  varies = any(info.varies for info in infos)
-  boxes = [
-    tuple(compose(axis, factors, n) for axis, n in zip(axes, out.shape, strict=True))
-    for axes, out in zip(spec.outs, node.outs, strict=True)
-  ]
-  known = _fold(node, infos)
-  if spec.moves:
-    first = infos[0]
-    return [Info(boxes[0], first.const, first.mask and _is_exact(spec, factors, first), varies, known)]
-  mask = spec.same_as is not None and all(info.mask for info in infos)
-  return [Info(box, mask=mask, varies=varies, known=known) for box in boxes]
-
-
-def _known(x: Any) -> np.ndarray | None:
-  """A small concrete array of integers, such as indices."""
-  if (
-    not compat.is_concrete(x)
-    or np.size(x) > LARGEST_KNOWN
-    or not np.issubdtype(compat.dtype_of(x), np.integer)
-  ):
-    return None
-  return np.asarray(x)
-
-
-def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:
-  """The value of a node that computes small integers from known ones, as indexing does."""
-  (out, *more) = node.outs
-  small = all(map(compat.is_static_size, out.shape)) and math.prod(out.shape) <= LARGEST_KNOWN
-  integers = jnp.issubdtype(out.aval.dtype, jnp.integer) or out.aval.dtype == bool
-  if more or not small or not integers or any(info.known is None for info in infos):
-    return None
-  return compat.evaluate(node.eqn, [info.known for info in infos])
-
-
-def _is_exact(spec: Spec, factors: dict[Factor, Set], info: Info) -> bool:
-  """Whether an array moved by ``spec`` is non-zero exactly where its new box says, as its old one did."""
-  return all(compose(axis, factors, s.size) is s for axis, s in zip(spec.ins[0], info.box, strict=True))
-
-
-def _can_be_nonzero(factor: Factor, spec: Spec, infos: Sequence[Info]) -> Set:
-  everything = sets.everything(spec.sizes[factor])
-  if factor in spec.whole:
-    return everything
-  seen = [
-    (operand, project(axis, s, factor, spec.sizes))
-    for operand, (axes, info) in enumerate(zip(spec.ins, infos, strict=True))
-    for axis, s in zip(axes, info.box, strict=True)
-    if factor in factors_of(axis) and operand not in spec.neutral
-  ]
-  free = factor in spec.alive or not seen
-  base = everything if free else sets.union(*(s for _, s in seen))
-  return sets.intersection(base, *(s for operand, s in seen if operand in spec.kills))
-
-
-def _backward(program: Program, live: Liveness) -> None:
-  for node in reversed(program.nodes):
-    if not any(out in live.asked for out in node.outs):
-      continue
-    if node.sub is not None:
-      _backward_call(node, live)
-    else:
-      _backward_spec(node, live)
-
-
-def _backward_call(node: Node, live: Liveness) -> None:
-  assert node.sub is not None
-  for out, inner in zip(node.outs, node.sub.outputs, strict=True):
-    if out in live.asked:
-      live.ask(inner, live.asked[out])
-  _backward(node.sub, live)
-  for value, inner in zip(node.ins, node.sub.inputs, strict=True):
-    if inner in live.asked:
-      live.ask(value, live.stored(inner))
-
-
-def _backward_spec(node: Node, live: Liveness) -> None:
-  spec = live.specs[node]
-  factors = live.factors[node] = {f: _needed(f, node, spec, live) for f in spec.sizes}
-  for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
-    if spec.same_as in (None, operand) or not live.drop_masks:
-      live.ask(value, tuple(compose(axis, factors, n) for axis, n in zip(axes, value.shape, strict=True)))
-
-
-def _needed(factor: Factor, node: Node, spec: Spec, live: Liveness) -> Set:
-  """The entries of a factor that a node has to work on."""
-  if factor in spec.whole:
-    return sets.everything(spec.sizes[factor])
-  shown = [
-    (out, axis, at)
-    for out, axes in zip(node.outs, spec.outs, strict=True)
-    for at, axis in enumerate(axes)
-    if factor in factors_of(axis)
-  ]
-  if not shown:  # contracted: what every operand can offer
-    offers = [
-      project(axis, s, factor, spec.sizes)
-      for value, axes in zip(node.ins, spec.ins, strict=True)
-      for axis, s in zip(axes, live.infos[value].box, strict=True)
-      if factor in factors_of(axis)
-    ]
-    return sets.intersection(*offers)
-  asked = [
-    project(axis, live.stored(out)[at], factor, spec.sizes) for out, axis, at in shown if out in live.asked
-  ]
-  return sets.union(*asked) if asked else sets.nothing(spec.sizes[factor])

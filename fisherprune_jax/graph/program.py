@@ -12,13 +12,6 @@ from typing import Any
 from fisherprune_jax.graph import compat
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
-KEPT_CALLS = {
-  "custom_jvp_call": "call_jaxpr",
-  "custom_vjp_call": "call_jaxpr",
-  "remat": "jaxpr",
-  "remat2": "jaxpr",
-  "checkpoint": "jaxpr",
-}
 
 
 @dataclass(eq=False, slots=True)
@@ -36,12 +29,11 @@ class Value:
 
 @dataclass(eq=False, slots=True)
 class Node:
-  """One application of a primitive; ``sub`` is the program it calls, ``callers`` the equations it is in."""
+  """One application of a primitive; ``callers`` are the equations that it is inside of."""
 
   eqn: Any
   ins: list[Value]
   outs: list[Value]
-  sub: "Program | None" = None
   callers: tuple[Any, ...] = ()
 
   @property
@@ -99,9 +91,7 @@ def _append(program: Program, jaxpr: Any, env: dict[Any, Value], callers: tuple[
       outs = _inline(program, eqn, ins, (*callers, eqn))
     else:
       outs = [Value(var.aval) for var in eqn.outvars]
-      called = KEPT_CALLS.get(eqn.primitive.name)
-      sub = build(eqn.params[called], (*callers, eqn)) if called else None
-      program.nodes.append(Node(eqn, ins, outs, sub, callers))
+      program.nodes.append(Node(eqn, ins, outs, callers))
     env.update(zip(eqn.outvars, outs, strict=True))
   return [read(atom) for atom in jaxpr.outvars]
 

@@ -4,7 +4,8 @@ Their primal part runs like any other program. Their derivative rule was written
 traced at full shapes and then run on live entries in its turn.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -12,15 +13,52 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax.graph import compat, program
-from fisherprune_jax.graph.liveness import Box, Info
+from fisherprune_jax.graph.facts import Box, Info
+from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Liveness
 from fisherprune_jax.graph.program import Node, Value
 
 Call = Callable[..., Any]
 
 
+@dataclass(frozen=True)
+class KeptCall:
+  """A call whose body is seen through; ``rebuild(run, node, body)`` makes the call of a smaller body."""
+
+  param: str
+  rebuild: Callable[[Any, Node, Call], Call]
+
+  def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
+    """What the body makes of the operands."""
+    body = program.build(node.params[self.param], (*node.callers, node.eqn))
+    live.subs[node] = [body]
+    return live.forward(body, infos)
+
+  def backward(self, node: Node, live: Liveness) -> None:
+    """What the body needs."""
+    (body,) = live.subs[node]
+    live.backward(body, [live.stored(out) if out in live.asked else None for out in node.outs])
+    for value, inner in zip(node.ins, body.inputs, strict=True):
+      if inner in live.asked:
+        live.ask(value, live.stored(inner))
+
+  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+    """What the body costs."""
+    return live.costs(live.subs[node][0], counted)
+
+  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+    """The call, of a body that runs on live entries."""
+    (body,) = run.live.subs[node]
+    inputs = [
+      run.show(arrays, value, run.live.stored(inner))
+      for value, inner in zip(node.ins, body.inputs, strict=True)
+    ]
+    boxes = [run.live.stored(out) for out in node.outs]
+    return self.rebuild(run, node, lambda *xs: run.run(body, xs, boxes))(*inputs), boxes
+
+
 def custom_jvp(run: Any, node: Node, primal: Call) -> Call:
   """The call with its custom forward-mode rule, on live entries."""
-  ins, outs = _inputs(node), node.outs
+  ins, outs = _inputs(run, node), node.outs
 
   def dense(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
     full = _spread(tangents, ins, lambda v: np.zeros(v.shape, jax.dtypes.float0))
@@ -41,7 +79,7 @@ def custom_jvp(run: Any, node: Node, primal: Call) -> Call:
 
 def custom_vjp(run: Any, node: Node, primal: Call) -> Call:
   """The call with its custom reverse-mode rule, on live entries."""
-  ins, outs = _inputs(node), node.outs
+  ins, outs = _inputs(run, node), node.outs
 
   def dense(primals: Sequence[Any], cotangents: Sequence[Any]) -> Any:
     full = _spread(cotangents, outs, lambda v: np.zeros(v.shape, jax.dtypes.float0))
@@ -65,15 +103,6 @@ def remat(run: Any, node: Node, primal: Call) -> Call:
   return jax.checkpoint(primal, policy=node.params["policy"], prevent_cse=node.params["prevent_cse"])
 
 
-CALLS: dict[str, Callable[[Any, Node, Call], Call]] = {
-  "custom_jvp_call": custom_jvp,
-  "custom_vjp_call": custom_vjp,
-  "remat": remat,
-  "remat2": remat,
-  "checkpoint": remat,
-}
-
-
 def _derive(
   run: Any, dense: Call, given: Sequence[tuple[Sequence[Value], Any]], wanted: Sequence[Value]
 ) -> Any:
@@ -86,9 +115,8 @@ def _derive(
   return run.again(derivative, [Info(box) for box in held], boxes)(arrays, held, boxes)
 
 
-def _inputs(node: Node) -> list[Value]:
-  assert node.sub is not None
-  return node.sub.inputs
+def _inputs(run: Any, node: Node) -> list[Value]:
+  return run.live.subs[node][0].inputs
 
 
 def _original(node: Node) -> Call:
@@ -112,3 +140,9 @@ def _spread(items: Iterable[Any], values: Iterable[Value], other: Callable[[Valu
   """The inverse of ``_keep``; ``other`` makes what belongs to the rest."""
   rest = iter(items)
   return [next(rest) if _is_float(v) else other(v) for v in values]
+
+
+STRUCTURED["custom_jvp_call"] = KeptCall("call_jaxpr", custom_jvp)
+STRUCTURED["custom_vjp_call"] = KeptCall("call_jaxpr", custom_vjp)
+for name in ("remat", "remat2", "checkpoint"):
+  STRUCTURED[name] = KeptCall("jaxpr", remat)

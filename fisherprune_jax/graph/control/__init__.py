@@ -1,0 +1,5 @@
+"""Primitives that run programs. Importing this package registers them."""
+
+from fisherprune_jax.graph.control import branches as branches
+from fisherprune_jax.graph.control import calls as calls
+from fisherprune_jax.graph.control import loops as loops

@@ -1,0 +1,59 @@
+"""Conditionals: every branch is live on its own, and the dearest one counts."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jax import lax
+
+from fisherprune_jax.graph import flops, program
+from fisherprune_jax.graph.facts import Box, Info, join, whole_box
+from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Liveness
+from fisherprune_jax.graph.program import Node
+
+
+class Cond:
+  """``cond`` and ``switch``: an index, then the operands of every branch."""
+
+  def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
+    """A result can be non-zero where any branch's can."""
+    branches = [program.build(branch, (*node.callers, node.eqn)) for branch in node.params["branches"]]
+    live.subs[node] = branches
+    varies = any(info.varies for info in infos)
+    found = [live.forward(branch, infos[1:]) for branch in branches]
+    return [Info(join(*(info.box for info in outs)), varies=varies) for outs in zip(*found, strict=True)]
+
+  def backward(self, node: Node, live: Liveness) -> None:
+    """Operands have to give what any branch needs."""
+    live.ask(node.ins[0], whole_box(node.ins[0].shape))
+    asked = [live.stored(out) if out in live.asked else None for out in node.outs]
+    for branch in live.subs[node]:
+      live.backward(branch, asked)
+      for value, inner in zip(node.ins[1:], branch.inputs, strict=True):
+        if inner in live.asked:
+          live.ask(value, live.stored(inner))
+
+  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+    """The dearest branch."""
+    branches = [tuple(cost.term for cost in live.costs(branch, counted)) for branch in live.subs[node]]
+    if len(branches) > 2 and counted("clamp"):
+      yield Cost(node, "clamp", flops.Term(1, ()))  # lax.switch makes sure of its index
+    if any(branches):
+      yield Cost(node, "cond (its dearest branch)", flops.Dearest(tuple(branches)))
+
+  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+    """The chosen branch, on what it needs of the operands."""
+    boxes = [run.live.stored(out) for out in node.outs]
+    held = [run.live.stored(value) for value in node.ins[1:]]
+    operands = [run.show(arrays, value, box) for value, box in zip(node.ins[1:], held, strict=True)]
+
+    def runner(branch: program.Program) -> Callable[..., list[Any]]:
+      return lambda *xs: run.call(branch, xs, held, boxes)
+
+    index = run.show(arrays, node.ins[0], ())
+    branches = [runner(branch) for branch in run.live.subs[node]]
+    if len(branches) == 2:
+      return lax.cond(index.astype(bool), branches[1], branches[0], *operands), boxes
+    return lax.switch(index, branches, *operands), boxes
+
+
+STRUCTURED["cond"] = Cond()

@@ -1,0 +1,193 @@
+"""Loops: what is live in one turn is live in all, found as a fixpoint over the carried values."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jax import lax
+
+from fisherprune_jax.graph import compat, program
+from fisherprune_jax.graph.facts import Box, Info, empty_box, join, whole_box
+from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Liveness
+from fisherprune_jax.graph.program import Node, Program
+
+MOST_PASSES = 8
+"""Passes over a loop's body before carried values that still grow are taken as a whole."""
+
+
+class Scan:
+  """``scan``: constants, carried values, and arrays that are read and written one entry per turn."""
+
+  def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
+    """Carried values can be non-zero where they are at first, or after any turn."""
+    consts, carry = compat.scan_counts(node.params)
+    body = program.build(node.params["jaxpr"], (*node.callers, node.eqn))
+    live.subs[node] = [body]
+    each = [Info(info.box[1:], varies=info.varies) for info in infos[consts + carry :]]
+    carried, outs = _forward(body, infos[:consts], infos[consts : consts + carry], each, live)
+    stacked = zip(node.outs[carry:], outs[carry:], strict=True)
+    return [*carried, *(Info(_stack(out.box, v.shape), varies=out.varies) for v, out in stacked)]
+
+  def backward(self, node: Node, live: Liveness) -> None:
+    """What later turns ask of the carried values, earlier ones have to give."""
+    consts, carry = compat.scan_counts(node.params)
+    (body,) = live.subs[node]
+    asked = [live.stored(out) if out in live.asked else None for out in node.outs]
+    _backward(body, consts, carry, [*asked[:carry], *(box and box[1:] for box in asked[carry:])], live)
+    for value, box in zip(node.ins, self._held(node, body, live), strict=True):
+      live.ask(value, box)
+
+  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+    """Every turn counts."""
+    for cost in live.costs(live.subs[node][0], counted):
+      yield cost._replace(term=cost.term._replace(scale=cost.term.scale * node.params["length"]))
+
+  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+    """The same loop around a smaller body."""
+    consts, carry = compat.scan_counts(node.params)
+    (body,) = run.live.subs[node]
+    outer = self._held(node, body, run.live)
+    inner = [*outer[: consts + carry], *(box[1:] for box in outer[consts + carry :])]
+    kept = inner[consts : consts + carry]
+    boxes = [run.live.stored(out) for out in node.outs[carry:]]
+    inputs = [run.show(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
+
+    def turn(carried: list[Any], each: list[Any]) -> tuple[list[Any], list[Any]]:
+      wanted = [*kept, *(box[1:] for box in boxes)]
+      outs = run.call(body, [*inputs[:consts], *carried, *each], inner, wanted)
+      return outs[:carry], outs[carry:]
+
+    options = {name: node.params[name] for name in ("length", "reverse", "unroll")}
+    carried, stacked = lax.scan(turn, inputs[consts : consts + carry], inputs[consts + carry :], **options)
+    return [*carried, *stacked], [*kept, *boxes]
+
+  def _held(self, node: Node, body: Program, live: Liveness) -> list[Box]:
+    """What the loop is given of its operands."""
+    consts, carry = compat.scan_counts(node.params)
+    stored = [live.stored(inner) for inner in body.inputs]
+    return [
+      *stored[:consts],
+      *_carried(node, body, consts, carry, live),
+      *(
+        _stack(box, v.shape)
+        for v, box in zip(node.ins[consts + carry :], stored[consts + carry :], strict=True)
+      ),
+    ]
+
+
+class While:
+  """``while``: constants of the condition, constants of the body, carried values."""
+
+  def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
+    """As for a scan; the condition reads the carried values."""
+    first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
+    callers = (*node.callers, node.eqn)
+    cond, body = live.subs[node] = [
+      program.build(node.params[f"{name}_jaxpr"], callers) for name in ("cond", "body")
+    ]
+    carried, _ = _forward(body, infos[first : first + consts], infos[first + consts :], [], live)
+    (go_on,) = live.forward(cond, [*infos[:first], *carried])
+    return [info._replace(varies=info.varies or go_on.varies) for info in carried]
+
+  def backward(self, node: Node, live: Liveness) -> None:
+    """The condition asks too."""
+    first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
+    cond, body = live.subs[node]
+    live.backward(cond, [()])
+    asked = [
+      join(live.stored(out), live.stored(inner)) if out in live.asked or inner in live.asked else None
+      for out, inner in zip(node.outs, cond.inputs[first:], strict=True)
+    ]
+    _backward(body, consts, len(node.outs), asked, live)
+    for value, box in zip(node.ins, self._held(node, live), strict=True):
+      live.ask(value, box)
+
+  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+    """One turn counts: how many there will be is not known."""
+    for part in live.subs[node]:
+      for cost in live.costs(part, counted):
+        yield cost._replace(label=f"{cost.label} (one turn of a while loop)")
+
+  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+    """The same loop around a smaller body."""
+    first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
+    cond, body = run.live.subs[node]
+    held = self._held(node, run.live)
+    kept = held[first + consts :]
+    inputs = [run.show(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
+
+    def go_on(carried: list[Any]) -> Any:
+      return run.call(cond, [*inputs[:first], *carried], [*held[:first], *kept], [()])[0]
+
+    def turn(carried: list[Any]) -> list[Any]:
+      return run.call(body, [*inputs[first : first + consts], *carried], held[first:], kept)
+
+    return lax.while_loop(go_on, turn, inputs[first + consts :]), kept
+
+  def _held(self, node: Node, live: Liveness) -> list[Box]:
+    first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
+    cond, body = live.subs[node]
+    of_cond = [live.stored(inner) for inner in cond.inputs]
+    carried = _carried(node, body, consts, len(node.outs), live)
+    return [
+      *of_cond[:first],
+      *(live.stored(inner) for inner in body.inputs[:consts]),
+      *map(join, carried, of_cond[first:]),
+    ]
+
+
+def _stack(box: Box, shape: Sequence[Any]) -> Box:
+  """The box of an array whose leading axis is the turns."""
+  return (*whole_box(shape[:1]), *box)
+
+
+def _forward(
+  body: Program, consts: Sequence[Info], init: Sequence[Info], each: Sequence[Info], live: Liveness
+) -> tuple[list[Info], list[Info]]:
+  """What is known of the carried values in any turn, and of the body's outputs."""
+  # A value that starts as zeros says nothing of where it can be non-zero.
+  carried = [Info(empty_box(_shape(i)) if _is_zero(i) else i.box, varies=i.varies) for i in init]
+  for _ in range(MOST_PASSES):
+    outs = live.forward(body, [*consts, *carried, *each])
+    grown = [
+      Info(join(a.box, b.box), varies=a.varies or b.varies) for a, b in zip(carried, outs, strict=False)
+    ]
+    if grown == carried:  # sets are interned, so equal ones are the same object
+      return carried, outs
+    carried = grown
+  carried = [Info(whole_box(_shape(info)), varies=info.varies) for info in carried]
+  return carried, live.forward(body, [*consts, *carried, *each])
+
+
+def _is_zero(info: Info) -> bool:
+  return info.const is not None and not info.const
+
+
+def _shape(info: Info) -> list[Any]:
+  return [s.size for s in info.box]
+
+
+def _backward(body: Program, consts: int, carry: int, asked: list[Box | None], live: Liveness) -> None:
+  """Asks for the outputs of every turn, the carried ones being the inputs of the next."""
+  inputs = body.inputs[consts : consts + carry]
+  for _ in range(MOST_PASSES):
+    live.backward(body, asked)
+    before = list(asked)
+    for at, inner in enumerate(inputs):
+      if inner in live.asked:
+        asked[at] = join(asked[at] or empty_box(inner.shape), live.stored(inner))
+    if asked == before:
+      return
+  whole = [whole_box(inner.shape) for inner in inputs]
+  live.backward(body, [*whole, *asked[carry:]])
+
+
+def _carried(node: Node, body: Program, consts: int, carry: int, live: Liveness) -> list[Box]:
+  """What is kept of the carried values between turns."""
+  return [
+    join(live.stored(inner), live.stored(after), live.stored(out))
+    for inner, after, out in zip(body.inputs[consts:][:carry], body.outputs, node.outs, strict=False)
+  ]
+
+
+STRUCTURED["scan"] = Scan()
+STRUCTURED["while"] = While()

@@ -1,0 +1,246 @@
+"""Bad input is refused with a message that names the argument and the value."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import fisherprune_jax as fp
+
+MODEL = nn.Sequential([nn.Dense(4), nn.relu, fp.Mask(), nn.Dense(3), fp.Mask(), nn.Dense(1)])
+X = jnp.ones((2, 5))
+COST = fp.CostModel.from_functions(
+  {"a": jnp.ones(4), "b": jnp.ones((2, 3))},
+  total=lambda m: sum(map(jnp.sum, jax.tree.leaves(m))),
+  per_feature=lambda m: m,
+)
+FITTING = {"a": jnp.ones((5, 4)), "b": jnp.ones((2, 5, 3))}
+
+
+def prune(**options: Any) -> Callable[[], Any]:
+  return lambda: fp.fisher_prune(COST, **options)
+
+
+def update(mask_grads: Any, **extra: Any) -> Callable[[], Any]:
+  def act() -> Any:
+    tx = optax.chain(optax.sgd(0.1), fp.fisher_prune(COST))
+    return tx.update(X, tx.init(X), X, mask_grads=mask_grads, **extra)
+
+  return act
+
+
+@functools.cache
+def variables() -> Any:
+  shapes = jax.eval_shape(MODEL.init, jax.random.key(0), X)
+  return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+
+
+def masked(value: Any) -> Any:
+  """The variables of the model with another first mask."""
+  return variables() | {"masks": variables()["masks"] | {"layers_2": {"mask": value}}}
+
+
+def compact_in_jit() -> Any:
+  return jax.jit(lambda v: fp.compact(MODEL.apply, v, X).variables)(variables())
+
+
+# What is done, the type of the error, and what the message has to say: the argument, then the value.
+TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
+  "prune_every of 0": (prune(prune_every=0), ValueError, ("prune_every must be at least 1", "got 0")),
+  "negative prune_every": (prune(prune_every=-3), ValueError, ("prune_every", "got -3")),
+  "fractional prune_every": (
+    prune(prune_every=2.5),
+    TypeError,
+    ("prune_every must be a Python int", "float"),
+  ),
+  "prune_every of True": (prune(prune_every=True), TypeError, ("prune_every must be a Python int", "bool")),
+  "negative burn_in": (prune(burn_in=-1), ValueError, ("burn_in must be at least 0", "got -1")),
+  "burn_in of None": (prune(burn_in=None), TypeError, ("burn_in must be a Python int", "NoneType")),
+  "decay of 1": (prune(decay=1.0), ValueError, ("decay must be in [0, 1)", "got 1.0")),
+  "negative decay": (prune(decay=-0.1), ValueError, ("decay must be in [0, 1)", "got -0.1")),
+  "decay that is no number": (prune(decay=float("nan")), ValueError, ("decay must be in [0, 1)", "got nan")),
+  "decay that is a string": (prune(decay="0.9"), TypeError, ("decay must be in [0, 1)", "got str")),
+  "decay that is a vector": (prune(decay=jnp.ones(2) / 2), TypeError, ("decay", "float32[2]")),
+  "unknown flops_weight": (prune(flops_weight="AUTO"), ValueError, ("flops_weight must be 'auto'", "'AUTO'")),
+  "flops_weight of None": (prune(flops_weight=None), TypeError, ("flops_weight must be 'auto'", "NoneType")),
+  "flops_weight of nan": (prune(flops_weight=float("nan")), ValueError, ("flops_weight must be", "got nan")),
+  "unknown method": (
+    prune(method="magnitude"),
+    ValueError,
+    ("method must be one of", "'fisher'", "'magnitude'"),
+  ),
+  "negative target": (prune(flops_target=-5.0), ValueError, ("flops_target must be", "at least 0", "-5.0")),
+  "target in half precision": (
+    prune(flops_target=jnp.bfloat16(100)),
+    TypeError,
+    ("flops_target must have at least the precision of float32", "bfloat16[]", "hyperparam_dtype"),
+  ),
+  "floor above a mask": (prune(min_features=4), ValueError, ("min_features must be at most 3", "got 4")),
+  "negative floor": (prune(min_features=-1), ValueError, ("min_features must be at least 0", "got -1")),
+  "no feature per prune": (
+    prune(features_per_prune=0),
+    ValueError,
+    ("features_per_prune must be at least 1", "got 0"),
+  ),
+  "a function as cost": (
+    lambda: fp.fisher_prune(len),
+    TypeError,
+    ("cost must be a CostModel", "got builtin"),
+  ),
+  "a number as cost": (lambda: fp.fisher_prune(3.0), TypeError, ("cost must be a CostModel", "got float")),
+  "a cost of nothing": (
+    lambda: fp.fisher_prune(fp.CostModel.from_functions({}, lambda m: jnp.float32(0), lambda m: m)),
+    ValueError,
+    ("cost must", "mask", "got {}"),
+  ),
+  "update without mask_grads": (update(None), ValueError, ("mask_grads=None", "fp.value_and_grads")),
+  "mask_grads of another tree": (
+    update({"a": FITTING["a"]}),
+    ValueError,
+    ("mask_grads must have the structure of the masks", "PyTreeDef({'a': *, 'b': *})", "PyTreeDef({'a': *})"),
+  ),
+  "mask_grads without the example axis": (
+    update(COST.masks),
+    ValueError,
+    ("mask_grads for a mask of shape (4,)", "('B', 4)", "got (4,)"),
+  ),
+  "stacked mask_grads without the example axis": (
+    update(FITTING | {"b": jnp.ones((2, 3))}),
+    ValueError,
+    ("mask_grads for a mask of shape (2, 3)", "(2, 'B', 3)", "got (2, 3)"),
+  ),
+  "mask_grads with the example axis in front of the stack": (
+    update(FITTING | {"b": jnp.ones((5, 2, 3))}),
+    ValueError,
+    ("mask_grads for a mask of shape (2, 3)", "(2, 'B', 3)", "got (5, 2, 3)"),
+  ),
+  "mask_grads of another width": (
+    update(FITTING | {"a": jnp.ones((5, 7))}),
+    ValueError,
+    ("mask_grads for a mask of shape (4,)", "('B', 4)", "got (5, 7)"),
+  ),
+  "mask_grads of two batch sizes": (
+    update(FITTING | {"b": jnp.ones((2, 6, 3))}),
+    ValueError,
+    ("mask_grads must have the same number B of examples", "5", "6"),
+  ),
+  "example_weights of another length": (
+    update(FITTING, example_weights=jnp.ones(4)),
+    ValueError,
+    ("example_weights must have shape (5,)", "got (4,)"),
+  ),
+  "a model without masks": (
+    lambda: fp.cost_model(MODEL.apply, {"params": variables()["params"]}, X),
+    ValueError,
+    ("must hold masks", "none in the collection 'masks'"),
+  ),
+  "a selector that finds no mask": (
+    lambda: fp.cost_model(MODEL.apply, variables(), X, masks=lambda path: False),
+    ValueError,
+    ("must hold masks", "none in the paths chosen by `masks`"),
+  ),
+  "compacting a model without masks": (
+    lambda: fp.compact(MODEL.apply, {"params": variables()["params"]}, X),
+    ValueError,
+    ("must hold masks", "none in the collection 'masks'"),
+  ),
+  "masks of another tree": (
+    lambda: COST({"a": jnp.ones(4)}),
+    ValueError,
+    ("masks must have the structure of the cost model's masks", "'b': *", "got PyTreeDef({'a': *})"),
+  ),
+  "masks of another width": (
+    lambda: COST({"a": jnp.ones(9), "b": jnp.ones((2, 3))}),
+    ValueError,
+    ("mask must have the shape (4,)", "got (9,)"),
+  ),
+  "costs of features of another model": (
+    lambda: COST.per_feature({"a": jnp.ones(9), "b": jnp.ones((2, 3))}),
+    ValueError,
+    ("mask must have the shape (4,)", "got (9,)"),
+  ),
+  "exact cost of another model": (
+    lambda: fp.cost_model(MODEL.apply, variables(), X).exact(COST.masks),
+    ValueError,
+    ("masks must have the structure of the cost model's masks", "'layers_2'", "'a': *"),
+  ),
+  "a step number in place of masks": (
+    lambda: COST(jnp.int32(0)),
+    TypeError,
+    ("takes a tree of masks", "got a scalar", "static_args", "hyperparam_dtype"),
+  ),
+  "masks that are no switches": (
+    lambda: fp.compact(MODEL.apply, masked(jnp.array([1, 0.5, 0, 1])), X),
+    ValueError,
+    ("Masks must be 0 or 1", "got 0.5", "masks/layers_2/mask"),
+  ),
+  "masks of nan": (
+    lambda: fp.compact(MODEL.apply, masked(jnp.array([1, jnp.nan, 0, 1])), X),
+    ValueError,
+    ("Masks must be 0 or 1", "got nan", "masks/layers_2/mask"),
+  ),
+  "compacting in jit": (
+    compact_in_jit,
+    TypeError,
+    ("compact needs concrete masks", "got float32[4] at masks/layers_2/mask", "outside jit"),
+  ),
+  "compacting abstract masks": (
+    lambda: fp.compact(MODEL.apply, masked(jax.ShapeDtypeStruct((4,), jnp.float32)), X),
+    TypeError,
+    ("compact needs concrete masks", "float32[4]"),
+  ),
+  "a feature axis that is not there": (
+    lambda: fp.Mask(axis=3).init(jax.random.key(0), X),
+    ValueError,
+    ("axis must be an axis of its input", "got 3 for shape (2, 5)"),
+  ),
+  "an example axis that is not there": (
+    lambda: fp.Mask(batch_axis=-3).init(jax.random.key(0), X),
+    ValueError,
+    ("batch_axis must be an axis of its input", "got -3 for shape (2, 5)"),
+  ),
+  "the cost of a call on a scalar": (
+    lambda: fp.cost_model(MODEL.apply, variables(), jnp.float32(1)),
+    ValueError,
+    ("`args` must lead with the example axis", "float32[]"),
+  ),
+  "the cost of a call on nothing": (
+    lambda: fp.cost_model(MODEL.apply, variables()),
+    ValueError,
+    ("`args` must lead with the example axis", "got no"),
+  ),
+  "compacting a call on a scalar": (
+    lambda: fp.compact(MODEL.apply, variables(), jnp.float32(1)),
+    ValueError,
+    ("`args` must lead with the example axis", "float32[]"),
+  ),
+  "compacting a call on nothing": (
+    lambda: fp.compact(MODEL.apply, variables()),
+    ValueError,
+    ("`args` must lead with the example axis", "got no"),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_bad_input_is_named_with_its_value(name):
+  act, kind, parts = TABLE[name]
+  with pytest.raises(kind, match=".*".join(map(re.escape, parts))) as error:
+    act()
+  assert type(error.value) is kind
+
+
+def test_the_good_neighbours_of_the_table_pass():
+  """So that no row of it fails for another reason than its own."""
+  for options in ({"decay": 0}, {"min_features": 3}, {"flops_weight": -1}, {"decay": lambda n: 0.5}):
+    fp.fisher_prune(COST, **options)
+  update(FITTING, example_weights=jnp.ones(5))()
+  assert COST(COST.masks) == 10
+  assert fp.cost_model(MODEL.apply, variables(), X).dense > 0
+  assert fp.compact(MODEL.apply, masked(jnp.array([1, 0, 0, 1])), X).cost > 0

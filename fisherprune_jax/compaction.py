@@ -16,9 +16,8 @@ from fisherprune_jax.errors import describe
 from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.graph.execute import Run
 from fisherprune_jax.graph.facts import whole_box
-from fisherprune_jax.graph.program import Value
 from fisherprune_jax.model import MaskSelector, Model, VariableTree, abstract, keystr, rows_of, trace_model
-from fisherprune_jax.shrinking import Kept, shrink_opt_state
+from fisherprune_jax.shrinking import Kept, keep, shrink_opt_state
 
 
 class Compact:
@@ -122,7 +121,7 @@ class Compact:
       self._models[key] = self._checked(self._trace(shapes, args))
     model = self._models[key]
     given, leaves = jax.tree.leaves(full), jax.tree.leaves(args)
-    boxes = [kept.box for kept in jax.tree.leaves(self._kept)]
+    boxes = [kept.held for kept in jax.tree.leaves(self._kept)]
     held = [
       whole_box(jnp.shape(x)) if is_mask and not self._keep_masks else box
       for x, box, is_mask in zip(given, boxes, self._tree.flags, strict=True)
@@ -140,34 +139,22 @@ class Compact:
     return trace_model(self._apply_fn, tree, args, not self._keep_masks, self._updates)
 
   def _find_kept(self, model: Model) -> Any:
-    """What is kept of each variable; of one that the output does not depend on, everything."""
+    """What is kept of each variable."""
     shown = {model.replaced[at]: box for at, box in model.shown.items()}
-
-    def kept(at: int, value: Value) -> Kept:
-      asked = model.live.stored(value) if value in model.live.asked else whole_box(value.shape)
-      return Kept(value.shape, tuple(map(self._ev.index, shown.get(at, asked))))
-
-    leaves = [kept(at, value) for at, value in enumerate(model.variables)]
+    leaves = [keep(value, model.live, self._ev, shown.get(at)) for at, value in enumerate(model.variables)]
     return jax.tree.unflatten(jax.tree.structure(self._tree.variables), leaves)
 
   def _checked(self, model: Model) -> Model:
     """Raises if the program for another shape needs what was removed for the first one."""
-    for value, (path, kept) in zip(
-      model.variables, jax.tree_util.tree_leaves_with_path(self._kept), strict=True
-    ):
-      if value in model.live.asked:
-        for need, have, size in zip(model.live.stored(value), kept.index, kept.shape, strict=True):
-          index = self._ev.index(need)
-          needed = np.arange(size) if index is None else index
-          if have is not None and not np.isin(needed, have).all() and not self._is_mask(path):
-            raise ValueError(
-              f"A compact network must need no more of its variables for these arguments than for those it was "
-              f"built with, got a use of removed entries of {keystr(path)}. Compact it with these arguments."
-            )
+    kept = jax.tree_util.tree_leaves_with_path(self._kept)
+    for value, (path, have) in zip(model.variables, kept, strict=True):
+      dropped = self._tree.is_mask(path) and not self._keep_masks
+      if value in model.live.asked and not dropped and not have.covers(keep(value, model.live, self._ev)):
+        raise ValueError(
+          "A compact network must need no more of its variables for these arguments than for those it was built "
+          f"with, got a use of removed entries of {keystr(path)}. Compact it with these arguments."
+        )
     return model
-
-  def _is_mask(self, path: Any) -> bool:
-    return self._tree.is_mask(path)
 
   def _present(self, tree: Any) -> Any:
     """The variables as users see them."""

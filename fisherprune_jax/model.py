@@ -1,16 +1,16 @@
 """A user's apply function, traced once: its program, its masks, and what is live in it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fisherprune_jax.graph import control as control
 from fisherprune_jax.graph import sets
-from fisherprune_jax.graph.facts import Box, Info, whole_box
+from fisherprune_jax.graph.facts import Box, Info, join, whole_box
 from fisherprune_jax.graph.linking import analyse_linked
 from fisherprune_jax.graph.liveness import Liveness
 from fisherprune_jax.graph.program import Program, Value, trace
@@ -147,9 +147,15 @@ def _variable_infos(values: Sequence[Value], flags: Sequence[bool]) -> list[Info
 
 
 def _mask_info(position: int, shape: tuple[int, ...]) -> Info:
-  *stack, features = shape
-  rows = [sets.leaf((position, row), features) for row in range(int(np.prod(stack, dtype=int)))]
-  return Info((*whole_box(stack), sets.union(*rows)), mask=not stack)
+  leaves = [Info((sets.leaf((position, row), shape[-1]),), mask=True) for row in range(math.prod(shape[:-1]))]
+  for size in reversed(shape[:-1]):
+    leaves = [_stack_of(leaves[start : start + size]) for start in range(0, len(leaves), size)]
+  (info,) = leaves
+  return info
+
+
+def _stack_of(rows: list[Info]) -> Info:
+  return Info((*whole_box((len(rows),)), *join(*(row.box for row in rows))), rows=tuple(rows))
 
 
 def rows_of(leaves: Sequence[Any], xp: Any) -> dict[Key, Any]:
@@ -157,7 +163,7 @@ def rows_of(leaves: Sequence[Any], xp: Any) -> dict[Key, Any]:
   return {
     (position, row): vector
     for position, leaf in enumerate(leaves)
-    for row, vector in enumerate(xp.reshape(xp.asarray(leaf), (-1, leaf.shape[-1])))
+    for row, vector in enumerate(xp.reshape(xp.asarray(leaf), (math.prod(leaf.shape[:-1]), leaf.shape[-1])))
   }
 
 

@@ -10,30 +10,51 @@ import numpy as np
 
 from fisherprune_jax.errors import describe
 from fisherprune_jax.graph import sets
+from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.graph.facts import Box
+from fisherprune_jax.graph.liveness import Liveness
+from fisherprune_jax.graph.program import Value
 from fisherprune_jax.model import Path, keystr
 from fisherprune_jax.transform import FisherPruneState
+
+Index = tuple[np.ndarray | None, ...]
+"""Per axis the positions that are kept, or None for all of them."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-  """Which entries of a leaf are kept: per axis the positions, or None for all of them."""
+  """Which entries of a leaf are kept.
+
+  ``rows`` is given for a stack of layers that keep different entries: one ``Index`` for each entry along the
+  leading axis. They are moved to the front and padded with zeros to the widest.
+  """
 
   shape: tuple[int, ...]
-  index: tuple[np.ndarray | None, ...]
+  index: Index
+  rows: tuple[Index, ...] | None = None
 
   @property
   def compact_shape(self) -> tuple[int, ...]:
     """The shape after slicing."""
-    return tuple(n if i is None else i.size for n, i in zip(self.shape, self.index, strict=True))
+    if self.rows is None:
+      return _shape_of(self.shape, self.index)
+    widths = [_shape_of(self.shape[1:], row) for row in self.rows]
+    return (self.shape[0], *map(max, zip(*widths, strict=True)))
 
   @property
-  def box(self) -> Box:
+  def held(self) -> Box | list[Box]:
     """The kept entries as sets."""
-    return tuple(
-      sets.everything(n) if i is None else sets.fixed(np.isin(np.arange(n), i))
-      for n, i in zip(self.shape, self.index, strict=True)
-    )
+    if self.rows is None:
+      return _box_of(self.shape, self.index)
+    return [_box_of(self.shape[1:], row) for row in self.rows]
+
+  def covers(self, other: "Kept") -> bool:
+    """Whether everything that another one keeps of the same leaf is kept here."""
+    if self.rows is None and other.rows is None:
+      return all(map(_within, other.index, self.index, self.shape))
+    count = self.shape[0]
+    mine, others = ((k.index[1:],) * count if k.rows is None else k.rows for k in (self, other))
+    return all(all(map(_within, a, b, self.shape[1:])) for a, b in zip(others, mine, strict=True))
 
   def slice(self, leaf: Any) -> jax.Array:
     """The kept entries of a leaf of the full shape."""
@@ -42,10 +63,39 @@ class Kept:
         f"A leaf to shrink must have its parameter's shape {self.shape}, got {describe(leaf)}. "
         "Pass a tree shaped like the full parameters."
       )
-    for axis, index in enumerate(self.index):
-      if index is not None:
-        leaf = jnp.take(leaf, index, axis=axis)
-    return jnp.asarray(leaf)
+    if self.rows is None:
+      return _slice(leaf, self.index)
+    widest = self.compact_shape[1:]
+    rows = [_slice(leaf[at], row) for at, row in enumerate(self.rows)]
+    return jnp.stack([jnp.pad(r, [(0, n - m) for n, m in zip(widest, r.shape, strict=True)]) for r in rows])
+
+
+def keep(value: Value, live: Liveness, ev: Evaluation, shown: Box | None = None) -> Kept:
+  """What is kept of a variable: what is stored of it, ``shown`` if given, all if nothing asks for it."""
+  stored = live.stored(value) if value in live.asked else tuple(map(sets.everything, value.shape))
+  index = tuple(map(ev.index, stored if shown is None else shown))
+  rows = live.rows(value) if shown is None else None
+  return Kept(value.shape, index, None if rows is None else tuple(tuple(map(ev.index, row)) for row in rows))
+
+
+def _within(few: np.ndarray | None, many: np.ndarray | None, size: int) -> bool:
+  return many is None or bool(np.isin(np.arange(size) if few is None else few, many).all())
+
+
+def _shape_of(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
+  return tuple(n if i is None else i.size for n, i in zip(shape, index, strict=True))
+
+
+def _box_of(shape: tuple[int, ...], index: Index) -> Box:
+  sizes = zip(shape, index, strict=True)
+  return tuple(sets.everything(n) if i is None else sets.fixed(np.isin(np.arange(n), i)) for n, i in sizes)
+
+
+def _slice(leaf: Any, index: Index) -> jax.Array:
+  for axis, positions in enumerate(index):
+    if positions is not None:
+      leaf = jnp.take(leaf, positions, axis=axis)
+  return jnp.asarray(leaf)
 
 
 def shrink_opt_state(tx: Any, opt_state: Any, params: Any, kept: Any, masks: Any | None) -> Any:

@@ -7,37 +7,13 @@ from jax.extend.core import Literal
 
 from fisherprune_jax.graph.compat import scan_counts
 
-FREE = [
-  "reshape",
-  "transpose",
-  "squeeze",
-  "broadcast_in_dim",
-  "concatenate",
-  "split",
-  "slice",
-  "pad",
-  "rev",
-  "gather",
-  "select_n",
-  "convert_element_type",
-  "stop_gradient",
-  "copy",
-  "iota",
-  "dynamic_slice",
-  "dynamic_update_slice",
-]
-PER_INPUT = [
-  "reduce_sum",
-  "reduce_max",
-  "reduce_min",
-  "reduce_prod",
-  "reduce_or",
-  "reduce_and",
-  "argmax",
-  "argmin",
-  "cumsum",
-  "sort",
-]
+FREE = """
+  broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice gather iota
+  name pad reshape rev scatter select_n slice split squeeze stack stop_gradient tile transpose unstack
+""".split()
+PER_INPUT = """
+  argmax argmin cumsum reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum sort top_k
+""".split()
 
 
 def count(closed: Any, depends: list[bool]) -> int:
@@ -52,7 +28,8 @@ def _count(closed: Any, depends: list[bool]) -> tuple[int, list[bool]]:
   for eqn in jaxpr.eqns:
     flags = [not isinstance(v, Literal) and v in marked for v in eqn.invars]
     name = eqn.primitive.name
-    inner = next((p for p in eqn.params.values() if hasattr(p, "eqns")), None)
+    parts = () if name.startswith("scatter") else eqn.params.values()
+    inner = next((p for p in parts if hasattr(p, "eqns")), None)
     if name == "cond":
       found = [_count(branch, flags[1:]) for branch in eqn.params["branches"]]
       flops, outs = max(f for f, _ in found), [True] * len(eqn.outvars)
@@ -94,6 +71,8 @@ def _flops(eqn: Any) -> int:
     return math.prod(left)
   if name.startswith("reduce_window"):
     return out * math.prod(eqn.params["window_dimensions"])
+  if name.startswith("scatter-"):
+    return math.prod(eqn.invars[2].aval.shape)
   if name == "dot_general":
     terms = math.prod(left[i] for i in eqn.params["dimension_numbers"][0][0])
     return out * max(2 * terms - 1, 0)

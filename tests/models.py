@@ -33,7 +33,7 @@ class Case:
   def variables(self, seed: int = 0, dtype: Any = jnp.float32) -> Any:
     """Random variables: biases and statistics too, so that nothing is zero by accident."""
     module = self.module()
-    init = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(self.shape, jnp.float32))
+    init = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(self.shape, dtype))
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> jax.Array:
@@ -299,6 +299,29 @@ def channels_picked_by_index(x):
 
 
 @case((3, 6))
+def stacked_tiled_and_scattered(x):
+  y = mask(nn.relu(dense(6)(x)))
+  y = jnp.stack([y, 2 * y, jnp.zeros_like(y)], axis=1)
+  y = y.at[:, 2].set(y[:, 0] * y[:, 1]).at[:, 0].add(y[:, 2])
+  y = lax.dynamic_update_slice(y, y[:, :1], (0, 1, 0))
+  a, b, _ = jnp.unstack(jnp.tile(y, (1, 1, 2)), axis=1)
+  return dense(3)(a + b)
+
+
+@case((3, 6), removable=False)
+def top_k_over_the_mask(x):
+  values, places = lax.top_k(mask(nn.relu(dense(6)(x))), 3)
+  return dense(3)(values) + places
+
+
+@case((3, 6))
+def embedding(x):
+  table = nn.Embed(5, 6, param_dtype=_dtype())
+  y = table(jnp.clip(jnp.abs(x * 3).astype(jnp.int32), 0, 4))
+  return dense(3)(mask(nn.relu(dense(5)(mask(y)))))
+
+
+@case((3, 6))
 def pad_and_slice(x):
   y = mask(nn.relu(dense(6)(x)))
   y = jnp.pad(y, ((0, 0), (1, 2)))[:, 1:-1][:, ::-1]
@@ -421,3 +444,24 @@ def switch(x):
 def fori_loop(x):
   y = mask(nn.relu(dense(6)(x)))
   return dense(2)(lax.fori_loop(0, 3, lambda i, y: y * 0.5 + jnp.sin(y), y))
+
+
+class _Layer(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    y = mask(nn.relu(dense(5)(nn.LayerNorm(param_dtype=_dtype())(x))))
+    return x + dense(4)(y), jnp.sum(y, axis=-1)
+
+
+class _ScannedLayers(nn.Module):
+  """A stack of layers by ``nn.scan``: masks ``(L, C)``, each layer with a width of its own."""
+
+  @nn.compact
+  def __call__(self, x):
+    axes = {"params": 0, "masks": 0}
+    layers = nn.scan(_Layer, variable_axes=axes, split_rngs={"params": True}, length=3)
+    x, sums = layers()(x, None)
+    return dense(2)(x) + jnp.mean(sums, axis=0)[:, None]
+
+
+CASES["scanned_layers"] = Case("scanned_layers", _ScannedLayers, (2, 4))

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fisherprune_jax.graph import compat
 from fisherprune_jax.graph.align import align, select, sources
@@ -24,6 +25,28 @@ from fisherprune_jax.graph.spec import Axes, Factor, Pick, Spec
 Arrays = dict[Value, Any]
 
 
+Held = Box | list[Box]
+"""What an array holds: one box, or one for each entry along its leading axis, padded to the widest."""
+
+
+@dataclass
+class Stack:
+  """Layers of different widths in one array: each holds its entries in front, and zeros behind."""
+
+  array: Any
+  boxes: list[Box]
+
+  def row(self, row: int, ev: Evaluation) -> Any:
+    """One layer, without its padding."""
+    sizes = [_live_size(ev, s) for s in self.boxes[row]]
+    return lax.slice(_entry(self.array, row), (0,) * len(sizes), sizes)
+
+  def show(self, box: Box, ev: Evaluation) -> Any:
+    """All layers at the entries of ``box``."""
+    rows = [align(self.row(row, ev), held, box[1:], ev) for row, held in enumerate(self.boxes)]
+    return align(jnp.stack(rows), (*whole_box((len(rows),)), *box[1:]), box, ev)
+
+
 @dataclass
 class Run:
   """One program with its liveness, at known masks."""
@@ -32,7 +55,7 @@ class Run:
   live: Liveness
   ev: Evaluation
 
-  def __call__(self, inputs: Sequence[Any], held: Sequence[Box], wanted: Sequence[Box]) -> list[Any]:
+  def __call__(self, inputs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Box]) -> list[Any]:
     """Executes the program.
 
     Args:
@@ -43,14 +66,20 @@ class Run:
     return self.call(self.program, inputs, held, wanted)
 
   def call(
-    self, program: Program, xs: Sequence[Any], held: Sequence[Box], wanted: Sequence[Box]
+    self, program: Program, xs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Box]
   ) -> list[Any]:
     """Executes a program that this one runs, on inputs that hold what ``held`` says."""
     inputs = [
-      align(x, box, self.live.stored(value), self.ev) if value in self.live.asked else None
+      self._given(x, box, value) if value in self.live.asked else None
       for x, box, value in zip(xs, held, program.inputs, strict=True)
     ]
     return self.run(program, inputs, wanted)
+
+  def _given(self, x: Any, held: Held, value: Value) -> Any:
+    if isinstance(held, list):
+      stack = Stack(x, held)
+      return stack if self.live.rows(value) is not None else stack.show(self.live.stored(value), self.ev)
+    return align(x, held, self.live.stored(value), self.ev)
 
   def run(self, program: Program, inputs: Sequence[Any], wanted: Sequence[Box]) -> list[Any]:
     """Executes this program, or one that it calls, on what is stored of its inputs."""
@@ -71,9 +100,22 @@ class Run:
       return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
     return align(arrays[value], self.live.stored(value), box, self.ev)
 
+  def show_row(self, arrays: Arrays, value: Value, row: int, box: Box) -> Any:
+    """One entry of an array along its leading axis, at the entries of ``box``."""
+    if value not in self.live.asked:
+      return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
+    array = arrays[value]
+    if isinstance(array, Stack):
+      return align(array.row(row, self.ev), array.boxes[row], box, self.ev)
+    return align(_entry(array, row), self.live.stored(value)[1:], box, self.ev)
+
   def again(self, program: Program, inputs: Sequence[Info], asked: Sequence[Box]) -> "Run":
     """A run of another program, under the same masks."""
     return Run(program, analyse(program, inputs, asked, spec_of, self.live.drop_masks), self.ev)
+
+
+def _entry(array: Any, row: int) -> Any:
+  return lax.index_in_dim(array, row, keepdims=False)
 
 
 def _execute(run: Run, node: Node, arrays: Arrays) -> None:

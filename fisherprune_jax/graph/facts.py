@@ -10,7 +10,7 @@ import numpy as np
 from fisherprune_jax.graph import compat, sets
 from fisherprune_jax.graph.program import Node, Value
 from fisherprune_jax.graph.sets import Set
-from fisherprune_jax.graph.spec import Axes, Factor, Spec, compose, factors_of, project
+from fisherprune_jax.graph.spec import Axes, Factor, Pick, Spec, compose, factors_of, project
 
 Box = tuple[Set, ...]
 Factors = dict[Factor, Set]
@@ -27,7 +27,7 @@ class Info(NamedTuple):
     mask: whether its entries are one wherever ``box`` allows them to be non-zero.
     varies: whether it depends on the arguments, not on the variables alone.
     known: its value, if it is a small array of integers that no input decides.
-    rows: per entry of the leading axis a box of its own, for a stack of masks or of layers' parameters.
+    rows: what is known of each entry along the leading axis, where they differ: a stack of masks.
   """
 
   box: Box
@@ -35,7 +35,7 @@ class Info(NamedTuple):
   mask: bool = False
   varies: bool = False
   known: np.ndarray | None = None
-  rows: tuple[Box, ...] | None = None
+  rows: "tuple[Info, ...] | None" = None
 
 
 def whole_box(shape: Sequence[Any]) -> Box:
@@ -73,12 +73,26 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
   factors = {f: _can_be_nonzero(f, spec, infos) for f in spec.sizes}
   varies = any(info.varies for info in infos)
   boxes = [box_of(axes, factors, out.shape) for axes, out in zip(spec.outs, node.outs, strict=True)]
+  if (row := _row_taken(spec, infos)) is not None:
+    return [row]
   known = _fold(node, infos)
   if spec.moves:
     first = infos[0]
     return [Info(boxes[0], first.const, first.mask and _is_exact(spec, factors, first), varies, known)]
   mask = spec.same_as is not None and all(info.mask for info in infos)
   return [Info(box, mask=mask, varies=varies, known=known) for box in boxes]
+
+
+def _row_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
+  """What is known of one entry of a stack, where a slice takes just that."""
+  rows = infos[0].rows if infos else None
+  if rows is None or len(spec.outs[0]) != len(infos[0].box):
+    return None
+  first, *rest = spec.outs[0]
+  if not isinstance(first, Pick) or first.index.size != 1 or any(isinstance(axis, Pick) for axis in rest):
+    return None
+  row = rows[int(first.index[0])]
+  return row._replace(box=(*whole_box((1,)), *row.box), varies=infos[0].varies, rows=None)
 
 
 def _known(x: Any) -> np.ndarray | None:

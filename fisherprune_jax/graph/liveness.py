@@ -22,6 +22,7 @@ from fisherprune_jax.graph.facts import (
   meet,
   needed,
   results,
+  whole_box,
 )
 from fisherprune_jax.graph.program import Node, Program, Value
 from fisherprune_jax.graph.spec import Spec
@@ -67,6 +68,8 @@ class Liveness:
   specs: dict[Node, Spec] = field(default_factory=dict)
   factors: dict[Node, Factors] = field(default_factory=dict)
   subs: dict[Node, list[Program]] = field(default_factory=dict)
+  asked_rows: dict[Value, dict[int, Box]] = field(default_factory=dict)
+  asked_whole: set[Value] = field(default_factory=set)
 
   def forward(self, program: Program, inputs: Sequence[Info]) -> list[Info]:
     """Finds what is known of every value of a program; returns it for the outputs."""
@@ -119,8 +122,28 @@ class Liveness:
 
   def ask(self, value: Value, box: Box) -> None:
     """Adds to what is asked of an array."""
+    self.asked_whole.add(value)
+    self._add(value, box)
+
+  def ask_row(self, value: Value, row: int, box: Box) -> None:
+    """Adds to what is asked of one entry along the leading axis of an array."""
+    rows = self.asked_rows.setdefault(value, {})
+    rows[row] = join(rows[row], box) if row in rows else box
+    self._add(value, (*whole_box(value.shape[:1]), *box))
+
+  def _add(self, value: Value, box: Box) -> None:
     if value.literal is None:
       self.asked[value] = join(self.asked[value], box) if value in self.asked else box
+
+  def rows(self, value: Value) -> list[Box] | None:
+    """What is stored of each entry along the leading axis, if entries are all that anybody asks for."""
+    if value not in self.asked_rows or value in self.asked_whole:
+      return None
+    info, asked = self.infos[value], self.asked_rows[value]
+    boxes = [info.box[1:] if info.rows is None else info.rows[row].box for row in range(value.shape[0])]
+    return [
+      meet(box, asked[row]) if row in asked else empty_box(value.shape[1:]) for row, box in enumerate(boxes)
+    ]
 
   def costs(self, program: Program, counted: Callable[[str], bool] = lambda name: True) -> Iterator[Cost]:
     """What the nodes of a program cost; nothing where results depend on the variables alone."""

@@ -6,6 +6,7 @@ from typing import Any
 from jax import lax
 
 from fisherprune_jax.graph import compat, program
+from fisherprune_jax.graph.control import stacks
 from fisherprune_jax.graph.facts import Box, Info, empty_box, join, whole_box
 from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Liveness
 from fisherprune_jax.graph.program import Node, Program
@@ -20,6 +21,8 @@ class Scan:
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
     """Carried values can be non-zero where they are at first, or after any turn."""
     consts, carry = compat.scan_counts(node.params)
+    if any(info.rows is not None for info in infos[consts + carry :]):
+      return stacks.forward(node, infos, live)
     body = program.build(node.params["jaxpr"], (*node.callers, node.eqn))
     live.subs[node] = [body]
     each = [Info(info.box[1:], varies=info.varies) for info in infos[consts + carry :]]
@@ -29,6 +32,9 @@ class Scan:
 
   def backward(self, node: Node, live: Liveness) -> None:
     """What later turns ask of the carried values, earlier ones have to give."""
+    if stacks.has_stack(node, live):
+      stacks.backward(node, live)
+      return
     consts, carry = compat.scan_counts(node.params)
     (body,) = live.subs[node]
     asked = [live.stored(out) if out in live.asked else None for out in node.outs]
@@ -38,11 +44,16 @@ class Scan:
 
   def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
     """Every turn counts."""
+    if stacks.has_stack(node, live):
+      yield from stacks.costs(node, live, counted)
+      return
     for cost in live.costs(live.subs[node][0], counted):
       yield cost._replace(term=cost.term._replace(scale=cost.term.scale * node.params["length"]))
 
   def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
     """The same loop around a smaller body."""
+    if stacks.has_stack(node, run.live):
+      return stacks.execute(run, node, arrays)
     consts, carry = compat.scan_counts(node.params)
     (body,) = run.live.subs[node]
     outer = self._held(node, body, run.live)

@@ -6,5 +6,7 @@ from fisherprune_jax.graph.rules import indexing as indexing
 from fisherprune_jax.graph.rules import movement as movement
 from fisherprune_jax.graph.rules import reduction as reduction
 from fisherprune_jax.graph.rules import reshaping as reshaping
+from fisherprune_jax.graph.rules import stacking as stacking
+from fisherprune_jax.graph.rules import updating as updating
 from fisherprune_jax.graph.rules.opaque import spec_of as spec_of
 from fisherprune_jax.graph.rules.opaque import unknown as unknown

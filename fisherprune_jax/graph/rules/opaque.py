@@ -7,19 +7,14 @@ from fisherprune_jax.graph.program import Node
 from fisherprune_jax.graph.spec import Axes, Flops, Spec, register_rule, rule_for
 
 # Random bits depend on the whole shape; drawing them costs one operation per number.
-RANDOM = [
-  "random_bits",
-  "random_seed",
-  "random_wrap",
-  "random_unwrap",
-  "random_split",
-  "random_fold_in",
-  "random_gamma",
-  "random_clone",
-  "threefry2x32",
-  "rng_bit_generator",
-  "rng_uniform",
-]
+RANDOM = """
+  random_bits random_clone random_fold_in random_gamma random_seed random_split random_unwrap
+  random_wrap rng_bit_generator rng_uniform threefry2x32
+""".split()
+
+
+# Not part of anybody's model, so nothing to speak of.
+SILENT = "axis_index dim_as_value empty empty2 shape_assertion".split()
 
 
 def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = ()) -> Spec:
@@ -57,5 +52,12 @@ def unknown(name: str) -> str:
   return f"no rule for {name}"
 
 
+def silent(node: Node, infos: Sequence[Any]) -> Spec:
+  """Kept whole without a word."""
+  return opaque(node, "")
+
+
+for name in SILENT:
+  register_rule(name, silent)
 for name in RANDOM:
   register_rule(name, random)

@@ -66,9 +66,9 @@ def along_axis(node: Any, infos: Sequence[Any]) -> Spec:
 def window(node: Any, infos: Sequence[Any]) -> Spec:
   """Pooling: axes that the window does not span are elementwise, the others whole."""
   shape, out = node.ins[0].shape, node.outs[0].shape
-  spans = [_spans(node.params, axis) for axis in range(len(shape))]
-  ins = tuple(f"s{i}" if span else f"d{i}" for i, span in enumerate(spans))
-  outs = tuple(f"t{i}" if span else f"d{i}" for i, span in enumerate(spans))
+  spanned = [spans(node.params, axis) for axis in range(len(shape))]
+  ins = tuple(f"s{i}" if span else f"d{i}" for i, span in enumerate(spanned))
+  outs = tuple(f"t{i}" if span else f"d{i}" for i, span in enumerate(spanned))
   keeps_zero = node.name == "reduce_window_sum" or all(
     max(pads) < size
     for pads, size in zip(node.params["padding"], node.params["window_dimensions"], strict=True)
@@ -85,7 +85,8 @@ def window(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def _spans(params: dict[str, Any], axis: int) -> bool:
+def spans(params: dict[str, Any], axis: int) -> bool:
+  """Whether a window reaches over more than one entry along an axis, or changes its size."""
   plain = (
     params["window_dimensions"][axis],
     params["window_strides"][axis],

@@ -6,8 +6,9 @@ LATEST_VENV ?= .venv-latest
 # A Python newer than 3.11, for the newest JAX.
 LATEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do q=$$(command -v $$p) && $$q -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$q; break; }; done)
 JOBS ?= 2
+COUNT ?= 1000
 
-.PHONY: help install demo test test-latest lint format bench clean
+.PHONY: help install demo test test-latest lint format fuzz bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 16
@@ -39,6 +40,9 @@ lint: install  ## format check, lint and types
 format: install  ## format in place
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+fuzz: install  ## random networks: make fuzz COUNT=5000
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m tests.fuzz --count $(COUNT)
 
 bench: install  ## what a pruning step and cost_model cost; writes benchmarks/results.json
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results.json

@@ -90,6 +90,11 @@ class Spec:
   bind: Callable[..., Any] | None = field(default=None, compare=False)
 
 
+def names_of(shape: Sequence[Any]) -> tuple[Factor, ...]:
+  """A factor for each axis: ``d0 d1 ...``."""
+  return tuple(f"d{i}" for i in range(len(shape)))
+
+
 def factors_of(axis: Axis) -> tuple[Factor, ...]:
   """The factors that an axis is made of."""
   if axis is None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax.graph.spec import Axes, Factor, Flops, Spec, register_rule
+from fisherprune_jax.graph.spec import Axes, Flops, Spec, names_of, register_rule
 
 COMPUTES = """
   abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
@@ -37,7 +37,7 @@ def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
   """Axis by axis; an operand's size-1 axis (or missing axes) broadcasts."""
   shape = node.outs[0].shape
   ins = tuple(_axes(value.shape, shape) for value in node.ins)
-  names = _names(shape)
+  names = names_of(shape)
   constants = {i for i, info in enumerate(infos) if info.const is not None}
   neutral = PREDICATES.get(node.name, frozenset()) | constants
   kills = _kills(node, infos)
@@ -58,14 +58,10 @@ def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def _names(shape: Sequence[Any]) -> tuple[Factor, ...]:
-  return tuple(f"d{i}" for i in range(len(shape)))
-
-
 def _axes(shape: Sequence[Any], out: Sequence[Any]) -> Axes:
   if len(shape) != len(out):  # scalars broadcast
     return ()
-  sizes = zip(_names(out), shape, out, strict=True)
+  sizes = zip(names_of(out), shape, out, strict=True)
   return tuple(f if n == m else None for f, n, m in sizes)
 
 

@@ -6,16 +6,12 @@ from typing import Any
 import numpy as np
 
 from fisherprune_jax.graph import compat
-from fisherprune_jax.graph.spec import Axis, Factor, Pick, Spec, Sum, register_rule
-
-
-def _names(shape: Sequence[Any]) -> tuple[Factor, ...]:
-  return tuple(f"d{i}" for i in range(len(shape)))
+from fisherprune_jax.graph.spec import Axis, Factor, Pick, Spec, Sum, names_of, register_rule
 
 
 def transpose(node: Any, infos: Sequence[Any]) -> Spec:
   """``a b -> b a``."""
-  names = _names(node.ins[0].shape)
+  names = names_of(node.ins[0].shape)
   out = tuple(names[axis] for axis in node.params["permutation"])
   return Spec((names,), (out,), dict(zip(names, node.ins[0].shape, strict=True)), moves=True)
 
@@ -23,7 +19,7 @@ def transpose(node: Any, infos: Sequence[Any]) -> Spec:
 def squeeze(node: Any, infos: Sequence[Any]) -> Spec:
   """``a 1 b -> a b``."""
   gone = node.params["dimensions"]
-  ins = tuple(None if i in gone else f for i, f in enumerate(_names(node.ins[0].shape)))
+  ins = tuple(None if i in gone else f for i, f in enumerate(names_of(node.ins[0].shape)))
   sizes = {f: n for f, n in zip(ins, node.ins[0].shape, strict=True) if f is not None}
   return Spec((ins,), (tuple(sizes),), sizes, moves=True)
 
@@ -31,7 +27,7 @@ def squeeze(node: Any, infos: Sequence[Any]) -> Spec:
 def broadcast_in_dim(node: Any, infos: Sequence[Any]) -> Spec:
   """``a -> b a c``: new axes are all alive."""
   shape = node.params["shape"]
-  names = _names(shape)
+  names = names_of(shape)
   ins = tuple(
     names[at] if n == shape[at] else None
     for n, at in zip(node.ins[0].shape, node.params["broadcast_dimensions"], strict=True)
@@ -48,7 +44,7 @@ def broadcast_in_dim(node: Any, infos: Sequence[Any]) -> Spec:
 def iota(node: Any, infos: Sequence[Any]) -> Spec:
   """``-> a b``: the counted axis is whole."""
   shape = node.params["shape"]
-  names = _names(shape)
+  names = names_of(shape)
   return Spec(
     ins=((),) * len(node.ins),
     outs=(names,),
@@ -70,7 +66,7 @@ def _bind_with_sizes(param: str) -> Any:
 def concatenate(node: Any, infos: Sequence[Any]) -> Spec:
   """``b x, b y -> b (x + y)``."""
   axis = node.params["dimension"]
-  names = _names(node.outs[0].shape)
+  names = names_of(node.outs[0].shape)
   parts = tuple(f"x{i}" for i in range(len(node.ins)))
   return Spec(
     ins=tuple((*names[:axis], part, *names[axis + 1 :]) for part in parts),
@@ -85,7 +81,7 @@ def concatenate(node: Any, infos: Sequence[Any]) -> Spec:
 def split(node: Any, infos: Sequence[Any]) -> Spec:
   """``b (x + y) -> b x, b y``."""
   axis = node.params["axis"]
-  names = _names(node.ins[0].shape)
+  names = names_of(node.ins[0].shape)
   parts = tuple(f"x{i}" for i in range(len(node.outs)))
   return Spec(
     ins=((*names[:axis], Sum(parts), *names[axis + 1 :]),),
@@ -168,7 +164,7 @@ def _pad_with_values(node: Any, configs: Sequence[Any]) -> Spec:
 
 def picked(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
   """A static selection along each axis of operand 0, None for all of it; -1 gives zeros."""
-  names = _names(node.ins[0].shape)
+  names = names_of(node.ins[0].shape)
   outs: tuple[Axis, ...] = tuple(
     f if index is None else Pick(f, index) for f, index in zip(names, picks, strict=True)
   )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from fisherprune_jax.graph.spec import Factor, Flops, Spec, register_rule
+from fisherprune_jax.graph.spec import Flops, Spec, names_of, register_rule
 
 # Zeros add nothing to these; the others have to see them.
 SUMS = ["reduce_sum", "reduce_or", "reduce_xor"]
@@ -13,14 +13,10 @@ CUMULATIVE = ["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"]
 WINDOWS = ["reduce_window_sum", "reduce_window_max", "reduce_window_min"]
 
 
-def _names(shape: Sequence[Any]) -> tuple[Factor, ...]:
-  return tuple(f"d{i}" for i in range(len(shape)))
-
-
 def reduction(node: Any, infos: Sequence[Any]) -> Spec:
   """``b c -> b``: reduced axes are contracted; only a sum can do without its zeros."""
   shape = node.ins[0].shape
-  names = _names(shape)
+  names = names_of(shape)
   reduced = frozenset(names[axis] for axis in node.params["axes"])
   return Spec(
     ins=(names,),
@@ -49,7 +45,7 @@ def arg_reduction(node: Any, infos: Sequence[Any]) -> Spec:
 def along_axis(node: Any, infos: Sequence[Any]) -> Spec:
   """Cumulative operations and ``sort``: one axis whole, the others elementwise."""
   shape = node.ins[0].shape
-  names = _names(shape)
+  names = names_of(shape)
   axis = names[node.params["axis"] if "axis" in node.params else node.params["dimension"]]
   keeps_zero = node.name != "cumlogsumexp"
   return Spec(

@@ -4,18 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from fisherprune_jax.graph import compat
-from fisherprune_jax.graph.spec import Axis, Factor, Prod, Spec, register_rule
-
-
-def _names(shape: Sequence[Any]) -> tuple[Factor, ...]:
-  return tuple(f"d{i}" for i in range(len(shape)))
+from fisherprune_jax.graph.spec import Axis, Prod, Spec, names_of, register_rule
 
 
 def stack(node: Any, infos: Sequence[Any]) -> Spec:
   """``a b, a b -> a n b``."""
   axis = node.params["axis"]
   shape = node.ins[0].shape
-  names = _names(shape)
+  names = names_of(shape)
   return Spec(
     ins=(names,) * len(node.ins),
     outs=((*names[:axis], "n", *names[axis:]),),
@@ -27,7 +23,7 @@ def stack(node: Any, infos: Sequence[Any]) -> Spec:
 def unstack(node: Any, infos: Sequence[Any]) -> Spec:
   """``a n b -> a b, a b``."""
   axis = node.params["axis"]
-  names = _names(node.ins[0].shape)
+  names = names_of(node.ins[0].shape)
   rest = (*names[:axis], *names[axis + 1 :])
   return Spec(
     ins=(names,),
@@ -43,7 +39,7 @@ def tile(node: Any, infos: Sequence[Any]) -> Spec:
   shape, reps = node.ins[0].shape, node.params["reps"]
   if len(reps) != len(shape):
     return stacked_whole(node)
-  names = _names(shape)
+  names = names_of(shape)
   outs: tuple[Axis, ...] = tuple(Prod((f"r{i}", f)) for i, f in enumerate(names))
   sizes = {**dict(zip(names, shape, strict=True)), **{f"r{i}": n for i, n in enumerate(reps)}}
   return Spec(

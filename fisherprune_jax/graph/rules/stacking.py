@@ -34,11 +34,11 @@ def unstack(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def tile(node: Any, infos: Sequence[Any]) -> Spec:
+def tile(node: Any, infos: Sequence[Any]) -> Spec | None:
   """``a b -> (r a) b``."""
   shape, reps = node.ins[0].shape, node.params["reps"]
   if len(reps) != len(shape):
-    return stacked_whole(node)
+    return None
   names = names_of(shape)
   outs: tuple[Axis, ...] = tuple(Prod((f"r{i}", f)) for i, f in enumerate(names))
   sizes = {**dict(zip(names, shape, strict=True)), **{f"r{i}": n for i, n in enumerate(reps)}}
@@ -51,18 +51,6 @@ def tile(node: Any, infos: Sequence[Any]) -> Spec:
       node.eqn, arrays, {**node.params, "reps": tuple(sizes[f"r{i}"] for i in range(len(reps)))}
     ),
   )
-
-
-def stacked_whole(node: Any) -> Spec:
-  """Every axis whole."""
-  ins, outs = (
-    tuple(f"{side}{i}" for i in range(len(v.shape))) for side, v in (("s", node.ins[0]), ("t", node.outs[0]))
-  )
-  sizes = {
-    **dict(zip(ins, node.ins[0].shape, strict=True)),
-    **dict(zip(outs, node.outs[0].shape, strict=True)),
-  }
-  return Spec((ins,), (outs,), sizes, whole=frozenset(sizes))
 
 
 def pairwise(node: Any, infos: Sequence[Any]) -> Spec:

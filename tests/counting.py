@@ -8,7 +8,7 @@ from jax.extend.core import Literal
 from fisherprune_jax.graph.compat import scan_counts
 
 FREE = """
-  broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice gather iota
+  optimization_barrier device_put broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice gather iota
   name pad reshape rev scatter select_n slice split squeeze stack stop_gradient tile transpose unstack
 """.split()
 PER_INPUT = """
@@ -64,11 +64,11 @@ def _turn(body: Any, flags: list[bool], consts: int, carry: int) -> tuple[int, l
 def _flops(eqn: Any) -> int:
   name = eqn.primitive.name
   out = math.prod(eqn.outvars[0].aval.shape)
-  left = eqn.invars[0].aval.shape
   if name in FREE:
     return 0
+  left = eqn.invars[0].aval.shape if eqn.invars else ()
   if name in PER_INPUT:
-    return math.prod(left)
+    return math.prod(left) * (len(eqn.invars) if name == "sort" else 1)
   if name.startswith("reduce_window"):
     return out * math.prod(eqn.params["window_dimensions"])
   if name.startswith("scatter-"):

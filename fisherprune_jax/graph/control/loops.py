@@ -59,7 +59,7 @@ class Scan:
     outer = self._held(node, body, run.live)
     inner = [*outer[: consts + carry], *(box[1:] for box in outer[consts + carry :])]
     kept = inner[consts : consts + carry]
-    boxes = [run.live.stored(out) for out in node.outs[carry:]]
+    boxes = [_stack(run.live.stored(out)[1:], out.shape) for out in node.outs[carry:]]  # every turn writes
     inputs = [run.show(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
 
     def turn(carried: list[Any], each: list[Any]) -> tuple[list[Any], list[Any]]:

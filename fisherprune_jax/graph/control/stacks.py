@@ -62,7 +62,9 @@ def costs(node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterato
 def execute(run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
   """The turns one after the other."""
   consts, carry = compat.scan_counts(node.params)
-  boxes = [run.live.stored(out) for out in node.outs]
+  boxes = [
+    (*whole_box(out.shape[:1]), *run.live.stored(out)[1:]) for out in node.outs[carry:]
+  ]  # of all turns
   fixed = [run.live.stored(value) for value in node.ins[:consts]]
   shared = [run.show(arrays, value, box) for value, box in zip(node.ins, fixed, strict=False)]
   held = [run.live.stored(value) for value in node.ins[consts : consts + carry]]
@@ -76,10 +78,10 @@ def execute(run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[
       for value, box in zip(node.ins[consts + carry :], rows, strict=True)
     ]
     after = [run.live.stored(out) for out in body.outputs[:carry]]
-    wanted = [*after, *(box[1:] for box in boxes[carry:])]
+    wanted = [*after, *(box[1:] for box in boxes)]
     outs = run.call(body, [*shared, *carried, *each], [*fixed, *held, *rows], wanted)
     carried, held, written[turn] = outs[:carry], after, outs[carry:]
-  return [*carried, *(jnp.stack(column) for column in zip(*written, strict=True))], [*held, *boxes[carry:]]
+  return [*carried, *(jnp.stack(column) for column in zip(*written, strict=True))], [*held, *boxes]
 
 
 def _order(node: Node) -> list[int]:

@@ -41,6 +41,7 @@ def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
   constants = {i for i, info in enumerate(infos) if info.const is not None}
   neutral = PREDICATES.get(node.name, frozenset()) | constants
   kills = _kills(node, infos)
+  same_as = _same_as(node, infos)
   moves = node.name in MOVES and node.name != "select_n"
   keeps_zero = _keeps_zero(node, infos) or bool(kills)
   alive = {f for f in names if not keeps_zero or _broadcasts(f, ins, neutral)}
@@ -51,10 +52,10 @@ def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
     kills=kills,
     neutral=frozenset(neutral),
     alive=frozenset(alive),
-    flops=() if node.name in MOVES or _masks(node, infos) else (Flops(names),),
+    flops=() if node.name in MOVES or same_as is not None else (Flops(names),),
     moves=moves,
     opaque=_opaque(node, infos, keeps_zero, frozenset(neutral) | kills, bool(alive)),
-    same_as=_same_as(node, infos),
+    same_as=same_as,
   )
 
 
@@ -91,15 +92,16 @@ def _kills(node: Any, infos: Sequence[Any]) -> frozenset[int]:
   return PRODUCTS.get(node.name, frozenset())
 
 
-def _masks(node: Any, infos: Sequence[Any]) -> bool:
-  return node.name == "mul" and any(info.mask for info in infos)
-
-
 def _same_as(node: Any, infos: Sequence[Any]) -> int | None:
-  if not _masks(node, infos):
+  """The operand that a product with a mask equals, on live entries."""
+  if node.name != "mul" or not any(info.mask for info in infos):
     return None
   operand = 0 if infos[1].mask else 1
-  return operand if node.ins[operand].aval.shape == node.outs[0].aval.shape else None
+  # A mask of one feature may broadcast: then its zero is not one along an axis that both have.
+  mask = 1 - operand
+  sizes = zip(infos[mask].box, node.ins[mask].shape, node.outs[0].shape, strict=False)
+  shows = all(s.is_all or n == m for s, n, m in sizes)
+  return operand if shows and node.ins[operand].aval.shape == node.outs[0].aval.shape else None
 
 
 def _keeps_zero(node: Any, infos: Sequence[Any]) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jax import lax
 
+from fisherprune_jax.graph import compat
 from fisherprune_jax.graph.rules.movement import picked
 from fisherprune_jax.graph.spec import Factor, Spec, register_rule
 
@@ -101,7 +102,9 @@ def dynamic_slice(node: Any, infos: Sequence[Any]) -> Spec:
     neutral=frozenset(range(1, len(node.ins))),
     whole=frozenset(f for f in (*ins, *outs) if not f.startswith("d")),
     opaque="a dynamic slice along the masked axis",
-    bind=lambda node, arrays, sizes: [lax.dynamic_slice(arrays[0], arrays[1:], [sizes[f] for f in outs])],
+    bind=lambda node, arrays, sizes: compat.bind(
+      node.eqn, arrays, {**node.params, "slice_sizes": tuple(sizes[f] for f in outs)}
+    ),
   )
 
 

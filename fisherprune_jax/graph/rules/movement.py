@@ -118,14 +118,6 @@ def rev(node: Any, infos: Sequence[Any]) -> Spec:
   return picked(node, [np.arange(n)[::-1] if i in turned else None for i, n in enumerate(shape)])
 
 
-def tile(node: Any, infos: Sequence[Any]) -> Spec | None:
-  """``a -> (a + a + ...)``."""
-  pairs = list(zip(node.ins[0].shape, node.params["reps"], strict=True))
-  if not all(reps == 1 or compat.is_static_size(n) for n, reps in pairs):
-    return None
-  return picked(node, [None if reps == 1 else np.tile(np.arange(n), reps) for n, reps in pairs])
-
-
 def pad(node: Any, infos: Sequence[Any]) -> Spec:
   """``a -> (0 + a + 0)``, with zeros inside too, or cut off where padding is negative."""
   configs = node.params["padding_config"]
@@ -174,6 +166,7 @@ def picked(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
     sizes=dict(zip(names, node.ins[0].shape, strict=True)),
     neutral=frozenset(range(1, len(node.ins))),
     moves=all(index is None or (index >= 0).all() for index in picks),
+    bind=lambda node, arrays, sizes: [arrays[0]],  # where nothing is picked, everything is taken
   )
 
 
@@ -186,7 +179,6 @@ def _register() -> None:
   register_rule("split", split)
   register_rule("slice", slice_)
   register_rule("rev", rev)
-  register_rule("tile", tile)
   register_rule("pad", pad)
 
 

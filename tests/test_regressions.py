@@ -1,0 +1,70 @@
+"""Small networks that once came out wrong."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fisherprune_jax as fp
+
+
+@pytest.mark.parametrize("alive", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1), (1,)])
+def test_a_mask_of_one_feature_that_broadcasts_still_counts(alive, shape):
+  # Nothing tells which of the axes of size 1 a reshaped mask of one feature belongs to.
+  def apply(variables, x):
+    return x * variables["masks"]["m"].reshape(shape) @ variables["params"]["w"]
+
+  variables = {"params": {"w": jnp.ones((3, 2))}, "masks": {"m": jnp.array([alive])}}
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 3)))
+  small = fp.compact(apply, variables, x)
+  np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-6)
+
+
+def test_a_dynamic_slice_costs_nothing():
+  def apply(variables, x):
+    at = jnp.argmax(x[0])
+    return jax.lax.dynamic_slice(x * variables["masks"]["m"], (at * 0, 0), (1, 3))
+
+  variables = {"params": {}, "masks": {"m": jnp.array([1.0, 0.0, 1.0])}}
+  x = jnp.arange(6.0).reshape(2, 3)
+  cost = fp.cost_model(apply, variables, x)
+  assert {row.primitive for row in cost.breakdown(variables["masks"])} == {"argmax", "mul", "lt", "add"}
+  small = fp.compact(apply, variables, x)
+  names = [eqn.primitive.name for eqn in _eqns(jax.make_jaxpr(small)(small.variables, x))]
+  assert names.count("lt") <= 2
+  np.testing.assert_array_equal(small(small.variables, x), apply(variables, x))
+
+
+def test_a_slice_of_everything_is_taken_from_what_is_left():
+  def apply(variables, x):
+    y = x * variables["masks"]["m"]
+    return jax.lax.slice(y, (0, 0), (2, 3))[:, ::2] * 2
+
+  variables = {"params": {}, "masks": {"m": jnp.array([1.0, 0.0, 0.0])}}
+  x = jnp.arange(6.0).reshape(2, 3)
+  small = fp.compact(apply, variables, x)
+  np.testing.assert_array_equal(small(small.variables, x), apply(variables, x))
+
+
+def test_one_turn_of_a_scan_may_be_all_that_is_asked_for():
+  def apply(variables, x):
+    def turn(carry, each):
+      return carry * variables["masks"]["m"] + each, jnp.sum(each)
+
+    _, sums = jax.lax.scan(turn, x[0], x)
+    return sums[1:]
+
+  variables = {"params": {}, "masks": {"m": jnp.array([1.0, 0.0])}}
+  x = jnp.arange(6.0).reshape(3, 2)
+  small = fp.compact(apply, variables, x)
+  np.testing.assert_array_equal(small(small.variables, x), apply(variables, x))
+
+
+def _eqns(closed):
+  jaxpr = getattr(closed, "jaxpr", closed)
+  for eqn in jaxpr.eqns:
+    yield eqn
+    for value in eqn.params.values():
+      if hasattr(value, "eqns"):
+        yield from _eqns(value)

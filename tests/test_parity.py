@@ -78,7 +78,7 @@ def cost_of(trace, model, variables, x):
 
 
 def options_of(trace):
-  setting = lambda name: trace[f"settings/{name}"].item()  # noqa: E731
+  setting = lambda name: trace[f"settings/{name}"].item()
   per_nat = setting("batch_size") ** 2 / 2
   return {
     "prune_every": setting("prune_every"),

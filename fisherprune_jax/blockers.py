@@ -1,25 +1,40 @@
-"""Where dead entries have to stay, and why."""
+"""Where dead entries have to stay, why, and what that costs."""
 
+import functools
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-from fisherprune_jax.graph import sets
-from fisherprune_jax.graph.facts import Box
+import numpy as np
+
+from fisherprune_jax.graph import flops, sets
+from fisherprune_jax.graph.evaluate import Evaluation
+from fisherprune_jax.graph.facts import Box, Info
 from fisherprune_jax.graph.liveness import Liveness
 from fisherprune_jax.graph.program import Node
-from fisherprune_jax.graph.rules import unknown
-from fisherprune_jax.graph.spec import Axes, compose
-from fisherprune_jax.model import Model
+from fisherprune_jax.graph.rules import spec_of, unknown
+from fisherprune_jax.graph.spec import Axes, Spec, compose, names_of
+from fisherprune_jax.model import Model, rows_of
 
 _announced: set[str] = set()
 
 
 class Blocker(NamedTuple):
-  """A use of a masked axis that keeps dead entries alive."""
+  """A use of a masked axis that keeps dead entries alive.
+
+  Attributes:
+    primitive: the primitive's name.
+    reason: what it does with the masked axis.
+    where: the user's source line.
+    flops: FLOPs per example that would go too if no use on this line kept anything (0 where others would still
+      keep it); None where it was not worked out.
+  """
 
   primitive: str
   reason: str
   where: str
+  flops: float | None = None
 
 
 def blockers(model: Model) -> list[Blocker]:
@@ -33,7 +48,27 @@ def blockers(model: Model) -> list[Blocker]:
   return list(dict.fromkeys(found))
 
 
-def check(model: Model, strict: bool) -> None:
+def with_flops(model: Model, found: Sequence[Blocker], ev: Evaluation, examples: int) -> list[Blocker]:
+  """The blockers with the FLOPs that the uses on their line keep under given masks."""
+  left = {where: left_by_lines(model, {where}, ev, examples) for where in {b.where for b in found}}
+  return [blocker._replace(flops=left[blocker.where]) for blocker in found]
+
+
+def left_by_lines(model: Model, lines: Set[str], ev: Evaluation, examples: int) -> float:
+  """FLOPs per example that would go too if no use on these source lines kept anything."""
+  return _left(model, lambda node: node.source in lines, ev, examples) if lines else 0.0
+
+
+def _left(model: Model, chosen: Callable[[Node], bool], ev: Evaluation, examples: int) -> float:
+  def rules(node: Node, infos: Sequence[Info]) -> Spec:
+    spec = spec_of(node, infos)
+    return _transparent(node, spec) if spec.opaque and chosen(node) else spec
+
+  now, then = (_cost(model, live, ev) for live in (model.live, model.with_rules(rules)))
+  return max(now - then, 0) / examples
+
+
+def check(model: Model, strict: bool, masks: Sequence[Any], examples: int) -> None:
   """Says once per primitive that it is unknown; raises on any blocker if ``strict``."""
   found = blockers(model)
   if strict and found:
@@ -45,11 +80,41 @@ def check(model: Model, strict: bool) -> None:
   for blocker in found:
     if blocker.reason == unknown(blocker.primitive) and blocker.primitive not in _announced:
       _announced.add(blocker.primitive)
+      name = blocker.primitive
+      left = _left(model, functools.partial(_is_called, name), _first_features(masks), examples)
       warnings.warn(
         f"fisherprune_jax has no rule for the primitive `{blocker.primitive}` ({blocker.where}): arrays that "
-        "it reads or writes are kept whole. fp.register_rule can teach it.",
+        f"it reads or writes are kept whole, and with them up to {left:,.0f} FLOPs per example. "
+        "fp.register_rule can teach it.",
         stacklevel=4,
       )
+
+
+def _is_called(name: str, node: Node) -> bool:
+  return node.name == name
+
+
+def _first_features(masks: Sequence[Any]) -> Evaluation:
+  """Masks that keep one feature each: as small as a network gets."""
+  return Evaluation(rows_of([np.ones(m.shape) * (np.arange(m.shape[-1]) == 0) for m in masks], np))
+
+
+def _cost(model: Model, live: Liveness, ev: Evaluation) -> int:
+  return flops.total([cost.term for cost in live.costs(model.program)], ev)
+
+
+def _transparent(node: Node, spec: Spec) -> Spec:
+  """The same use, if it could do without the dead entries."""
+  shape = node.outs[0].shape if node.outs else ()
+  if spec.opaque == unknown(node.name) and node.ins and node.ins[0].shape == shape:
+    linked = dict(zip([*spec.ins[0], *spec.outs[0]], 2 * names_of(shape), strict=True))
+    ins, outs = (
+      tuple(tuple(linked.get(axis, axis) for axis in axes) for axes in group)
+      for group in (spec.ins, spec.outs)
+    )
+    sizes = {linked.get(factor, factor): n for factor, n in spec.sizes.items()}
+    spec = replace(spec, ins=ins, outs=outs, sizes=sizes)
+  return replace(spec, alive=frozenset(), whole=frozenset(), opaque="")
 
 
 def _works_on_dead(node: Node, live: Liveness) -> bool:

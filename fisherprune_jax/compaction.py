@@ -1,5 +1,6 @@
 """Handing the pruned network back physically smaller, with the same outputs."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,14 +11,27 @@ from jax import export
 
 from fisherprune_jax import report
 from fisherprune_jax.batching import batch_size, map_with_axes
-from fisherprune_jax.blockers import Blocker, blockers, check
+from fisherprune_jax.blockers import Blocker, blockers, check, left_by_lines, with_flops
 from fisherprune_jax.cost import cost_of
 from fisherprune_jax.errors import describe
 from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.graph.execute import Run
 from fisherprune_jax.graph.facts import whole_box
-from fisherprune_jax.model import MaskSelector, Model, VariableTree, abstract, keystr, rows_of, trace_model
+from fisherprune_jax.graph.program import Value
+from fisherprune_jax.model import (
+  MaskSelector,
+  Model,
+  VariableTree,
+  abstract,
+  keystr,
+  leaves_of,
+  rows_of,
+  signature,
+  trace_model,
+)
+from fisherprune_jax.rounding import round_up, widths_of
 from fisherprune_jax.shrinking import Kept, keep, shrink_opt_state
+from fisherprune_jax.validation import check_compact
 
 
 class Compact:
@@ -25,8 +39,8 @@ class Compact:
 
   Attributes:
     variables: the variables in the tree that they came in, with smaller leaves and without the masks.
+    masks: the masks of what is kept: those given, and with ``round_to`` a few more features.
     cost: FLOPs per example.
-    blockers: where dead entries had to stay, and why.
   """
 
   def __init__(
@@ -38,6 +52,7 @@ class Compact:
     batch_axes: Any,
     keep_masks: bool,
     updates: Callable[[Any], Any] | None,
+    round_to: int,
     strict: bool,
   ) -> None:
     self._apply_fn = apply_fn
@@ -45,17 +60,30 @@ class Compact:
     self._tree = tree
     self._batch_axes = batch_axes
     self._keep_masks = keep_masks
-    self._ev = Evaluation(rows_of(tree.mask_leaves, np))
-    examples = batch_size(args, batch_axes)
+    self._drop_masks = not keep_masks
+    self._examples = batch_size(args, batch_axes)
     model = self._trace(tree.variables, args)
-    check(model, strict)
+    check(model, strict, tree.mask_leaves, self._examples)
+    rows = rows_of(tree.mask_leaves, np)
+    if round_to > 1:
+      rows = round_up(rows, widths_of(self._parameters(model), model.live), round_to)
+      # The dead features among them are zero only because they are multiplied by their masks.
+      self._drop_masks = False
+      model = self._trace(tree.variables, args)
+    self._ev = Evaluation(rows)
+    self._model = model
     self._kept = self._find_kept(model)
-    self._models = {_signature((tree.variables, args)): model}
+    self._models = {signature((tree.variables, args)): model}
     self._call = jax.jit(self._execute)
-    self._cost_model = cost_of(model, tree.mask_tree, examples)
-    self.blockers: list[Blocker] = blockers(model)
-    self.cost: float = self._cost_model.exact(tree.mask_tree) / examples
+    self.masks = jax.tree.unflatten(jax.tree.structure(tree.mask_tree), leaves_of(rows, tree.mask_leaves))
+    self._cost_model = cost_of(model, tree.mask_tree, self._examples)
+    self.cost: float = self._cost_model.exact(self.masks) / self._examples
     self.variables = self._present(_map(Kept.slice, self._kept, tree.variables))
+
+  @functools.cached_property
+  def blockers(self) -> list[Blocker]:
+    """Where dead entries had to stay, why, and how many FLOPs that keeps."""
+    return with_flops(self._model, blockers(self._model), self._ev, self._examples)
 
   def __call__(self, variables: Any, *args: Any) -> Any:
     """The outputs of ``apply_fn(full_variables, *args)``, from the compact ``variables``.
@@ -90,7 +118,8 @@ class Compact:
 
   def report(self) -> str:
     """A text table, layer by layer: widths before and after, and what could not be removed and why."""
-    return report.table(self._tree, self._kept, self.cost, self._cost_model.dense, self.blockers)
+    left = left_by_lines(self._model, {b.where for b in self.blockers}, self._ev, self._examples)
+    return report.table(self._tree, self._kept, self.cost, self._cost_model.dense, self.blockers, left)
 
   def export(self, *args: Any, platforms: Sequence[str] | None = None) -> export.Exported:
     """``args -> outputs`` as StableHLO, with the weights inside and a symbolic batch size.
@@ -116,7 +145,7 @@ class Compact:
   def _execute(self, variables: Any, args: Sequence[Any]) -> Any:
     full = self._full_tree(variables)
     shapes = jax.tree.map(lambda kept, x: jax.ShapeDtypeStruct(kept.shape, x.dtype), self._kept, full)
-    key = _signature((shapes, args))
+    key = signature((shapes, args))
     if key not in self._models:
       self._models[key] = self._checked(self._trace(shapes, args))
     model = self._models[key]
@@ -136,7 +165,11 @@ class Compact:
 
   def _trace(self, variables: Any, args: Sequence[Any]) -> Model:
     tree = VariableTree(variables, self._tree.masks)
-    return trace_model(self._apply_fn, tree, args, not self._keep_masks, self._updates)
+    return trace_model(self._apply_fn, tree, args, self._drop_masks, self._updates)
+
+  def _parameters(self, model: Model) -> list[Value]:
+    """The variables that are no masks."""
+    return [value for value, is_mask in zip(model.variables, self._tree.flags, strict=True) if not is_mask]
 
   def _find_kept(self, model: Model) -> Any:
     """What is kept of each variable."""
@@ -197,6 +230,7 @@ def compact(
   batch_axes: Any = 0,
   keep_masks: bool = False,
   updates: Callable[[Any], Any] | None = None,
+  round_to: int = 1,
   strict: bool = False,
 ) -> Compact:
   """Removes what the masks switched off: a smaller network with the same outputs.
@@ -214,13 +248,16 @@ def compact(
     keep_masks: leave all-ones masks in, so that pruning can go on.
     updates: picks from the output what replaces entries of ``variables``, which then comes back in compact
       shapes and keeps nothing alive: ``lambda out: out[1]`` for ``mutable=["batch_stats"]``.
+    round_to: keep just enough dead features for every width to be a multiple of this, or whole: hardware
+      likes 8. They are still multiplied by their masks, so outputs and gradients are the same.
     strict: raise where a dead feature cannot be removed, instead of keeping it.
 
   Returns:
     The compact network: ``small(small.variables, *args)``.
 
   Raises:
-    ValueError: if there are no masks, if they are not 0/1, or, if ``strict``, where something stays.
+    ValueError: if there are no masks, if they are not 0/1, if ``round_to`` is below 1, or, if ``strict``,
+      where something stays.
     TypeError: if the masks are tracers.
 
   >>> import jax, jax.numpy as jnp
@@ -237,25 +274,17 @@ def compact(
   (2, 3)
   """
   tree = VariableTree(variables, masks)
-  _check_masks(tree)
+  check_compact(tree, round_to)
   return Compact(
-    apply_fn, tree, args, batch_axes=batch_axes, keep_masks=keep_masks, updates=updates, strict=strict
+    apply_fn,
+    tree,
+    args,
+    batch_axes=batch_axes,
+    keep_masks=keep_masks,
+    updates=updates,
+    round_to=round_to,
+    strict=strict,
   )
-
-
-def _check_masks(tree: VariableTree) -> None:
-  for path, leaf in tree.paths:
-    if tree.is_mask(path):
-      if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
-        raise TypeError(
-          f"compact needs concrete masks, got {describe(leaf)} at {keystr(path)}. Call it outside jit: shapes "
-          "depend on the masks."
-        )
-      values = np.asarray(leaf)
-      if not np.isin(values, (0, 1)).all():
-        raise ValueError(
-          f"Masks must be 0 or 1, got {values[~np.isin(values, (0, 1))][0]} at {keystr(path)}."
-        )
 
 
 def _map(function: Callable[..., Any], *trees: Any) -> Any:
@@ -264,9 +293,3 @@ def _map(function: Callable[..., Any], *trees: Any) -> Any:
 
 def _has_params(tree: Any) -> bool:
   return isinstance(tree, dict) and "params" in tree
-
-
-def _signature(tree: Any) -> Any:
-  """What a trace depends on: structure, shapes and dtypes."""
-  shapes = abstract(tree)
-  return jax.tree.structure(shapes), tuple((x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(shapes))

@@ -159,7 +159,7 @@ def cost_model(
   tree = VariableTree(variables, masks)
   examples = batch_size(args, 0)
   model = trace_model(apply_fn, tree, args)
-  check(model, strict)
+  check(model, strict, tree.mask_leaves, examples)
   return cost_of(model, tree.mask_tree, examples, primitives)
 
 

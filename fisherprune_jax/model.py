@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fisherprune_jax.graph import control as control
 from fisherprune_jax.graph import sets
 from fisherprune_jax.graph.facts import Box, Info, join, whole_box
 from fisherprune_jax.graph.linking import analyse_linked
-from fisherprune_jax.graph.liveness import Liveness
+from fisherprune_jax.graph.liveness import Liveness, Rules
 from fisherprune_jax.graph.program import Program, Value, trace
 from fisherprune_jax.graph.rules import spec_of
 
@@ -86,6 +87,7 @@ class Model:
     out_tree: the structure of its result, of shapes.
     replaced: which output replaces which variable, by position.
     shown: for such an output, the entries that it shows.
+    infos: what is known of the inputs.
   """
 
   program: Program
@@ -94,6 +96,11 @@ class Model:
   out_tree: Any
   replaced: dict[int, int]
   shown: dict[int, Box]
+  infos: list[Info]
+
+  def with_rules(self, rules: Rules) -> Liveness:
+    """What would be live in it by other rules."""
+    return analyse_linked(self.program, self.infos, self.replaced, rules, self.live.drop_masks)[0]
 
   @property
   def arguments(self) -> list[Value]:
@@ -116,7 +123,7 @@ def trace_model(
   infos += [Info(whole_box(value.shape), varies=True) for value in program.inputs[count:]]
   replaced = _replaced(updates, out_tree, tree) if updates else {}
   live, shown = analyse_linked(program, infos, replaced, spec_of, drop_masks)
-  return Model(program, live, values, out_tree, replaced, shown)
+  return Model(program, live, values, out_tree, replaced, shown, infos)
 
 
 def _replaced(updates: Callable[[Any], Any], out_tree: Any, tree: VariableTree) -> dict[int, int]:
@@ -167,6 +174,15 @@ def rows_of(leaves: Sequence[Any], xp: Any) -> dict[Key, Any]:
   }
 
 
+def leaves_of(rows: dict[Key, Any], leaves: Sequence[Any]) -> list[Any]:
+  """The inverse of ``rows_of``: vectors by key as mask leaves, on the host."""
+  count = [math.prod(leaf.shape[:-1]) for leaf in leaves]
+  return [
+    np.reshape([rows[position, row] for row in range(n)], leaf.shape)
+    for position, (n, leaf) in enumerate(zip(count, leaves, strict=True))
+  ]
+
+
 def abstract(tree: Any) -> Any:
   """Arrays as shapes and dtypes."""
   return jax.tree.map(_abstract_leaf, tree)
@@ -177,6 +193,12 @@ def _abstract_leaf(x: Any) -> Any:
     return x
   x = x if hasattr(x, "shape") and hasattr(x, "dtype") else jnp.asarray(x)
   return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+
+
+def signature(tree: Any) -> Any:
+  """What a trace depends on: structure, shapes and dtypes."""
+  shapes = abstract(tree)
+  return jax.tree.structure(shapes), tuple((x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(shapes))
 
 
 def keystr(path: Path) -> str:

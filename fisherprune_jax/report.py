@@ -6,11 +6,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from fisherprune_jax.blockers import Blocker
 from fisherprune_jax.model import VariableTree, keystr
 
 
-def table(tree: VariableTree, kept: Any, cost: float, dense: float, blockers: Sequence[Any]) -> str:
-  """Masks, variables and totals before and after, and what had to stay."""
+def table(
+  tree: VariableTree, kept: Any, cost: float, dense: float, blockers: Sequence[Blocker], left: float
+) -> str:
+  """Masks, variables and totals before and after; what had to stay, and the FLOPs ``left`` by all of it."""
   leaves = zip(tree.paths, jax.tree.leaves(kept), strict=True)
   masks, rest = [], []
   for (path, leaf), k in leaves:
@@ -36,11 +39,21 @@ def table(tree: VariableTree, kept: Any, cost: float, dense: float, blockers: Se
     ("FLOPs per example", f"{dense:,.0f}", f"{cost:,.0f}", _share(cost, dense)),
   ]
   body = _align([("layer", "before", "after", "kept"), *masks, *rest, *totals])
-  reasons = [f"  {b.reason} ({b.where})" for b in blockers]
-  stays = (
-    ["", "Kept whole, because dead entries cannot be removed there soundly:", *reasons] if reasons else []
-  )
-  return "\n".join([*body, *stays])
+  return "\n".join([*body, *_what_stays(blockers, left)])
+
+
+def _what_stays(blockers: Sequence[Blocker], left: float) -> list[str]:
+  if not blockers:
+    return []
+  lines = [
+    f"  {b.reason} ({b.where})" + (f": {b.flops:,.0f} FLOPs per example" if b.flops else "") for b in blockers
+  ]
+  return [
+    "",
+    "Kept whole, because dead entries cannot be removed there soundly, with the FLOPs that each line alone keeps:",
+    *lines,
+    f"All of these together leave {left:,.0f} FLOPs per example on the table.",
+  ]
 
 
 def _shape(shape: tuple[int, ...]) -> str:

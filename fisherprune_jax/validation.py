@@ -1,13 +1,15 @@
-"""What ``fisher_prune`` requires of its arguments."""
+"""What ``fisher_prune`` and ``compact`` require of their arguments."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fisherprune_jax.cost import CostModel
 from fisherprune_jax.errors import describe, is_number, is_traced, require, require_same_tree
+from fisherprune_jax.model import VariableTree, keystr
 
 METHODS = ("fisher",)
 
@@ -92,3 +94,21 @@ def check_gradients(mask_grads: Any, masks: Any) -> None:
       )
   counts = {g.shape[-2] for g in jax.tree.leaves(mask_grads)}
   require(len(counts) == 1, "mask_grads must have the same number B of examples in every mask", counts, how)
+
+
+def check_compact(tree: VariableTree, round_to: int) -> None:
+  """Raises unless the masks are arrays of 0 and 1, and widths can be rounded so."""
+  if round_to < 1:
+    raise ValueError(f"round_to must be at least 1, got {round_to}. 8 suits most hardware; 1 rounds nothing.")
+  for path, leaf in tree.paths:
+    if tree.is_mask(path):
+      if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
+        raise TypeError(
+          f"compact needs concrete masks, got {describe(leaf)} at {keystr(path)}. Call it outside jit: shapes "
+          "depend on the masks."
+        )
+      values = np.asarray(leaf)
+      if not np.isin(values, (0, 1)).all():
+        raise ValueError(
+          f"Masks must be 0 or 1, got {values[~np.isin(values, (0, 1))][0]} at {keystr(path)}."
+        )

@@ -12,7 +12,7 @@ FREE = """
   name pad reshape rev scatter select_n slice split squeeze stack stop_gradient tile transpose unstack
 """.split()
 PER_INPUT = """
-  argmax argmin cumsum reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum sort top_k
+  approx_top_k argmax argmin cumsum pmax pmin psum reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum sort top_k
 """.split()
 
 
@@ -28,7 +28,7 @@ def _count(closed: Any, depends: list[bool]) -> tuple[int, list[bool]]:
   for eqn in jaxpr.eqns:
     flags = [not isinstance(v, Literal) and v in marked for v in eqn.invars]
     name = eqn.primitive.name
-    parts = () if name.startswith("scatter") else eqn.params.values()
+    parts = () if name.startswith(("scatter", "reduce", "select_and")) else eqn.params.values()
     inner = next((p for p in parts if hasattr(p, "eqns")), None)
     if name == "cond":
       found = [_count(branch, flags[1:]) for branch in eqn.params["branches"]]
@@ -67,14 +67,22 @@ def _flops(eqn: Any) -> int:
   if name in FREE:
     return 0
   left = eqn.invars[0].aval.shape if eqn.invars else ()
+  if name == "reduce":
+    return math.prod(left) * len(eqn.outvars)
   if name in PER_INPUT:
     return math.prod(left) * (len(eqn.invars) if name == "sort" else 1)
   if name.startswith("reduce_window"):
-    return out * math.prod(eqn.params["window_dimensions"])
+    return out * math.prod(eqn.params["window_dimensions"]) * len(eqn.outvars)
+  if name.startswith("select_and"):
+    return min(out, *(math.prod(v.aval.shape) for v in eqn.invars[:2])) * math.prod(
+      eqn.params["window_dimensions"]
+    )
   if name.startswith("scatter-"):
     return math.prod(eqn.invars[2].aval.shape)
-  if name == "dot_general":
-    terms = math.prod(left[i] for i in eqn.params["dimension_numbers"][0][0])
+  if name in ("dot_general", "ragged_dot_general"):
+    ragged = eqn.params.get("ragged_dot_dimension_numbers")
+    numbers = ragged.dot_dimension_numbers if ragged else eqn.params["dimension_numbers"]
+    terms = math.prod(left[i] for i in numbers[0][0])
     return out * max(2 * terms - 1, 0)
   if name == "conv_general_dilated":
     kernel = eqn.invars[1].aval.shape

@@ -225,7 +225,7 @@ def _with_gradients(fn: Callable[..., Any], rest: Any, x: Any) -> Any:
 
 
 def check_values(net: Network, other: int) -> Any:
-  """Outputs and gradients of the compact network, and one of three other properties."""
+  """Outputs and gradients of the compact network, and one of four other properties."""
   variables, x = net.variables, net.batch(net.shape[0])
   masks, rest = variables["masks"], {"params": variables["params"]}
   small = fp.compact(net, variables, x)
@@ -263,7 +263,12 @@ def _another_batch(net: Network, small: Any, variables: Any, x: Any, other: int)
   return "output at another batch size", lambda v: [(net(variables, y), small(v, y))], small.variables
 
 
-OTHERS = (_twice, _unpruned, _another_batch)
+def _rounded(net: Network, small: Any, variables: Any, x: Any, other: int) -> Any:
+  even = fp.compact(net, variables, x, round_to=2)
+  return "output with even widths", lambda v: [(None, even(v, x))], even.variables
+
+
+OTHERS = (_twice, _unpruned, _another_batch, _rounded)
 
 
 def check_costs(net: Network, small: Any) -> None:

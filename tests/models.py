@@ -80,14 +80,14 @@ def case(shape: tuple[int, ...], **known: bool) -> Any:
 
 
 def dense(features: int, name: str | None = None, use_bias: bool = True) -> nn.Dense:
-  return nn.Dense(features, use_bias=use_bias, name=name, param_dtype=_dtype())
+  return nn.Dense(features, use_bias=use_bias, name=name, param_dtype=param_dtype())
 
 
 def conv(features: int, kernel: Any = (3, 3), **options: Any) -> nn.Conv:
-  return nn.Conv(features, kernel, param_dtype=_dtype(), **options)
+  return nn.Conv(features, kernel, param_dtype=param_dtype(), **options)
 
 
-def _dtype() -> Any:
+def param_dtype() -> Any:
   return jnp.float64 if jax.config.jax_enable_x64 else jnp.float32
 
 
@@ -144,7 +144,7 @@ def conv_1d_causal_dilated(x):
 @case((2, 5, 5, 2))
 def conv_transposed(x):
   x = mask(nn.relu(conv(4)(x)))
-  x = mask(nn.relu(nn.ConvTranspose(5, (2, 2), strides=(2, 2), param_dtype=_dtype())(x)))
+  x = mask(nn.relu(nn.ConvTranspose(5, (2, 2), strides=(2, 2), param_dtype=param_dtype())(x)))
   return conv(2, (1, 1))(x)
 
 
@@ -251,7 +251,7 @@ def dense_net(x):
 def u_net(x):
   down = mask(nn.relu(conv(4)(x)))
   y = mask(nn.relu(conv(5)(nn.max_pool(down, (2, 2), (2, 2)))))
-  up = nn.ConvTranspose(3, (2, 2), strides=(2, 2), param_dtype=_dtype())(y)
+  up = nn.ConvTranspose(3, (2, 2), strides=(2, 2), param_dtype=param_dtype())(y)
   return conv(2, (1, 1))(mask(nn.relu(conv(4)(jnp.concatenate([down, up], axis=-1)))))
 
 
@@ -316,7 +316,7 @@ def top_k_over_the_mask(x):
 
 @case((3, 6))
 def embedding(x):
-  table = nn.Embed(5, 6, param_dtype=_dtype())
+  table = nn.Embed(5, 6, param_dtype=param_dtype())
   y = table(jnp.clip(jnp.abs(x * 3).astype(jnp.int32), 0, 4))
   return dense(3)(mask(nn.relu(dense(5)(mask(y)))))
 
@@ -336,9 +336,9 @@ def mask_after_flatten(x):
 
 @case((2, 5, 4, 3))
 def mask_on_heads(x):
-  y = nn.DenseGeneral((4, 3), axis=-1, param_dtype=_dtype())(x)
+  y = nn.DenseGeneral((4, 3), axis=-1, param_dtype=param_dtype())(x)
   y = mask(nn.relu(y), axis=-2)
-  return nn.DenseGeneral(3, axis=(-2, -1), param_dtype=_dtype())(y)
+  return nn.DenseGeneral(3, axis=(-2, -1), param_dtype=param_dtype())(y)
 
 
 @case((3, 6), removable=False)
@@ -377,7 +377,7 @@ def remat_and_jit(x):
 
 
 def lstm(features: int) -> nn.OptimizedLSTMCell:
-  return nn.OptimizedLSTMCell(features, param_dtype=_dtype())
+  return nn.OptimizedLSTMCell(features, param_dtype=param_dtype())
 
 
 class _Recurrent(nn.Module):
@@ -393,7 +393,7 @@ class _Recurrent(nn.Module):
 
 CASES["lstm_scanned"] = Case("lstm_scanned", lambda: _Recurrent(lstm), (2, 4, 3))
 CASES["gru_scanned"] = Case(
-  "gru_scanned", lambda: _Recurrent(lambda n: nn.GRUCell(n, param_dtype=_dtype())), (2, 4, 3)
+  "gru_scanned", lambda: _Recurrent(lambda n: nn.GRUCell(n, param_dtype=param_dtype())), (2, 4, 3)
 )
 
 
@@ -403,7 +403,7 @@ class _MaskedState(nn.Module):
   @nn.compact
   def __call__(self, x):
     inner, outer, gate = dense(6), dense(6, use_bias=False), fp.Mask()
-    w = self.param("w", nn.initializers.normal(), (6, 6), _dtype())
+    w = self.param("w", nn.initializers.normal(), (6, 6), param_dtype())
     inputs = gate(nn.relu(inner(x)))
     keep = gate(jnp.ones((x.shape[0], 6), x.dtype))
     outer(inputs)
@@ -449,7 +449,7 @@ def fori_loop(x):
 class _Layer(nn.Module):
   @nn.compact
   def __call__(self, x, _):
-    y = mask(nn.relu(dense(5)(nn.LayerNorm(param_dtype=_dtype())(x))))
+    y = mask(nn.relu(dense(5)(nn.LayerNorm(param_dtype=param_dtype())(x))))
     return x + dense(4)(y), jnp.sum(y, axis=-1)
 
 
@@ -465,3 +465,6 @@ class _ScannedLayers(nn.Module):
 
 
 CASES["scanned_layers"] = Case("scanned_layers", _ScannedLayers, (2, 4))
+
+
+from tests import models_more as models_more  # noqa: E402  it adds to the table

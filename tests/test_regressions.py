@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 import fisherprune_jax as fp
 
@@ -68,3 +69,25 @@ def _eqns(closed):
     for value in eqn.params.values():
       if hasattr(value, "eqns"):
         yield from _eqns(value)
+
+
+def test_export_that_cannot_tell_symbolic_sizes_apart_says_so():
+  # The examples are merged with positions into groups of a convolution.
+  layout = ("WCN", "WIO", "WNC")
+
+  def apply(variables, x):
+    def one(y):
+      return lax.conv_general_dilated(
+        y[None], variables["params"]["w"], (1,), "VALID", dimension_numbers=layout, batch_group_count=2
+      )
+
+    y = jax.vmap(one)(x * variables["masks"]["m"])
+    return y.reshape(x.shape[0], -1) @ variables["params"]["v"]
+
+  x = jax.random.normal(jax.random.key(0), (3, 4, 6))
+  params = {"w": jnp.ones((1, 4, 4)), "v": jnp.ones((24, 2))}
+  variables = {"params": params, "masks": {"m": jnp.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])}}
+  small = fp.compact(apply, variables, x)
+  np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-5)
+  with pytest.raises(ValueError, match="must need no more of its variables"):
+    small.export(x)

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util
+from jax._src.core import InconclusiveDimensionOperation
 from jax.extend import core
 
 Literal = core.Literal
+UndecidedSize = InconclusiveDimensionOperation
 _LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("flax", "jax", "optax", "fisherprune_jax"))
 
 

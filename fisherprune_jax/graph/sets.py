@@ -191,8 +191,11 @@ def split(base: Set, sizes: Sequence[Any]) -> list[Set]:
   """The smallest product of sets, of the given sizes, that contains ``base``."""
   if base.is_all:
     return [everything(n) for n in sizes]
-  if base.kind == OUTER and (parts := _regroup(base.parts, sizes)):
-    return parts
+  try:
+    if base.kind == OUTER and (parts := _regroup(base.parts, sizes)):
+      return parts
+  except compat.UndecidedSize:
+    return [everything(n) for n in sizes]
   return [any_over(base, tuple(sizes), axis) for axis in range(len(sizes))]
 
 

@@ -1,7 +1,8 @@
-"""Inner products: ``dot_general`` and ``conv_general_dilated``."""
+"""Inner products: ``dot_general``, ``ragged_dot_general`` and ``conv_general_dilated``."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,15 +15,38 @@ BOTH = frozenset({0, 1})
 
 def dot_general(node: Any, infos: Sequence[Any]) -> Spec:
   """``b m k, b n k -> b m n``, whatever the order of the axes."""
-  (left_contract, right_contract), (left_batch, right_batch) = node.params["dimension_numbers"]
-  left, right = (value.shape for value in node.ins)
+  return _product(node, node.params["dimension_numbers"])
+
+
+def ragged_dot_general(node: Any, infos: Sequence[Any]) -> Spec | None:
+  """``m k, g k n, g -> m n``: which rows meet which group only the sizes tell, so ``m`` and ``g`` are whole."""
+  numbers = node.params["ragged_dot_dimension_numbers"]
+  (contracted, _), (batch, _) = numbers.dot_dimension_numbers
+  rows = numbers.lhs_ragged_dimensions
+  if len(rows) != 1 or rows[0] in (*contracted, *batch) or len(node.ins[2].shape) != 1:
+    return None
+  (group,) = numbers.rhs_group_dimensions
+  plain = _product(node, numbers.dot_dimension_numbers, group)
+  return replace(
+    plain,
+    ins=(*plain.ins, (plain.ins[1][group],)),
+    whole=frozenset({str(plain.ins[0][rows[0]]), str(plain.ins[1][group])}),
+    opaque=f"{node.name} of masked rows or groups",
+  )
+
+
+def _product(node: Any, numbers: Any, group: int | None = None) -> Spec:
+  """Batch axes, then the free ones of the left, then of the right (but for ``group``)."""
+  (left_contract, right_contract), (left_batch, right_batch) = numbers
+  left, right = (value.shape for value in node.ins[:2])
   left_axes: list[Factor] = [f"m{i}" for i in range(len(left))]
   right_axes: list[Factor] = [f"n{i}" for i in range(len(right))]
   for i, j in [*zip(left_batch, right_batch, strict=True), *zip(left_contract, right_contract, strict=True)]:
     right_axes[j] = left_axes[i]
   contracted = tuple(left_axes[i] for i in left_contract)
   batch = [left_axes[i] for i in left_batch]
-  free = [f for f in (*left_axes, *right_axes) if f not in contracted and f not in batch]
+  gone = {*contracted, *batch, None if group is None else right_axes[group]}
+  free = [f for f in (*left_axes, *right_axes) if f not in gone]
   out = (*batch, *free)
   return Spec(
     ins=(tuple(left_axes), tuple(right_axes)),
@@ -92,7 +116,11 @@ def _order(layout: Sequence[int], first: Axis, second: Axis, window: dict[Factor
 
 def _bind_conv(node: Any, arrays: Sequence[Any], sizes: dict[Factor, Any]) -> list[Any]:
   groups = {"feature_group_count": sizes.get("g", 1), "batch_group_count": sizes.get("h", 1)}
-  if 0 in (sizes.get("i"), sizes.get("g")):  # nothing to add up; XLA has no convolution over no channels
+  if 0 in (
+    sizes.get("i"),
+    sizes.get("g"),
+    sizes.get("h"),
+  ):  # nothing to add up; XLA has no convolution over no channels
     numbers = node.params["dimension_numbers"]
     shape = list(node.outs[0].shape)
     shape[numbers.out_spec[0]] = sizes["n"]
@@ -102,4 +130,5 @@ def _bind_conv(node: Any, arrays: Sequence[Any], sizes: dict[Factor, Any]) -> li
 
 
 register_rule("dot_general", dot_general)
+register_rule("ragged_dot_general", ragged_dot_general)
 register_rule("conv_general_dilated", conv_general_dilated)

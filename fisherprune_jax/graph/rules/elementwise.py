@@ -17,15 +17,16 @@ from fisherprune_jax.graph.spec import Axes, Flops, Spec, names_of, register_rul
 
 COMPUTES = """
   abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
-  complex conj cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igammac
+  complex conj cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac
   imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi ne neg
   nextafter not one_minus_square or polygamma population_count pow real regularized_incomplete_beta rem
   round rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan
   tanh xor zeta
 """.split()
 MOVES = """
-  bitcast_convert_type convert_element_type copy layout_constraint name pvary reduce_precision
-  reduced_vary_cast select_n sharding_constraint stop_gradient
+  bitcast_convert_type convert_element_type copy layout_constraint name pin pvary reduce_precision
+  reduced_vary_cast reduced_vary_cast_p reshard select_n sharding_constraint stop_gradient unpin
+  vary_unreduced_cast vary_unreduced_cast_p with_memory_space_constraint
 """.split()
 # Operands of which a zero alone makes the result zero.
 PRODUCTS = {"mul": frozenset({0, 1}), "and": frozenset({0, 1}), "div": frozenset({0})}

@@ -8,13 +8,15 @@ from fisherprune_jax.graph.spec import Axes, Flops, Spec, register_rule, rule_fo
 
 # Random bits depend on the whole shape; drawing them costs one operation per number.
 RANDOM = """
-  random_bits random_clone random_fold_in random_gamma random_seed random_split random_unwrap
-  random_wrap rng_bit_generator rng_uniform threefry2x32
+  iota_2x32_shape philox2x32 philox4x32 random_bits random_clone random_fold_in random_gamma random_seed
+  random_split random_unwrap random_wrap rng_bit_generator rng_uniform threefry2x32 threefry4x32
 """.split()
 
 
 # Not part of anybody's model, so nothing to speak of.
-SILENT = "axis_index dim_as_value empty empty2 shape_assertion".split()
+SILENT = """
+  axis_index debug_callback debug_print dim_as_value empty empty2 platform_index shape_assertion
+""".split()
 
 
 def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = ()) -> Spec:

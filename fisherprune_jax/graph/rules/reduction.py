@@ -7,8 +7,9 @@ from typing import Any
 from fisherprune_jax.graph.spec import Flops, Spec, names_of, register_rule
 
 # Zeros add nothing to these; the others have to see them.
-SUMS = ["reduce_sum", "reduce_or", "reduce_xor"]
-CHOICES = ["reduce_max", "reduce_min", "reduce_and", "reduce_prod"]
+SUMS = ["reduce_sum", "reduce_or", "reduce_xor", "psum"]
+# Of entries that are all zero, argmax and argmin give the first: position zero.
+CHOICES = ["reduce_max", "reduce_min", "reduce_and", "reduce_prod", "argmax", "argmin", "pmax", "pmin"]
 CUMULATIVE = ["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"]
 WINDOWS = ["reduce_window_sum", "reduce_window_max", "reduce_window_min"]
 
@@ -28,17 +29,27 @@ def reduction(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def arg_reduction(node: Any, infos: Sequence[Any]) -> Spec:
-  """As a reduction, but the result is a position, and no zero of it is a zero of the operand."""
-  spec = reduction(node, infos)
+def collective(node: Any, infos: Sequence[Any]) -> Spec | None:
+  """``b c -> b``: a reduction over axes that ``vmap`` has put in the place of names."""
+  plain = all(isinstance(axis, int) for axis in node.params["axes"])
+  alone = len(node.ins) == 1 and node.params["axis_index_groups"] is None
+  return reduction(node, infos) if plain and alone else None
+
+
+def reduction_by(node: Any, infos: Sequence[Any]) -> Spec:
+  """``b c, b c, 1, 1 -> b, b``: by a function of one's own, of which nothing is known."""
+  shape, arrays = node.ins[0].shape, len(node.ins) // 2
+  names = names_of(shape)
+  reduced = frozenset(names[axis] for axis in node.params["dimensions"])
+  outs = tuple(f for f in names if f not in reduced)
   return Spec(
-    ins=spec.ins,
-    outs=spec.outs,
-    sizes=spec.sizes,
-    whole=spec.whole,
-    alive=frozenset(f for f in spec.outs[0] if isinstance(f, str)),
-    flops=spec.flops,
-    opaque=f"{node.name} gives a position",
+    ins=(names,) * arrays + ((),) * arrays,
+    outs=(outs,) * arrays,
+    sizes=dict(zip(names, shape, strict=True)),
+    alive=frozenset(outs),
+    whole=reduced,
+    flops=(Flops(names, scale=arrays),),
+    opaque=f"{node.name} by an unknown function",
   )
 
 
@@ -60,43 +71,51 @@ def along_axis(node: Any, infos: Sequence[Any]) -> Spec:
 
 
 def window(node: Any, infos: Sequence[Any]) -> Spec:
-  """Pooling: axes that the window does not span are elementwise, the others whole."""
-  shape, out = node.ins[0].shape, node.outs[0].shape
-  spanned = [spans(node.params, axis) for axis in range(len(shape))]
-  ins = tuple(f"s{i}" if span else f"d{i}" for i, span in enumerate(spanned))
-  outs = tuple(f"t{i}" if span else f"d{i}" for i, span in enumerate(spanned))
+  """``a s -> a t``: axes that the window does not span are elementwise, the others whole."""
   keeps_zero = node.name == "reduce_window_sum" or all(
     max(pads) < size
     for pads, size in zip(node.params["padding"], node.params["window_dimensions"], strict=True)
     if any(pads)
   )
+  return _windowed(node, 1, keeps_zero, f"{node.name} along the masked axis")
+
+
+def window_by(node: Any, infos: Sequence[Any]) -> Spec:
+  """``a s, a s, 1, 1 -> a t, a t``: by a function of one's own, of which nothing is known."""
+  return _windowed(node, len(node.ins) // 2, False, f"{node.name} by an unknown function")
+
+
+def _windowed(node: Any, arrays: int, keeps_zero: bool, reason: str) -> Spec:
+  shape, out = node.ins[0].shape, node.outs[0].shape
+  spanned = [spans(node.params, axis) for axis in range(len(shape))]
+  ins = tuple(f"s{i}" if span else f"d{i}" for i, span in enumerate(spanned))
+  outs = tuple(f"t{i}" if span else f"d{i}" for i, span in enumerate(spanned))
   return Spec(
-    ins=(ins,),
-    outs=(outs,),
+    ins=(ins,) * arrays + ((),) * (len(node.ins) - arrays),
+    outs=(outs,) * arrays,
     sizes={**dict(zip(ins, shape, strict=True)), **dict(zip(outs, out, strict=True))},
     whole=frozenset(f for f in (*ins, *outs) if not f.startswith("d")),
     alive=frozenset() if keeps_zero else frozenset(outs),
-    flops=(Flops(outs, scale=math.prod(node.params["window_dimensions"])),),
-    opaque=f"{node.name} along the masked axis",
+    flops=(Flops(outs, scale=arrays * math.prod(node.params["window_dimensions"])),),
+    opaque=reason,
   )
 
 
 def spans(params: dict[str, Any], axis: int) -> bool:
   """Whether a window reaches over more than one entry along an axis, or changes its size."""
-  plain = (
-    params["window_dimensions"][axis],
-    params["window_strides"][axis],
-    params["base_dilation"][axis],
-    params["window_dilation"][axis],
-  )
-  return plain != (1, 1, 1, 1) or tuple(params["padding"][axis]) != (0, 0)
+  plain = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
+  return any(name in params and params[name][axis] != 1 for name in plain) or tuple(
+    params["padding"][axis]
+  ) != (0, 0)
 
 
 def _register() -> None:
   for name in SUMS + CHOICES:
     register_rule(name, reduction)
-  for name in ("argmax", "argmin"):
-    register_rule(name, arg_reduction)
+  for name in ("psum", "pmax", "pmin"):
+    register_rule(name, collective)
+  register_rule("reduce", reduction_by)
+  register_rule("reduce_window", window_by)
   for name in [*CUMULATIVE, "sort"]:
     register_rule(name, along_axis)
   for name in WINDOWS:

@@ -31,20 +31,21 @@ class _Factors:
       self.whole.add(name)
 
 
-def reshape(node: Any, infos: Sequence[Any]) -> Spec | None:
-  """``a b c d -> a (b c) d`` and back."""
-  if node.params.get("dimensions") is not None:
-    return None
-  found = factorise(node.ins[0].shape, node.outs[0].shape)
+def reshape(node: Any, infos: Sequence[Any]) -> Spec:
+  """``a b c d -> a (b c) d`` and back, of axes in the order that it reads them."""
+  shape = node.ins[0].shape
+  order = node.params.get("dimensions") or range(len(shape))
+  found = factorise([shape[axis] for axis in order], node.outs[0].shape)
+  ins = dict(zip(order, map(_axis, found.ins), strict=True))
   return Spec(
-    ins=(tuple(map(_axis, found.ins)), *((),) * (len(node.ins) - 1)),
+    ins=(tuple(ins[axis] for axis in range(len(shape))), *((),) * (len(node.ins) - 1)),
     outs=(tuple(map(_axis, found.outs)),),
     sizes=found.sizes,
     whole=frozenset(found.whole),
     moves=not found.whole,
     opaque="a reshape of shapes without common factors" if found.whole else "",
     bind=lambda node, arrays, sizes: [
-      arrays[0].reshape([math.prod(sizes[f] for f in parts) for parts in found.outs])
+      arrays[0].transpose(order).reshape([math.prod(sizes[f] for f in parts) for parts in found.outs])
     ],
   )
 

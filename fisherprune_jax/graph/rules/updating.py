@@ -49,8 +49,9 @@ def scatter(node: Any, infos: Sequence[Any]) -> Spec:
 
 
 def top_k(node: Any, infos: Sequence[Any]) -> Spec:
-  """One axis whole; positions are among the results, so nothing of them is a known zero."""
-  shape, axis = node.ins[0].shape, node.params["axis"]
+  """``a s -> a t, a t``: both whole; positions are among the results, so no zero of them is known."""
+  shape = node.ins[0].shape
+  axis = node.params["reduction_dimension" if node.name == "approx_top_k" else "axis"] % len(shape)
   ins = tuple(f"s{i}" if i == axis else f"d{i}" for i in range(len(shape)))
   outs = tuple(f"t{i}" if i == axis else f"d{i}" for i in range(len(shape)))
   sizes = {**dict(zip(ins, shape, strict=True)), **dict(zip(outs, node.outs[0].shape, strict=True))}
@@ -61,14 +62,13 @@ def top_k(node: Any, infos: Sequence[Any]) -> Spec:
     alive=frozenset(outs),
     whole=frozenset({ins[axis], outs[axis]}),
     flops=(Flops(ins),),
-    opaque="top_k along the masked axis",
+    opaque=f"{node.name} gives positions",
   )
 
 
 def select_and(node: Any, infos: Sequence[Any]) -> Spec:
-  """Values moved by where another array has its maxima; that array's zeros decide nothing."""
-  params = {"base_dilation": (1,) * len(node.ins[1].shape), "window_dilation": (1,) * len(node.ins[1].shape)}
-  spanned = [spans({**params, **node.params}, axis) for axis in range(len(node.ins[1].shape))]
+  """``a t, a s -> a s`` or ``a s, a s -> a t``: moved by where operand 1, whose zeros are mute, has its maxima."""
+  spanned = [spans(node.params, axis) for axis in range(len(node.ins[1].shape))]
 
   def axes(letter: str) -> Axes:
     return tuple(f"{letter}{i}" if span else f"d{i}" for i, span in enumerate(spanned))
@@ -90,9 +90,29 @@ def select_and(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
+def select_and_scatter(node: Any, infos: Sequence[Any]) -> Spec:
+  """``a s, a t, 1 -> a s``: by functions of one's own, of which nothing is known."""
+  shape, source = node.ins[0].shape, node.ins[1].shape
+  spanned = [spans(node.params, axis) for axis in range(len(shape))]
+  outs = tuple(f"s{i}" if span else f"d{i}" for i, span in enumerate(spanned))
+  ins = tuple(f"t{i}" if span else f"d{i}" for i, span in enumerate(spanned))
+  sizes = {**dict(zip(outs, shape, strict=True)), **dict(zip(ins, source, strict=True))}
+  return Spec(
+    ins=(outs, ins, ()),
+    outs=(outs,),
+    sizes=sizes,
+    alive=frozenset(outs),
+    whole=frozenset(f for f in sizes if not f.startswith("d")),
+    flops=(Flops(ins, scale=math.prod(node.params["window_dimensions"])),),
+    opaque=f"{node.name} by an unknown function",
+  )
+
+
 for name in ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"):
   register_rule(name, scatter)
 register_rule("dynamic_update_slice", dynamic_update_slice)
 register_rule("top_k", top_k)
+register_rule("approx_top_k", top_k)
+register_rule("select_and_scatter", select_and_scatter)
 register_rule("select_and_scatter_add", select_and)
 register_rule("select_and_gather_add", select_and)

@@ -1,0 +1,243 @@
+"""More of the table in ``tests/models.py``: attention, norms, layouts, and what is known to break pruning tools."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import fisherprune_jax as fp
+from tests.models import batch_norm, case, conv, dense, mask, param_dtype
+
+
+class Weight(nn.Module):
+  """A raw parameter, used by whatever function likes to."""
+
+  shape: tuple[int, ...]
+
+  @nn.compact
+  def __call__(self) -> jax.Array:
+    return self.param("w", nn.initializers.normal(), self.shape, param_dtype())
+
+
+def weight(*shape: int) -> jax.Array:
+  return Weight(shape)()
+
+
+def heads(x: jax.Array, number: int, features: int = 3) -> jax.Array:
+  """Without biases: attention does not see those of keys, so their gradients would be rounding errors."""
+  return nn.DenseGeneral((number, features), use_bias=False, param_dtype=param_dtype())(x)
+
+
+def joined(x: jax.Array, features: int) -> jax.Array:
+  return nn.DenseGeneral(features, axis=(-2, -1), param_dtype=param_dtype())(x)
+
+
+def masked_heads(*qkv: jax.Array, **options: Any) -> jax.Array:
+  """``attention_fn`` of which each head can be switched off."""
+  return mask(nn.dot_product_attention(*qkv, **options), axis=-2)
+
+
+def tokens(x: jax.Array) -> jax.Array:
+  return jnp.clip(jnp.abs(x * 3).astype(jnp.int32), 0, 4)
+
+
+@case((2, 4, 4, 3), removable=False)
+def group_norm_over_the_mask(x):
+  y = nn.GroupNorm(num_groups=3)(mask(nn.relu(conv(6)(x))))
+  return dense(3)(jnp.mean(y, axis=(1, 2)))
+
+
+@case((3, 5), removable=False)
+def bias_behind_the_mask(x):
+  y = mask(dense(6, use_bias=False)(x)) + weight(6)
+  return dense(3)(nn.relu(y))
+
+
+@case((2, 4, 4, 3), removable=False)
+def convolution_bias_behind_a_dead_group(x):
+  y = mask(nn.relu(conv(4, (1, 1))(x)))
+  return dense(3)(jnp.mean(nn.relu(conv(4, (2, 2), feature_group_count=4)(y)), axis=(1, 2)))
+
+
+@case((2, 3))
+def tied_embeddings(x):
+  table, both = nn.Embed(5, 6, param_dtype=param_dtype()), fp.Mask()
+  y = both(table(tokens(x)))
+  return table.attend(both(y + dense(6)(mask(nn.gelu(dense(4)(y))))))
+
+
+@case((2, 3))
+def tied_embeddings_masked_apart(x):
+  table = nn.Embed(5, 6, param_dtype=param_dtype())
+  y = mask(table(tokens(x)))
+  return table.attend(mask(nn.tanh(dense(6)(y))))
+
+
+def attention(number: int, features: int, **options: Any) -> nn.Module:
+  """As ``heads``, without biases."""
+  return nn.MultiHeadDotProductAttention(
+    number, qkv_features=features, use_bias=False, param_dtype=param_dtype(), **options
+  )
+
+
+@case((2, 3, 5))
+def attention_with_masked_heads(x):
+  return x + attention(4, 8, attention_fn=masked_heads)(x)
+
+
+@case((2, 3, 5))
+def attention_plain(x):
+  y = attention(2, 4)(x, mask=nn.make_causal_mask(x[..., 0]))
+  return dense(2)(mask(nn.relu(dense(5)(y))))
+
+
+@case((2, 3, 5))
+def attention_by_jax(x):
+  y = jax.nn.dot_product_attention(heads(x, 4), heads(x, 4), heads(x, 4), is_causal=True)
+  return joined(mask(y, axis=-2), 3)
+
+
+@case((2, 3, 5))
+def attention_grouped(x):
+  query, key, value = heads(x, 4), heads(x, 2), heads(x, 2)
+  key, value = (jnp.repeat(y, 2, axis=-2) for y in (key, value))
+  return joined(mask(nn.dot_product_attention(query, key, value), axis=-2), 3)
+
+
+@case((2, 3, 5))
+def attention_grouped_by_jax(x):
+  y = jax.nn.dot_product_attention(heads(x, 4), heads(x, 2), heads(x, 2))
+  return joined(mask(y, axis=-2), 3)
+
+
+@case((2, 3, 5))
+def attention_with_masked_head_features(x):
+  both = fp.Mask()
+  query, key, value = both(heads(x, 2, 4)), both(heads(x, 2, 4)), mask(heads(x, 2, 4))
+  return joined(jax.nn.dot_product_attention(query, key, value), 3)
+
+
+@case((2, 3, 4))
+def transformer_block(x):
+  norm = lambda: nn.LayerNorm(param_dtype=param_dtype())
+  attend = attention(2, 6, attention_fn=masked_heads)
+  x = x + attend(norm()(x), mask=nn.make_causal_mask(x[..., 0]))
+  y = mask(nn.gelu(dense(6)(norm()(x))))
+  return dense(2)(norm()(x + dense(4)(y)))
+
+
+@case((3, 5))
+def einsum_on_a_parameter(x):
+  y = mask(nn.relu(jnp.einsum("bc,cd->bd", x, weight(5, 6))))
+  y = mask(jnp.einsum("bd,dhk->bhk", y, weight(6, 2, 3)), axis=-2)
+  return jnp.einsum("bhk,hko->bo", y, weight(2, 3, 3))
+
+
+@case((3, 5))
+def gate_masked_alone(x):
+  return dense(3)(mask(nn.silu(dense(6, use_bias=False)(x))) * dense(6)(x))
+
+
+@case((3, 5))
+def gated_linear_unit(x):
+  return dense(3)(mask(nn.glu(dense(10)(x))))
+
+
+@case((3, 5))
+def experts(x):
+  """A soft mixture; an expert goes with its weights."""
+  gates = mask(nn.softmax(dense(4)(x)))
+  hidden = mask(nn.relu(jnp.einsum("bc,ecd->bed", x, weight(4, 5, 3))))
+  return jnp.einsum("bed,edo,be->bo", hidden, weight(4, 3, 2), gates)
+
+
+@case((2, 6, 6, 2))
+def convolution_dilated(x):
+  x = mask(nn.relu(conv(4, kernel_dilation=(2, 1))(x)))
+  return conv(2, padding="VALID", kernel_dilation=2)(x)
+
+
+@case((2, 4, 4, 2))
+def convolution_channels_first(x):
+  layout = ("NCHW", "OIHW", "NCHW")
+  y = jnp.moveaxis(x, -1, 1)
+  for before, after in ((2, 5), (5, 4)):
+    y = lax.conv_general_dilated(y, weight(after, before, 3, 3), (1, 1), "SAME", dimension_numbers=layout)
+    y = mask(nn.relu(y), axis=-3)
+  return dense(2)(jnp.mean(y, axis=(2, 3)))
+
+
+@case((2, 4, 3))
+def convolution_with_batch_groups(x):
+  """Channels stand where examples would, in two groups; positions are channels, examples are places."""
+  y = mask(nn.relu(dense(6)(x)))
+  layout = ("WCN", "WIO", "WNC")
+  y = lax.conv_general_dilated(
+    y, weight(1, 4, 4), (1,), "VALID", dimension_numbers=layout, batch_group_count=2
+  )
+  return joined(y, 2)
+
+
+def upsampled(method: str) -> Any:
+  def network(x):
+    down = mask(nn.relu(conv(4)(x)))
+    y = mask(nn.relu(conv(5)(nn.max_pool(down, (2, 2), (2, 2)))))
+    y = jax.image.resize(y, (*down.shape[:-1], 5), method)
+    return conv(2, (1, 1))(mask(nn.relu(conv(4, (1, 1))(jnp.concatenate([down, y], axis=-1)))))
+
+  network.__name__ = f"u_net_resized_{method}"
+  return network
+
+
+for kind in ("nearest", "bilinear"):
+  case((2, 4, 4, 2))(upsampled(kind))
+
+
+@case((2, 4, 3))
+def along_other_axes(x):
+  y = mask(nn.relu(dense(5)(x)))
+  y = jnp.cumsum(y, axis=1) + lax.cummax(y, axis=1) + jnp.sort(y, axis=1)
+  where = jnp.argmax(y, axis=1).astype(y.dtype)
+  return dense(3)(y[:, 1] + where + jnp.prod(y, axis=1) + jnp.min(y, axis=1))
+
+
+def normalised(x: jax.Array) -> jax.Array:
+  """Batch norm in training form."""
+  axes = tuple(range(x.ndim - 1))
+  mean = jnp.mean(x, axes)
+  scale = weight(x.shape[-1]) * lax.rsqrt(jnp.mean(jnp.square(x - mean), axes) + 1e-3)
+  return (x - mean) * scale + weight(x.shape[-1])
+
+
+@case((3, 4, 4, 2), independent=False)
+def batch_norm_in_training(x):
+  x = mask(nn.relu(normalised(conv(5, use_bias=False)(x))))
+  x = mask(nn.relu(normalised(conv(4, use_bias=False)(x))))
+  return dense(2)(jnp.mean(x, axis=(1, 2)))
+
+
+@case((2, 4, 4, 3))
+def bottleneck(x):
+  y = mask(nn.relu(batch_norm(conv(4, (1, 1), use_bias=False)(x))))
+  y = mask(nn.relu(batch_norm(conv(4, strides=2, use_bias=False)(y))))
+  y = batch_norm(conv(6, (1, 1), use_bias=False)(y))
+  x = nn.relu(y + batch_norm(conv(6, (1, 1), strides=2, use_bias=False)(x)))
+  return dense(2)(jnp.mean(x, axis=(1, 2)))
+
+
+@case((4, 3), independent=False)  # examples are dealt out by their position
+def mixture_of_experts(x):
+  sizes = jnp.array([1, 0, 2], jnp.int32)
+  y = mask(nn.relu(lax.ragged_dot(mask(nn.relu(dense(4)(x))), weight(3, 4, 5), sizes)))
+  return lax.ragged_dot(y, weight(3, 5, 2), sizes)
+
+
+@case((2, 4, 4, 3), removable=False, differentiable=False)
+def windows_of_any_function(x):
+  y = mask(nn.relu(conv(5)(x)))
+  smallest = lax.reduce_window(
+    y, jnp.inf, lambda a, b: jnp.minimum(a, b), (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
+  )
+  return dense(2)(jnp.mean(smallest, axis=(1, 2)))

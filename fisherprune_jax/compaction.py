@@ -78,7 +78,7 @@ class Compact:
     self.masks = jax.tree.unflatten(jax.tree.structure(tree.mask_tree), leaves_of(rows, tree.mask_leaves))
     self._cost_model = cost_of(model, tree.mask_tree, self._examples)
     self.cost: float = self._cost_model.exact(self.masks) / self._examples
-    self.variables = self._present(_map(Kept.slice, self._kept, tree.variables))
+    self.variables = self._present(jax.tree.map(Kept.slice, self._kept, tree.variables))
 
   @functools.cached_property
   def blockers(self) -> list[Blocker]:
@@ -98,7 +98,7 @@ class Compact:
 
   def shrink(self, tree: Any) -> Any:
     """Slices any tree shaped like the parameters, like all variables, or like another collection of them."""
-    return _map(Kept.slice, self._kept_like(tree), tree)
+    return jax.tree.map(Kept.slice, self._kept_like(tree), tree)
 
   def shrink_opt_state(self, tx: Any, opt_state: Any) -> Any:
     """Slices what an optimizer remembers of the parameters, so that training goes on where it was.
@@ -144,13 +144,14 @@ class Compact:
 
   def _execute(self, variables: Any, args: Sequence[Any]) -> Any:
     full = self._full_tree(variables)
-    shapes = jax.tree.map(lambda kept, x: jax.ShapeDtypeStruct(kept.shape, x.dtype), self._kept, full)
+    kept = jax.tree_util.tree_map_with_path(self._kept_given, self._kept, full)
+    shapes = jax.tree.map(lambda k, x: jax.ShapeDtypeStruct(k.shape, x.dtype), kept, full)
     key = signature((shapes, args))
     if key not in self._models:
-      self._models[key] = self._checked(self._trace(shapes, args))
+      self._models[key] = self._checked(self._trace(shapes, args), kept)
     model = self._models[key]
     given, leaves = jax.tree.leaves(full), jax.tree.leaves(args)
-    boxes = [kept.held for kept in jax.tree.leaves(self._kept)]
+    boxes = [k.held for k in jax.tree.leaves(kept)]
     held = [
       whole_box(jnp.shape(x)) if is_mask and not self._keep_masks else box
       for x, box, is_mask in zip(given, boxes, self._tree.flags, strict=True)
@@ -163,9 +164,14 @@ class Compact:
     outputs = run([*given, *leaves], [*held, *(whole_box(jnp.shape(x)) for x in leaves)], wanted)
     return jax.tree.unflatten(jax.tree.structure(model.out_tree), outputs)
 
+  def _kept_given(self, path: Any, kept: Kept, leaf: Any) -> Kept:
+    """What is kept of a variable as it is given: masks may come per example."""
+    return kept.per_example(leaf) if self._keep_masks and self._tree.is_mask(path) else kept
+
   def _trace(self, variables: Any, args: Sequence[Any]) -> Model:
     tree = VariableTree(variables, self._tree.masks)
-    return trace_model(self._apply_fn, tree, args, self._drop_masks, self._updates)
+    ranks = [np.ndim(mask) for mask in self._tree.mask_leaves]
+    return trace_model(self._apply_fn, tree, args, self._drop_masks, self._updates, ranks)
 
   def _parameters(self, model: Model) -> list[Value]:
     """The variables that are no masks."""
@@ -177,10 +183,10 @@ class Compact:
     leaves = [keep(value, model.live, self._ev, shown.get(at)) for at, value in enumerate(model.variables)]
     return jax.tree.unflatten(jax.tree.structure(self._tree.variables), leaves)
 
-  def _checked(self, model: Model) -> Model:
+  def _checked(self, model: Model, kept: Any) -> Model:
     """Raises if the program for another shape needs what was removed for the first one."""
-    kept = jax.tree_util.tree_leaves_with_path(self._kept)
-    for value, (path, have) in zip(model.variables, kept, strict=True):
+    leaves = jax.tree_util.tree_leaves_with_path(kept)
+    for value, (path, have) in zip(model.variables, leaves, strict=True):
       dropped = self._tree.is_mask(path) and not self._keep_masks
       if value in model.live.asked and not dropped and not have.covers(keep(value, model.live, self._ev)):
         raise ValueError(
@@ -285,10 +291,6 @@ def compact(
     round_to=round_to,
     strict=strict,
   )
-
-
-def _map(function: Callable[..., Any], *trees: Any) -> Any:
-  return jax.tree.map(function, *trees)
 
 
 def _has_params(tree: Any) -> bool:

@@ -114,12 +114,16 @@ def trace_model(
   args: Sequence[Any],
   drop_masks: bool = True,
   updates: Callable[[Any], Any] | None = None,
+  ranks: Sequence[int] | None = None,
 ) -> Model:
-  """Traces ``apply_fn(variables, *args)`` and finds what is live for every possible mask."""
+  """Traces ``apply_fn(variables, *args)`` and finds what is live for every possible mask.
+
+  A mask of one axis more than ``ranks`` says has an example axis before its features.
+  """
   program, out_tree = trace(apply_fn, abstract(tree.variables), *abstract(tuple(args)))
   count = len(tree.flags)
   values = program.inputs[:count]
-  infos = _variable_infos(values, tree.flags)
+  infos = _variable_infos(values, tree.flags, ranks or [len(mask.shape) for mask in tree.mask_leaves])
   infos += [Info(whole_box(value.shape), varies=True) for value in program.inputs[count:]]
   replaced = _replaced(updates, out_tree, tree) if updates else {}
   live, shown = analyse_linked(program, infos, replaced, spec_of, drop_masks)
@@ -145,20 +149,30 @@ def _replaced(updates: Callable[[Any], Any], out_tree: Any, tree: VariableTree) 
   return found
 
 
-def _variable_infos(values: Sequence[Value], flags: Sequence[bool]) -> list[Info]:
+def _variable_infos(values: Sequence[Value], flags: Sequence[bool], ranks: Sequence[int]) -> list[Info]:
   infos, position = [], 0
   for value, is_mask in zip(values, flags, strict=True):
-    infos.append(_mask_info(position, value.shape) if is_mask else Info(whole_box(value.shape)))
+    infos.append(
+      _mask_info(position, value.shape, ranks[position]) if is_mask else Info(whole_box(value.shape))
+    )
     position += is_mask
   return infos
 
 
-def _mask_info(position: int, shape: tuple[int, ...]) -> Info:
+def _mask_info(position: int, shape: tuple[int, ...], rank: int) -> Info:
+  if len(shape) > rank:
+    return _with_examples(_mask_info(position, (*shape[:-2], shape[-1]), rank), shape[-2])
   leaves = [Info((sets.leaf((position, row), shape[-1]),), mask=True) for row in range(math.prod(shape[:-1]))]
   for size in reversed(shape[:-1]):
     leaves = [_stack_of(leaves[start : start + size]) for start in range(0, len(leaves), size)]
   (info,) = leaves
   return info
+
+
+def _with_examples(info: Info, size: int) -> Info:
+  """The same mask for each of several examples."""
+  rows = info.rows and tuple(_with_examples(row, size) for row in info.rows)
+  return info._replace(box=(*info.box[:-1], *whole_box((size,)), info.box[-1]), rows=rows)
 
 
 def _stack_of(rows: list[Info]) -> Info:

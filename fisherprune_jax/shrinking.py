@@ -1,5 +1,6 @@
 """Slicing what is shaped like the parameters: parameters themselves, gradients, optimizer states."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,11 @@ class Kept:
     return (self.shape[0], *map(max, zip(*widths, strict=True)))
 
   @property
+  def is_whole(self) -> bool:
+    """Whether nothing was removed."""
+    return self.rows is None and self.compact_shape == self.shape
+
+  @property
   def held(self) -> Box | list[Box]:
     """The kept entries as sets."""
     if self.rows is None:
@@ -56,6 +62,13 @@ class Kept:
     mine, others = ((k.index[1:],) * count if k.rows is None else k.rows for k in (self, other))
     return all(all(map(_within, a, b, self.shape[1:])) for a, b in zip(others, mine, strict=True))
 
+  def per_example(self, leaf: Any) -> "Kept":
+    """The same for a mask that comes with an example axis before its features."""
+    if jnp.ndim(leaf) != len(self.shape) + 1:
+      return self
+    rows = self.rows and tuple(_with_examples(row) for row in self.rows)
+    return Kept((*self.shape[:-1], jnp.shape(leaf)[-2], self.shape[-1]), _with_examples(self.index), rows)
+
   def slice(self, leaf: Any) -> jax.Array:
     """The kept entries of a leaf of the full shape."""
     if jnp.shape(leaf) != self.shape:
@@ -68,6 +81,10 @@ class Kept:
     widest = self.compact_shape[1:]
     rows = [_slice(leaf[at], row) for at, row in enumerate(self.rows)]
     return jnp.stack([jnp.pad(r, [(0, n - m) for n, m in zip(widest, r.shape, strict=True)]) for r in rows])
+
+
+def _with_examples(index: Index) -> Index:
+  return (*index[:-1], None, index[-1])
 
 
 def keep(value: Value, live: Liveness, ev: Evaluation, shown: Box | None = None) -> Kept:
@@ -113,30 +130,55 @@ def shrink_opt_state(tx: Any, opt_state: Any, params: Any, kept: Any, masks: Any
 
   Returns:
     The state for the compact parameters.
+
+  Raises:
+    ValueError: if the state is not one of the full parameters.
   """
   by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(kept)}
-  fresh = _without_pruning(jax.eval_shape(tx.init, params))
-  fresh_shapes = {_keys(p): leaf.shape for p, leaf in jax.tree_util.tree_leaves_with_path(fresh)}
-  restarted = None
+  full = jax.tree.map(lambda k, p: jax.ShapeDtypeStruct(k.shape, p.dtype), kept, params)
+  before, after = _shapes(tx, full), _shapes(tx, params)
+  restarted: list[tuple[str, ...]] = []
 
   def shrink(path: Path, leaf: Any) -> Any:
-    nonlocal restarted
     if isinstance(leaf, FisherPruneState):
       return _shrink_pruning(leaf, masks)
-    owner = _owner(_keys(path), by_path)
-    if (
-      owner is None or jnp.shape(leaf) == fresh_shapes.get(_keys(path)) == owner.compact_shape == owner.shape
-    ):
+    keys, shape = _keys(path), jnp.shape(leaf)
+    owner = _owner(keys, by_path)
+    if owner is None or owner.is_whole:
       return leaf
-    if jnp.shape(leaf) == owner.shape:
+    if shape != before.get(keys, shape):
+      raise ValueError(
+        f"opt_state must belong to the full parameters, for which {'/'.join(keys)} has shape {before[keys]}; got "
+        f"{describe(leaf)}. Pass the state as it was before compaction, and the transformation that made it."
+      )
+    if shape == owner.shape:
       return owner.slice(leaf)
-    if jnp.shape(leaf) == fresh_shapes.get(_keys(path)):
-      return leaf
-    if restarted is None:
-      restarted = dict(_leaves_by_keys(_without_pruning(tx.init(params))))
-    return restarted[_keys(path)]
+    if np.prod(shape, dtype=int) > 1 or shape != after.get(keys):
+      restarted.append(keys)  # factored, say: its axes are not the parameter's
+    return leaf
 
-  return jax.tree_util.tree_map_with_path(shrink, opt_state, is_leaf=_is_pruning)
+  state = jax.tree_util.tree_map_with_path(shrink, opt_state, is_leaf=_is_pruning)
+  return _restart(state, tx, params, restarted) if restarted else state
+
+
+def _shapes(tx: Any, params: Any) -> dict[tuple[str, ...], Any]:
+  state = _without_pruning(jax.eval_shape(tx.init, params))
+  return {_keys(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def _restart(state: Any, tx: Any, params: Any, restarted: list[tuple[str, ...]]) -> Any:
+  """Puts the leaves of a fresh state in place of those that could not be sliced, and says so."""
+  warnings.warn(
+    "Optimizer statistics that are not shaped like their parameters cannot be sliced, so these start anew: "
+    f"{', '.join(map('/'.join, restarted))}. Others go on where they were.",
+    stacklevel=4,
+  )
+  fresh = dict(_leaves_by_keys(_without_pruning(tx.init(params))))
+
+  def choose(path: Path, leaf: Any) -> Any:
+    return fresh[_keys(path)] if not _is_pruning(leaf) and _keys(path) in restarted else leaf
+
+  return jax.tree_util.tree_map_with_path(choose, state, is_leaf=_is_pruning)
 
 
 def _is_pruning(x: Any) -> bool:

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import fisherprune_jax as fp
@@ -217,40 +216,6 @@ def test_second_derivatives_and_forward_mode(x64):
   close(dense, jax.jvp(lambda x: small(small.variables, x), (x,), (x,)), 1e-10)
   hessian = jax.hessian(lambda s: apply(variables, s * x).sum())(1.0)
   close(hessian, jax.hessian(lambda s: small(small.variables, s * x).sum())(1.0), 1e-10)
-
-
-@pytest.mark.parametrize("tx", [optax.sgd(0.1, momentum=0.9), optax.adam(0.01)], ids=["momentum", "adam"])
-def test_training_goes_on_where_it_was(tx, x64):
-  apply, variables, x = pruned(CASES["cnn_with_flatten"], 1, jnp.float64)
-  masks = variables["masks"]
-  cost = fp.cost_model(apply, variables, x)
-  tx = optax.chain(tx, fp.fisher_prune(cost, prune_every=1000))
-
-  def masked_loss(params, masks, x):
-    return jnp.mean(apply({"params": params, "masks": masks}, x) ** 2)
-
-  @jax.jit
-  def masked_step(params, state):
-    _, (grads, mask_grads) = fp.value_and_grads(masked_loss)(params, masks, x)
-    updates, state = tx.update(grads, state, params, mask_grads=mask_grads)
-    return optax.apply_updates(params, updates), state
-
-  params, state = variables["params"], tx.init(variables["params"])
-  for _ in range(3):
-    params, state = masked_step(params, state)
-  small = fp.compact(apply, {"params": params, "masks": masks}, x)
-  compact_params, compact_state = small.variables["params"], small.shrink_opt_state(tx, state)
-
-  @jax.jit
-  def compact_step(params, state):
-    grads = jax.grad(lambda p: jnp.mean(small({"params": p}, x) ** 2))(params)
-    updates, state = tx.update(grads, state, params, mask_grads=None)
-    return optax.apply_updates(params, updates), state
-
-  for _ in range(20):
-    params, state = masked_step(params, state)
-    compact_params, compact_state = compact_step(compact_params, compact_state)
-    close(small.shrink(params), compact_params, 1e-9)
 
 
 def test_state_for_kept_masks_is_sliced_with_them():

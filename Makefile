@@ -44,8 +44,9 @@ format: install  ## format in place
 fuzz: install  ## random networks: make fuzz COUNT=5000
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m tests.fuzz --count $(COUNT)
 
-bench: install  ## what a pruning step and cost_model cost; writes benchmarks/results.json
+bench: install  ## what pruning costs in training and brings afterwards; writes benchmarks/*.json
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results.json
+	$(BIN)/python benchmarks/compact_speed.py --out benchmarks/compact_speed.json
 
 clean:  ## remove environments and results
 	rm -rf $(VENV) $(LATEST_VENV) demo .pytest_cache .mypy_cache .ruff_cache

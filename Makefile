@@ -46,6 +46,7 @@ fuzz: install  ## random networks: make fuzz COUNT=5000
 
 bench: install  ## what pruning costs in training and brings afterwards; writes benchmarks/*.json
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results.json
+	$(BIN)/python benchmarks/tool_speed.py --out benchmarks/tool_speed.json
 	$(BIN)/python benchmarks/compact_speed.py --out benchmarks/compact_speed.json
 
 clean:  ## remove environments and results

@@ -450,7 +450,7 @@ class _Layer(nn.Module):
   @nn.compact
   def __call__(self, x, _):
     y = mask(nn.relu(dense(5)(nn.LayerNorm(param_dtype=param_dtype())(x))))
-    return x + dense(4)(y), jnp.sum(y, axis=-1)
+    return x + dense(4)(y).astype(x.dtype), jnp.sum(y, axis=-1)
 
 
 class _ScannedLayers(nn.Module):

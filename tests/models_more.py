@@ -164,7 +164,8 @@ def convolution_channels_first(x):
   layout = ("NCHW", "OIHW", "NCHW")
   y = jnp.moveaxis(x, -1, 1)
   for before, after in ((2, 5), (5, 4)):
-    y = lax.conv_general_dilated(y, weight(after, before, 3, 3), (1, 1), "SAME", dimension_numbers=layout)
+    kernel = weight(after, before, 3, 3).astype(x.dtype)
+    y = lax.conv_general_dilated(y, kernel, (1, 1), "SAME", dimension_numbers=layout)
     y = mask(nn.relu(y), axis=-3)
   return dense(2)(jnp.mean(y, axis=(2, 3)))
 

@@ -69,6 +69,23 @@ def test_outputs_and_gradients_in_single_precision(case):
   close(*outputs_and_gradients(apply, small, variables, x), 1e-5)
 
 
+@DIFFERENTIABLE
+def test_outputs_and_gradients_in_half_precision(case):
+  """The compact network is about as near to float32 as the masked one is."""
+  apply, variables, x = pruned(case, 3, jnp.bfloat16)
+  small = fp.compact(apply, variables, x)
+  masked, compact = outputs_and_gradients(apply, small, variables, x)
+  assert jax.tree.map(lambda a: a.dtype, masked) == jax.tree.map(lambda a: a.dtype, compact)
+  variables, x = jax.tree.map(lambda a: a.astype(jnp.float32), (variables, x))
+  truth, _ = outputs_and_gradients(apply, fp.compact(apply, variables, x), variables, x)
+  for exact, a, b in zip(*map(jax.tree.leaves, (truth, masked, compact)), strict=True):
+    assert distance(exact, b) <= 4 * distance(exact, a) + 0.05 * distance(exact, 0 * exact)
+
+
+def distance(a, b):
+  return np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+
+
 @ALL
 def test_all_ones_masks_change_nothing(case):
   variables, x = case.variables(), case.inputs()

@@ -1,7 +1,9 @@
 """Slicing what is shaped like the parameters: parameters themselves, gradients, optimizer states."""
 
+import functools
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,9 @@ from fisherprune_jax.transform import FisherPruneState
 
 Index = tuple[np.ndarray | None, ...]
 """Per axis the positions that are kept, or None for all of them."""
+Keys = tuple[str, ...]
+"""A path in a tree, as names."""
+Shapes = Mapping[Keys, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +124,7 @@ def shrink_opt_state(tx: Any, opt_state: Any, params: Any, kept: Any, masks: Any
   """Slices every leaf of an optimizer state that belongs to a parameter.
 
   A leaf belongs to the parameter whose path its own path ends with. Where it has the parameter's shape it is
-  sliced; where it has another shape that no longer fits (factored second moments), it starts anew.
+  sliced, also after axes of its own; where it has another (factored second moments), it starts anew, with a warning.
 
   Args:
     tx: the transformation.
@@ -134,43 +139,60 @@ def shrink_opt_state(tx: Any, opt_state: Any, params: Any, kept: Any, masks: Any
   Raises:
     ValueError: if the state is not one of the full parameters.
   """
-  by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(kept)}
   full = jax.tree.map(lambda k, p: jax.ShapeDtypeStruct(k.shape, p.dtype), kept, params)
   before, after = _shapes(tx, full), _shapes(tx, params)
-  restarted: list[tuple[str, ...]] = []
+  owners = _owners(before, dict(_leaves_by_keys(kept)))
+  restarted: set[Keys] = set()
 
   def shrink(path: Path, leaf: Any) -> Any:
     if isinstance(leaf, FisherPruneState):
       return _shrink_pruning(leaf, masks)
-    keys, shape = _keys(path), jnp.shape(leaf)
-    owner = _owner(keys, by_path)
-    if owner is None or owner.is_whole:
-      return leaf
-    if shape != before.get(keys, shape):
-      raise ValueError(
-        f"opt_state must belong to the full parameters, for which {'/'.join(keys)} has shape {before[keys]}; got "
-        f"{describe(leaf)}. Pass the state as it was before compaction, and the transformation that made it."
-      )
-    if shape == owner.shape:
-      return owner.slice(leaf)
-    if np.prod(shape, dtype=int) > 1 or shape != after.get(keys):
-      restarted.append(keys)  # factored, say: its axes are not the parameter's
-    return leaf
+    keys = _keys(path)
+    _check_leaf(keys, leaf, before)
+    smaller = _shrink_leaf(leaf, owners[keys], after[keys])
+    if smaller is None:
+      restarted.add(keys)
+    return leaf if smaller is None else smaller
 
   state = jax.tree_util.tree_map_with_path(shrink, opt_state, is_leaf=_is_pruning)
   return _restart(state, tx, params, restarted) if restarted else state
 
 
-def _shapes(tx: Any, params: Any) -> dict[tuple[str, ...], Any]:
+def _shapes(tx: Any, params: Any) -> Shapes:
   state = _without_pruning(jax.eval_shape(tx.init, params))
-  return {_keys(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+  return {keys: leaf.shape for keys, leaf in _leaves_by_keys(state)}
 
 
-def _restart(state: Any, tx: Any, params: Any, restarted: list[tuple[str, ...]]) -> Any:
+def _check_leaf(keys: Keys, leaf: Any, before: Shapes) -> None:
+  """Raises unless the state of the full parameters has such a leaf."""
+  if jnp.shape(leaf) != before.get(keys):
+    have = f"{'/'.join(keys)} has shape {before[keys]}" if keys in before else f"there is no {'/'.join(keys)}"
+    raise ValueError(
+      f"opt_state must belong to the full parameters, for which {have}; got {describe(leaf)}. "
+      "Pass the state as it was before compaction, and the transformation that made it."
+    )
+
+
+def _shrink_leaf(leaf: Any, owner: Kept | None, after: tuple[int, ...]) -> Any | None:
+  """What is kept of a leaf of the state, or None if its entries cannot be told apart."""
+  shape = jnp.shape(leaf)
+  if owner is None or owner.is_whole:
+    return leaf
+  own = len(shape) - len(owner.shape)  # axes before the parameter's: several gradients in L-BFGS's memory
+  if own >= 0 and shape[own:] == owner.shape:
+    slicer = owner.slice
+    for _ in range(own):
+      slicer = jax.vmap(slicer)
+    return slicer(leaf)
+  # One number for all of the parameter stays; what else there is, is factored.
+  return leaf if shape == after and math.prod(shape) <= 1 else None
+
+
+def _restart(state: Any, tx: Any, params: Any, restarted: Collection[Keys]) -> Any:
   """Puts the leaves of a fresh state in place of those that could not be sliced, and says so."""
   warnings.warn(
     "Optimizer statistics that are not shaped like their parameters cannot be sliced, so these start anew: "
-    f"{', '.join(map('/'.join, restarted))}. Others go on where they were.",
+    f"{', '.join(sorted(map('/'.join, restarted)))}. Others go on where they were.",
     stacklevel=4,
   )
   fresh = dict(_leaves_by_keys(_without_pruning(tx.init(params))))
@@ -189,18 +211,30 @@ def _without_pruning(state: Any) -> Any:
   return jax.tree.map(lambda x: None if _is_pruning(x) else x, state, is_leaf=_is_pruning)
 
 
-def _leaves_by_keys(tree: Any) -> Any:
+def _leaves_by_keys(tree: Any) -> Iterator[tuple[Keys, Any]]:
   return ((_keys(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
 
 
-def _keys(path: Path) -> tuple[str, ...]:
+def _keys(path: Path) -> Keys:
   return tuple(keystr((key,)) for key in path)
 
 
-def _owner(path: tuple[str, ...], by_path: Mapping[tuple[str, ...], Kept]) -> Kept | None:
-  """The parameter whose path is the longest ending of ``path``."""
-  endings = (path[start:] for start in range(len(path)))
-  return next((by_path[ending] for ending in endings if ending in by_path), None)
+def _owners(paths: Collection[Keys], by_path: Mapping[Keys, Kept]) -> dict[Keys, Kept | None]:
+  """Per path of the state, the parameter whose path it ends with.
+
+  There may be several where a parameter bears the name of a part of the state, such as ``mu``. Then it is the one
+  most of whose fellow parameters are found beside it, or else the one of the longest path.
+  """
+
+  @functools.cache
+  def fellows(start: Keys) -> int:
+    return sum(start + path in paths for path in by_path)
+
+  def owner(path: Keys) -> Kept | None:
+    starts = [at for at in range(len(path)) if path[at:] in by_path]
+    return by_path[path[max(starts, key=lambda at: fellows(path[:at])) :]] if starts else None
+
+  return {path: owner(path) for path in paths}
 
 
 def _shrink_pruning(state: FisherPruneState, masks: Any | None) -> FisherPruneState:

@@ -1,5 +1,6 @@
 """Compact networks against masked ones: outputs and gradients, at any batch size, exported, shrunk."""
 
+import collections
 import functools
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import fisherprune_jax as fp
 from tests.models import CASES, random_masks
@@ -84,6 +86,31 @@ def test_outputs_and_gradients_in_half_precision(case):
 
 def distance(a, b):
   return np.linalg.norm(np.asarray(a, np.float64) - np.asarray(b, np.float64))
+
+
+PLAIN = (
+  "mlp cnn_with_flatten conv_transposed mobile_net_block_with_one_mask residual_network dense_net u_net gated_unit "
+  "batch_norm_before_the_mask mask_on_heads embedding lstm_scanned transformer_block"
+).split()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_nothing_is_picked_at_run_time(name):
+  """A compact network does what one written with its widths does: all picking was done on the weights."""
+  apply, variables, x = pruned(CASES[name], 8)
+  small = fp.compact(apply, variables, x)
+  masked, compact = primitives(apply, variables, x), primitives(small, small.variables, x)
+  del masked["mul"], compact["mul"]  # products with masks are gone
+  assert not compact - masked
+
+
+def primitives(function, *args):
+  def names(jaxpr):
+    for eqn in jaxpr.eqns:
+      subs = list(jaxprs_in_params(eqn.params))
+      yield from [eqn.primitive.name] if not subs else (name for sub in subs for name in names(sub))
+
+  return collections.Counter(names(jax.make_jaxpr(function)(*args).jaxpr))
 
 
 @ALL

@@ -1,5 +1,7 @@
 """Training goes on after compaction: the same trajectory, and the same features pruned at the same steps."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,8 @@ import optax
 import pytest
 
 import fisherprune_jax as fp
-from tests.models import CASES
-from tests.test_compaction import close, pruned
+from tests.models import CASES, random_masks
+from tests.test_compaction import Trained, close, pruned
 
 pytestmark = pytest.mark.filterwarnings("ignore:fisherprune_jax has no rule")
 OPTIMIZERS = {
@@ -77,6 +79,38 @@ def test_twenty_steps_follow_the_masked_network(name, case, x64):
     for a, b in zip(jax.tree.leaves(thin), jax.tree.leaves(small.variables["params"]), strict=True)
   ]
   assert max(moved) > 1e-3
+
+
+def test_batch_norm_goes_on_with_its_statistics(x64):
+  model = Trained()
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 6, 2)))
+  variables = model.init(jax.random.key(0), x)
+  masks = random_masks(variables["masks"], 0, 0.5)
+  train = functools.partial(model.apply, mutable=["batch_stats"])
+  small = fp.compact(train, variables | {"masks": masks}, x, updates=lambda out: out[1])
+  tx = optax.adam(0.01)
+
+  def run(apply, variables, extra):
+    def loss(params, stats):
+      y, new = apply({"params": params, "batch_stats": stats, **extra}, x)
+      return jnp.mean((y - 1.0) ** 2), new["batch_stats"]
+
+    @jax.jit
+    def step(params, stats, state):
+      grads, stats = jax.grad(loss, has_aux=True)(params, stats)
+      updates, state = tx.update(grads, state, params)
+      return optax.apply_updates(params, updates), stats, state
+
+    params, stats = variables["params"], variables["batch_stats"]
+    state = tx.init(params)
+    for _ in range(20):
+      params, stats, state = step(params, stats, state)
+    return params, stats
+
+  masked = run(train, variables, {"masks": masks})
+  compact = run(small, small.variables, {})
+  for expected, found in zip(masked, compact, strict=True):
+    close(small.shrink(expected), found, 1e-9)
 
 
 INDEPENDENT = [
@@ -209,3 +243,36 @@ def test_a_state_of_another_network_is_refused():
   other = jax.tree.map(lambda p: jnp.zeros([n + 1 for n in p.shape]), variables["params"])
   with pytest.raises(ValueError, match="shape"):
     small.shrink_opt_state(tx, tx.init(other))
+
+
+def test_parameters_that_bear_the_name_of_a_part_of_the_state():
+  rng = np.random.default_rng(0)
+  params = {name: {"w": jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)} for name in ("mu", "other")}
+  params["w"] = jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)
+  mask = jnp.array([1.0, 0.0, 1.0, 0.0])
+  variables = {"params": params, "masks": {"mask": mask}}
+
+  def apply(variables, x):
+    p = variables["params"]
+    return (x @ p["mu"]["w"]) * variables["masks"]["mask"] @ p["w"] @ p["other"]["w"]
+
+  small = fp.compact(apply, variables, jnp.ones((2, 4)))
+  state = optax.adam(0.1).init(params)
+  marked = jax.tree.map(lambda p: p + 1, params)
+  state = (state[0]._replace(mu=marked, nu=marked), *state[1:])
+  thin = small.shrink_opt_state(optax.adam(0.1), state)
+  close(thin[0].mu, small.shrink(marked), 0)
+  close(thin[0].nu, small.shrink(marked), 0)
+
+
+def test_a_memory_of_several_gradients_is_sliced():
+  apply, variables, x = pruned(CASES["mlp"], 0)
+  params, tx = variables["params"], optax.scale_by_lbfgs(memory_size=3)
+  small = fp.compact(apply, variables, x)
+  state = tx.init(params)._replace(
+    diff_params_memory=jax.tree.map(lambda p: jnp.stack([p, 2 * p, 3 * p]), params)
+  )
+  thin = small.shrink_opt_state(tx, state)
+  fresh = tx.init(small.variables["params"])
+  assert jax.tree.map(jnp.shape, thin) == jax.tree.map(jnp.shape, fresh)
+  close(jax.tree.map(lambda m: m[1] / 2, thin.diff_params_memory), small.variables["params"], 1e-6)

@@ -164,7 +164,7 @@ class Builder:
     found = [self._shapes(fn, [self.shapes[i][0] for i in ins])]
     try:
       found.append(self._shapes(fn, [self.shapes[i][1] for i in ins]))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
       raise CannotError from error  # it fits one batch size alone
     need(all(len(s) <= 5 and np.prod(s) <= 700 for s in found[0]))
     outs = tuple(range(len(self.shapes), len(self.shapes) + len(found[0])))

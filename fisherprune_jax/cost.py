@@ -43,12 +43,13 @@ class CostModel:
     breakdown: Callable[[Any], list[Row]] | None = None,
     dense: float | None = None,
   ) -> None:
-    self.masks = jax.tree.map(lambda m: jnp.ones(m.shape, jnp.float32), masks)
+    with jax.ensure_compile_time_eval():  # it may be made inside a function that is traced
+      self.masks = jax.tree.map(lambda m: jnp.ones(m.shape, jnp.float32), masks)
+      self.dense = float(total(self.masks)) if dense is None else dense
     self._total = jax.jit(total)
     self._per_feature = jax.jit(per_feature)
     self._exact = exact
     self._breakdown = breakdown
-    self.dense = float(total(self.masks)) if dense is None else dense
 
   @classmethod
   def from_functions(

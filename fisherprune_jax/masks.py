@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def per_example(masks: Any, batch_size: int) -> Any:
@@ -36,6 +37,21 @@ def per_example(masks: Any, batch_size: int) -> Any:
     return jnp.broadcast_to(mask[..., None, :], (*mask.shape[:-1], batch_size, mask.shape[-1]))
 
   return jax.tree.map(expand, masks)
+
+
+def named_rows(tree: Any) -> list[tuple[str, Any]]:
+  """Every mask vector of a tree with its name: a stack ``(L, C)`` at ``layers`` is ``layers[0]``, ``layers[1]``, ...
+
+  >>> import jax.numpy as jnp
+  >>> [name for name, _ in named_rows({"conv": {"mask": jnp.ones(2)}, "layers": jnp.ones((2, 3))})]
+  ['conv', 'layers[0]', 'layers[1]']
+  """
+  found = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/mask") or "mask"
+    for row in np.ndindex(leaf.shape[:-1]):
+      found.append((name + "".join(f"[{i}]" for i in row), leaf[row]))
+  return found
 
 
 def flatten(tree: Any) -> jax.Array:

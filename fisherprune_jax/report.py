@@ -38,7 +38,7 @@ def table(
     ("numbers in all variables", f"{before:,}", f"{after:,}", _share(after, before)),
     ("FLOPs per example", f"{dense:,.0f}", f"{cost:,.0f}", _share(cost, dense)),
   ]
-  body = _align([("layer", "before", "after", "kept"), *masks, *rest, *totals])
+  body = align([("layer", "before", "after", "kept"), *masks, *rest, *totals])
   return "\n".join([*body, *_what_stays(blockers, left)])
 
 
@@ -64,7 +64,8 @@ def _share(part: Any, whole: Any) -> str:
   return f"{100 * float(part) / float(whole):.1f} %" if whole else "-"
 
 
-def _align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
+  """Lines of a table: the first column to the left, the others to the right."""
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
   return [
     "  ".join(

@@ -239,7 +239,7 @@ def _owners(paths: Collection[Keys], by_path: Mapping[Keys, Kept]) -> dict[Keys,
 
 def _shrink_pruning(state: FisherPruneState, masks: Any | None) -> FisherPruneState:
   if masks is None:
-    return state._replace(scores={}, masks={}, pruned_at={})
+    return state._replace(scores={}, masks={}, pruned_at={}, shares={})
   slices = {
     name: jax.tree.map(lambda kept, leaf: kept.slice(leaf), masks, getattr(state, name))
     for name in ("scores", "masks", "pruned_at")

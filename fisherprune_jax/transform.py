@@ -10,7 +10,7 @@ import optax
 from fisherprune_jax.cost import CostModel
 from fisherprune_jax.fisher import fisher_signal
 from fisherprune_jax.selection import prune_one, rank, repeat_while
-from fisherprune_jax.validation import check_gradients, check_options
+from fisherprune_jax.validation import check_gradients, check_options, check_state
 
 Schedule = Callable[[jax.Array], Any]
 
@@ -24,6 +24,7 @@ class FisherPruneState(NamedTuple):
     masks: the masks, float32 0/1.
     pruned_at: the step at which each feature went, -1 while alive, int32.
     cost: the cost of the masks, float32.
+    shares: for every mask, what its live features cost if each were the only one to go, over ``cost``; float32.
     decay_product: product of the decays applied so far, float32; 1 before the first counted batch.
     counted: how many batches changed the scores, int32.
     skipped: how many batches did not, because a gradient was not finite, int32.
@@ -35,6 +36,7 @@ class FisherPruneState(NamedTuple):
   masks: Any
   pruned_at: Any
   cost: jax.Array
+  shares: Any
   decay_product: jax.Array
   counted: jax.Array
   skipped: jax.Array
@@ -136,6 +138,7 @@ def fisher_prune(
       masks=masks,
       pruned_at=jax.tree.map(lambda m: jnp.full(m.shape, -1, jnp.int32), masks),
       cost=jnp.asarray(cost.dense, jnp.float32),
+      shares=_shares(cost, masks, cost.dense),
       decay_product=jnp.ones([], jnp.float32),
       counted=jnp.zeros([], jnp.int32),
       skipped=jnp.zeros([], jnp.int32),
@@ -154,6 +157,7 @@ def fisher_prune(
     del params, extra_args
     if not jax.tree.leaves(state.masks):  # the network was compacted: nothing left to prune
       return updates, state._replace(step=optax.safe_increment(state.step))
+    check_state(state.masks, cost.masks)
     check_gradients(mask_grads, state.masks)
     signal = fisher_signal(mask_grads, example_weights, axis_name)
     state, finite = _accumulate(state, signal, options)
@@ -214,12 +218,18 @@ def _prune(
     )
 
   def several(state: FisherPruneState) -> FisherPruneState:
-    first = one(state)
-    if options.features_per_prune == 1:
-      return first
-    return repeat_while(lambda s: above(s) & ~s.exhausted, one, first, options.features_per_prune - 1)
+    state = one(state)
+    if options.features_per_prune > 1:
+      state = repeat_while(lambda s: above(s) & ~s.exhausted, one, state, options.features_per_prune - 1)
+    return state._replace(shares=_shares(cost, state.masks, state.cost))
 
   return jax.lax.cond(due & finite & above(state), several, lambda s: s, state)
+
+
+def _shares(cost: CostModel, masks: Any, total: Any) -> Any:
+  """For every mask, the drops in cost of its features, over the cost; 0 where there is no cost."""
+  drops = jax.tree.map(lambda drop: jnp.sum(drop, axis=-1), cost.per_feature(masks))
+  return jax.tree.map(lambda drop: jnp.where(total > 0, drop / jnp.where(total > 0, total, 1), 0.0), drops)
 
 
 def _at(value: Any, step: jax.Array) -> Any:

@@ -77,6 +77,31 @@ def _check_number(name: str, value: Any, holds: Callable[[Any], bool], requireme
   require(bool(holds(float(value))), f"{name} must be {requirement}", value)
 
 
+def check_state(masks: Any, expected: Any) -> None:
+  """Raises unless the masks of a state are those that the cost model was built for, whole on every device."""
+  how = "Make the state with tx.init, or restore one that was saved for this model and these widths."
+  require_same_tree(masks, expected, "the masks of the optimizer state", "the cost model's masks", how)
+  for mask, ours in zip(jax.tree.leaves(masks), jax.tree.leaves(expected), strict=True):
+    if mask.shape != ours.shape:
+      raise ValueError(
+        f"A mask of the optimizer state must have the shape {ours.shape} that the cost model was built for, got "
+        f"{mask.shape}. {how} Under shard_map the pruning state must be replicated (in_specs P()): the choice of "
+        "a feature compares all of them."
+      )
+    if splits_features(mask):
+      raise ValueError(
+        f"The masks of the optimizer state must be replicated, got a mask of shape {mask.shape} that is split "
+        f"over devices: {mask.sharding if not is_traced(mask) else jax.typeof(mask).sharding}. Put the pruning "
+        "state on the mesh with NamedSharding(mesh, PartitionSpec()): the choice of a feature compares all of them."
+      )
+
+
+def splits_features(mask: Any) -> bool:
+  """Whether an array is known to be split over devices; under ``jit`` only explicit meshes tell."""
+  sharding = getattr(jax.typeof(mask) if is_traced(mask) else mask, "sharding", None)
+  return sharding is not None and sharding.shard_shape(mask.shape) != mask.shape
+
+
 def check_gradients(mask_grads: Any, masks: Any) -> None:
   """Raises unless ``mask_grads`` has one row per example for every mask."""
   how = "Pass mask_grads from fp.value_and_grads: tx.update(grads, state, params, mask_grads=mask_grads)."

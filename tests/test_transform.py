@@ -93,8 +93,16 @@ def reference(
       mask, pruned_at = np.where(np.arange(K) == k, 0, mask), np.where(np.arange(K) == k, n, pruned_at)
     trees = as_tree(scores), as_tree(mask), as_tree(pruned_at)
     total = flops(counts(mask))
-    states.append(fp.FisherPruneState(n, *trees, total, product, counted, skipped, exhausted))
+    states.append(fp.FisherPruneState(n, *trees, total, shares(mask), product, counted, skipped, exhausted))
   return states
+
+
+def shares(mask: np.ndarray) -> Any:
+  """Of every mask vector: its live features times what one of them costs, over the cost."""
+  n = counts(mask)
+  total = flops(n) or np.inf
+  found = np.array([n[i] * (flops(n) - flops(n - np.eye(4)[i])) / total for i in range(4)])
+  return {"Mask_10": found[0], "Mask_2": {"stack": found[1:3]}, "b": found[3]}
 
 
 def at(value: Any, n: int) -> Any:

@@ -1,5 +1,6 @@
 """Fisher pruning for JAX: prune a network to a FLOPs target while it trains, and get back the smaller one."""
 
+from fisherprune_jax import nnx as nnx
 from fisherprune_jax.alias import inject_hyperparams as inject_hyperparams
 from fisherprune_jax.alias import pruning_sgd as pruning_sgd
 from fisherprune_jax.blockers import Blocker as Blocker

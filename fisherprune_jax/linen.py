@@ -4,6 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fisherprune_jax.masks import apply_mask, axes_of
+
 COLLECTION = "masks"
 
 
@@ -36,15 +38,9 @@ class Mask(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns ``x`` with the entries of dead features set to zero."""
-    axis, batch_axis = _axis_of(x, self.axis, "axis"), _axis_of(x, self.batch_axis, "batch_axis")
-    if axis == batch_axis:
-      raise ValueError(
-        f"Mask needs a feature axis apart from the example axis, got axis={self.axis} and "
-        f"batch_axis={self.batch_axis} for an input of shape {x.shape}."
-      )
-    features = x.shape[axis]
+    axis, batch_axis = axes_of(x, self.axis, self.batch_axis)
     if self.is_initializing():
-      mask = self.variable(COLLECTION, "mask", jnp.ones, (features,), jnp.float32).value
+      mask = self.variable(COLLECTION, "mask", jnp.ones, (x.shape[axis],), jnp.float32).value
     elif self.has_variable(COLLECTION, "mask"):
       mask = self.get_variable(COLLECTION, "mask")
     elif self._collection_given():
@@ -59,25 +55,3 @@ class Mask(nn.Module):
   def _collection_given(self) -> bool:
     assert self.scope is not None
     return COLLECTION in self.scope.root._variables
-
-
-def apply_mask(x: jax.Array, mask: jax.Array, axis: int, batch_axis: int) -> jax.Array:
-  """Multiplies ``x`` by ``mask``, ``(C,)`` along ``axis`` or ``(B, C)`` along ``batch_axis`` and ``axis``."""
-  places = (axis,) if jnp.ndim(mask) == 1 else (batch_axis, axis)
-  expected = tuple(x.shape[place] for place in places)
-  if mask.shape != expected:
-    raise ValueError(
-      f"A mask for an input of shape {x.shape} must have shape {expected} (features along axis {axis}, "
-      f"examples along axis {batch_axis}), got {mask.shape}. Check Mask's axis and batch_axis."
-    )
-  if len(places) == 2 and batch_axis > axis:
-    mask = mask.T
-  shape = [n if i in places else 1 for i, n in enumerate(x.shape)]
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
-  return (x.astype(dtype) * mask.astype(dtype).reshape(shape)).astype(x.dtype)
-
-
-def _axis_of(x: jax.Array, axis: int, name: str) -> int:
-  if not -x.ndim <= axis < x.ndim:
-    raise ValueError(f"Mask's {name} must be an axis of its input, got {axis} for shape {x.shape}.")
-  return axis % x.ndim

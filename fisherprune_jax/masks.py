@@ -39,6 +39,39 @@ def per_example(masks: Any, batch_size: int) -> Any:
   return jax.tree.map(expand, masks)
 
 
+def axes_of(x: jax.Array, axis: int, batch_axis: int) -> tuple[int, int]:
+  """The feature axis and the example axis of an input, counted from the front."""
+  found = _axis_of(x, axis, "axis"), _axis_of(x, batch_axis, "batch_axis")
+  if found[0] == found[1]:
+    raise ValueError(
+      f"Mask needs a feature axis apart from the example axis, got axis={axis} and "
+      f"batch_axis={batch_axis} for an input of shape {x.shape}."
+    )
+  return found
+
+
+def _axis_of(x: jax.Array, axis: int, name: str) -> int:
+  if not -x.ndim <= axis < x.ndim:
+    raise ValueError(f"Mask's {name} must be an axis of its input, got {axis} for shape {x.shape}.")
+  return axis % x.ndim
+
+
+def apply_mask(x: jax.Array, mask: jax.Array, axis: int, batch_axis: int) -> jax.Array:
+  """Multiplies ``x`` by ``mask``, ``(C,)`` along ``axis`` or ``(B, C)`` along ``batch_axis`` and ``axis``."""
+  places = (axis,) if jnp.ndim(mask) == 1 else (batch_axis, axis)
+  expected = tuple(x.shape[place] for place in places)
+  if mask.shape != expected:
+    raise ValueError(
+      f"A mask for an input of shape {x.shape} must have shape {expected} (features along axis {axis}, "
+      f"examples along axis {batch_axis}), got {mask.shape}. Check Mask's axis and batch_axis."
+    )
+  if len(places) == 2 and batch_axis > axis:
+    mask = mask.T
+  shape = [n if i in places else 1 for i, n in enumerate(x.shape)]
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  return (x.astype(dtype) * mask.astype(dtype).reshape(shape)).astype(x.dtype)
+
+
 def named_rows(tree: Any) -> list[tuple[str, Any]]:
   """Every mask vector of a tree with its name: a stack ``(L, C)`` at ``layers`` is ``layers[0]``, ``layers[1]``, ...
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+from flax import nnx
 
 from fisherprune_jax.transform import FisherPruneState, corrected
 
@@ -34,7 +35,16 @@ def get_state(opt_state: Any) -> FisherPruneState:
       f"An optimizer state must hold one FisherPruneState, got {len(found)}. "
       "Put fp.fisher_prune into the chain once, and pass the whole state."
     )
-  return found[0]
+  return jax.tree.map(_value, found[0], is_leaf=_is_variable)
+
+
+def _is_variable(x: Any) -> bool:
+  return isinstance(x, nnx.Variable)
+
+
+def _value(x: Any) -> Any:
+  """``nnx.Optimizer`` wraps every array of an Optax state in a variable."""
+  return x.get_value() if _is_variable(x) else x
 
 
 def get_masks(opt_state: Any) -> Any:

@@ -1,0 +1,210 @@
+"""The library for ``flax.nnx``: masks are variables of the model, beside its parameters."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fisherprune_jax import compaction, cost, fisher
+from fisherprune_jax.errors import describe
+from fisherprune_jax.linen import COLLECTION
+from fisherprune_jax.masks import apply_mask, axes_of
+from fisherprune_jax.states import get_masks
+
+Call = Callable[..., Any]
+
+
+@nnx.register_variable_name(COLLECTION)
+class MaskVariable(nnx.Variable[jax.Array]):
+  """A 0/1 mask, float32. ``nnx.bridge`` makes it of the Linen collection ``"masks"``.
+
+  >>> import fisherprune_jax as fp
+  >>> from flax import nnx
+  >>> nnx.variable_type_from_name("masks") is fp.nnx.MaskVariable
+  True
+  """
+
+
+class Mask(nnx.Module):
+  r"""Multiplies an array by a 0/1 vector over one axis, which pruning can switch entries of.
+
+  .. math:: y_{n \ldots c \ldots} = mask_c \, x_{n \ldots c \ldots}
+
+  The product is taken in float32 (or wider) and cast back.
+
+  Args:
+    features: the size C of the feature axis.
+    axis: the feature axis of the input.
+    batch_axis: the example axis of the input.
+
+  Raises:
+    ValueError: when called, if the input lacks the axis, or its sizes differ from the mask's.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> fp.nnx.Mask(2)(jnp.array([[3.0, 4.0]]))
+  Array([[3., 4.]], dtype=float32)
+  """
+
+  def __init__(self, features: int, axis: int = -1, batch_axis: int = 0) -> None:
+    if isinstance(features, bool) or not isinstance(features, int) or features < 1:
+      raise ValueError(f"features must be a number of at least 1, got {features!r}.")
+    self.mask = MaskVariable(jnp.ones((features,), jnp.float32))
+    self.axis, self.batch_axis = axis, batch_axis
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Returns ``x`` with the entries of dead features set to zero."""
+    axis, batch_axis = axes_of(x, self.axis, self.batch_axis)
+    return apply_mask(x, self.mask[...], axis, batch_axis)
+
+
+class Optimizer(nnx.Optimizer):
+  """``nnx.Optimizer`` for a ``tx`` that prunes: ``update`` also switches the model's masks.
+
+  With a plain ``nnx.Optimizer``, do that yourself after each ``update``:
+  ``nnx.update(model, fp.get_masks(optimizer.opt_state))``.
+
+  >>> import jax.numpy as jnp, optax
+  >>> import fisherprune_jax as fp
+  >>> from flax import nnx
+  >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), fp.nnx.Mask(3), nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
+  >>> x = jnp.ones((4, 2))
+  >>> tx = fp.pruning_sgd(0.1, fp.nnx.cost_model(model, x), prune_every=1)
+  >>> optimizer = fp.nnx.Optimizer(model, tx, wrt=nnx.Param)
+  >>> loss, (grads, mask_grads) = fp.nnx.value_and_grads(lambda m, x: jnp.mean(m(x) ** 2))(model, x)
+  >>> _ = optimizer.update(model, grads, mask_grads=mask_grads)
+  >>> float(jnp.sum(model.layers[1].mask[...]))
+  2.0
+  """
+
+  def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
+    """One step: parameters and masks of ``model``; ``mask_grads=`` and ``example_weights=`` go to ``tx``."""
+    updates = super().update(model, grads, **kwargs)
+    nnx.update(model, get_masks(self.opt_state))
+    return updates
+
+
+def value_and_grads(
+  loss_fn: Call, *, wrt: Any = nnx.Param, has_aux: bool = False, reduction: fisher.Reduction = "mean"
+) -> Call:
+  """``fp.value_and_grads`` for a module: gradients of parameters and of every example's own mask, in one pass.
+
+  Args:
+    loss_fn: ``loss_fn(model, batch, *rest)``. What it changes in the model (batch statistics, random counters)
+      is changed in the model that is passed.
+    wrt: which variables are parameters.
+    has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+    reduction: as for ``fp.value_and_grads``.
+
+  Returns:
+    ``f(model, batch, *rest) -> (value, (grads, mask_grads))``: ``grads`` as from ``nnx.grad``, ``mask_grads`` a
+    nested dictionary with leaves ``(..., B, C)``.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> step = fp.nnx.value_and_grads(lambda mask, x: jnp.mean(jnp.sum(mask(x), axis=1)))
+  >>> step(fp.nnx.Mask(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))[1][1]["mask"]
+  Array([[1., 2.],
+         [3., 4.]], dtype=float32)
+  """
+
+  def value_and_both(model: Any, batch: Any, *rest: Any) -> Any:
+    graph, masks, params, state = _split(model, wrt)
+
+    def pure(params: Any, masks: Any, batch: Any, *rest: Any) -> Any:
+      copy = nnx.merge(graph, masks, params, state, copy=True)
+      result = loss_fn(copy, batch, *rest)
+      value, aux = result if has_aux else (result, None)
+      return value, (aux, _split(copy, wrt)[3])
+
+    differentiate = fisher.value_and_grads(pure, has_aux=True, reduction=reduction)
+    (value, (aux, state)), grads = differentiate(params, masks, batch, *rest)
+    nnx.update(model, state)
+    return ((value, aux) if has_aux else value), grads
+
+  return value_and_both
+
+
+def cost_model(model: Any, *args: Any, call: Call | None = None, **options: Any) -> cost.CostModel:
+  """``fp.cost_model`` for a module.
+
+  Args:
+    model: the module; its masks are found by their type.
+    *args: what it is called with; the first array leads with the example axis.
+    call: ``call(model, *args)`` instead of ``model(*args)``.
+    **options: those of ``fp.cost_model``.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> from flax import nnx
+  >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), fp.nnx.Mask(3))
+  >>> fp.nnx.cost_model(model, jnp.ones((1, 2))).dense  # 3 (2*2 - 1) + 3 for the bias
+  12.0
+  """
+  apply_fn, variables = functional(model, call=call)
+  return cost.cost_model(apply_fn, variables, *args, **options)
+
+
+def compact(
+  model: Any, *args: Any, call: Call | None = None, mutable: bool = False, **options: Any
+) -> compaction.Compact:
+  """``fp.compact`` for a module; to train it on as a module, see :func:`module`.
+
+  Args:
+    model: the module, with masks switched; call ``model.eval()`` first for the network to serve.
+    *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
+    call: ``call(model, *args)`` instead of ``model(*args)``.
+    mutable: return ``(output, {"state": ...})``: what the call changes in the model (batch statistics).
+    **options: those of ``fp.compact``.
+
+  Returns:
+    The compact network: ``small(small.variables, *args)``, with ``small.variables`` a nested dictionary of
+    ``"params"`` and ``"state"``.
+
+  >>> import jax, jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> from flax import nnx
+  >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), fp.nnx.Mask(3), nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
+  >>> model.layers[1].mask[...] = jnp.array([1.0, 0.0, 1.0])
+  >>> small = fp.nnx.compact(model, jnp.ones((4, 2)))
+  >>> jax.tree.map(jnp.shape, small.variables["params"]["layers"][0])
+  {'bias': (2,), 'kernel': (2, 2)}
+  """
+  apply_fn, variables = functional(model, call=call, mutable=mutable)
+  if mutable:
+    options.setdefault("updates", lambda output: output[1])
+  return compaction.compact(apply_fn, variables, *args, **options)
+
+
+def functional(model: Any, *, call: Call | None = None, mutable: bool = False) -> tuple[Call, dict[str, Any]]:
+  """A module as ``apply_fn(variables, *args)`` and its variables: ``"params"``, ``"masks"`` and ``"state"``.
+
+  >>> import jax, jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> apply_fn, variables = fp.nnx.functional(fp.nnx.Mask(2))
+  >>> variables["masks"], apply_fn(variables, jnp.ones((1, 2)))
+  ({'mask': Array([1., 1.], dtype=float32)}, Array([[1., 1.]], dtype=float32))
+  """
+  graph, masks, params, state = _split(model, nnx.Param)
+  variables = {
+    "params": nnx.to_pure_dict(params),
+    COLLECTION: masks,
+    "state": nnx.to_pure_dict(state),
+  }
+
+  def apply_fn(variables: Any, *args: Any) -> Any:
+    copy = nnx.merge(graph, variables[COLLECTION], variables["params"], variables["state"])
+    output = copy(*args) if call is None else call(copy, *args)
+    return (output, {"state": nnx.to_pure_dict(_split(copy, nnx.Param)[3])}) if mutable else output
+
+  return apply_fn, variables
+
+
+def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any, Any]:
+  """Its graph, its masks as a nested dictionary of arrays, its parameters, and everything else."""
+  if not isinstance(model, nnx.Module):
+    raise TypeError(f"model must be an nnx.Module, got {describe(model)}.")
+  graph, masks, params, state = nnx.split(model, MaskVariable, wrt, ...)
+  return graph, nnx.to_pure_dict(masks), params, state

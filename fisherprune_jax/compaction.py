@@ -41,6 +41,7 @@ class Compact:
     variables: the variables in the tree that they came in, with smaller leaves and without the masks.
     masks: the masks of what is kept: those given, and with ``round_to`` a few more features.
     cost: FLOPs per example.
+    updates: picks from the output what replaces variables, or None.
   """
 
   def __init__(
@@ -56,7 +57,7 @@ class Compact:
     strict: bool,
   ) -> None:
     self._apply_fn = apply_fn
-    self._updates = updates
+    self.updates = updates
     self._tree = tree
     self._batch_axes = batch_axes
     self._keep_masks = keep_masks
@@ -171,7 +172,7 @@ class Compact:
   def _trace(self, variables: Any, args: Sequence[Any]) -> Model:
     tree = VariableTree(variables, self._tree.masks)
     ranks = [np.ndim(mask) for mask in self._tree.mask_leaves]
-    return trace_model(self._apply_fn, tree, args, self._drop_masks, self._updates, ranks)
+    return trace_model(self._apply_fn, tree, args, self._drop_masks, self.updates, ranks)
 
   def _parameters(self, model: Model) -> list[Value]:
     """The variables that are no masks."""

@@ -178,6 +178,71 @@ def compact(
   return compaction.compact(apply_fn, variables, *args, **options)
 
 
+class CompactModule(nnx.Module):
+  """A compact network as a module; made by :func:`module`.
+
+  It has the attributes of the module that it came from, so that optimizers and checkpoints find its variables under
+  the same paths; its call is the compact program.
+  """
+
+  def __init__(self, small: compaction.Compact, model: Any) -> None:
+    for name, value in vars(model).items():
+      if not name.startswith("_"):
+        setattr(self, name, value)
+    self._small = small
+
+  def __call__(self, *args: Any) -> Any:
+    """The outputs of the module that it came from."""
+    _, variables = functional(self)
+    output = self._small({name: variables[name] for name in self._small.variables}, *args)
+    if self._small.updates is None:
+      return output
+    output, changed = output
+    nnx.update(self, changed["state"])
+    return output
+
+
+def module(small: compaction.Compact, model: Any) -> CompactModule:
+  """A compact network as a module with smaller variables, which can be trained on.
+
+  Args:
+    small: the compact network, from :func:`compact`. For batch statistics it must be made with ``mutable=True``.
+    model: the module that it was made of.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> from flax import nnx
+  >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), fp.nnx.Mask(3), nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
+  >>> model.layers[1].mask[...] = jnp.array([1.0, 0.0, 1.0])
+  >>> thin = fp.nnx.module(fp.nnx.compact(model, jnp.ones((4, 2))), model)
+  >>> thin.layers[0].kernel.shape, thin(jnp.ones((4, 2))).shape
+  ((2, 2), (4, 1))
+  """
+  graph, masks, _, _ = _split(model, nnx.Param)
+  variables = {COLLECTION: masks, **small.variables}
+  thin = nnx.merge(graph, variables[COLLECTION], variables["params"], variables["state"])
+  if COLLECTION not in small.variables:
+    nnx.pop(thin, MaskVariable)
+  return CompactModule(small, thin)
+
+
+def shrink_optimizer(
+  small: compaction.Compact, thin: CompactModule, optimizer: nnx.Optimizer
+) -> nnx.Optimizer:
+  """An optimizer for ``thin`` that goes on where ``optimizer`` was; see ``Compact.shrink_opt_state``.
+
+  Args:
+    small: the compact network.
+    thin: the same as a module, from :func:`module`.
+    optimizer: that of the module it came from, ``wrt=nnx.Param``.
+  """
+  tx, state = optimizer.tx, small.shrink_opt_state(optimizer.tx, nnx.as_pure(optimizer.opt_state))
+  thinner = type(optimizer)(thin, tx._replace(init=lambda params: state), wrt=optimizer.wrt)
+  thinner.tx = tx
+  thinner.step[...] = optimizer.step[...]
+  return thinner
+
+
 def functional(model: Any, *, call: Call | None = None, mutable: bool = False) -> tuple[Call, dict[str, Any]]:
   """A module as ``apply_fn(variables, *args)`` and its variables: ``"params"``, ``"masks"`` and ``"state"``.
 

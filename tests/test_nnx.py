@@ -85,7 +85,9 @@ def nnx_step(model, optimizer):
 
 
 def nnx_run(net, steps, kind=nnx.Optimizer, share=0.3):
+  net.eval()
   cost = fp.nnx.cost_model(net, X)
+  net.train()
   tx = fp.pruning_sgd(0.1, cost, flops_target=share * cost.dense, **OPTIONS)
   optimizer = kind(net, tx, wrt=nnx.Param)
   for _ in range(steps):

@@ -106,7 +106,11 @@ def check_gradients(mask_grads: Any, masks: Any) -> None:
   """Raises unless ``mask_grads`` has one row per example for every mask."""
   how = "Pass mask_grads from fp.value_and_grads: tx.update(grads, state, params, mask_grads=mask_grads)."
   if mask_grads is None:
-    raise ValueError(f"fisher_prune needs the per-example gradients of the masks, got mask_grads=None. {how}")
+    raise ValueError(
+      f"fisher_prune needs the per-example gradients of the masks, got mask_grads=None. {how} If they were passed, a "
+      "wrapper around it drops extra arguments, as optax.lookahead, optax.contrib.sam and MultiSteps' "
+      "gradient_transformation() do: wrap the optimizer alone, optax.chain(wrapped, fp.fisher_prune(...))."
+    )
   require_same_tree(mask_grads, masks, "mask_grads", "the masks", how)
   for g, mask in zip(jax.tree.leaves(mask_grads), jax.tree.leaves(masks), strict=True):
     *stack, features = mask.shape

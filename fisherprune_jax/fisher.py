@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fisherprune_jax.errors import describe, is_number, require
+from fisherprune_jax.graph.compat import varying_axes
 from fisherprune_jax.masks import per_example
 
 Reduction = str | float | Callable[[Any], Any]
@@ -58,7 +59,8 @@ def value_and_grads(
   def value_and_both(params: Any, masks: Any, batch: Any, *rest: Any) -> Any:
     examples = _examples(batch)
     differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=has_aux)
-    value, (grads, mask_grads) = differentiate(params, per_example(masks, examples), batch, *rest)
+    own_masks = _vary(per_example(masks, examples), batch)
+    value, (grads, mask_grads) = differentiate(params, own_masks, batch, *rest)
     scale = _scale(reduction, batch, examples)
     return value, (grads, jax.tree.map(lambda g: g.astype(_wide(g)) * scale, mask_grads))
 
@@ -74,6 +76,17 @@ def _examples(batch: Any) -> int:
       f"{', '.join(map(describe, leaves)) or 'no array'}. Pass what is not per example after the batch."
     )
   return sizes.pop()
+
+
+def _vary(masks: Any, batch: Any) -> Any:
+  """Under ``shard_map``: masks that belong to each device's examples, so that nothing adds up their gradients."""
+  axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(batch)))
+
+  def vary(mask: jax.Array) -> jax.Array:
+    missing = tuple(sorted(axes - varying_axes(mask)))
+    return jax.lax.pcast(mask, missing, to="varying") if missing else mask
+
+  return jax.tree.map(vary, masks)
 
 
 def _scale(reduction: Reduction, batch: Any, examples: int) -> Any:

@@ -10,7 +10,7 @@ import optax
 from fisherprune_jax.cost import CostModel
 from fisherprune_jax.fisher import fisher_signal
 from fisherprune_jax.selection import prune_one, rank, repeat_while
-from fisherprune_jax.validation import check_gradients, check_options, check_state
+from fisherprune_jax.validation import check_axes, check_gradients, check_options, check_state
 
 Schedule = Callable[[jax.Array], Any]
 
@@ -159,6 +159,7 @@ def fisher_prune(
       return updates, state._replace(step=optax.safe_increment(state.step))
     check_state(state.masks, cost.masks)
     check_gradients(mask_grads, state.masks)
+    check_axes(mask_grads, axis_name)
     signal = fisher_signal(mask_grads, example_weights, axis_name)
     state, finite = _accumulate(state, signal, options)
     return updates, _prune(state, cost, finite, options)

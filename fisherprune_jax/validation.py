@@ -9,6 +9,7 @@ import numpy as np
 
 from fisherprune_jax.cost import CostModel
 from fisherprune_jax.errors import describe, is_number, is_traced, require, require_same_tree
+from fisherprune_jax.graph.compat import varying_axes
 from fisherprune_jax.model import VariableTree, keystr
 
 METHODS = ("fisher",)
@@ -98,8 +99,12 @@ def check_state(masks: Any, expected: Any) -> None:
 
 def splits_features(mask: Any) -> bool:
   """Whether an array is known to be split over devices; under ``jit`` only explicit meshes tell."""
-  sharding = getattr(jax.typeof(mask) if is_traced(mask) else mask, "sharding", None)
-  return sharding is not None and sharding.shard_shape(mask.shape) != mask.shape
+  if not is_traced(mask):
+    sharding = getattr(mask, "sharding", None)
+    return sharding is not None and sharding.shard_shape(mask.shape) != mask.shape
+  sharding = jax.typeof(mask).sharding
+  names = [name for axis in sharding.spec if axis for name in ([axis] if isinstance(axis, str) else axis)]
+  return any(sharding.mesh.shape[name] > 1 for name in names)
 
 
 def check_gradients(mask_grads: Any, masks: Any) -> None:
@@ -123,6 +128,23 @@ def check_gradients(mask_grads: Any, masks: Any) -> None:
       )
   counts = {g.shape[-2] for g in jax.tree.leaves(mask_grads)}
   require(len(counts) == 1, "mask_grads must have the same number B of examples in every mask", counts, how)
+
+
+def check_axes(mask_grads: Any, axis_name: Any) -> None:
+  """Raises, where ``shard_map`` keeps account of what differs between devices, unless ``axis_name`` averages it."""
+  names = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+  varying = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(mask_grads)))
+  if varying - set(names):
+    raise ValueError(
+      f"Under shard_map axis_name must name the axes that mask_grads differ over, {sorted(varying)}, got "
+      f"axis_name={axis_name!r}. Pass fisher_prune(..., axis_name={'/'.join(sorted(varying))!r}): without it every "
+      "device would prune features of its own."
+    )
+  if not varying and any(varying_axes(jax.lax.axis_index(name)) for name in names):
+    raise ValueError(
+      f"mask_grads must be each device's own, one row per example, got gradients that are equal over {axis_name!r}: "
+      "they were reduced already. Reduce the gradients of the parameters alone; fisher_prune averages the signals."
+    )
 
 
 def check_compact(tree: VariableTree, round_to: int) -> None:

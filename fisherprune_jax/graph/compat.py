@@ -44,6 +44,13 @@ def evaluate(eqn: Any, arrays: Sequence[Any]) -> np.ndarray:
     return np.asarray(bind(eqn, [jnp.asarray(x) for x in arrays])[0])
 
 
+def varying_axes(x: Any) -> frozenset[str]:
+  """The mapped axes over which an array differs between devices, where ``shard_map`` keeps account of them."""
+  aval = jax.typeof(x)
+  kind = getattr(aval, "manual_axis_type", aval)
+  return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
+
+
 def source_of(eqn: Any) -> str:
   """The line of the user's own code that an equation came from, as ``file:line (function)``; empty if unknown."""
   frames = list(source_info_util.user_frames(eqn.source_info.traceback))

@@ -63,7 +63,8 @@ def apply_mask(x: jax.Array, mask: jax.Array, axis: int, batch_axis: int) -> jax
   if mask.shape != expected:
     raise ValueError(
       f"A mask for an input of shape {x.shape} must have shape {expected} (features along axis {axis}, "
-      f"examples along axis {batch_axis}), got {mask.shape}. Check Mask's axis and batch_axis."
+      f"examples along axis {batch_axis}), got {mask.shape}. Check Mask's axis and batch_axis, and "
+      "that the masks are those of this model."
     )
   if len(places) == 2 and batch_axis > axis:
     mask = mask.T

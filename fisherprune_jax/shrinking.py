@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax.errors import describe
+from fisherprune_jax.errors import describe, require_same_tree
 from fisherprune_jax.graph import sets
 from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.graph.facts import Box
@@ -240,6 +240,8 @@ def _owners(paths: Collection[Keys], by_path: Mapping[Keys, Kept]) -> dict[Keys,
 def _shrink_pruning(state: FisherPruneState, masks: Any | None) -> FisherPruneState:
   if masks is None:
     return state._replace(scores={}, masks={}, pruned_at={}, shares={})
+  how = "Pass the optimizer state whose masks the network was compacted with."
+  require_same_tree(state.masks, masks, "the masks of opt_state", "the compact network's masks", how)
   slices = {
     name: jax.tree.map(lambda kept, leaf: kept.slice(leaf), masks, getattr(state, name))
     for name in ("scores", "masks", "pruned_at")

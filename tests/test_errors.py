@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import flax.serialization
 import jax
 import jax.numpy as jnp
 import optax
@@ -48,6 +49,54 @@ def masked(value: Any) -> Any:
 
 def compact_in_jit() -> Any:
   return jax.jit(lambda v: fp.compact(MODEL.apply, v, X).variables)(variables())
+
+
+OTHERS = {
+  "wider": nn.Sequential([nn.Dense(6), nn.relu, fp.Mask(), nn.Dense(3), fp.Mask(), nn.Dense(1)]),
+  "shallower": nn.Sequential([nn.Dense(4), nn.relu, fp.Mask(), nn.Dense(1)]),
+}
+
+
+def made(model: nn.Module) -> tuple[Any, Any, Any]:
+  """Variables, a transformation and its state."""
+  variables = model.init(jax.random.key(0), X)
+  tx = optax.chain(fp.fisher_prune(fp.cost_model(model.apply, variables, X)), optax.adam(0.1))
+  return variables, tx, tx.init(variables["params"])
+
+
+def step(masks: Any, opt_state: Any) -> Any:
+  """A step of the model with given masks and a given optimizer state."""
+  variables, tx, _ = made(MODEL)
+  loss = lambda params, masks, x: jnp.mean(MODEL.apply({"params": params, "masks": masks}, x))
+  _, (grads, mask_grads) = fp.value_and_grads(loss)(variables["params"], masks, X)
+  return tx.update(grads, opt_state, variables["params"], mask_grads=mask_grads)
+
+
+def with_state_of(other: str) -> Callable[[], Any]:
+  return lambda: step(variables()["masks"], made(OTHERS[other])[2])
+
+
+def with_masks_of(other: str) -> Callable[[], Any]:
+  return lambda: step(made(OTHERS[other])[0]["masks"], made(MODEL)[2])
+
+
+def with_restored_state_of(other: str) -> Callable[[], Any]:
+  """Flax restores whatever shapes were saved."""
+
+  def act() -> Any:
+    saved = flax.serialization.to_bytes(made(OTHERS[other])[2])
+    return step(variables()["masks"], flax.serialization.from_bytes(made(MODEL)[2], saved))
+
+  return act
+
+
+def shrunk_state_of(other: str, **options: Any) -> Callable[[], Any]:
+  def act() -> Any:
+    small = fp.compact(MODEL.apply, variables(), X, **options)
+    own, tx, state = made(MODEL)
+    return small.shrink_opt_state(tx, (made(OTHERS[other])[2][0], state[1]))
+
+  return act
 
 
 # What is done, the type of the error, and what the message has to say: the argument, then the value.
@@ -169,6 +218,45 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     lambda: fp.cost_model(MODEL.apply, variables(), X).exact(COST.masks),
     ValueError,
     ("masks must have the structure of the cost model's masks", "'layers_2'", "'a': *"),
+  ),
+  "the optimizer state of a wider model": (
+    with_state_of("wider"),
+    ValueError,
+    ("A mask of the optimizer state must have the shape (4,)", "got (6,)", "tx.init", "restore"),
+  ),
+  "the optimizer state of a model with other masks": (
+    with_state_of("shallower"),
+    ValueError,
+    ("the masks of the optimizer state must have the structure", "'layers_4'", "tx.init", "restore"),
+  ),
+  "a restored state of a wider model": (
+    with_restored_state_of("wider"),
+    ValueError,
+    ("A mask of the optimizer state must have the shape (4,)", "got (6,)", "tx.init", "restore"),
+  ),
+  "masks of a wider model in a step": (
+    with_masks_of("wider"),
+    ValueError,
+    (
+      "A mask for an input of shape (2, 4) must have shape (2, 4)",
+      "got (2, 6)",
+      "masks are those of this model",
+    ),
+  ),
+  "masks of a model with others in a step": (
+    with_masks_of("shallower"),
+    ValueError,
+    ("must hold a mask for every Mask layer, got none at layers_4", "all masks that init made"),
+  ),
+  "shrinking the pruning state of a model with other masks": (
+    shrunk_state_of("shallower", keep_masks=True),
+    ValueError,
+    ("masks of opt_state must have the structure", "'layers_4'", "compacted with"),
+  ),
+  "shrinking the pruning state of a wider model": (
+    shrunk_state_of("wider", keep_masks=True),
+    ValueError,
+    ("must have its parameter's shape (4,)", "float32[6]"),
   ),
   "a step number in place of masks": (
     lambda: COST(jnp.int32(0)),

@@ -93,7 +93,7 @@ def with_restored_state_of(other: str) -> Callable[[], Any]:
 def shrunk_state_of(other: str, **options: Any) -> Callable[[], Any]:
   def act() -> Any:
     small = fp.compact(MODEL.apply, variables(), X, **options)
-    own, tx, state = made(MODEL)
+    _, tx, state = made(MODEL)
     return small.shrink_opt_state(tx, (made(OTHERS[other])[2][0], state[1]))
 
   return act

@@ -2,8 +2,8 @@
 
   python examples/digits_cnn.py --flops-target 0.1 --out demo
 
-Trains one network twice on scikit-learn's 8x8 digits, without and with pruning, compacts the pruned one, checks,
-times and exports it. Writes ``report.json``, ``curve.png`` and ``model.stablehlo`` into the output folder.
+Trains one network twice on scikit-learn's 8x8 digits, without and with pruning, compacts, checks, times and exports
+it. Writes ``report.json``, ``curve.png``, ``model.stablehlo`` and TensorBoard ``events`` into the output folder.
 """
 
 import json
@@ -34,6 +34,7 @@ try:
   from rich.progress import Progress, TextColumn
   from rich.table import Column, Table
   from sklearn.datasets import load_digits
+  from tensorboardX import SummaryWriter
 except ImportError as error:
   sys.exit(f"This example needs {error.name}, which is missing: pip install 'fisherprune-jax[examples]'")
 
@@ -64,7 +65,7 @@ class Args:
   """Prunes a network to a FLOPs target while it trains on scikit-learn's digits."""
 
   out: Path
-  """Folder for report.json, curve.png and model.stablehlo."""
+  """Folder for report.json, curve.png, model.stablehlo and events."""
   flops_target: float = 0.1
   """Fraction of the dense network's FLOPs to prune to, above 0 and at most 1."""
   seed: int = 0
@@ -143,12 +144,16 @@ def train(
   train_set, test_set = data
   params = model.init(jax.random.key(args.seed), train_set[0][:1])["params"]
   opt_state, curve = tx.init(params), []
+  events = SummaryWriter(str(args.out / "events" / f"to_{flops_target:g}"))
   for step, batch in enumerate(batches(train_set, args.steps, args.seed), start=1):
     params, opt_state, loss = train_step(params, opt_state, batch)
     run = Run({"params": params, "masks": fp.get_masks(opt_state)}, fp.get_state(opt_state), curve)
     if step % max(1, args.steps // EVALUATIONS) == 0 or step == args.steps:
       curve.append((step, float(accuracy(run.variables, *test_set))))
+      for name, value in {"loss": loss, "accuracy": curve[-1][1], **fp.scalars(opt_state)}.items():
+        events.add_scalar(name, float(value), step)
       progress.update(task, completed=step, loss=float(loss), share=float(run.state.cost) / cost.dense)
+  events.close()
   return run
 
 
@@ -207,10 +212,8 @@ def measure(args: Args, cost: fp.CostModel, runs: list[Run], small: fp.Compact, 
 
 def cost_curve(state: fp.FisherPruneState, cost: fp.CostModel) -> tuple[list[int], list[float]]:
   """Steps and the kFLOPs after each, from what the state remembers: when every feature went."""
-  pruned_at = jax.tree.map(np.asarray, state.pruned_at)
-  steps = [0, *np.unique([n for at in jax.tree.leaves(pruned_at) for n in at if n > 0]), int(state.step)]
-  masks = [jax.tree.map(lambda at: np.float32((at < 0) | (at > n)), pruned_at) for n in steps]  # noqa: B023
-  return steps, [float(cost(m)) / 1e3 for m in masks]
+  steps = sorted({0, int(state.step), *(pruned.step for pruned in fp.history(state))})
+  return steps, [float(cost(fp.masks_at(state, step))) / 1e3 for step in steps]
 
 
 def plot(path: Path, report: dict, runs: list[Run], cost: fp.CostModel) -> None:
@@ -286,13 +289,11 @@ def main(args: Args) -> None:
   (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
   console.print(*tables(report, cost.breakdown(pruned["masks"])))
   console.print(f"Largest difference between masked and compact outputs: {report['max_abs_difference']:.1e}")
-  console.print(f"Wrote report.json, curve.png and model.stablehlo into {args.out}.")
+  console.print(f"Wrote report.json, curve.png, model.stablehlo and events into {args.out}.")
   if not report["export_agrees"]:
     sys.exit("The exported network does not give the classes that the compact one gives.")
   if runs[1].state.exhausted:
-    console.print(
-      f"The target of {args.flops_target:.4%} was not reached: every layer keeps its last feature."
-    )
+    console.print(f"{args.flops_target:.4%} was not reached: every layer keeps its last feature.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ LATEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 $$HOME/.pyenv
 JOBS ?= 2
 COUNT ?= 1000
 
-.PHONY: help install demo test test-latest lint format fuzz bench clean
+.PHONY: help install demo test test-latest lint format fuzz bench docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 16
@@ -49,5 +49,8 @@ bench: install  ## what pruning costs in training and brings afterwards; writes 
 	$(BIN)/python benchmarks/tool_speed.py --out benchmarks/tool_speed.json
 	$(BIN)/python benchmarks/compact_speed.py --out benchmarks/compact_speed.json
 
+docs: install  ## guides and API reference as HTML; in docs/_build/
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build
+
 clean:  ## remove environments and results
-	rm -rf $(VENV) $(LATEST_VENV) demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST_VENV) demo docs/_build .pytest_cache .mypy_cache .ruff_cache

@@ -167,13 +167,13 @@ def test_without_axis_name_shard_map_is_refused():
   with pytest.raises(
     ValueError, match=r"differ over, \['data'\], got axis_name=None. Pass .*axis_name='data'"
   ):
-    sharded_step(tx, True)(*job.start(tx), job.batch(0))
+    jax.eval_shape(sharded_step(tx, True), *job.start(tx), job.batch(0))
 
 
 def test_mask_gradients_that_were_reduced_over_devices_are_refused():
   tx = job.transformation(axis_name="data")
   with pytest.raises(ValueError, match="reduced already"):
-    sharded_step(tx, True, reduce_masks=True)(*job.start(tx), job.batch(0))
+    jax.eval_shape(sharded_step(tx, True, reduce_masks=True), *job.start(tx), job.batch(0))
 
 
 def test_mask_gradients_that_were_reduced_over_examples_are_refused():

@@ -117,7 +117,7 @@ def _slice(leaf: Any, index: Index) -> jax.Array:
   for axis, positions in enumerate(index):
     if positions is not None:
       leaf = jnp.take(leaf, positions, axis=axis)
-  return jnp.asarray(leaf)
+  return jnp.array(leaf)  # a copy where nothing went: whoever donates the one keeps the other
 
 
 def shrink_opt_state(tx: Any, opt_state: Any, params: Any, kept: Any, masks: Any | None) -> Any:
@@ -154,7 +154,8 @@ def shrink_opt_state(tx: Any, opt_state: Any, params: Any, kept: Any, masks: Any
       restarted.add(keys)
     return leaf if smaller is None else smaller
 
-  state = jax.tree_util.tree_map_with_path(shrink, opt_state, is_leaf=_is_pruning)
+  own = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, opt_state)
+  state = jax.tree_util.tree_map_with_path(shrink, own, is_leaf=_is_pruning)
   return _restart(state, tx, params, restarted) if restarted else state
 
 

@@ -276,3 +276,19 @@ def test_a_memory_of_several_gradients_is_sliced():
   fresh = tx.init(small.variables["params"])
   assert jax.tree.map(jnp.shape, thin) == jax.tree.map(jnp.shape, fresh)
   close(jax.tree.map(lambda m: m[1] / 2, thin.diff_params_memory), small.variables["params"], 1e-6)
+
+
+def test_donating_what_is_compact_leaves_what_was_full():
+  """Also where nothing was removed: history and scores of the full state are still wanted afterwards."""
+  apply, variables, x = pruned(CASES["cnn_with_flatten"], 1, jnp.float32)
+  tx = optax.chain(optax.adam(0.1), fp.fisher_prune(fp.cost_model(apply, variables, x)))
+  params, state = jax.tree.map(jnp.array, (variables["params"], tx.init(variables["params"])))
+  small = fp.compact(apply, {"params": params, "masks": variables["masks"]}, x)
+  donated = small.variables["params"], small.shrink_opt_state(tx, state)
+  jax.block_until_ready(
+    jax.jit(
+      lambda tree: jax.tree.map(lambda a: a ^ True if a.dtype == bool else a + 1, tree), donate_argnums=0
+    )(donated)
+  )
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(donated))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))

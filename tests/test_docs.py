@@ -1,0 +1,77 @@
+"""The documentation: its examples run, and its reference names what there is."""
+
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import fisherprune_jax as fp
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted([*DOCS.glob("*.md"), DOCS / "api.rst"])
+GUIDES = ("linen", "nnx", "distributed", "checkpoints", "transformers")
+
+
+def public_names():
+  """What users may call, as dotted names."""
+  for name, value in vars(fp).items():
+    if not name.startswith("_") and not inspect.ismodule(value):
+      yield f"fisherprune_jax.{name}"
+  for name, value in vars(fp.nnx).items():
+    if not name.startswith("_") and getattr(value, "__module__", None) == fp.nnx.__name__:
+      yield f"fisherprune_jax.nnx.{name}"
+
+
+def documented_names():
+  """What the reference page documents, as dotted names."""
+  directives = re.findall(
+    r"^\.\. auto(?:class|function):: ([\w.]+)", (DOCS / "api.rst").read_text(), re.MULTILINE
+  )
+  return [name.strip() for name in directives]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_examples_run(page):
+  flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+  failed, attempted = doctest.testfile(str(page), module_relative=False, optionflags=flags)
+  assert failed == 0
+  assert attempted or page.suffix == ".rst"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_example_is_one_that_runs(page):
+  blocks = re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+  for language, code in blocks:
+    if language not in ("bash", "{toctree}"):
+      assert code.startswith(">>> "), code
+      assert code.endswith("\n\n"), "doctest would take the fence for output"
+
+
+def test_every_guide_is_there():
+  index = (DOCS / "index.md").read_text()
+  for name in GUIDES:
+    assert (DOCS / f"{name}.md").exists()
+    assert f"\n{name}\n" in index
+
+
+def test_the_reference_covers_every_public_name_once():
+  documented = documented_names()
+  assert len(documented) == len(set(documented))
+  assert set(public_names()) - set(documented) == set()
+
+
+@pytest.mark.parametrize("name", documented_names())
+def test_the_reference_names_what_exists(name):
+  module, _, attribute = name.rpartition(".")
+  assert inspect.getdoc(getattr(importlib.import_module(module), attribute))
+
+
+def test_the_members_that_the_reference_lists_exist():
+  page = (DOCS / "api.rst").read_text()
+  for name, members in re.findall(r"autoclass:: ([\w.]+).*\n   :members: (.*)\n", page):
+    module, _, attribute = name.rpartition(".")
+    for member in members.split(", "):
+      assert hasattr(getattr(importlib.import_module(module), attribute), member), (name, member)

@@ -1,0 +1,339 @@
+"""Prunes a click-prediction network to a budget of FLOPs while it trains; may be killed and resumed at any time.
+
+  python examples/ranking_mlp.py --pruning.flops_target 25000 --out ranking
+
+The job that the classic optimizer was made for, with its trainer's options: an MLP on discretized features, a binary
+label, momentum SGD. Trains it twice, without and with pruning, then compacts, checks and times the pruned one. Writes
+``report.json``, ``curve.png``, ``events/`` for TensorBoard and ``checkpoints/`` into the output folder. After a crash,
+a kill or Ctrl-C the same command with ``--resume`` goes on, and ends with the same numbers to the last bit.
+"""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fisherprune_jax as fp
+
+try:
+  import orbax.checkpoint as ocp
+  import tyro
+  from matplotlib.figure import Figure
+  from rich.console import Console
+  from rich.progress import Progress, TextColumn
+  from rich.table import Column, Table
+  from sklearn.datasets import load_breast_cancer
+  from sklearn.metrics import roc_auc_score
+  from tensorboardX import SummaryWriter
+except ImportError as error:
+  sys.exit(f"This example needs {error.name}, which is missing: pip install 'fisherprune-jax[examples]'")
+
+BINS = 10  # of each of the 30 features
+BATCH = 64
+LEARNING_RATE, WEIGHT_DECAY = 0.02, 1e-2  # chosen by cross-validation on the training rows
+EVALUATIONS = 60
+Data = tuple[np.ndarray, np.ndarray]  # rows (n, 300) of zeros and ones, and their labels
+
+
+class MLP(nn.Module):
+  """Three dense layers, each with a mask over its features, and a logit."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    for layer, width in enumerate((256, 128, 64), start=1):
+      x = fp.Mask(name=f"layer{layer}")(nn.relu(nn.Dense(width)(x)))
+    return nn.Dense(1)(x)[:, 0]
+
+
+model = MLP()
+predict = jax.jit(model.apply)
+
+
+@dataclass(frozen=True)
+class Pruning:
+  """The options of the classic trainer."""
+
+  iter: int = 10
+  """Steps from one pruned feature to the next."""
+  burn_in: int = 500
+  """Steps before the first one may go."""
+  flops_target: float = 25_000
+  """FLOPs per example to prune to."""
+  decay: float = 0.98
+  """Of the running mean of the signals: 0.98 averages about 50 steps."""
+
+
+@dataclass(frozen=True)
+class Args:
+  """Prunes a click-prediction network to a budget of FLOPs while it trains."""
+
+  out: Path
+  """Folder for report.json, curve.png, events and checkpoints."""
+  pruning: Pruning = field(default_factory=Pruning)
+  seed: int = 0
+  """Of the first weights and of the order of the rows."""
+  steps: int = 6000
+  """Training steps of each of the two networks."""
+  save_every: int = 500
+  """Steps from one checkpoint to the next."""
+  resume: bool = False
+  """Go on from the checkpoints in the folder."""
+
+  def __post_init__(self) -> None:
+    if self.steps < 1 or self.save_every < 1 or self.seed < 0 or not self.pruning.flops_target > 0:
+      sys.exit("--steps and --save-every start at 1, --seed at 0; --pruning.flops_target must be above 0.")
+
+
+class Run(NamedTuple):
+  """A network in training, as checkpoints hold it; ``curve`` has rows (step, loss, test RCE, test AUC)."""
+
+  params: Any
+  opt_state: Any
+  curve: list[tuple[float, ...]]
+  resumed_at: int = 0
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    return {"params": self.params, "masks": fp.get_masks(self.opt_state)}
+
+
+def load() -> tuple[Data, Data]:
+  """Breast cancer, benign or not: inside scikit-learn, the table with a binary label and the most features.
+
+  Every third row of each class is for testing. Features become quantile bins of the training rows, one of ten on.
+  """
+  table, labels = load_breast_cancer(return_X_y=True)
+  test = np.zeros(len(labels), bool)
+  for label in (0, 1):
+    test[np.flatnonzero(labels == label)[::3]] = True
+  edges = np.quantile(table[~test], np.arange(1, BINS) / BINS, axis=0)
+  bins = np.sum(table[:, None] > edges, axis=1)
+  rows = np.float32(bins[..., None] == np.arange(BINS)).reshape(len(table), -1)
+  return (rows[~test], np.float32(labels[~test])), (rows[test], np.float32(labels[test]))
+
+
+def batch_at(step: int, seed: int, data: Data) -> Data:
+  """Random rows, a function of seed and step alone: a resumed job sees what it would have seen."""
+  chosen = np.random.default_rng((seed, step)).integers(len(data[0]), size=BATCH)
+  return data[0][chosen], data[1][chosen]
+
+
+def optimizer(args: Args, cost: fp.CostModel, flops_target: float) -> optax.GradientTransformationExtraArgs:
+  rate, options = optax.cosine_decay_schedule(LEARNING_RATE, args.steps), args.pruning
+  pruning = {"prune_every": options.iter, "burn_in": options.burn_in, "decay": options.decay}
+  sgd = fp.pruning_sgd(rate, cost, momentum=0.9, flops_target=flops_target, **pruning)
+  return optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), sgd)
+
+
+def loss_fn(params: Any, masks: Any, batch: Data) -> jax.Array:
+  logits = model.apply({"params": params, "masks": masks}, batch[0])
+  return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, batch[1]))
+
+
+def quality(variables: Any, train_set: Data, test_set: Data) -> tuple[float, float]:
+  """RCE, by how many percent the cross entropy is below that of the training rows' base rate, and ROC AUC."""
+  (rows, labels), base = test_set, train_set[1].mean()
+  logits = np.float64(predict(variables, rows))
+  loss, base_loss = (np.mean(np.logaddexp(0, z) - labels * z) for z in (logits, np.log(base / (1 - base))))
+  return float(100 * (1 - loss / base_loss)), float(roc_auc_score(labels, logits))
+
+
+def claim(args: Args, cost: fp.CostModel) -> None:
+  """Keeps the folder to one job: only ``--resume`` goes on with it, and only with the options it began with."""
+  path = args.out / "checkpoints" / "args.json"
+  widths = {layer: leaf["mask"].size for layer, leaf in cost.masks.items()}
+  job = {"seed": args.seed, "steps": args.steps, **asdict(args.pruning), **widths}
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(job))
+    os.replace(path.with_suffix(".tmp"), path)  # all of it or nothing
+  elif not args.resume:
+    sys.exit(f"{args.out} holds the checkpoints of a job: go on with --resume, or take another --out.")
+  there = json.loads(path.read_text())
+  if differ := [f"{key} {there.get(key)}, not {job[key]}" for key in job if job[key] != there.get(key)]:
+    sys.exit(f"The job in {args.out} began with {'; '.join(differ)}. Say the same, or take another --out.")
+
+
+def stop_request() -> threading.Event:
+  """Set by Ctrl-C and SIGTERM, to be looked at between steps."""
+  asked = threading.Event()
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: asked.set())
+  return asked
+
+
+def save(manager: ocp.CheckpointManager, step: int, run: Run) -> None:
+  """Copies the arrays, so that the next step may overwrite them, and writes while training goes on."""
+  state = ocp.args.StandardSave({"params": run.params, "opt_state": run.opt_state})
+  manager.save(step, args=ocp.args.Composite(state=state, curve=ocp.args.JsonSave(list(run.curve))))
+
+
+def restore(manager: ocp.CheckpointManager, run: Run) -> Run:
+  """The latest checkpoint that is complete; without one, the run as given."""
+  if (step := manager.latest_step()) is None:
+    return run
+  state = ocp.args.StandardRestore({"params": run.params, "opt_state": run.opt_state})
+  found = manager.restore(step, args=ocp.args.Composite(state=state, curve=ocp.args.JsonRestore()))
+  return Run(**found.state, curve=found.curve, resumed_at=step)
+
+
+def evaluate(run: Run, step: int, loss: jax.Array, data: tuple[Data, Data], writer: SummaryWriter) -> str:
+  """Adds a row to the curve and events for TensorBoard; a line for people."""
+  rce, auc = quality(run.variables, *data)
+  run.curve.append((step, float(loss), rce, auc))
+  events = {"loss": loss, "rce": rce, "auc": auc, **fp.scalars(run.opt_state)}
+  for name, value in events.items():
+    writer.add_scalar(name, float(value), step)
+  return f"RCE {rce:.1f} %, {float(events['pruning/cost']):,.0f} FLOPs"
+
+
+def train(name: str, args: Args, cost: fp.CostModel, data: Any, stop: threading.Event, bars: Progress) -> Run:
+  """Trains the dense or the pruned network, from its latest checkpoint on."""
+  tx = optimizer(args, cost, cost.dense if name == "dense" else args.pruning.flops_target)
+
+  @partial(jax.jit, donate_argnums=(0, 1))
+  def train_step(params: Any, opt_state: Any, batch: Data) -> tuple[Any, Any, jax.Array]:
+    loss, (grads, mask_grads) = fp.value_and_grads(loss_fn)(params, fp.get_masks(opt_state), batch)
+    updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+  params = model.init(jax.random.key(args.seed), data[0][0][:1])["params"]
+  keep = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+  with ocp.CheckpointManager(args.out.absolute() / "checkpoints" / name, options=keep) as manager:
+    run = restore(manager, Run(params, tx.init(params), []))
+    if args.resume:
+      where = f"goes on after step {run.resumed_at:,}" if run.resumed_at else "starts from the beginning"
+      bars.console.print(f"The {name} network {where}.")
+    task = bars.add_task(f"{name} network", total=args.steps, completed=run.resumed_at, now="")
+    with SummaryWriter(str(args.out / "events" / name), purge_step=run.resumed_at + 1) as writer:
+      for step in range(run.resumed_at + 1, args.steps + 1):
+        params, opt_state, loss = train_step(run.params, run.opt_state, batch_at(step, args.seed, data[0]))
+        run = run._replace(params=params, opt_state=opt_state)
+        if step % max(1, args.steps // EVALUATIONS) == 0 or step == args.steps:
+          bars.update(task, completed=step, now=evaluate(run, step, loss, data, writer))
+        if step % args.save_every == 0 or step == args.steps or stop.is_set():
+          writer.flush()
+          save(manager, step, run)
+        if stop.is_set():
+          command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
+          sys.exit(f"Stopped after step {step:,} of the {name} network, and saved it. To go on: {command}")
+  return run
+
+
+def forward_times(dense: Run, small: fp.Compact, rows: np.ndarray) -> dict[str, float]:
+  """Median milliseconds of the forward pass without masks, and of the compact one, taking turns."""
+  calls = [(predict, {"params": dense.params}), (jax.jit(small), small.variables)]
+  times: list[list[float]] = [[], []]
+  for turn in range(2 * 100):
+    function, variables = calls[turn % 2]
+    start = time.perf_counter()
+    jax.block_until_ready(function(variables, rows))
+    times[turn % 2].append(1e3 * (time.perf_counter() - start))
+  before, after = map(float, np.median(times, axis=1))
+  return {"dense_ms": before, "compact_ms": after, "speedup": before / after}
+
+
+def measure(
+  args: Args, cost: fp.CostModel, runs: dict[str, Run], small: fp.Compact, rows: np.ndarray
+) -> dict:
+  """What ``report.json`` says of the two networks."""
+  masks = {layer: leaf["mask"] for layer, leaf in runs["pruned"].variables["masks"].items()}
+  difference = predict(runs["pruned"].variables, rows) - small(small.variables, rows)
+  params = {"dense": runs["dense"].params, "pruned": small.variables}
+  timings = {str(size): forward_times(runs["dense"], small, rows[:size]) for size in (1, 256)}
+  return {
+    **asdict(args) | {"out": str(args.out), "flops_target": args.pruning.flops_target},
+    "dense_flops": cost.dense,
+    "pruned_flops": small.cost,
+    "flops_fraction": small.cost / cost.dense,
+    **{f"{name}_params": sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()},
+    **{f"{name}_rce": run.curve[-1][2] for name, run in runs.items()},
+    **{f"{name}_auc": run.curve[-1][3] for name, run in runs.items()},
+    "widths": {layer: {"dense": mask.size, "pruned": int(mask.sum())} for layer, mask in masks.items()},
+    "max_abs_difference": float(jnp.max(jnp.abs(difference))),
+    "timings": timings,
+    **timings["256"],
+    "resumed_at": {name: run.resumed_at for name, run in runs.items()},
+  }
+
+
+def plot(path: Path, report: dict, runs: dict[str, Run], cost: fp.CostModel) -> None:
+  """RCE, cost, and a mark for every pruned feature over training, one above the other."""
+  figure = Figure(figsize=(10, 7), layout="constrained")
+  top, middle, bottom = axes = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
+  state, target, went = runs["pruned"].opt_state, report["flops_target"], fp.history(runs["pruned"].opt_state)
+  for (name, run), color in zip(runs.items(), ("0.5", "C0"), strict=True):
+    steps, _, rce, _ = np.transpose(run.curve)
+    top.plot(steps, rce, color, label=f"{name} network: {rce[-1]:.1f} %")
+  steps = np.array([0, *(gone.step for gone in went), report["steps"]])
+  costs = jax.vmap(lambda step: cost(fp.masks_at(state, step)))(steps)
+  middle.plot(steps, costs / 1e3, drawstyle="steps-post", label="pruned network")
+  middle.axhline(target / 1e3, color="C3", linestyle="--", linewidth=1, label=f"budget: {target:,.0f} FLOPs")
+  marks = [[gone.step for gone in went if gone.mask == layer] for layer in report["widths"]]
+  bottom.eventplot(marks, colors="C0", linelengths=0.6, linewidths=0.6)
+  left = [f"{layer}\n{width['pruned']} of {width['dense']} left" for layer, width in report["widths"].items()]
+  bottom.set_yticks(range(len(left)), left)
+  bottom.invert_yaxis()
+  bottom.set(xlabel="training step, with a mark for every pruned feature", xlim=(0, report["steps"]))
+  top.set(ylabel="RCE on test rows [%]")
+  middle.set(ylabel="cost [kFLOPs per example]", ylim=(0, None))
+  for ax in axes:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25, axis="x" if ax is bottom else "both")
+  for ax in (top, middle):
+    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
+  figure.savefig(path, dpi=200)
+
+
+def table(report: dict) -> Table:
+  """Both networks side by side."""
+  found = Table("", *(Column(name, justify="right") for name in ("dense", "pruned", "pruned / dense")))
+  forms = {"FLOPs": "{:,.0f}", "params": "{:,.0f}", "RCE": "{:.2f} %", "AUC": "{:.4f}"}
+  rows = [
+    (key, form, *(report[f"{name}_{key.lower()}"] for name in ("dense", "pruned")))
+    for key, form in forms.items()
+  ]
+  for size, times in report["timings"].items():
+    rows.append((f"forward, batch of {size}", "{:.3f} ms", times["dense_ms"], times["compact_ms"]))
+  for name, form, dense, pruned in rows:
+    found.add_row(name, form.format(dense), form.format(pruned), f"{pruned / dense:.1%}")
+  return found
+
+
+def main(args: Args) -> None:
+  start, console, stop, data = time.perf_counter(), Console(), stop_request(), load()
+  rows, bar = data[0][0], (*Progress.get_default_columns(), TextColumn("{task.fields[now]}"))
+  cost = fp.cost_model(model.apply, model.init(jax.random.key(0), rows[:1]), rows[:1])
+  claim(args, cost)
+  with Progress(*bar, console=console) as bars:
+    runs = {name: train(name, args, cost, data, stop, bars) for name in ("dense", "pruned")}
+  small = fp.compact(model.apply, runs["pruned"].variables, rows[:1])
+  report = measure(args, cost, runs, small, rows)
+  plot(args.out / "curve.png", report, runs, cost)
+  report["seconds"] = time.perf_counter() - start
+  (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+  console.print(table(report))
+  console.print(fp.summary(runs["pruned"].opt_state), highlight=False)
+  console.print(f"Largest difference between masked and compact outputs: {report['max_abs_difference']:.1e}")
+  console.print(f"Wrote report.json, curve.png and events for TensorBoard into {args.out}.")
+  if small.cost > args.pruning.flops_target:
+    exhausted = fp.get_state(runs["pruned"].opt_state).exhausted
+    why = "every layer keeps its last feature" if exhausted else "the steps ended first; take more --steps"
+    console.print(f"The budget of {args.pruning.flops_target:,.0f} FLOPs was not reached: {why}.")
+
+
+if __name__ == "__main__":
+  main(tyro.cli(Args))

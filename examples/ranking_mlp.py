@@ -9,6 +9,7 @@ a kill or Ctrl-C the same command with ``--resume`` goes on, and ends with the s
 """
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -102,8 +103,8 @@ class Run(NamedTuple):
 
   params: Any
   opt_state: Any
-  curve: list[tuple[float, ...]]
-  resumed_at: int = 0
+  curve: np.ndarray
+  resumed_at: int
 
   @property
   def variables(self) -> dict[str, Any]:
@@ -113,16 +114,15 @@ class Run(NamedTuple):
 def load() -> tuple[Data, Data]:
   """Breast cancer, benign or not: inside scikit-learn, the table with a binary label and the most features.
 
-  Every third row of each class is for testing. Features become quantile bins of the training rows, one of ten on.
+  Every third row, class by class, is for testing. Features become quantile bins of the training rows, one of ten on.
   """
   table, labels = load_breast_cancer(return_X_y=True)
-  test = np.zeros(len(labels), bool)
-  for label in (0, 1):
-    test[np.flatnonzero(labels == label)[::3]] = True
-  edges = np.quantile(table[~test], np.arange(1, BINS) / BINS, axis=0)
+  order = np.argsort(labels, kind="stable")
+  train, test = np.delete(order, np.s_[::3]), order[::3]
+  edges = np.quantile(table[train], np.arange(1, BINS) / BINS, axis=0)
   bins = np.sum(table[:, None] > edges, axis=1)
   rows = np.float32(bins[..., None] == np.arange(BINS)).reshape(len(table), -1)
-  return (rows[~test], np.float32(labels[~test])), (rows[test], np.float32(labels[test]))
+  return (rows[train], np.float32(labels[train])), (rows[test], np.float32(labels[test]))
 
 
 def batch_at(step: int, seed: int, data: Data) -> Data:
@@ -148,14 +148,13 @@ def quality(variables: Any, train_set: Data, test_set: Data) -> tuple[float, flo
   (rows, labels), base = test_set, train_set[1].mean()
   logits = np.float64(predict(variables, rows))
   loss, base_loss = (np.mean(np.logaddexp(0, z) - labels * z) for z in (logits, np.log(base / (1 - base))))
-  return float(100 * (1 - loss / base_loss)), float(roc_auc_score(labels, logits))
+  return 100 * (1 - loss / base_loss), roc_auc_score(labels, logits)
 
 
 def claim(args: Args, cost: fp.CostModel) -> None:
   """Keeps the folder to one job: only ``--resume`` goes on with it, and only with the options it began with."""
   path = args.out / "checkpoints" / "args.json"
-  widths = {layer: leaf["mask"].size for layer, leaf in cost.masks.items()}
-  job = {"seed": args.seed, "steps": args.steps, **asdict(args.pruning), **widths}
+  job = {"seed": args.seed, "steps": args.steps, **asdict(args.pruning), "dense_flops": cost.dense}
   if not path.exists():
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".tmp").write_text(json.dumps(job))
@@ -167,37 +166,14 @@ def claim(args: Args, cost: fp.CostModel) -> None:
     sys.exit(f"The job in {args.out} began with {'; '.join(differ)}. Say the same, or take another --out.")
 
 
-def stop_request() -> threading.Event:
-  """Set by Ctrl-C and SIGTERM, to be looked at between steps."""
-  asked = threading.Event()
-  for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda *_: asked.set())
-  return asked
-
-
-def save(manager: ocp.CheckpointManager, step: int, run: Run) -> None:
-  """Copies the arrays, so that the next step may overwrite them, and writes while training goes on."""
-  state = ocp.args.StandardSave({"params": run.params, "opt_state": run.opt_state})
-  manager.save(step, args=ocp.args.Composite(state=state, curve=ocp.args.JsonSave(list(run.curve))))
-
-
-def restore(manager: ocp.CheckpointManager, run: Run) -> Run:
-  """The latest checkpoint that is complete; without one, the run as given."""
-  if (step := manager.latest_step()) is None:
-    return run
-  state = ocp.args.StandardRestore({"params": run.params, "opt_state": run.opt_state})
-  found = manager.restore(step, args=ocp.args.Composite(state=state, curve=ocp.args.JsonRestore()))
-  return Run(**found.state, curve=found.curve, resumed_at=step)
-
-
-def evaluate(run: Run, step: int, loss: jax.Array, data: tuple[Data, Data], writer: SummaryWriter) -> str:
-  """Adds a row to the curve and events for TensorBoard; a line for people."""
+def evaluate(run: Run, row: int, step: int, loss: Any, data: tuple[Data, Data], writer: SummaryWriter) -> str:
+  """Fills a row of the curve, writes it and the state of pruning for TensorBoard, and says it in a line."""
   rce, auc = quality(run.variables, *data)
-  run.curve.append((step, float(loss), rce, auc))
-  events = {"loss": loss, "rce": rce, "auc": auc, **fp.scalars(run.opt_state)}
-  for name, value in events.items():
+  run.curve[row] = step, loss, rce, auc
+  values = {"loss": loss, "rce": rce, "auc": auc, **fp.scalars(run.opt_state)}
+  for name, value in values.items():
     writer.add_scalar(name, float(value), step)
-  return f"RCE {rce:.1f} %, {float(events['pruning/cost']):,.0f} FLOPs"
+  return f"RCE {rce:.1f} %, {float(values['pruning/cost']):,.0f} FLOPs"
 
 
 def train(name: str, args: Args, cost: fp.CostModel, data: Any, stop: threading.Event, bars: Progress) -> Run:
@@ -210,23 +186,27 @@ def train(name: str, args: Args, cost: fp.CostModel, data: Any, stop: threading.
     updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
     return optax.apply_updates(params, updates), opt_state, loss
 
+  every = max(1, args.steps // EVALUATIONS)
   params = model.init(jax.random.key(args.seed), data[0][0][:1])["params"]
+  run = Run(params, tx.init(params), np.zeros((math.ceil(args.steps / every), 4)), 0)
   keep = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
   with ocp.CheckpointManager(args.out.absolute() / "checkpoints" / name, options=keep) as manager:
-    run = restore(manager, Run(params, tx.init(params), []))
+    if start := manager.latest_step() or 0:
+      run = manager.restore(start, args=ocp.args.StandardRestore(run))._replace(resumed_at=start)
     if args.resume:
-      where = f"goes on after step {run.resumed_at:,}" if run.resumed_at else "starts from the beginning"
+      where = f"goes on after step {start:,}" if start else "starts from the beginning"
       bars.console.print(f"The {name} network {where}.")
-    task = bars.add_task(f"{name} network", total=args.steps, completed=run.resumed_at, now="")
-    with SummaryWriter(str(args.out / "events" / name), purge_step=run.resumed_at + 1) as writer:
-      for step in range(run.resumed_at + 1, args.steps + 1):
+    task = bars.add_task(f"{name} network", total=args.steps, completed=start, now="")
+    with SummaryWriter(str(args.out / "events" / name), purge_step=start + 1) as writer:
+      for step in range(start + 1, args.steps + 1):
         params, opt_state, loss = train_step(run.params, run.opt_state, batch_at(step, args.seed, data[0]))
         run = run._replace(params=params, opt_state=opt_state)
-        if step % max(1, args.steps // EVALUATIONS) == 0 or step == args.steps:
-          bars.update(task, completed=step, now=evaluate(run, step, loss, data, writer))
+        if step % every == 0 or step == args.steps:
+          now = evaluate(run, (step - 1) // every, step, loss, data, writer)
+          bars.update(task, completed=step, now=now)
         if step % args.save_every == 0 or step == args.steps or stop.is_set():
           writer.flush()
-          save(manager, step, run)
+          manager.save(step, args=ocp.args.StandardSave(run))
         if stop.is_set():
           command = shlex.join(["python", *sys.argv, *["--resume"] * (not args.resume)])
           sys.exit(f"Stopped after step {step:,} of the {name} network, and saved it. To go on: {command}")
@@ -246,9 +226,7 @@ def forward_times(dense: Run, small: fp.Compact, rows: np.ndarray) -> dict[str, 
   return {"dense_ms": before, "compact_ms": after, "speedup": before / after}
 
 
-def measure(
-  args: Args, cost: fp.CostModel, runs: dict[str, Run], small: fp.Compact, rows: np.ndarray
-) -> dict:
+def measure(args: Args, cost: fp.CostModel, runs: dict, small: fp.Compact, rows: np.ndarray) -> dict:
   """What ``report.json`` says of the two networks."""
   masks = {layer: leaf["mask"] for layer, leaf in runs["pruned"].variables["masks"].items()}
   difference = predict(runs["pruned"].variables, rows) - small(small.variables, rows)
@@ -260,8 +238,8 @@ def measure(
     "pruned_flops": small.cost,
     "flops_fraction": small.cost / cost.dense,
     **{f"{name}_params": sum(x.size for x in jax.tree.leaves(tree)) for name, tree in params.items()},
-    **{f"{name}_rce": run.curve[-1][2] for name, run in runs.items()},
-    **{f"{name}_auc": run.curve[-1][3] for name, run in runs.items()},
+    **{f"{name}_rce": run.curve[-1, 2] for name, run in runs.items()},
+    **{f"{name}_auc": run.curve[-1, 3] for name, run in runs.items()},
     "widths": {layer: {"dense": mask.size, "pruned": int(mask.sum())} for layer, mask in masks.items()},
     "max_abs_difference": float(jnp.max(jnp.abs(difference))),
     "timings": timings,
@@ -276,8 +254,7 @@ def plot(path: Path, report: dict, runs: dict[str, Run], cost: fp.CostModel) -> 
   top, middle, bottom = axes = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
   state, target, went = runs["pruned"].opt_state, report["flops_target"], fp.history(runs["pruned"].opt_state)
   for (name, run), color in zip(runs.items(), ("0.5", "C0"), strict=True):
-    steps, _, rce, _ = np.transpose(run.curve)
-    top.plot(steps, rce, color, label=f"{name} network: {rce[-1]:.1f} %")
+    top.plot(*run.curve[:, [0, 2]].T, color, label=f"{name} network: {run.curve[-1, 2]:.1f} %")
   steps = np.array([0, *(gone.step for gone in went), report["steps"]])
   costs = jax.vmap(lambda step: cost(fp.masks_at(state, step)))(steps)
   middle.plot(steps, costs / 1e3, drawstyle="steps-post", label="pruned network")
@@ -286,8 +263,8 @@ def plot(path: Path, report: dict, runs: dict[str, Run], cost: fp.CostModel) -> 
   bottom.eventplot(marks, colors="C0", linelengths=0.6, linewidths=0.6)
   left = [f"{layer}\n{width['pruned']} of {width['dense']} left" for layer, width in report["widths"].items()]
   bottom.set_yticks(range(len(left)), left)
-  bottom.invert_yaxis()
   bottom.set(xlabel="training step, with a mark for every pruned feature", xlim=(0, report["steps"]))
+  bottom.invert_yaxis()
   top.set(ylabel="RCE on test rows [%]")
   middle.set(ylabel="cost [kFLOPs per example]", ylim=(0, None))
   for ax in axes:
@@ -300,38 +277,36 @@ def plot(path: Path, report: dict, runs: dict[str, Run], cost: fp.CostModel) -> 
 
 def table(report: dict) -> Table:
   """Both networks side by side."""
-  found = Table("", *(Column(name, justify="right") for name in ("dense", "pruned", "pruned / dense")))
-  forms = {"FLOPs": "{:,.0f}", "params": "{:,.0f}", "RCE": "{:.2f} %", "AUC": "{:.4f}"}
-  rows = [
-    (key, form, *(report[f"{name}_{key.lower()}"] for name in ("dense", "pruned")))
-    for key, form in forms.items()
-  ]
+  found = Table("", *(Column(name, justify="right") for name in ("dense", "pruned")))
+  for name, form in (("FLOPs", ",.0f"), ("params", ",.0f"), ("RCE", ".2f"), ("AUC", ".4f")):
+    found.add_row(name, *(format(report[f"{which}_{name.lower()}"], form) for which in ("dense", "pruned")))
   for size, times in report["timings"].items():
-    rows.append((f"forward, batch of {size}", "{:.3f} ms", times["dense_ms"], times["compact_ms"]))
-  for name, form, dense, pruned in rows:
-    found.add_row(name, form.format(dense), form.format(pruned), f"{pruned / dense:.1%}")
+    found.add_row(f"ms, batch of {size}", f"{times['dense_ms']:.3f}", f"{times['compact_ms']:.3f}")
   return found
 
 
 def main(args: Args) -> None:
-  start, console, stop, data = time.perf_counter(), Console(), stop_request(), load()
-  rows, bar = data[0][0], (*Progress.get_default_columns(), TextColumn("{task.fields[now]}"))
+  start, console, stop, data = time.perf_counter(), Console(), threading.Event(), load()
+  for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *_: stop.set())  # looked at between steps
+  rows, columns = data[0][0], (*Progress.get_default_columns(), TextColumn("{task.fields[now]}"))
   cost = fp.cost_model(model.apply, model.init(jax.random.key(0), rows[:1]), rows[:1])
   claim(args, cost)
-  with Progress(*bar, console=console) as bars:
+  with Progress(*columns, console=console) as bars:
     runs = {name: train(name, args, cost, data, stop, bars) for name in ("dense", "pruned")}
-  small = fp.compact(model.apply, runs["pruned"].variables, rows[:1])
+  pruned = runs["pruned"]
+  small = fp.compact(model.apply, pruned.variables, rows[:1])
+
   report = measure(args, cost, runs, small, rows)
   plot(args.out / "curve.png", report, runs, cost)
   report["seconds"] = time.perf_counter() - start
   (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-  console.print(table(report))
-  console.print(fp.summary(runs["pruned"].opt_state), highlight=False)
+  console.print(table(report), fp.summary(pruned.opt_state), sep="\n")
   console.print(f"Largest difference between masked and compact outputs: {report['max_abs_difference']:.1e}")
   console.print(f"Wrote report.json, curve.png and events for TensorBoard into {args.out}.")
   if small.cost > args.pruning.flops_target:
-    exhausted = fp.get_state(runs["pruned"].opt_state).exhausted
-    why = "every layer keeps its last feature" if exhausted else "the steps ended first; take more --steps"
+    left = fp.get_state(pruned.opt_state).exhausted
+    why = "every layer keeps its last feature" if left else "take more --steps, or prune more often"
     console.print(f"The budget of {args.pruning.flops_target:,.0f} FLOPs was not reached: {why}.")
 
 

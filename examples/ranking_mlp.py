@@ -1,21 +1,19 @@
-"""Prunes a click-prediction network to a budget of FLOPs while it trains; may be killed and resumed at any time.
+"""Prunes a click-prediction network to a budget of FLOPs while it trains; may be killed at any time.
 
   python examples/ranking_mlp.py --pruning.flops_target 25000 --out ranking
 
-The job that the classic optimizer was made for, with its trainer's options: an MLP on discretized features, a binary
-label, momentum SGD. Trains it twice, without and with pruning, then compacts, checks and times the pruned one. Writes
-``report.json``, ``curve.png``, ``events/`` for TensorBoard and ``checkpoints/`` into the output folder. After a crash,
-a kill or Ctrl-C the same command with ``--resume`` goes on, and ends with the same numbers to the last bit.
+The classic trainer's job and options: an MLP on discretized features, a binary label, momentum SGD. Trains
+without and with pruning, compacts, checks and times. Writes ``report.json``, ``curve.png``, ``events/`` for
+TensorBoard and ``checkpoints/``. After a kill or Ctrl-C, ``--resume`` goes on to the same numbers, bit by bit.
 """
 
 import json
-import math
 import os
 import shlex
 import signal
 import sys
 import threading
-import time
+import timeit
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -114,7 +112,7 @@ class Run(NamedTuple):
 def load() -> tuple[Data, Data]:
   """Breast cancer, benign or not: inside scikit-learn, the table with a binary label and the most features.
 
-  Every third row, class by class, is for testing. Features become quantile bins of the training rows, one of ten on.
+  Every third row, class by class, is for testing. Features become ten quantile bins of the training rows.
   """
   table, labels = load_breast_cancer(return_X_y=True)
   order = np.argsort(labels, kind="stable")
@@ -143,16 +141,8 @@ def loss_fn(params: Any, masks: Any, batch: Data) -> jax.Array:
   return jnp.mean(optax.sigmoid_binary_cross_entropy(logits, batch[1]))
 
 
-def quality(variables: Any, train_set: Data, test_set: Data) -> tuple[float, float]:
-  """RCE, by how many percent the cross entropy is below that of the training rows' base rate, and ROC AUC."""
-  (rows, labels), base = test_set, train_set[1].mean()
-  logits = np.float64(predict(variables, rows))
-  loss, base_loss = (np.mean(np.logaddexp(0, z) - labels * z) for z in (logits, np.log(base / (1 - base))))
-  return 100 * (1 - loss / base_loss), roc_auc_score(labels, logits)
-
-
 def claim(args: Args, cost: fp.CostModel) -> None:
-  """Keeps the folder to one job: only ``--resume`` goes on with it, and only with the options it began with."""
+  """Keeps the folder to one job: only ``--resume`` goes on with it, and only with the same options."""
   path = args.out / "checkpoints" / "args.json"
   job = {"seed": args.seed, "steps": args.steps, **asdict(args.pruning), "dense_flops": cost.dense}
   if not path.exists():
@@ -167,10 +157,13 @@ def claim(args: Args, cost: fp.CostModel) -> None:
 
 
 def evaluate(run: Run, row: int, step: int, loss: Any, data: tuple[Data, Data], writer: SummaryWriter) -> str:
-  """Fills a row of the curve, writes it and the state of pruning for TensorBoard, and says it in a line."""
-  rce, auc = quality(run.variables, *data)
-  run.curve[row] = step, loss, rce, auc
-  values = {"loss": loss, "rce": rce, "auc": auc, **fp.scalars(run.opt_state)}
+  """Fills a row of the curve, writes it and what pruning did for TensorBoard, and says it in a line."""
+  (_, seen), (rows, labels) = data
+  logits, base = np.float64(predict(run.variables, rows)), np.log(seen.mean() / (1 - seen.mean()))
+  entropy, base_entropy = (np.mean(np.logaddexp(0, z) - labels * z) for z in (logits, base))
+  rce = 100 * (1 - entropy / base_entropy)  # better than the training rows' base rate by so many percent
+  run.curve[row] = step, loss, rce, roc_auc_score(labels, logits)
+  values = dict(zip(("loss", "rce", "auc"), run.curve[row, 1:], strict=True)) | fp.scalars(run.opt_state)
   for name, value in values.items():
     writer.add_scalar(name, float(value), step)
   return f"RCE {rce:.1f} %, {float(values['pruning/cost']):,.0f} FLOPs"
@@ -188,14 +181,13 @@ def train(name: str, args: Args, cost: fp.CostModel, data: Any, stop: threading.
 
   every = max(1, args.steps // EVALUATIONS)
   params = model.init(jax.random.key(args.seed), data[0][0][:1])["params"]
-  run = Run(params, tx.init(params), np.zeros((math.ceil(args.steps / every), 4)), 0)
+  run = Run(params, tx.init(params), np.zeros((-(-args.steps // every), 4)), 0)
   keep = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
   with ocp.CheckpointManager(args.out.absolute() / "checkpoints" / name, options=keep) as manager:
     if start := manager.latest_step() or 0:
       run = manager.restore(start, args=ocp.args.StandardRestore(run))._replace(resumed_at=start)
     if args.resume:
-      where = f"goes on after step {start:,}" if start else "starts from the beginning"
-      bars.console.print(f"The {name} network {where}.")
+      bars.console.print(f"The {name} network: {start:,} of {args.steps:,} steps are saved.")
     task = bars.add_task(f"{name} network", total=args.steps, completed=start, now="")
     with SummaryWriter(str(args.out / "events" / name), purge_step=start + 1) as writer:
       for step in range(start + 1, args.steps + 1):
@@ -216,13 +208,9 @@ def train(name: str, args: Args, cost: fp.CostModel, data: Any, stop: threading.
 def forward_times(dense: Run, small: fp.Compact, rows: np.ndarray) -> dict[str, float]:
   """Median milliseconds of the forward pass without masks, and of the compact one, taking turns."""
   calls = [(predict, {"params": dense.params}), (jax.jit(small), small.variables)]
-  times: list[list[float]] = [[], []]
-  for turn in range(2 * 100):
-    function, variables = calls[turn % 2]
-    start = time.perf_counter()
-    jax.block_until_ready(function(variables, rows))
-    times[turn % 2].append(1e3 * (time.perf_counter() - start))
-  before, after = map(float, np.median(times, axis=1))
+  timers = [timeit.Timer(lambda f=f, v=v: jax.block_until_ready(f(v, rows))) for f, v in calls]
+  times = [[1e3 * timer.timeit(1) for timer in timers] for _ in range(100)]
+  before, after = map(float, np.median(times, axis=0))
   return {"dense_ms": before, "compact_ms": after, "speedup": before / after}
 
 
@@ -251,7 +239,7 @@ def measure(args: Args, cost: fp.CostModel, runs: dict, small: fp.Compact, rows:
 def plot(path: Path, report: dict, runs: dict[str, Run], cost: fp.CostModel) -> None:
   """RCE, cost, and a mark for every pruned feature over training, one above the other."""
   figure = Figure(figsize=(10, 7), layout="constrained")
-  top, middle, bottom = axes = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
+  top, middle, bottom = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
   state, target, went = runs["pruned"].opt_state, report["flops_target"], fp.history(runs["pruned"].opt_state)
   for (name, run), color in zip(runs.items(), ("0.5", "C0"), strict=True):
     top.plot(*run.curve[:, [0, 2]].T, color, label=f"{name} network: {run.curve[-1, 2]:.1f} %")
@@ -259,24 +247,23 @@ def plot(path: Path, report: dict, runs: dict[str, Run], cost: fp.CostModel) -> 
   costs = jax.vmap(lambda step: cost(fp.masks_at(state, step)))(steps)
   middle.plot(steps, costs / 1e3, drawstyle="steps-post", label="pruned network")
   middle.axhline(target / 1e3, color="C3", linestyle="--", linewidth=1, label=f"budget: {target:,.0f} FLOPs")
+  middle.set_ylim(0)
   marks = [[gone.step for gone in went if gone.mask == layer] for layer in report["widths"]]
   bottom.eventplot(marks, colors="C0", linelengths=0.6, linewidths=0.6)
   left = [f"{layer}\n{width['pruned']} of {width['dense']} left" for layer, width in report["widths"].items()]
   bottom.set_yticks(range(len(left)), left)
   bottom.set(xlabel="training step, with a mark for every pruned feature", xlim=(0, report["steps"]))
   bottom.invert_yaxis()
-  top.set(ylabel="RCE on test rows [%]")
-  middle.set(ylabel="cost [kFLOPs per example]", ylim=(0, None))
-  for ax in axes:
+  for ax, label in ((top, "RCE on test rows [%]"), (middle, "cost [kFLOPs per example]"), (bottom, "")):
+    ax.set_ylabel(label)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25, axis="x" if ax is bottom else "both")
-  for ax in (top, middle):
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
+    ax.grid(alpha=0.25, axis="both" if label else "x")
+    if label:
+      ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, frameon=False)
   figure.savefig(path, dpi=200)
 
 
 def table(report: dict) -> Table:
-  """Both networks side by side."""
   found = Table("", *(Column(name, justify="right") for name in ("dense", "pruned")))
   for name, form in (("FLOPs", ",.0f"), ("params", ",.0f"), ("RCE", ".2f"), ("AUC", ".4f")):
     found.add_row(name, *(format(report[f"{which}_{name.lower()}"], form) for which in ("dense", "pruned")))
@@ -286,7 +273,7 @@ def table(report: dict) -> Table:
 
 
 def main(args: Args) -> None:
-  start, console, stop, data = time.perf_counter(), Console(), threading.Event(), load()
+  start, console, stop, data = timeit.default_timer(), Console(), threading.Event(), load()
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: stop.set())  # looked at between steps
   rows, columns = data[0][0], (*Progress.get_default_columns(), TextColumn("{task.fields[now]}"))
@@ -294,19 +281,17 @@ def main(args: Args) -> None:
   claim(args, cost)
   with Progress(*columns, console=console) as bars:
     runs = {name: train(name, args, cost, data, stop, bars) for name in ("dense", "pruned")}
-  pruned = runs["pruned"]
-  small = fp.compact(model.apply, pruned.variables, rows[:1])
-
+  small, state = fp.compact(model.apply, runs["pruned"].variables, rows[:1]), runs["pruned"].opt_state
   report = measure(args, cost, runs, small, rows)
   plot(args.out / "curve.png", report, runs, cost)
-  report["seconds"] = time.perf_counter() - start
+  report["seconds"] = timeit.default_timer() - start
   (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-  console.print(table(report), fp.summary(pruned.opt_state), sep="\n")
+  console.print(table(report), fp.summary(state), sep="\n")
   console.print(f"Largest difference between masked and compact outputs: {report['max_abs_difference']:.1e}")
   console.print(f"Wrote report.json, curve.png and events for TensorBoard into {args.out}.")
   if small.cost > args.pruning.flops_target:
-    left = fp.get_state(pruned.opt_state).exhausted
-    why = "every layer keeps its last feature" if left else "take more --steps, or prune more often"
+    exhausted = fp.get_state(state).exhausted
+    why = "every layer keeps its last feature" if exhausted else "the steps ended before; take more --steps"
     console.print(f"The budget of {args.pruning.flops_target:,.0f} FLOPs was not reached: {why}.")
 
 

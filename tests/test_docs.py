@@ -4,6 +4,7 @@ import doctest
 import importlib
 import inspect
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,8 @@ def documented_names():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_examples_run(page):
+def test_examples_run(page, tmp_path, monkeypatch):
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
   flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
   failed, attempted = doctest.testfile(str(page), module_relative=False, optionflags=flags)
   assert failed == 0

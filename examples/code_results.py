@@ -76,5 +76,5 @@ def table(report: dict[str, Any]) -> Table:
     ("bits per byte", "bits_per_byte", "{:.3f}".format),
   ):
     rows.add_row(title, *(form(report[f"{name}_{key}"]) for name in names))
-  rows.add_row("ms per step", f"{report['step_ms_dense']:.1f}", f"{report['step_ms_after']:.1f}", "")
+  rows.add_row("ms per step", *(f"{report[f'step_ms_{name}']:.1f}" for name in ("dense", "after", "small")))
   return rows

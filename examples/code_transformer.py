@@ -246,7 +246,10 @@ def measure(args: Args, cost: fp.CostModel, dense: Any, pruned: Pruned, small: A
     "compacted_at": middle,
     "max_abs_difference": pruned.difference,
     "bits_per_byte_around_compaction": pruned.swap_bits,
-    "step_ms_dense": float(np.median([ms for _, ms in dense_run.times] or [math.nan])),
+    **{
+      f"step_ms_{name}": float(np.median([ms for _, ms in run.times] or [math.nan]))
+      for name, run in (("dense", dense_run), ("small", small_run))
+    },
     "step_ms_before": before,
     "step_ms_after": after,
     "step_speedup": before / after,
@@ -282,6 +285,10 @@ def main(args: Args) -> None:
   console.rule("a sample of the pruned network")
   console.print(report["sample"], markup=False, highlight=False)
   console.rule()
+  if pruned.small.cost > args.flops_target * cost.dense:
+    console.print(
+      f"{args.flops_target:.1%} was not reached: {pruned.small.cost / cost.dense:.1%} is what is left."
+    )
   console.print(f"Wrote report.json, curve.png and events into {args.out} in {report['seconds']:.0f} s.")
 
 

@@ -27,5 +27,3 @@ napoleon_numpy_docstring = False
 napoleon_use_ivar = True  # attributes as a list: they are no objects of their own
 napoleon_attr_annotations = False
 napoleon_use_rtype = False
-# Names in signatures that belong to others; their manuals are not at hand when these pages are built.
-nitpick_ignore_regex = [("py:.*", r"(collections|flax|jax|nnx|np|numpy|optax|typing)\..*")]

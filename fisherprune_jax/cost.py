@@ -128,7 +128,7 @@ def cost_model(
   r"""Counts the FLOPs of ``apply_fn(variables, *args)`` as a function of its masks.
 
   The function is traced once. An inner product of ``K`` terms costs ``2 K - 1``, elementwise arithmetic and
-  comparisons 1 per element, reductions 1 per element read, data movement 0; see the README for the table. Only
+  comparisons 1 per element, reductions 1 per element read, data movement 0; see the README. Only
   live entries count: the cost is that of the program that :func:`compact` builds for the same masks, so it is
 
   .. math:: cost(m) = \sum_{primitives} c \prod_{axes} |\text{live}_{axis}(m)|

@@ -3,8 +3,8 @@
 A ``Spec`` names the *factors* of one application, as in ``b m k, b k n -> b m n``. An axis is one factor, or
 
 - ``None``: unlinked to any other axis (a size-1 axis that broadcasts);
-- ``Prod("h", "w", "c")``: several factors merged, row-major (reshape, grouped convolution);
-- ``Sum("a", "b")``: several factors end to end (concatenate, split);
+- ``Prod(("h", "w", "c"))``: several factors merged, row-major (reshape, grouped convolution);
+- ``Sum(("a", "b"))``: several factors end to end (concatenate, split);
 - ``Pick("a", index)``: a static selection of a factor's entries (slice, pad, reverse).
 
 From it liveness, cost and execution follow; no rule states any of them itself.

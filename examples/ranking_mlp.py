@@ -43,7 +43,6 @@ except ImportError as error:
 BINS = 10  # of each of the 30 features
 BATCH = 64
 LEARNING_RATE, WEIGHT_DECAY = 0.02, 1e-2  # chosen by cross-validation on the training rows
-EVALUATIONS = 60
 Data = tuple[np.ndarray, np.ndarray]  # rows (n, 300) of zeros and ones, and their labels
 
 
@@ -92,8 +91,10 @@ class Args:
   """Go on from the checkpoints in the folder."""
 
   def __post_init__(self) -> None:
-    if self.steps < 1 or self.save_every < 1 or self.seed < 0 or not self.pruning.flops_target > 0:
-      sys.exit("--steps and --save-every start at 1, --seed at 0; --pruning.flops_target must be above 0.")
+    if min(self.steps, self.save_every, self.pruning.iter) < 1 or min(self.seed, self.pruning.burn_in) < 0:
+      sys.exit("--steps, --save-every, --pruning.iter start at 1, --seed, --pruning.burn_in at 0.")
+    if not (0 <= self.pruning.decay < 1 and self.pruning.flops_target > 0):
+      sys.exit("--pruning.decay must be in [0, 1), --pruning.flops_target above 0.")
 
 
 class Run(NamedTuple):
@@ -179,7 +180,7 @@ def train(name: str, args: Args, cost: fp.CostModel, data: Any, stop: threading.
     updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
     return optax.apply_updates(params, updates), opt_state, loss
 
-  every = max(1, args.steps // EVALUATIONS)
+  every = max(1, args.steps // 60)  # steps from one evaluation to the next
   params = model.init(jax.random.key(args.seed), data[0][0][:1])["params"]
   run = Run(params, tx.init(params), np.zeros((-(-args.steps // every), 4)), 0)
   keep = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
@@ -252,8 +253,7 @@ def plot(path: Path, report: dict, runs: dict[str, Run], cost: fp.CostModel) -> 
   bottom.eventplot(marks, colors="C0", linelengths=0.6, linewidths=0.6)
   left = [f"{layer}\n{width['pruned']} of {width['dense']} left" for layer, width in report["widths"].items()]
   bottom.set_yticks(range(len(left)), left)
-  bottom.set(xlabel="training step, with a mark for every pruned feature", xlim=(0, report["steps"]))
-  bottom.invert_yaxis()
+  bottom.set(xlabel="training step; one mark per pruned feature", xlim=(0, report["steps"]), ylim=(2.6, -0.6))
   for ax, label in ((top, "RCE on test rows [%]"), (middle, "cost [kFLOPs per example]"), (bottom, "")):
     ax.set_ylabel(label)
     ax.spines[["top", "right"]].set_visible(False)

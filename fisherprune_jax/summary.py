@@ -29,8 +29,8 @@ def summary(opt_state: Any) -> str:
   >>> tx = fp.fisher_prune(cost, prune_every=1)
   >>> _, state = tx.update({}, tx.init({}), mask_grads={"m": jnp.array([[2.0, 4.0]])})
   >>> print(fp.summary(state))
-  mask  alive  signal, nats  of the cost
-  m       1/2  8e+00..8e+00      100.0 %
+  mask  alive  signal, nats  cost share
+  m       1/2  8e+00..8e+00     100.0 %
   step 1, cost 1
   """
   state = get_state(opt_state)
@@ -48,12 +48,14 @@ def summary(opt_state: Any) -> str:
     notes.append(f"{int(state.skipped):,} batches skipped, because a mask gradient was not finite")
   if bool(state.exhausted):
     notes.append("nothing left that may go")
-  header = ("mask", "alive", "signal, nats", "of the cost")
+  header = ("mask", "alive", "signal, nats", "cost share")
   return "\n".join([*align([header, *rows]), "; ".join(notes)])
 
 
 def scalars(opt_state: Any) -> Stats:
   """A flat dictionary for any logger; jit-able, so a train step can return it among its metrics.
+
+  ``jax.device_get(fp.scalars(opt_state))`` fetches all of them at once.
 
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.

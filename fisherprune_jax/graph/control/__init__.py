@@ -2,4 +2,5 @@
 
 from fisherprune_jax.graph.control import branches as branches
 from fisherprune_jax.graph.control import calls as calls
+from fisherprune_jax.graph.control import custom as custom
 from fisherprune_jax.graph.control import loops as loops

@@ -43,6 +43,11 @@ def whole_box(shape: Sequence[Any]) -> Box:
   return tuple(sets.everything(n) for n in shape)
 
 
+def weak_box(shape: Sequence[Any]) -> Box:
+  """The box of what could do without."""
+  return tuple(map(sets.weak, shape))
+
+
 def empty_box(shape: Sequence[Any]) -> Box:
   """The box that holds nothing (along an axis of symbolic size, everything)."""
   return tuple(sets.nothing(n) if compat.is_static_size(n) else sets.everything(n) for n in shape)
@@ -169,6 +174,7 @@ def _needed(factor: Factor, node: Node, spec: Spec, box: Any, stored: Any) -> Se
     ]
 
   if not any(factor in factors_of(axis) for axes in spec.outs for axis in axes):
-    return sets.intersection(*found(node.ins, spec.ins, box))  # contracted: what all operands offer
+    offered = sets.intersection(*found(node.ins, spec.ins, box))  # contracted: what all operands offer
+    return sets.intersection(sets.weak(offered.size), offered) if factor in spec.weak else offered
   asked = found(node.outs, spec.outs, stored)
   return sets.union(*asked) if asked else sets.nothing(spec.sizes[factor])

@@ -202,7 +202,12 @@ class Liveness:
 
 
 def analyse(
-  program: Program, inputs: Sequence[Info], asked: Sequence[Box | None], rules: Rules, drop_masks: bool = True
+  program: Program,
+  inputs: Sequence[Info],
+  asked: Sequence[Box | None],
+  rules: Rules,
+  drop_masks: bool = True,
+  subs: dict[Node, list[Program]] | None = None,
 ) -> Liveness:
   """Runs both passes.
 
@@ -212,15 +217,17 @@ def analyse(
     asked: what is asked of each output; None if nothing is.
     rules: ``rules(node, infos)`` gives the ``Spec`` of a node that runs no program.
     drop_masks: whether multiplying by a mask is left out, as it changes no live entry.
+    subs: the programs that nodes run, where another analysis has built them: then both speak of the same values.
   """
-  live = Liveness(rules, drop_masks)
+  live = Liveness(rules, drop_masks, subs=dict(subs or {}))
   live.forward(program, inputs)
-  live.signed = signs.shown(program, live.specs, lambda node: _links(node, live))
+  live.signed = signs.shown(program, live.specs, lambda node: links(node, live))
   if live.signed:
     live.forward(program, inputs)
   live.backward(program, asked)
   return live
 
 
-def _links(node: Node, live: Liveness) -> list[Link]:
+def links(node: Node, live: Liveness) -> list[Link]:
+  """How the programs that a node runs are tied to it; none if it runs none."""
   return STRUCTURED[node.name].links(node, live) if node in live.subs else []

@@ -89,7 +89,9 @@ def _describe(model: Model, node: Node | None) -> tuple[str, str, str, str]:
   """A cause as the fields of a blocker: primitive, reason, where, layer."""
   if node is None:
     return "output", "an output is made of it, or several uses together keep it", OUTPUTS, ""
-  reason = model.live.specs[node].opaque or f"{node.name} along the masked axis"
+  spec = model.live.specs[node]
+  default = f"{node.name} shows the sign of zeros" if spec.sees else f"{node.name} along the masked axis"
+  reason = spec.opaque or default
   return node.name, reason, node.source, node.scope
 
 

@@ -24,7 +24,7 @@ Place = tuple[Value, int]
 
 def is_in_the_way(spec: Spec) -> bool:
   """Whether a node keeps entries that others could do without."""
-  return bool(spec.opaque or _own_sums(spec))
+  return bool(spec.opaque or spec.sees or _own_sums(spec))
 
 
 def _own_sums(spec: Spec) -> frozenset[Factor]:
@@ -49,12 +49,14 @@ def in_nobodys_way(node: Node, spec: Spec, live: Liveness) -> Spec:
     for f in factors_of(axis)
     if asked.leaves
   }
-  variables = [i for i, value in enumerate(node.ins) if not live.info(value).varies]
+  infos = [live.info(value) for value in node.ins]
+  variables = frozenset(i for i, info in enumerate(infos) if not info.varies and not info.is_masked)
+  others = spec.neutral | variables
   shifted = {f for i in variables for axis in spec.ins[i] for f in factors_of(axis)}
   return replace(
     spec,
     alive=(spec.alive | shifted) & decided,
-    neutral=spec.neutral | {*variables},
+    neutral=others if len(others) < len(node.ins) else variables,
     whole=frozenset(),
     sees=frozenset(),
     weak=_own_sums(spec),
@@ -122,7 +124,22 @@ class Causes:
     if not any(self._more(kept, allowed) for kept, allowed in pairs):
       return None
     kept, allowed = (sum(int(self._ev.count(s)) for s in column) for column in zip(*pairs, strict=True))
-    return Stay(kept, allowed, self._forwards((value, axis)))
+    return Stay(kept, allowed, self._seer(self._forwards((value, axis))))
+
+  def _seer(self, cause: Node | None) -> Node | None:
+    """Of a node that is computed as it was, for the signs of its zeros, the nearest one that sees them."""
+    pending = deque([v for v in (cause.outs if cause else ()) if v in self._live.signed])
+    seen = set(pending)
+    while pending:
+      value = pending.popleft()
+      further = list(self._onwards.get(value, []))
+      for reader in self._readers.get(value, []):
+        if any(reader.ins[at] is value for at in self._live.specs[reader].sees):
+          return reader
+        further += reader.outs
+      pending += [v for v in further if v in self._live.signed and v not in seen]
+      seen |= {*further}
+    return cause
 
   def _layers(self, value: Value, axis: int) -> list[tuple[Set, Set]]:
     """What is stored along an axis in both analyses, of each layer if it is a stack of them."""

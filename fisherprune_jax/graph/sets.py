@@ -201,9 +201,8 @@ def outer(sets: Sequence[Set]) -> Set:
   parts = [q for p in sets for q in (p.parts if p.kind == OUTER else (p,))]
   parts = [p for p in parts if not (p.is_all and p.size == 1)]
   size = math.prod(p.size for p in parts)
-  if parts and all(p.kind == WEAK for p in parts):
+  if any(p.kind == WEAK for p in parts):
     return weak(size)
-  parts = [everything(p.size) if p.kind == WEAK else p for p in parts]
   if any(p.is_empty for p in parts):
     return nothing(size)
   if all(p.is_all for p in parts):

@@ -459,7 +459,7 @@ MERGED = {
     lambda v, y, m: scaled(v, y).reshape(-1, 6) * m + jnp.sum(scaled(v, y)),
     (6, 6),
   ),
-  "a rule that mixes": (lambda v, y, m: clip_norm(scaled(v, y)).reshape(-1, 6) * m, (6, 6)),
+  "a rule that mixes": (lambda v, y, m: clip_norm(scaled(v, y)).reshape(-1, 6) * m, (6, 3)),
   "a loop": (
     lambda v, y, m: lax.scan(
       lambda y, _: (scaled(v, jnp.tanh(y)).reshape(-1, 6) * m, None), y, None, length=2

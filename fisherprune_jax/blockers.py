@@ -84,8 +84,8 @@ def check(model: Model, strict: bool, masks: Sequence[Any], examples: int) -> No
       left = _left(model, functools.partial(_is_called, name), _first_features(masks), examples)
       warnings.warn(
         f"fisherprune_jax has no rule for the primitive `{blocker.primitive}` ({blocker.where}): arrays that "
-        f"it reads or writes are kept whole, and with them up to {left:,.0f} FLOPs per example. "
-        "fp.register_rule can teach it.",
+        f"it reads or writes are kept whole, and with them up to {left:,.0f} FLOPs per example; what it does itself "
+        "is not counted. fp.register_rule can teach it.",
         stacklevel=4,
       )
 

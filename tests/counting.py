@@ -1,5 +1,6 @@
 """An independent count of FLOPs over a jaxpr, for comparison: plain recursion, no liveness."""
 
+import itertools
 import math
 from typing import Any
 
@@ -85,7 +86,29 @@ def _flops(eqn: Any) -> int:
     terms = math.prod(left[i] for i in numbers[0][0])
     return out * max(2 * terms - 1, 0)
   if name == "conv_general_dilated":
-    kernel = eqn.invars[1].aval.shape
-    spec = eqn.params["dimension_numbers"].rhs_spec
-    return out * max(2 * math.prod(kernel[i] for i in spec[1:]) - 1, 0)
+    return _convolution(eqn, left, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape)
   return out
+
+
+def _convolution(eqn: Any, left: Any, kernel: Any, out: Any) -> int:
+  """Place by place and tap by tap: which of them are products."""
+  numbers, params = eqn.params["dimension_numbers"], eqn.params
+  space, taps, places = (
+    [shape[i] for i in spec[2:]]
+    for shape, spec in ((left, numbers.lhs_spec), (kernel, numbers.rhs_spec), (out, numbers.out_spec))
+  )
+  dilated = any(d > 1 for d in params["lhs_dilation"])
+  per_place = []
+  for place in itertools.product(*map(range, places)):
+    met = 0
+    for tap in itertools.product(*map(range, taps)):
+      hits = True
+      for axis, (p, t) in enumerate(zip(place, tap, strict=True)):
+        at = p * params["window_strides"][axis] + t * params["rhs_dilation"][axis] - params["padding"][axis][0]
+        real = {n * params["lhs_dilation"][axis] for n in range(space[axis])}
+        hits = hits and (at in real or not dilated)
+      met += hits
+    per_place.append(met)
+  channels = kernel[numbers.rhs_spec[1]]
+  others = out[numbers.out_spec[0]] * out[numbers.out_spec[1]]
+  return others * sum(max(2 * met * channels - 1, 0) for met in per_place)

@@ -31,11 +31,15 @@ Rules = Callable[[Node, Sequence[Info]], Spec]
 
 
 class Cost(NamedTuple):
-  """What one node costs; ``node`` says where it is, ``label`` what it is called in a breakdown."""
+  """What one node costs; ``node`` says where it is, ``label`` what it is called in a breakdown.
+
+  Where nobody knows what it costs, ``counted`` is False, and the term is zero.
+  """
 
   node: Node
   label: str
   term: Any
+  counted: bool = True
 
 
 class Structured(Protocol):
@@ -153,6 +157,8 @@ class Liveness:
       if node in self.subs:
         yield from STRUCTURED[node.name].costs(node, self, counted)
       elif counted(node.name):
+        if not self.specs[node].counted:
+          yield Cost(node, node.name, flops.Term(0, ()), counted=False)
         for count in self.specs[node].flops:
           yield Cost(node, node.name, flops.term(count, self.factors[node]))
 

@@ -70,6 +70,7 @@ class Spec:
     alive: factors along which the result is non-zero whatever the operands are.
     whole: factors of which every entry must be there for the primitive to be right.
     flops: what one application costs.
+    counted: whether ``flops`` says so; False where nobody knows what it costs.
     moves: whether the result holds the values of operand 0, moved or cast but never computed with.
     opaque: why a dead entry has to stay, for the report; empty where nothing has to.
     same_as: the operand that the result equals on live entries (the other one is a mask of ones there).
@@ -84,6 +85,7 @@ class Spec:
   alive: frozenset[Factor] = frozenset()
   whole: frozenset[Factor] = frozenset()
   flops: tuple[Flops, ...] = ()
+  counted: bool = True
   moves: bool = False
   opaque: str = ""
   same_as: int | None = None

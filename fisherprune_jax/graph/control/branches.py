@@ -34,7 +34,9 @@ class Cond:
 
   def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
     """The dearest branch."""
-    branches = [tuple(cost.term for cost in live.costs(branch, counted)) for branch in live.subs[node]]
+    costs = [list(live.costs(branch, counted)) for branch in live.subs[node]]
+    branches = [tuple(cost.term for cost in found if cost.counted) for found in costs]
+    yield from (cost for found in costs for cost in found if not cost.counted)
     if len(branches) > 2 and counted("clamp"):
       yield Cost(node, "clamp", flops.Term(1, ()))  # lax.switch makes sure of its index
     if any(branches):

@@ -1,13 +1,17 @@
 """Inner products: ``dot_general``, ``ragged_dot_general`` and ``conv_general_dilated``."""
 
+import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from fisherprune_jax.graph import compat
+from fisherprune_jax.graph.rules.weights import inner_product
 from fisherprune_jax.graph.spec import Axes, Axis, Factor, Flops, Prod, Spec, factors_of, register_rule
 
 BOTH = frozenset({0, 1})
@@ -53,7 +57,7 @@ def _product(node: Any, numbers: Any, group: int | None = None) -> Spec:
     outs=(out,),
     sizes={**dict(zip(left_axes, left, strict=True)), **dict(zip(right_axes, right, strict=True))},
     kills=BOTH,
-    flops=(Flops(out, inner=contracted),),
+    flops=(Flops(out, inner=contracted, **inner_product(*node.ins[:2])),),
   )
 
 
@@ -95,9 +99,50 @@ def conv_general_dilated(node: Any, infos: Sequence[Any]) -> Spec:
     },
     kills=BOTH,
     whole=frozenset((*space, *taps, *places)),
-    flops=(Flops(("n", *places, *factors_of(features)), inner=terms, terms=math.prod(taps.values())),),
+    flops=_products(node, tuple(space.values()), taps, places, ("n", *factors_of(features)), terms),
     bind=_bind_conv,
   )
+
+
+def _products(
+  node: Any,
+  space: Sequence[Any],
+  taps: dict[Factor, Any],
+  places: dict[Factor, Any],
+  outer: tuple[Factor, ...],
+  inner: tuple[Factor, ...],
+) -> tuple[Flops, ...]:
+  """An inner product at every place, over the taps that count there.
+
+  All of them do, those over the border too, unless the input is dilated (a transposed convolution, or the gradient of a
+  strided one). Then the taps that meet an entry of the input count: each entry times each tap that lands in the result.
+  """
+  kind = inner_product(*node.ins)
+  static = all(map(compat.is_static_size, (*space, *taps.values(), *places.values())))
+  if not static or set(node.params["lhs_dilation"]) <= {1}:
+    terms = math.prod(taps.values()) * kind["terms"]
+    return (Flops((*outer, *places), inner, kind["scale"], terms),)
+  counts = Counter({1: 1})
+  for axis, sizes in enumerate(zip(space, taps.values(), places.values(), strict=True)):
+    along = _entries_met(node.params, axis, *sizes)
+    joint: Counter[int] = Counter()
+    for (taken, n), (met, m) in itertools.product(counts.items(), along.items()):
+      joint[taken * met] += n * m
+    counts = joint
+  return tuple(
+    Flops(outer, inner, n * kind["scale"], met * kind["terms"]) for met, n in sorted(counts.items()) if met
+  )
+
+
+def _entries_met(params: dict[str, Any], axis: int, entries: int, taps: int, places: int) -> Counter[int]:
+  """How many places along an axis have how many taps on an entry of the input, not on padding or between entries."""
+  stride, (low, _) = params["window_strides"][axis], params["padding"][axis]
+  step, between = params["rhs_dilation"][axis], params["lhs_dilation"][axis]
+  met = np.zeros(places, np.int64)
+  for tap in range(taps):
+    at = np.arange(places) * stride + tap * step - low
+    met += (at % between == 0) & (at >= 0) & (at <= between * (entries - 1))
+  return Counter(met.tolist())
 
 
 def _merge(parts: str, sizes: dict[Factor, int]) -> Axis:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fisherprune_jax.graph.rules.weights import weight
 from fisherprune_jax.graph.spec import Flops, Spec, names_of, register_rule
 
 # Zeros add nothing to these; the others have to see them.
@@ -24,7 +25,7 @@ def reduction(node: Any, infos: Sequence[Any]) -> Spec:
     outs=(tuple(f for f in names if f not in reduced),),
     sizes=dict(zip(names, shape, strict=True)),
     whole=frozenset() if node.name in SUMS else reduced,
-    flops=(Flops(names),),
+    flops=(Flops(names, scale=weight(node)),),
     opaque="" if node.name in SUMS else f"{node.name} along the masked axis",
   )
 
@@ -48,7 +49,7 @@ def reduction_by(node: Any, infos: Sequence[Any]) -> Spec:
     sizes=dict(zip(names, shape, strict=True)),
     alive=frozenset(outs),
     whole=reduced,
-    flops=(Flops(names, scale=arrays),),
+    flops=(Flops(names, scale=arrays * weight(node)),),
     opaque=f"{node.name} by an unknown function",
   )
 
@@ -65,7 +66,7 @@ def along_axis(node: Any, infos: Sequence[Any]) -> Spec:
     sizes=dict(zip(names, shape, strict=True)),
     whole=frozenset({axis}),
     alive=frozenset() if keeps_zero else frozenset(names),
-    flops=(Flops(names, scale=len(node.ins)),),
+    flops=(Flops(names, scale=len(node.ins) * weight(node)),),
     opaque=f"{node.name} along the masked axis",
   )
 
@@ -96,7 +97,7 @@ def _windowed(node: Any, arrays: int, keeps_zero: bool, reason: str) -> Spec:
     sizes={**dict(zip(ins, shape, strict=True)), **dict(zip(outs, out, strict=True))},
     whole=frozenset(f for f in (*ins, *outs) if not f.startswith("d")),
     alive=frozenset() if keeps_zero else frozenset(outs),
-    flops=(Flops(outs, scale=arrays * math.prod(node.params["window_dimensions"])),),
+    flops=(Flops(outs, scale=arrays * weight(node) * math.prod(node.params["window_dimensions"])),),
     opaque=reason,
   )
 

@@ -1,0 +1,57 @@
+"""Linear solves with a derivative rule, as ``jnp.linalg.solve`` and ``cg`` make them.
+
+They run as they were traced, at full shapes: which rows of a solution hang on which of the right-hand side only the
+user's functions know. What they cost is what the program that solves costs.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from fisherprune_jax.graph import compat, program
+from fisherprune_jax.graph.facts import Box, Info, results, whole_box
+from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Liveness
+from fisherprune_jax.graph.program import Node
+from fisherprune_jax.graph.rules.opaque import opaque
+
+
+class LinearSolve:
+  """``custom_linear_solve``: the constants of four functions, then the right-hand sides."""
+
+  def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
+    """Every entry of the solution may be non-zero."""
+    before, after = _constants(node)
+    body = program.build(node.params["jaxprs"].solve, (*node.callers, node.eqn))
+    given = [*infos[before:after], *infos[sum(node.params["const_lengths"]) :]]
+    live.subs[node] = [body]
+    live.forward(body, [Info(whole_box(_shape(info)), varies=info.varies) for info in given])
+    spec = live.specs[node] = opaque(node, f"{node.name} of masked entries")
+    return results(node, spec, infos)
+
+  def backward(self, node: Node, live: Liveness) -> None:
+    """Every entry of what it is given is needed."""
+    (body,) = live.subs[node]
+    live.backward(body, [whole_box(out.shape) for out in body.outputs])
+    live._backward_spec(node)
+
+  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+    """What solving costs."""
+    return live.costs(live.subs[node][0], counted)
+
+  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+    """The solve, as it was traced."""
+    operands = [run.show(arrays, value, whole_box(value.shape)) for value in node.ins]
+    return compat.bind(node.eqn, operands), [whole_box(out.shape) for out in node.outs]
+
+
+def _constants(node: Node) -> tuple[int, int]:
+  """Where the constants of the function that solves lie among the operands."""
+  lengths = node.params["const_lengths"]
+  before = lengths.matvec + lengths.vecmat
+  return before, before + lengths.solve
+
+
+def _shape(info: Info) -> list[Any]:
+  return [s.size for s in info.box]
+
+
+STRUCTURED["custom_linear_solve"] = LinearSolve()

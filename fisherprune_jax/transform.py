@@ -182,7 +182,7 @@ def _accumulate(
   decay = jnp.asarray(_at(options.decay, step), jnp.float32)
 
   def mean(old: jax.Array, new: jax.Array) -> jax.Array:
-    return jnp.where(finite, decay * old + (1 - decay) * new, old)
+    return jnp.where(finite, decay * old + (1 - decay) * new, old).astype(old.dtype)
 
   state = state._replace(
     step=step,

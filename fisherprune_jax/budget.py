@@ -19,12 +19,12 @@ class Whole(NamedTuple):
   """A cost in whole numbers.
 
   Attributes:
-    count: ``count(masks)``, the cost of a traced batch, in as many digits as ``dense`` needs.
+    digits: ``digits(masks)``, the cost of a traced batch, in as many digits as ``dense`` needs.
     dense: that of all-ones masks, the largest there is.
     examples: how many examples the batch has.
   """
 
-  count: Callable[[Any], exact.Digits]
+  digits: Callable[[Any], exact.Digits]
   dense: int
   examples: int
 
@@ -35,14 +35,14 @@ class Whole(NamedTuple):
     limit = limit_of(target, self.examples)
     if limit >= self.dense:
       return jnp.bool_(False)
-    return exact.above(self.count(masks), exact.constant(limit, exact.digits_for(self.dense)))
+    return exact.above(self.digits(masks), exact.constant(limit, exact.digits_for(self.dense)))
 
   def _exceeds_array(self, masks: Any, target: jax.Array) -> jax.Array:
     digits = exact.digits_for(self.dense)
     near = target <= 1.5 * self.dense / self.examples  # or it is above any cost, and might have more digits
     limit = exact.of_array(jnp.where(near, target, 0), digits, BEHIND)
     limit = exact.times(limit, exact.constant(self.examples, digits))
-    return near & exact.above(self.count(masks), limit[BEHIND:])
+    return near & exact.above(self.digits(masks), limit[BEHIND:])
 
 
 def limit_of(target: Any, examples: int) -> int:

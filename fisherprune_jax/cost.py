@@ -11,8 +11,8 @@ from fisherprune_jax.batching import batch_size
 from fisherprune_jax.blockers import check
 from fisherprune_jax.budget import Whole
 from fisherprune_jax.errors import require_same_tree
-from fisherprune_jax.graph import flops
 from fisherprune_jax.graph import exact as whole_numbers
+from fisherprune_jax.graph import flops
 from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.model import MaskSelector, Model, VariableTree, rows_of, trace_model
 
@@ -72,7 +72,7 @@ class CostModel:
     self._per_feature = jax.jit(per_feature)
     self._exact = exact
     self._breakdown = breakdown
-    self._whole = None if whole is None else whole._replace(count=jax.jit(whole.count))
+    self._whole = None if whole is None else whole._replace(digits=jax.jit(whole.digits))
 
   @classmethod
   def from_functions(
@@ -234,8 +234,11 @@ def cost_of(model: Model, masks: Any, examples: int, primitives: Sequence[str] |
   def exact(masks: Any) -> int:
     return flops.total(terms, _evaluation(masks, np))
 
-  def count(masks: Any) -> whole_numbers.Digits:
-    return whole_numbers.total(terms, _evaluation(masks, jnp), whole_numbers.digits_for(dense))
+  def digits(masks: Any) -> whole_numbers.Digits:
+    ev = _evaluation(masks, jnp)
+    return whole_numbers.total(
+      terms, lambda sets: jnp.stack([ev.count(s) for s in sets]), whole_numbers.digits_for(dense)
+    )
 
   def breakdown(masks: Any) -> list[Row]:
     ones = jax.tree.map(lambda m: np.ones(m.shape), masks)
@@ -251,7 +254,7 @@ def cost_of(model: Model, masks: Any, examples: int, primitives: Sequence[str] |
     return [Row(*where, *counts) for where, counts in rows.items()]
 
   dense = exact(jax.tree.map(lambda m: np.ones(m.shape), masks))
-  whole = Whole(count, dense, examples)
+  whole = Whole(digits, dense, examples)
   return CostModel(masks, total, per_feature, exact, breakdown, dense / examples, whole)
 
 

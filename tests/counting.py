@@ -81,7 +81,9 @@ def _flops(eqn: Any) -> int:
   if name in FREE:
     return 0
   left = eqn.invars[0].aval.shape if eqn.invars else ()
-  numbers = [np.issubdtype(v.aval.dtype, np.complexfloating) for v in (*eqn.invars, *eqn.outvars) if _numeric(v)]
+  numbers = [
+    np.issubdtype(v.aval.dtype, np.complexfloating) for v in (*eqn.invars, *eqn.outvars) if _numeric(v)
+  ]
   if name in MATRICES or name == "fft":
     return _matrices(eqn, left)
   if any(numbers):
@@ -156,7 +158,9 @@ def _convolution(eqn: Any, left: Any, kernel: Any, out: Any) -> int:
     for tap in itertools.product(*map(range, taps)):
       hits = True
       for axis, (p, t) in enumerate(zip(place, tap, strict=True)):
-        at = p * params["window_strides"][axis] + t * params["rhs_dilation"][axis] - params["padding"][axis][0]
+        at = (
+          p * params["window_strides"][axis] + t * params["rhs_dilation"][axis] - params["padding"][axis][0]
+        )
         real = {n * params["lhs_dilation"][axis] for n in range(space[axis])}
         hits = hits and (at in real or not dilated)
       met += hits

@@ -280,7 +280,7 @@ for options in (
   ((3,), (2,), [(2, 1)], 1, 2),
   ((3, 3), (2, 2), [(0, 2), (-1, 1)], 1, 4),
 ):
-  case((2, 4, 3, 2)[: len(options[0]) + 1] + (2,))(transposed(*options))
+  case((*(2, 4, 3)[: len(options[0]) + 1], 2))(transposed(*options))
 
 
 @case((2, 3, 5))
@@ -310,4 +310,6 @@ def complex_numbers(x):
 @case((2, 6, 5), removable=False)
 def factorisation_over_the_mask(x):
   q, r = jnp.linalg.qr(wide(mask(dense(4)(x))) + 0.1 * jnp.eye(6, 4))
-  return dense(2)(q) + jnp.sum(jnp.linalg.solve(3 * jnp.eye(4) + mask(jnp.tanh(r)), r), axis=(1, 2))[:, None, None]
+  return (
+    dense(2)(q) + jnp.sum(jnp.linalg.solve(3 * jnp.eye(4) + mask(jnp.tanh(r)), r), axis=(1, 2))[:, None, None]
+  )

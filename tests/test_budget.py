@@ -21,6 +21,10 @@ def value(digits):
   return sum(int(digit) << exact.BITS * place for place, digit in enumerate(digits))
 
 
+def sizes(ev):
+  return lambda sets: jnp.stack([ev.count(s) for s in sets])
+
+
 def random_number(rng, bits):
   return int.from_bytes(rng.bytes(16), "little") >> (128 - int(rng.integers(1, bits + 1)))
 
@@ -89,12 +93,12 @@ def test_the_sum_on_the_device_is_that_of_the_host(seed, x64):
     expected = flops.total(terms, Evaluation(masks, np))
     dense = flops.total(terms, Evaluation({k: np.ones_like(m) for k, m in masks.items()}, np))
     digits = exact.digits_for(dense)
-    found = jax.jit(lambda masks: exact.total(terms, Evaluation(masks, jnp), digits))(masks)
+    found = jax.jit(lambda masks: exact.total(terms, sizes(Evaluation(masks, jnp)), digits))(masks)
     assert value(found) == expected
 
 
 def test_no_terms_cost_nothing():
-  assert value(exact.total([], Evaluation({}, jnp), 2)) == 0
+  assert value(exact.total([], sizes(Evaluation({}, jnp)), 2)) == 0
 
 
 def test_limits_of_targets():
@@ -117,7 +121,11 @@ def network(width, batch=1, features=50):
   return fp.cost_model(apply, variables, shape(batch, width))
 
 
-LARGE = {"50 million": (500_000, 1, 50), "10 ** 12": (10**8 + 3, 7, 5_000), "10 ** 15": (10**9 + 1, 64, 500_000)}
+LARGE = {
+  "50 million": (500_000, 1, 50),
+  "10 ** 12": (10**8 + 3, 7, 5_000),
+  "10 ** 15": (10**9 + 1, 64, 500_000),
+}
 
 
 @BOTH
@@ -147,7 +155,15 @@ def test_a_target_that_is_an_array_counts_with_every_bit(x64):
     cost = network(3, batch=7)  # 6 FLOPs a feature, 42 a batch
     masks = {"m": (jnp.arange(50) < 20).astype(jnp.float32)}
     decide = jax.jit(cost.exceeds)
-    for target in (120, 120.0, np.nextafter(np.float32(120), 0), np.nextafter(np.float32(120), 200), 0, 1e30, np.inf):
+    for target in (
+      120,
+      120.0,
+      np.nextafter(np.float32(120), 0),
+      np.nextafter(np.float32(120), 200),
+      0,
+      1e30,
+      np.inf,
+    ):
       assert bool(decide(masks, jnp.asarray(target))) == (target < 120), target
     assert not decide(masks, jnp.asarray(np.nan))
     assert decide._cache_size() <= 3  # one for each type

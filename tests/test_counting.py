@@ -55,9 +55,7 @@ CONVOLUTIONS = [
 def test_a_dilated_input_costs_what_it_adds_up(kernel, stride, padding, dilation):
   """Counted from the other side: each entry of the input is multiplied with each tap that lands in the result."""
   entries, channels, features = 4, 3, 2
-  layer = functools.partial(
-    lax.conv_transpose, strides=(stride,), padding=padding, rhs_dilation=(dilation,)
-  )
+  layer = functools.partial(lax.conv_transpose, strides=(stride,), padding=padding, rhs_dilation=(dilation,))
   x, w = (1, entries, channels), (kernel, channels, features)
   jaxpr = jax.make_jaxpr(layer)(jnp.ones(x), jnp.ones(w))
   found = flops_of(layer, x, w)
@@ -249,4 +247,6 @@ def test_the_warning_says_that_it_is_not_counted(monkeypatch):
   masked = lambda v, x: unknown_p.bind((x @ v["w"]) * v["masks"])
   with pytest.warns(UserWarning, match=r"made_up_and_uncounted.*is not counted\. fp\.register_rule"):
     fp.cost_model(masked, {"w": jnp.ones((5, 4)), "masks": jnp.ones(4)}, X)
-  np.testing.assert_equal(float(fp.cost_model(masked, {"w": jnp.ones((5, 4)), "masks": jnp.ones(4)}, X).dense), 36)
+  np.testing.assert_equal(
+    float(fp.cost_model(masked, {"w": jnp.ones((5, 4)), "masks": jnp.ones(4)}, X).dense), 36
+  )

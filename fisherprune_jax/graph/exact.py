@@ -5,13 +5,12 @@ are worked on at once. What lies above the last digit falls away, as with any ma
 right, whatever came in between.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.graph.flops import Dearest, Term
 from fisherprune_jax.graph.sets import Set
 
@@ -20,6 +19,7 @@ BASE = 1 << BITS  # also how many digits add up to less than 2 ** 32
 
 Digits = list[Any]
 Terms = Sequence[Term | Dearest]
+Counts = Callable[[Sequence[Set]], Any]
 
 
 def digits_for(largest: int) -> int:
@@ -80,11 +80,11 @@ def of_array(x: Any, digits: int, behind: int) -> Digits:
   return out
 
 
-def total(terms: Terms, ev: Evaluation, digits: int) -> Digits:
-  """The sum of terms, as ``flops.total`` gives it on the host."""
+def total(terms: Terms, counts: Counts, digits: int) -> Digits:
+  """The sum of terms, as ``flops.total`` gives it on the host; ``counts`` of sets gives a vector of their sizes."""
   each = list(dict.fromkeys(_plain(terms)))
   place = {term: at for at, term in enumerate(each)}
-  values = _values(each, ev, digits) if each else constant(0, digits)
+  values = _values(each, counts, digits) if each else constant(0, digits)
 
   def add_up(terms: Terms) -> Digits:
     own = np.asarray([place[t] for t in terms if isinstance(t, Term)], np.int32)
@@ -117,11 +117,13 @@ def _largest(numbers: Sequence[Digits]) -> Digits:
   return out
 
 
-def _values(terms: Sequence[Term], ev: Evaluation, digits: int) -> Digits:
+def _values(terms: Sequence[Term], counts: Counts, digits: int) -> Digits:
   """The values of the terms, as vectors of digits."""
   sets = list(dict.fromkeys(s for t in terms for s in (*t.outer, *(t.inner or ()))))
-  counts = jnp.stack([jnp.uint32(1), *(jnp.asarray(ev.count(s)).astype(jnp.uint32) for s in sets)])
-  of_count = [counts & BASE - 1, counts >> BITS][: digits_for(max((s.size for s in sets), default=1))]
+  found = jnp.concatenate(
+    [jnp.ones(1, jnp.uint32), *([jnp.asarray(counts(sets), jnp.uint32)] if sets else ())]
+  )
+  of_count = [found & BASE - 1, found >> BITS][: digits_for(max((s.size for s in sets), default=1))]
   place = {s: 1 + at for at, s in enumerate(sets)}
 
   def multiplied(number: Digits, factors: Sequence[tuple[Set, ...]]) -> Digits:

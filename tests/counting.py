@@ -10,7 +10,7 @@ from jax.extend.core import Literal
 from fisherprune_jax.graph.compat import scan_counts
 
 FREE = """
-  optimization_barrier device_put broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice gather iota
+  bitcast_convert_type optimization_barrier device_put broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice gather iota
   name pad reshape rev scatter select_n slice split squeeze stack stop_gradient tile transpose unstack
 """.split()
 PER_INPUT = """

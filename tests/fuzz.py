@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import fisherprune_jax as fp
+from tests import fuzz_exactness as fuzz_exactness
 from tests.counting import count
 from tests.fuzz_ops import OPS, CannotError, need
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util
 from jax._src.core import InconclusiveDimensionOperation
+from jax._src.debugging import DebugEffect, OrderedDebugEffect
 from jax.extend import core
 
 Literal = core.Literal
@@ -76,6 +77,11 @@ def sub_jaxprs(params: dict[str, Any]) -> list[Any]:
     items = value if isinstance(value, tuple | list) else (value,)
     found += [item for item in items if hasattr(item, "eqns")]
   return found
+
+
+def acts(eqn: Any) -> bool:
+  """Whether an equation has effects other than printing and debugging."""
+  return any(not isinstance(effect, DebugEffect | OrderedDebugEffect) for effect in eqn.effects)
 
 
 def is_concrete(x: Any) -> bool:

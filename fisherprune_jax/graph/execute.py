@@ -88,7 +88,7 @@ class Run:
       if value in self.live.asked:
         arrays[value] = align(const, whole_box(value.shape), self.live.stored(value), self.ev)
     for node in program.nodes:
-      if any(out in self.live.asked for out in node.outs):
+      if self.live.runs(node):
         _execute(self, node, arrays)
     return [self.show(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
 
@@ -141,7 +141,7 @@ def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequenc
   operands = [
     run.show(arrays, value, box(axes, value)) for value, axes in zip(node.ins, spec.ins, strict=True)
   ]
-  if any(isinstance(axis, Pick) for axis in spec.outs[0]):
+  if spec.outs and any(isinstance(axis, Pick) for axis in spec.outs[0]):
     return [_pick(run, spec, factors, operands[0], boxes[0])], boxes
   if spec.bind is None:
     return compat.bind(node.eqn, operands), boxes

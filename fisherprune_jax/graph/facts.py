@@ -58,6 +58,12 @@ def meet(a: Box, b: Box) -> Box:
   return tuple(map(sets.intersection, a, b))
 
 
+def nonzero_box(info: Info) -> Box:
+  """Where an array can be non-zero: nowhere if it is a constant zero."""
+  zero = info.const is not None and not info.const
+  return empty_box([s.size for s in info.box]) if zero else info.box
+
+
 def box_of(axes: Axes, factors: Factors, shape: Sequence[Any]) -> Box:
   """The box of an array from the sets of its factors."""
   return tuple(compose(axis, factors, n) for axis, n in zip(axes, shape, strict=True))
@@ -86,7 +92,7 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
 def _row_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
   """What is known of one entry of a stack, where a slice takes just that."""
   rows = infos[0].rows if infos else None
-  if rows is None or len(spec.outs[0]) != len(infos[0].box):
+  if rows is None or not spec.outs or spec.alive or len(spec.outs[0]) != len(infos[0].box):
     return None
   first, *rest = spec.outs[0]
   if not isinstance(first, Pick) or first.index.size != 1 or any(isinstance(axis, Pick) for axis in rest):
@@ -103,12 +109,14 @@ def _known(x: Any) -> np.ndarray | None:
 
 def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:
   """The value of a node that computes small integers from known ones, as indexing does."""
-  (out, *more) = node.outs
+  if node.acts or len(node.outs) != 1:
+    return None
+  (out,) = node.outs
   small = all(map(compat.is_static_size, out.shape)) and math.prod(out.shape) <= LARGEST_KNOWN
   integers = jnp.issubdtype(out.aval.dtype, jnp.integer) or out.aval.dtype == bool
   if not infos and node.name != "iota":
     return None  # such as the value of a symbolic size
-  if more or not small or not integers or any(info.known is None for info in infos):
+  if not small or not integers or any(info.known is None for info in infos):
     return None
   return compat.evaluate(node.eqn, [info.known for info in infos])
 

@@ -7,10 +7,11 @@ that is all that execution relies on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
-from fisherprune_jax.graph import flops
+from fisherprune_jax.graph import flops, signs
 from fisherprune_jax.graph.facts import (
   Box,
   Factors,
@@ -42,6 +43,25 @@ class Cost(NamedTuple):
   counted: bool = True
 
 
+Pairs = list[tuple[Value, Value]]
+
+
+class Link(NamedTuple):
+  """How the values of a program are tied to those of the node that runs it.
+
+  Attributes:
+    program: the program.
+    ins: operands of the node, each with the input that it is given as.
+    outs: results of the node, each with the output that gives it.
+    turns: inputs, each with the output of one turn that gives it to the next.
+  """
+
+  program: Program
+  ins: Pairs
+  outs: Pairs
+  turns: Pairs
+
+
 class Structured(Protocol):
   """A primitive that runs programs: calls, conditionals, loops."""
 
@@ -57,16 +77,23 @@ class Structured(Protocol):
   def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
     """Its results, and the entries that they hold."""
 
+  def links(self, node: Node, live: "Liveness") -> list[Link]:
+    """The programs that it runs, and how their values are tied to its own."""
+
 
 STRUCTURED: dict[str, Structured] = {}
 
 
 @dataclass
 class Liveness:
-  """The facts found about one program, and about the programs that it runs (``subs``)."""
+  """The facts found about one program, and about the programs that it runs (``subs``).
+
+  ``signed`` are the values of which the sign of a zero shows in some result: they are computed as they were.
+  """
 
   rules: Rules
   drop_masks: bool = True
+  signed: AbstractSet[Value] = frozenset()
   infos: dict[Value, Info] = field(default_factory=dict)
   asked: dict[Value, Box] = field(default_factory=dict)
   specs: dict[Node, Spec] = field(default_factory=dict)
@@ -85,10 +112,23 @@ class Liveness:
       outs = handler.forward(node, infos, self) if handler else None
       if outs is None:
         self.subs.pop(node, None)
-        spec = self.specs[node] = self.rules(node, infos)
+        spec = self.specs[node] = self._spec(node, infos)
         outs = results(node, spec, infos)
       self.infos.update(zip(node.outs, outs, strict=True))
     return [self.info(value) for value in program.outputs]
+
+  def _spec(self, node: Node, infos: Sequence[Info]) -> Spec:
+    spec = self.rules(node, infos)
+    if not any(out in self.signed for out in node.outs):
+      return spec
+    reason = spec.opaque or f"{node.name}, the sign of whose zeros shows in a result"
+    return replace(spec, alive=frozenset(spec.sizes), kills=frozenset(), same_as=None, opaque=reason)
+
+  def programs(self, node: Node, *builders: Callable[[], Program]) -> list[Program]:
+    """The programs that a node runs, built when they are first asked for."""
+    if len(self.subs.get(node, [])) != len(builders):
+      self.subs[node] = [build() for build in builders]
+    return self.subs[node]
 
   def backward(self, program: Program, asked: Sequence[Box | None]) -> None:
     """Asks for the outputs, and for everything that they need in turn."""
@@ -96,7 +136,7 @@ class Liveness:
       if box is not None:
         self.ask(value, box)
     for node in reversed(program.nodes):
-      if not any(out in self.asked for out in node.outs):
+      if not self.runs(node):
         continue
       if node in self.subs:
         STRUCTURED[node.name].backward(node, self)
@@ -112,6 +152,10 @@ class Liveness:
     for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
       if spec.same_as in (None, operand) or not self.drop_masks:
         self.ask(value, box_of(axes, factors, value.shape))
+
+  def runs(self, node: Node) -> bool:
+    """Whether a node has to run: somebody asks for a result, or it acts on the world outside."""
+    return node.acts or any(out in self.asked for out in node.outs)
 
   def info(self, value: Value) -> Info:
     """What is known of a value."""
@@ -177,5 +221,12 @@ def analyse(
   """
   live = Liveness(rules, drop_masks)
   live.forward(program, inputs)
+  live.signed = signs.shown(program, live.specs, lambda node: _links(node, live))
+  if live.signed:
+    live.forward(program, inputs)
   live.backward(program, asked)
   return live
+
+
+def _links(node: Node, live: Liveness) -> list[Link]:
+  return STRUCTURED[node.name].links(node, live) if node in live.subs else []

@@ -47,6 +47,11 @@ class Node:
     return self.eqn.params
 
   @property
+  def acts(self) -> bool:
+    """Whether it acts on the world outside, as an ``io_callback`` does, so that it has to run; printing does not."""
+    return compat.acts(self.eqn)
+
+  @property
   def source(self) -> str:
     """The user's line that it came from."""
     found = (compat.source_of(eqn) for eqn in (self.eqn, *reversed(self.callers)))

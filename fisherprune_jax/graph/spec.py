@@ -74,6 +74,8 @@ class Spec:
     moves: whether the result holds the values of operand 0, moved or cast but never computed with.
     opaque: why a dead entry has to stay, for the report; empty where nothing has to.
     same_as: the operand that the result equals on live entries (the other one is a mask of ones there).
+    sees: operands of which the sign of a zero shows in the result, in more than the sign of a zero.
+    blind: operands of which the sign of a zero does not show at all; of the others it becomes that of a zero.
     bind: ``bind(node, arrays, sizes)`` applies the primitive to live entries; None applies it as traced.
   """
 
@@ -89,6 +91,8 @@ class Spec:
   moves: bool = False
   opaque: str = ""
   same_as: int | None = None
+  sees: frozenset[int] = frozenset()
+  blind: frozenset[int] = frozenset()
   bind: Callable[..., Any] | None = field(default=None, compare=False)
 
 

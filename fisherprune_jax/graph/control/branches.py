@@ -1,5 +1,6 @@
 """Conditionals: every branch is live on its own, and the dearest one counts."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ from jax import lax
 
 from fisherprune_jax.graph import flops, program
 from fisherprune_jax.graph.facts import Box, Info, join, whole_box
-from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Liveness
+from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness
 from fisherprune_jax.graph.program import Node
 
 
@@ -16,8 +17,9 @@ class Cond:
 
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
     """A result can be non-zero where any branch's can."""
-    branches = [program.build(branch, (*node.callers, node.eqn)) for branch in node.params["branches"]]
-    live.subs[node] = branches
+    callers = (*node.callers, node.eqn)
+    builders = [functools.partial(program.build, branch, callers) for branch in node.params["branches"]]
+    branches = live.programs(node, *builders)
     varies = any(info.varies for info in infos)
     found = [live.forward(branch, infos[1:]) for branch in branches]
     return [Info(join(*(info.box for info in outs)), varies=varies) for outs in zip(*found, strict=True)]
@@ -56,6 +58,18 @@ class Cond:
     if len(branches) == 2:
       return lax.cond(index.astype(bool), branches[1], branches[0], *operands), boxes
     return lax.switch(index, branches, *operands), boxes
+
+  def links(self, node: Node, live: Liveness) -> list[Link]:
+    """Every branch gives the results."""
+    return [
+      Link(
+        branch,
+        list(zip(node.ins[1:], branch.inputs, strict=True)),
+        list(zip(node.outs, branch.outputs, strict=True)),
+        [],
+      )
+      for branch in live.subs[node]
+    ]
 
 
 STRUCTURED["cond"] = Cond()

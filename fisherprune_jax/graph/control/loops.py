@@ -1,5 +1,6 @@
 """Loops: what is live in one turn is live in all, found as a fixpoint over the carried values."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -7,9 +8,9 @@ from jax import lax
 
 from fisherprune_jax.graph import compat, program
 from fisherprune_jax.graph.control import stacks
-from fisherprune_jax.graph.facts import Box, Info, empty_box, join, whole_box
-from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Liveness
-from fisherprune_jax.graph.program import Node, Program
+from fisherprune_jax.graph.facts import Box, Info, empty_box, join, nonzero_box, whole_box
+from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness, Pairs
+from fisherprune_jax.graph.program import Node, Program, Value
 
 MOST_PASSES = 8
 """Passes over a loop's body before carried values that still grow are taken as a whole."""
@@ -23,8 +24,9 @@ class Scan:
     consts, carry = compat.scan_counts(node.params)
     if any(info.rows is not None for info in infos[consts + carry :]):
       return stacks.forward(node, infos, live)
-    body = program.build(node.params["jaxpr"], (*node.callers, node.eqn))
-    live.subs[node] = [body]
+    (body,) = live.programs(
+      node, functools.partial(program.build, node.params["jaxpr"], (*node.callers, node.eqn))
+    )
     each = [Info(info.box[1:], varies=info.varies) for info in infos[consts + carry :]]
     carried, outs = _forward(body, infos[:consts], infos[consts : consts + carry], each, live)
     stacked = zip(node.outs[carry:], outs[carry:], strict=True)
@@ -71,6 +73,15 @@ class Scan:
     carried, stacked = lax.scan(turn, inputs[consts : consts + carry], inputs[consts + carry :], **options)
     return [*carried, *stacked], [*kept, *boxes]
 
+  def links(self, node: Node, live: Liveness) -> list[Link]:
+    """Every turn gives what it carried to the next."""
+    if stacks.has_stack(node, live):
+      return stacks.links(node, live)
+    consts, carry = compat.scan_counts(node.params)
+    (body,) = live.subs[node]
+    turns = list(zip(body.inputs[consts : consts + carry], body.outputs, strict=False))
+    return [Link(body, _pairs(node.ins, body.inputs), _pairs(node.outs, body.outputs), turns)]
+
   def _held(self, node: Node, body: Program, live: Liveness) -> list[Box]:
     """What the loop is given of its operands."""
     consts, carry = compat.scan_counts(node.params)
@@ -91,10 +102,13 @@ class While:
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
     """As for a scan; the condition reads the carried values."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
-    callers = (*node.callers, node.eqn)
-    cond, body = live.subs[node] = [
-      program.build(node.params[f"{name}_jaxpr"], callers) for name in ("cond", "body")
-    ]
+    cond, body = live.programs(
+      node,
+      *(
+        functools.partial(program.build, node.params[f"{name}_jaxpr"], (*node.callers, node.eqn))
+        for name in ("cond", "body")
+      ),
+    )
     carried, _ = _forward(body, infos[first : first + consts], infos[first + consts :], [], live)
     (go_on,) = live.forward(cond, [*infos[:first], *carried])
     return [info._replace(varies=info.varies or go_on.varies) for info in carried]
@@ -134,6 +148,24 @@ class While:
 
     return lax.while_loop(go_on, turn, inputs[first + consts :]), kept
 
+  def links(self, node: Node, live: Liveness) -> list[Link]:
+    """The condition reads what the body carries."""
+    first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
+    cond, body = live.subs[node]
+    carried = node.ins[first + consts :]
+    return [
+      Link(
+        body,
+        _pairs([*node.ins[first : first + consts], *carried], body.inputs),
+        _pairs(node.outs, body.outputs),
+        [
+          *zip(body.inputs[consts:], body.outputs, strict=True),
+          *zip(cond.inputs[first:], body.outputs, strict=True),
+        ],
+      ),
+      Link(cond, _pairs([*node.ins[:first], *carried], cond.inputs), [], []),
+    ]
+
   def _held(self, node: Node, live: Liveness) -> list[Box]:
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = live.subs[node]
@@ -146,6 +178,10 @@ class While:
     ]
 
 
+def _pairs(outer: Sequence[Value], inner: Sequence[Value]) -> Pairs:
+  return list(zip(outer, inner, strict=True))
+
+
 def _stack(box: Box, shape: Sequence[Any]) -> Box:
   """The box of an array whose leading axis is the turns."""
   return (*whole_box(shape[:1]), *box)
@@ -156,7 +192,7 @@ def _forward(
 ) -> tuple[list[Info], list[Info]]:
   """What is known of the carried values in any turn, and of the body's outputs."""
   # A value that starts as zeros says nothing of where it can be non-zero.
-  carried = [Info(empty_box(_shape(i)) if _is_zero(i) else i.box, varies=i.varies) for i in init]
+  carried = [Info(nonzero_box(i), varies=i.varies) for i in init]
   for _ in range(MOST_PASSES):
     outs = live.forward(body, [*consts, *carried, *each])
     grown = [
@@ -167,10 +203,6 @@ def _forward(
     carried = grown
   carried = [Info(whole_box(_shape(info)), varies=info.varies) for info in carried]
   return carried, live.forward(body, [*consts, *carried, *each])
-
-
-def _is_zero(info: Info) -> bool:
-  return info.const is not None and not info.const
 
 
 def _shape(info: Info) -> list[Any]:

@@ -4,12 +4,13 @@ They run as they were traced, at full shapes: which rows of a solution hang on w
 user's functions know. What they cost is what the program that solves costs.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fisherprune_jax.graph import compat, program
 from fisherprune_jax.graph.facts import Box, Info, results, whole_box
-from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Liveness
+from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness
 from fisherprune_jax.graph.program import Node
 from fisherprune_jax.graph.rules.opaque import opaque
 
@@ -20,9 +21,9 @@ class LinearSolve:
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
     """Every entry of the solution may be non-zero."""
     before, after = _constants(node)
-    body = program.build(node.params["jaxprs"].solve, (*node.callers, node.eqn))
     given = [*infos[before:after], *infos[sum(node.params["const_lengths"]) :]]
-    live.subs[node] = [body]
+    build = functools.partial(program.build, node.params["jaxprs"].solve, (*node.callers, node.eqn))
+    (body,) = live.programs(node, build)
     live.forward(body, [Info(whole_box(_shape(info)), varies=info.varies) for info in given])
     spec = live.specs[node] = opaque(node, f"{node.name} of masked entries")
     return results(node, spec, infos)
@@ -41,6 +42,10 @@ class LinearSolve:
     """The solve, as it was traced."""
     operands = [run.show(arrays, value, whole_box(value.shape)) for value in node.ins]
     return compat.bind(node.eqn, operands), [whole_box(out.shape) for out in node.outs]
+
+  def links(self, node: Node, live: Liveness) -> list[Link]:
+    """None: what it runs is run as it was traced."""
+    return []
 
 
 def _constants(node: Node) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Scans over stacks of layers: each layer has widths of its own, so the loop is unrolled."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 
 from fisherprune_jax.graph import compat, program
 from fisherprune_jax.graph.facts import Box, Info, join, whole_box
-from fisherprune_jax.graph.liveness import Cost, Liveness
+from fisherprune_jax.graph.liveness import Cost, Link, Liveness
 from fisherprune_jax.graph.program import Node
 
 
@@ -22,7 +23,7 @@ def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
   consts, carry = compat.scan_counts(node.params)
   length = node.params["length"]
   callers = (*node.callers, node.eqn)
-  live.subs[node] = [program.build(node.params["jaxpr"], callers) for _ in range(length)]
+  live.programs(node, *[functools.partial(program.build, node.params["jaxpr"], callers)] * length)
   carried = list(infos[consts : consts + carry])
   written: list[list[Info]] = [[] for _ in range(length)]
   for turn in _order(node):
@@ -82,6 +83,19 @@ def execute(run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[
     outs = run.call(body, [*shared, *carried, *each], [*fixed, *held, *rows], wanted)
     carried, held, written[turn] = outs[:carry], after, outs[carry:]
   return [*carried, *(jnp.stack(column) for column in zip(*written, strict=True))], [*held, *boxes]
+
+
+def links(node: Node, live: Liveness) -> list[Link]:
+  """Every turn gives what it carried to the next one; they are listed from the last to the first."""
+  consts, carry = compat.scan_counts(node.params)
+  found, after = [], list(node.outs[:carry])
+  for turn in reversed(_order(node)):
+    body = live.subs[node][turn]
+    ins = list(zip(node.ins, body.inputs, strict=True))
+    outs = list(zip([*after, *node.outs[carry:]], body.outputs, strict=True))
+    found.append(Link(body, ins, outs, []))
+    after = body.inputs[consts : consts + carry]
+  return found
 
 
 def _order(node: Node) -> list[int]:

@@ -58,7 +58,13 @@ def _product(node: Any, numbers: Any, group: int | None = None) -> Spec:
     sizes={**dict(zip(left_axes, left, strict=True)), **dict(zip(right_axes, right, strict=True))},
     kills=BOTH,
     flops=(Flops(out, inner=contracted, **inner_product(*node.ins[:2])),),
+    blind=_blind([left[i] for i in left_contract]),
   )
+
+
+def _blind(terms: Sequence[Any]) -> frozenset[int]:
+  """A sum of several products starts at +0, and so does not show the sign of zeros; one product does."""
+  return frozenset() if all(compat.is_static_size(n) and n == 1 for n in terms) else BOTH
 
 
 def conv_general_dilated(node: Any, infos: Sequence[Any]) -> Spec:
@@ -100,6 +106,7 @@ def conv_general_dilated(node: Any, infos: Sequence[Any]) -> Spec:
     kills=BOTH,
     whole=frozenset((*space, *taps, *places)),
     flops=_products(node, tuple(space.values()), taps, places, ("n", *factors_of(features)), terms),
+    blind=_blind([*taps.values(), channels["i"]]),
     bind=_bind_conv,
   )
 

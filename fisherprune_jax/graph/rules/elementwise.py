@@ -5,14 +5,12 @@ constants that it is given. So ``max(x, 0)``, ``min(x, 6)``, ``x ** 2`` and ``ta
 and ``exp(x)`` do not, and no list has to say so.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
+from fisherprune_jax.graph.rules.probing import Zeros, probe
 from fisherprune_jax.graph.rules.weights import weight
 from fisherprune_jax.graph.spec import Axes, Flops, Spec, names_of, register_rule
 
@@ -25,7 +23,7 @@ COMPUTES = """
   tanh xor zeta
 """.split()
 MOVES = """
-  bitcast_convert_type convert_element_type copy layout_constraint name pin pvary reduce_precision
+  convert_element_type copy layout_constraint name pin pvary reduce_precision
   reduced_vary_cast reduced_vary_cast_p reshard select_n sharding_constraint stop_gradient unpin
   vary_unreduced_cast vary_unreduced_cast_p with_memory_space_constraint
 """.split()
@@ -45,7 +43,8 @@ def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
   kills = _kills(node, infos)
   same_as = _same_as(node, infos)
   moves = node.name in MOVES and node.name != "select_n"
-  keeps_zero = _keeps_zero(node, infos) or bool(kills)
+  zeros = _zeros(node, infos)
+  keeps_zero = zeros.kept or bool(kills)
   alive = {f for f in names if not keeps_zero or _broadcasts(f, ins, neutral)}
   return Spec(
     ins=ins,
@@ -58,6 +57,8 @@ def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
     moves=moves,
     opaque=_opaque(node, infos, keeps_zero, frozenset(neutral) | kills, bool(alive)),
     same_as=same_as,
+    sees=zeros.sees,
+    blind=zeros.blind,
   )
 
 
@@ -106,32 +107,30 @@ def _same_as(node: Any, infos: Sequence[Any]) -> int | None:
   return operand if shows and node.ins[operand].aval.shape == node.outs[0].aval.shape else None
 
 
-def _keeps_zero(node: Any, infos: Sequence[Any]) -> bool:
-  """Whether the result is zero wherever all operands but the constants are."""
+def _zeros(node: Any, infos: Sequence[Any]) -> Zeros:
   if node.name == "select_n":
-    return all(info.const is None or info.const == 0 for info in infos[1:])
-  operands = tuple(
-    (np.dtype(value.aval.dtype), None if info.const is None else np.asarray(info.const).item())
-    for value, info in zip(node.ins, infos, strict=True)
-    if jnp.issubdtype(value.aval.dtype, jnp.number) or value.aval.dtype == bool
+    kept = all(info.const is None or info.const == 0 for info in infos[1:])
+    return Zeros(kept, frozenset(), frozenset({0}))
+  return Zeros(True, frozenset(), frozenset()) if node.name in MOVES else probe(node, infos)
+
+
+def bitcast(node: Any, infos: Sequence[Any]) -> Spec:
+  """``a b -> a b``, or ``a b -> a b 2`` between widths; of numbers with a sign it shows that of zeros too."""
+  before, after = node.ins[0].shape, node.outs[0].shape
+  longest = before if len(before) > len(after) else after
+  names = names_of(longest)
+  signed = jnp.issubdtype(node.ins[0].aval.dtype, jnp.inexact)
+  return Spec(
+    ins=(names[: len(before)],),
+    outs=(names[: len(after)],),
+    sizes=dict(zip(names, longest, strict=True)),
+    alive=frozenset(names) if signed else frozenset(),
+    whole=frozenset(names[min(len(before), len(after)) :]),
+    opaque="bitcast_convert_type shows the sign of zeros" if signed else "",
+    sees=frozenset({0}),
   )
-  if len(operands) != len(infos):
-    return False
-  try:
-    return _zero_of_zeros(node.eqn.primitive, tuple(sorted(node.params.items())), operands)
-  except TypeError:  # unhashable parameters
-    return _zero_of_zeros.__wrapped__(node.eqn.primitive, tuple(node.params.items()), operands)
-
-
-@functools.lru_cache(maxsize=4096)
-def _zero_of_zeros(primitive: Any, params: Any, operands: Any) -> bool:
-  if primitive.name in MOVES:
-    return True
-  with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
-    zeros = [jnp.asarray(0 if const is None else const, dtype) for dtype, const in operands]
-    out = primitive.bind(*zeros, **primitive.get_bind_params(dict(params)))
-    return bool(np.asarray(out[0] if primitive.multiple_results else out) == 0)
 
 
 for name in COMPUTES + MOVES:
   register_rule(name, elementwise)
+register_rule("bitcast_convert_type", bitcast)

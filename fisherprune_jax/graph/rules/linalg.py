@@ -35,7 +35,10 @@ def matrices(count: Count) -> Callable[..., Spec]:
 
   def rule(node: Any, infos: Sequence[Any]) -> Spec:
     m, n = node.ins[0].shape[-2:]
-    return _batched(node, 2, _of_matrices(node, lambda: count(m, n, node.params)), alive=True)
+    spec = _batched(node, 2, _of_matrices(node, lambda: count(m, n, node.params)), alive=True)
+    return replace(
+      spec, sees=frozenset(range(len(node.ins)))
+    )  # a reflection turns away from the sign of a zero
 
   return rule
 

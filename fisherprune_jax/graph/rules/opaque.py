@@ -20,12 +20,21 @@ SILENT = """
 
 
 def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = (), counted: bool = True) -> Spec:
-  """Every entry of every operand is needed, and every entry of the results is alive."""
+  """Every entry of every operand is needed, to the sign of its zeros, and every entry of the results is alive."""
   ins = _axes("i", [value.shape for value in node.ins])
   outs = _axes("o", [value.shape for value in node.outs])
   named = zip([f for axes in (*ins, *outs) for f in axes], _sizes(node), strict=True)
   sizes = {str(f): n for f, n in named}
-  return Spec(ins, outs, sizes, whole=frozenset(sizes), flops=flops, counted=counted, opaque=reason)
+  return Spec(
+    ins,
+    outs,
+    sizes,
+    whole=frozenset(sizes),
+    flops=flops,
+    counted=counted,
+    opaque=reason,
+    sees=frozenset(range(len(ins))),
+  )
 
 
 def _axes(side: str, shapes: Sequence[Sequence[Any]]) -> tuple[Axes, ...]:

@@ -4,6 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from fisherprune_jax.graph import compat
 from fisherprune_jax.graph.rules.weights import weight
 from fisherprune_jax.graph.spec import Flops, Spec, names_of, register_rule
 
@@ -11,6 +14,7 @@ from fisherprune_jax.graph.spec import Flops, Spec, names_of, register_rule
 SUMS = ["reduce_sum", "reduce_or", "reduce_xor", "psum"]
 # Of entries that are all zero, argmax and argmin give the first: position zero.
 CHOICES = ["reduce_max", "reduce_min", "reduce_and", "reduce_prod", "argmax", "argmin", "pmax", "pmin"]
+PLACES = ["argmax", "argmin"]
 CUMULATIVE = ["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"]
 WINDOWS = ["reduce_window_sum", "reduce_window_max", "reduce_window_min"]
 
@@ -20,14 +24,31 @@ def reduction(node: Any, infos: Sequence[Any]) -> Spec:
   shape = node.ins[0].shape
   names = names_of(shape)
   reduced = frozenset(names[axis] for axis in node.params["axes"])
+  outs = tuple(f for f in names if f not in reduced)
+  terms = [shape[axis] for axis in node.params["axes"]]
+  sums = node.name in SUMS
   return Spec(
     ins=(names,),
-    outs=(tuple(f for f in names if f not in reduced),),
+    outs=(outs,),
     sizes=dict(zip(names, shape, strict=True)),
-    whole=frozenset() if node.name in SUMS else reduced,
+    # Over nothing a sum is zero; a product is one, a maximum the least number that there is.
+    alive=frozenset() if sums or not _has(terms, 0) else frozenset(outs),
+    whole=frozenset() if sums else reduced,
     flops=(Flops(names, scale=weight(node)),),
-    opaque="" if node.name in SUMS else f"{node.name} along the masked axis",
+    opaque="" if sums else f"{node.name} along the masked axis",
+    # A sum of several terms starts at +0; one term alone may be passed on as it is.
+    blind=frozenset({0})
+    if (sums and any(not _is(n, 1) for n in terms)) or node.name in PLACES
+    else frozenset(),
   )
+
+
+def _is(size: Any, number: int) -> bool:
+  return compat.is_static_size(size) and size == number
+
+
+def _has(sizes: Sequence[Any], number: int) -> bool:
+  return any(_is(size, number) for size in sizes)
 
 
 def collective(node: Any, infos: Sequence[Any]) -> Spec | None:
@@ -51,6 +72,7 @@ def reduction_by(node: Any, infos: Sequence[Any]) -> Spec:
     whole=reduced,
     flops=(Flops(names, scale=arrays * weight(node)),),
     opaque=f"{node.name} by an unknown function",
+    sees=frozenset(range(len(node.ins))),
   )
 
 
@@ -73,12 +95,21 @@ def along_axis(node: Any, infos: Sequence[Any]) -> Spec:
 
 def window(node: Any, infos: Sequence[Any]) -> Spec:
   """``a s -> a t``: axes that the window does not span are elementwise, the others whole."""
-  keeps_zero = node.name == "reduce_window_sum" or all(
-    max(pads) < size
-    for pads, size in zip(node.params["padding"], node.params["window_dimensions"], strict=True)
-    if any(pads)
+  keeps_zero = node.name == "reduce_window_sum" or not any(
+    spans(node.params, axis) and _has_empty_window(node, axis) for axis in range(len(node.ins[0].shape))
   )
   return _windowed(node, 1, keeps_zero, f"{node.name} along the masked axis")
+
+
+def _has_empty_window(node: Any, axis: int) -> bool:
+  """Whether some window along an axis holds padding and gaps alone, of which a maximum is the least number."""
+  size, places = node.ins[0].shape[axis], node.outs[0].shape[axis]
+  if not (compat.is_static_size(size) and compat.is_static_size(places)):
+    return True
+  names = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
+  window, stride, base, dilation = (node.params[name][axis] for name in names)
+  at = np.arange(places)[:, None] * stride + np.arange(window) * dilation - node.params["padding"][axis][0]
+  return not ((at >= 0) & (at < size * base) & (at % base == 0)).any(axis=1).all()
 
 
 def window_by(node: Any, infos: Sequence[Any]) -> Spec:
@@ -99,6 +130,7 @@ def _windowed(node: Any, arrays: int, keeps_zero: bool, reason: str) -> Spec:
     alive=frozenset() if keeps_zero else frozenset(outs),
     flops=(Flops(outs, scale=arrays * weight(node) * math.prod(node.params["window_dimensions"])),),
     opaque=reason,
+    sees=frozenset(range(len(node.ins))) if node.name == "reduce_window" else frozenset(),
   )
 
 

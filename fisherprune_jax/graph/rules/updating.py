@@ -64,6 +64,7 @@ def top_k(node: Any, infos: Sequence[Any]) -> Spec:
     whole=frozenset({ins[axis], outs[axis]}),
     flops=(Flops(ins),),
     opaque=f"{node.name} gives positions",
+    sees=frozenset({0}),  # it takes +0 before -0
   )
 
 
@@ -106,6 +107,7 @@ def select_and_scatter(node: Any, infos: Sequence[Any]) -> Spec:
     whole=frozenset(f for f in sizes if not f.startswith("d")),
     flops=(Flops(ins, scale=math.prod(node.params["window_dimensions"])),),
     opaque=f"{node.name} by an unknown function",
+    sees=frozenset({0, 1}),
   )
 
 

@@ -77,17 +77,27 @@ def check(model: Model, strict: bool, masks: Sequence[Any], examples: int) -> No
       f"With strict=True every dead feature must be removable, got uses that keep them:\n{lines}\n"
       "Move the mask, teach the engine the primitive with fp.register_rule, or drop strict=True."
     )
-  for blocker in found:
-    if blocker.reason == unknown(blocker.primitive) and blocker.primitive not in _announced:
-      _announced.add(blocker.primitive)
-      name = blocker.primitive
+  for name, where in _without_rule(model):
+    if name not in _announced:
+      _announced.add(name)
       left = _left(model, functools.partial(_is_called, name), _first_features(masks), examples)
       warnings.warn(
-        f"fisherprune_jax has no rule for the primitive `{blocker.primitive}` ({blocker.where}): arrays that "
+        f"fisherprune_jax has no rule for the primitive `{name}` ({where}): arrays that "
         f"it reads or writes are kept whole, and with them up to {left:,.0f} FLOPs per example; what it does itself "
         "is not counted. fp.register_rule can teach it.",
         stacklevel=4,
       )
+
+
+def _without_rule(model: Model) -> list[tuple[str, str]]:
+  """The primitives that nobody has taught the engine and where they are used, if that hangs on masks or arguments."""
+  live = model.live
+  return [
+    (node.name, node.source)
+    for node in reversed(live.factors)
+    if live.specs[node].opaque == unknown(node.name)
+    and (_works_on_dead(node, live) or any(live.info(out).varies for out in node.outs))
+  ]
 
 
 def _is_called(name: str, node: Node) -> bool:
@@ -114,7 +124,7 @@ def _transparent(node: Node, spec: Spec) -> Spec:
     )
     sizes = {linked.get(factor, factor): n for factor, n in spec.sizes.items()}
     spec = replace(spec, ins=ins, outs=outs, sizes=sizes)
-  return replace(spec, alive=frozenset(), whole=frozenset(), opaque="")
+  return replace(spec, alive=frozenset(), whole=frozenset(), sees=frozenset(), opaque="")
 
 
 def _works_on_dead(node: Node, live: Liveness) -> bool:

@@ -14,6 +14,8 @@ from fisherprune_jax.errors import require_same_tree
 from fisherprune_jax.graph import exact as whole_numbers
 from fisherprune_jax.graph import flops
 from fisherprune_jax.graph.evaluate import Evaluation
+from fisherprune_jax.graph.liveness import EVERYTHING
+from fisherprune_jax.graph.spec import Counting
 from fisherprune_jax.model import MaskSelector, Model, VariableTree, rows_of, trace_model
 
 
@@ -172,6 +174,7 @@ def cost_model(
   masks: MaskSelector = "masks",
   batch_axes: Any = 0,
   primitives: Sequence[str] | None = None,
+  pad_taps: bool = True,
   strict: bool = False,
 ) -> CostModel:
   r"""Counts the FLOPs of ``apply_fn(variables, *args)`` as a function of its masks.
@@ -190,6 +193,8 @@ def cost_model(
     batch_axes: where the example axes of ``args`` are, like ``jax.vmap``'s ``in_axes``: ``(None, 0)`` for a key
       before the batch, 1 for time-major input. With None alone (graphs padded to one size) FLOPs are per call.
     primitives: names of the primitives to count, such as ``("dot_general",)``; None counts all.
+    pad_taps: whether the taps of convolutions and windows that fall on padding count, as most counters have it; False
+      counts what is multiplied and added alone, as XLA does for convolutions.
     strict: raise where a dead feature cannot be removed, instead of keeping it.
 
   Returns:
@@ -213,12 +218,12 @@ def cost_model(
   examples = batch_size(args, batch_axes)
   model = trace_model(apply_fn, tree, args)
   check(model, strict, tree.mask_leaves, examples)
-  return cost_of(model, tree.mask_tree, examples, primitives)
+  names = None if primitives is None else frozenset(primitives)
+  return cost_of(model, tree.mask_tree, examples, Counting(names, pad_taps))
 
 
-def cost_of(model: Model, masks: Any, examples: int, primitives: Sequence[str] | None = None) -> CostModel:
+def cost_of(model: Model, masks: Any, examples: int, counted: Counting = EVERYTHING) -> CostModel:
   """The cost model of a traced model."""
-  counted = (lambda name: True) if primitives is None else frozenset(primitives).__contains__
   costs = list(model.live.costs(model.program, counted))
   terms = flops.collect(cost.term for cost in costs)
   shapes = [leaf.shape for leaf in jax.tree.leaves(masks)]

@@ -26,9 +26,10 @@ from fisherprune_jax.graph.facts import (
   whole_box,
 )
 from fisherprune_jax.graph.program import Node, Program, Value
-from fisherprune_jax.graph.spec import Spec
+from fisherprune_jax.graph.spec import Counting, Spec
 
 Rules = Callable[[Node, Sequence[Info]], Spec]
+EVERYTHING = Counting()
 
 
 class Cost(NamedTuple):
@@ -71,7 +72,7 @@ class Structured(Protocol):
   def backward(self, node: Node, live: "Liveness") -> None:
     """Asks for what is needed of the operands."""
 
-  def costs(self, node: Node, live: "Liveness", counted: Callable[[str], bool]) -> Iterator[Cost]:
+  def costs(self, node: Node, live: "Liveness", counted: Counting) -> Iterator[Cost]:
     """What it costs."""
 
   def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
@@ -193,17 +194,17 @@ class Liveness:
       meet(box, asked[row]) if row in asked else empty_box(value.shape[1:]) for row, box in enumerate(boxes)
     ]
 
-  def costs(self, program: Program, counted: Callable[[str], bool] = lambda name: True) -> Iterator[Cost]:
+  def costs(self, program: Program, counted: Counting = EVERYTHING) -> Iterator[Cost]:
     """What the nodes of a program cost; nothing where results depend on the variables alone."""
     for node in program.nodes:
       if not any(out in self.asked and self.infos[out].varies for out in node.outs):
         continue
       if node in self.subs:
         yield from STRUCTURED[node.name].costs(node, self, counted)
-      elif counted(node.name):
+      elif counted.names(node.name):
         if not self.specs[node].counted:
           yield Cost(node, node.name, flops.Term(0, ()), counted=False)
-        for count in self.specs[node].flops:
+        for count in filter(counted.takes, self.specs[node].flops):
           yield Cost(node, node.name, flops.term(count, self.factors[node]))
 
 

@@ -1,7 +1,7 @@
 """Loops: what is live in one turn is live in all, found as a fixpoint over the carried values."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from fisherprune_jax.graph.control import stacks
 from fisherprune_jax.graph.facts import Box, Info, empty_box, join, nonzero_box, whole_box
 from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness, Pairs
 from fisherprune_jax.graph.program import Node, Program, Value
+from fisherprune_jax.graph.spec import Counting
 
 MOST_PASSES = 8
 """Passes over a loop's body before carried values that still grow are taken as a whole."""
@@ -46,7 +47,7 @@ class Scan:
     for value, box in zip(node.ins, self._held(node, body, live), strict=True):
       live.ask(value, box)
 
-  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """Every turn counts."""
     if stacks.has_stack(node, live):
       yield from stacks.costs(node, live, counted)
@@ -128,7 +129,7 @@ class While:
     for value, box in zip(node.ins, self._held(node, live), strict=True):
       live.ask(value, box)
 
-  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """One turn counts: how many there will be is not known."""
     for part in live.subs[node]:
       for cost in live.costs(part, counted):

@@ -5,7 +5,7 @@ user's functions know. What they cost is what the program that solves costs.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fisherprune_jax.graph import compat, program
@@ -13,6 +13,7 @@ from fisherprune_jax.graph.facts import Box, Info, results, whole_box
 from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness
 from fisherprune_jax.graph.program import Node
 from fisherprune_jax.graph.rules.opaque import opaque
+from fisherprune_jax.graph.spec import Counting
 
 
 class LinearSolve:
@@ -34,7 +35,7 @@ class LinearSolve:
     live.backward(body, [whole_box(out.shape) for out in body.outputs])
     live._backward_spec(node)
 
-  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """What solving costs."""
     return live.costs(live.subs[node][0], counted)
 

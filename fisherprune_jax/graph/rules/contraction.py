@@ -1,16 +1,14 @@
 """Inner products: ``dot_general``, ``ragged_dot_general`` and ``conv_general_dilated``."""
 
-import itertools
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from fisherprune_jax.graph import compat
+from fisherprune_jax.graph.rules.taps import Slide, histogram, meets_all
 from fisherprune_jax.graph.rules.weights import inner_product
 from fisherprune_jax.graph.spec import Axes, Axis, Factor, Flops, Prod, Spec, factors_of, register_rule
 
@@ -57,7 +55,7 @@ def _product(node: Any, numbers: Any, group: int | None = None) -> Spec:
     outs=(out,),
     sizes={**dict(zip(left_axes, left, strict=True)), **dict(zip(right_axes, right, strict=True))},
     kills=BOTH,
-    flops=(Flops(out, inner=contracted, **inner_product(*node.ins[:2])),),
+    flops=(Flops(out, contracted, *inner_product(*node.ins[:2])),),
     blind=_blind([left[i] for i in left_contract]),
   )
 
@@ -124,32 +122,21 @@ def _products(
   All of them do, those over the border too, unless the input is dilated (a transposed convolution, or the gradient of a
   strided one). Then the taps that meet an entry of the input count: each entry times each tap that lands in the result.
   """
-  kind = inner_product(*node.ins)
-  static = all(map(compat.is_static_size, (*space, *taps.values(), *places.values())))
-  if not static or set(node.params["lhs_dilation"]) <= {1}:
-    terms = math.prod(taps.values()) * kind["terms"]
-    return (Flops((*outer, *places), inner, kind["scale"], terms),)
-  counts = Counter({1: 1})
-  for axis, sizes in enumerate(zip(space, taps.values(), places.values(), strict=True)):
-    along = _entries_met(node.params, axis, *sizes)
-    joint: Counter[int] = Counter()
-    for (taken, n), (met, m) in itertools.product(counts.items(), along.items()):
-      joint[taken * met] += n * m
-    counts = joint
-  return tuple(
-    Flops(outer, inner, n * kind["scale"], met * kind["terms"]) for met, n in sorted(counts.items()) if met
+  (scale, twice), params = inner_product(*node.ins), node.params
+  whole = Flops((*outer, *places), inner, scale, math.prod(taps.values()) * twice)
+  if not all(map(compat.is_static_size, (*space, *taps.values(), *places.values()))):
+    return (whole,)
+  strides, steps, gaps = params["window_strides"], params["rhs_dilation"], params["lhs_dilation"]
+  before = [low for low, _ in params["padding"]]
+  slides = list(map(Slide, places.values(), strides, taps.values(), steps, space, gaps, before))
+  dilated = max(gaps, default=1) > 1
+  if not dilated and meets_all(slides):
+    return (whole,)
+  exact = tuple(
+    Flops(outer, inner, n * scale, taken * twice, None if dilated else False)
+    for taken, n in sorted(histogram(slides).items())
   )
-
-
-def _entries_met(params: dict[str, Any], axis: int, entries: int, taps: int, places: int) -> Counter[int]:
-  """How many places along an axis have how many taps on an entry of the input, not on padding or between entries."""
-  stride, (low, _) = params["window_strides"][axis], params["padding"][axis]
-  step, between = params["rhs_dilation"][axis], params["lhs_dilation"][axis]
-  met = np.zeros(places, np.int64)
-  for tap in range(taps):
-    at = np.arange(places) * stride + tap * step - low
-    met += (at % between == 0) & (at >= 0) & (at <= between * (entries - 1))
-  return Counter(met.tolist())
+  return exact if dilated else (whole._replace(pads=True), *exact)
 
 
 def _merge(parts: str, sizes: dict[Factor, int]) -> Axis:

@@ -34,7 +34,7 @@ def is_complex(value: Any) -> bool:
   return jnp.issubdtype(value.aval.dtype, jnp.complexfloating)
 
 
-def inner_product(left: Any, right: Any) -> dict[str, int]:
-  """What turns ``2 K - 1`` into the count for these operands: ``8 K - 2`` if both are complex, ``4 K - 2`` if one is."""
+def inner_product(left: Any, right: Any) -> tuple[int, int]:
+  """Factors of ``2 K - 1`` and of ``K`` in it: ``8 K - 2`` if both operands are complex, ``4 K - 2`` if one is."""
   number = is_complex(left) + is_complex(right)
-  return {"scale": 2 if number else 1, "terms": 2 if number == 2 else 1}
+  return 2 if number else 1, 2 if number == 2 else 1

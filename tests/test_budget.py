@@ -53,10 +53,13 @@ def test_there_are_digits_enough(largest):
 def test_numbers_of_any_type_become_digits_with_every_bit(x64):
   rng = np.random.default_rng(1)
   with jax.enable_x64(x64):
-    kinds = [jnp.float32, jnp.int32, jnp.uint32, jnp.bfloat16] + ([jnp.float64, jnp.int64] if x64 else [])
+    kinds = [jnp.float32, jnp.int32, jnp.uint32, jnp.bfloat16, jnp.float16] + (
+      [jnp.float64, jnp.int64] if x64 else []
+    )
     for kind in kinds:
       for _ in range(30):
-        number = rng.random() * 2.0 ** rng.integers(-10, 31 if jnp.issubdtype(kind, jnp.integer) else 60)
+        largest = 31 if jnp.issubdtype(kind, jnp.integer) else 15 if kind is jnp.float16 else 60
+        number = rng.random() * 2.0 ** rng.integers(-10, largest)
         x = jnp.asarray(number).astype(kind)
         found = Fraction(value(jax.jit(exact.of_array, static_argnums=(1, 2))(x, 5, 2)), 2**32)
         expected = Fraction(np.asarray(x, np.float64 if x.dtype == jnp.bfloat16 else x.dtype).item())

@@ -71,6 +71,7 @@ def of_array(x: Any, digits: int, behind: int) -> Digits:
     places = range(0, jnp.iinfo(x.dtype).bits, BITS)
     found = [(x >> place & BASE - 1).astype(jnp.uint32) for place in places]
     return [*constant(0, behind), *found, *constant(0, digits)][: behind + digits]
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   x = x * float(BASE) ** behind  # exact, as is all that follows: powers of two, and parts of one number
   out = []
   for _ in range(behind + digits):

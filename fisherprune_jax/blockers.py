@@ -145,21 +145,21 @@ def lines(blocker: Blocker) -> list[str]:
 
 
 def warn_of_unknown(model: Model, masks: Sequence[Any], examples: int) -> None:
-  """Says once per primitive that no rule knows it, and how many FLOPs it may keep."""
-  for node, spec in model.live.specs.items():
+  """Says once per primitive that no rule knows it: it is not counted, and may keep others from going."""
+  live = model.live
+  for node in live.factors:
     name = node.name
-    if spec.opaque != unknown(name) or name in _announced:
+    if live.specs[node].opaque != unknown(name) or name in _announced:
       continue
-    free = _without(model, functools.partial(_is_called, name), False)
-    ev = sample_masks(masks)[0]
-    left = (_cost(model, model.live, ev) - _cost(model, free, ev)) / examples
-    if left <= 0:
-      continue  # it is in nobody's way
+    free, ev = _without(model, functools.partial(_is_called, name), False), sample_masks(masks)[0]
+    left = (_cost(model, live, ev) - _cost(model, free, ev)) / examples
+    if left <= 0 and not any(live.info(out).varies for out in node.outs):
+      continue  # it is in nobody's way, and there is nothing to count
     _announced.add(name)
     warnings.warn(
       f"fisherprune_jax has no rule for the primitive `{name}` ({node.source}): arrays that "
-      f"it reads or writes are kept whole, and with them up to {left:,.0f} FLOPs per example. "
-      "fp.register_rule can teach it.",
+      f"it reads or writes are kept whole, and with them up to {max(left, 0):,.0f} FLOPs per example; what it does "
+      "itself is not counted. fp.register_rule can teach it.",
       stacklevel=4,
     )
 

@@ -262,7 +262,8 @@ def compact(
     variables: the variables, with concrete 0/1 masks among them.
     *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
     masks: the collection that holds the masks, or a predicate on tree paths.
-    batch_axes: where the example axes of ``args`` are, like ``jax.vmap``'s ``in_axes``.
+    batch_axes: where the example axes of ``args`` are, like ``jax.vmap``'s ``in_axes``; with None alone ``cost`` is
+      per call.
     keep_masks: leave all-ones masks in, so that pruning can go on.
     updates: picks from the output what replaces entries of ``variables``, which then comes back in compact
       shapes and keeps nothing alive: ``lambda out: out[1]`` for ``mutable=["batch_stats"]``.

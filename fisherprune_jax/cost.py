@@ -9,14 +9,37 @@ import numpy as np
 
 from fisherprune_jax.batching import batch_size
 from fisherprune_jax.blockers import check_read, check_strict, sample_masks, warn_of_unknown
+from fisherprune_jax.budget import Whole
 from fisherprune_jax.errors import require_same_tree
+from fisherprune_jax.graph import exact as whole_numbers
 from fisherprune_jax.graph import flops
 from fisherprune_jax.graph.evaluate import Evaluation
+from fisherprune_jax.graph.liveness import EVERYTHING
+from fisherprune_jax.graph.spec import Counting
 from fisherprune_jax.model import MaskSelector, Model, VariableTree, rows_of, trace_model
 
 
+class NotCounted(float):
+  """What nobody knows the cost of: nothing in a sum, and shown as ``not counted``, not as a zero."""
+
+  def __repr__(self) -> str:
+    return "not counted"
+
+  def __format__(self, spec: str) -> str:
+    return "not counted"
+
+  __str__ = __repr__
+
+
 class Row(NamedTuple):
-  """One line of a cost breakdown, in FLOPs per example."""
+  """One line of a cost breakdown, in FLOPs per example.
+
+  Attributes:
+    where: the user's source line.
+    primitive: its name; with ``(not counted)`` behind it if no rule says what it costs.
+    dense: with every feature alive.
+    now: under the masks; as ``dense``, zero in a sum and shown as ``not counted`` if that is so.
+  """
 
   where: str
   primitive: str
@@ -42,6 +65,7 @@ class CostModel:
     exact: Callable[[Any], Any] | None = None,
     breakdown: Callable[[Any], list[Row]] | None = None,
     dense: float | None = None,
+    whole: Whole | None = None,
   ) -> None:
     with jax.ensure_compile_time_eval():  # it may be made inside a function that is traced
       self.masks = jax.tree.map(lambda m: jnp.ones(m.shape, jnp.float32), masks)
@@ -50,6 +74,7 @@ class CostModel:
     self._per_feature = jax.jit(per_feature)
     self._exact = exact
     self._breakdown = breakdown
+    self._whole = None if whole is None else whole._replace(digits=jax.jit(whole.digits))
 
   @classmethod
   def from_functions(
@@ -93,6 +118,31 @@ class CostModel:
       return round(float(self._total(masks)))
     return self._exact(masks)
 
+  def exceeds(self, masks: Any, target: Any) -> jax.Array:
+    """Whether the cost is above a target per example, a boolean scalar; jit-able.
+
+    It is decided on whole numbers, the FLOPs of the traced batch and the target times its examples, which
+    ``cost(masks) > target`` cannot be: float32 is off by 3 at 50 million. A cost of your own is compared as it is.
+
+    Args:
+      masks: a tree of masks.
+      target: a number, of a Python float the nearest quotient, or an array, of which every bit counts.
+
+    >>> import jax, jax.numpy as jnp
+    >>> import fisherprune_jax as fp
+    >>> apply = lambda v, x: (x @ v["w"]) * v["masks"]
+    >>> variables = {"w": jax.ShapeDtypeStruct((500_001, 50), jnp.float32), "masks": jnp.ones(50)}
+    >>> cost = fp.cost_model(apply, variables, jax.ShapeDtypeStruct((1, 500_001), jnp.float32))
+    >>> cost.dense, float(cost(cost.masks))
+    (50000050.0, 50000048.0)
+    >>> bool(cost.exceeds(cost.masks, 50_000_049)), bool(cost.exceeds(cost.masks, 50_000_050))
+    (True, False)
+    """
+    self._check(masks)
+    if self._whole is None:
+      return self._total(masks) > target
+    return self._whole.exceeds(masks, target)
+
   def breakdown(self, masks: Any) -> list[Row]:
     """Where the FLOPs are: one row per source line and primitive, dense and under ``masks``."""
     self._check(masks)
@@ -122,7 +172,9 @@ def cost_model(
   variables: Any,
   *args: Any,
   masks: MaskSelector = "masks",
+  batch_axes: Any = 0,
   primitives: Sequence[str] | None = None,
+  pad_taps: bool = True,
   strict: bool = False,
 ) -> CostModel:
   r"""Counts the FLOPs of ``apply_fn(variables, *args)`` as a function of its masks.
@@ -136,16 +188,21 @@ def cost_model(
   Args:
     apply_fn: ``apply_fn(variables, *args)``, such as ``model.apply``.
     variables: the variables, arrays or ``jax.ShapeDtypeStruct``, with the masks among them.
-    *args: the other arguments, likewise; the first array leads with the example axis.
+    *args: the other arguments, likewise.
     masks: the collection that holds the masks, or a predicate on tree paths.
+    batch_axes: where the example axes of ``args`` are, like ``jax.vmap``'s ``in_axes``: ``(None, 0)`` for a key
+      before the batch, 1 for time-major input. With None alone (graphs padded to one size) FLOPs are per call.
     primitives: names of the primitives to count, such as ``("dot_general",)``; None counts all.
+    pad_taps: whether the taps of convolutions and windows that fall on padding count, as most counters have it; False
+      counts what is multiplied and added alone, as XLA does for convolutions.
     strict: raise where a dead feature cannot be removed, instead of keeping it.
 
   Returns:
     The cost model: ``cost(masks)`` is in FLOPs per example.
 
   Raises:
-    ValueError: without masks, without an example axis, or, if ``strict``, where something cannot be removed.
+    ValueError: without masks, without an example axis where ``batch_axes`` says that there is one, or, if
+      ``strict``, where something cannot be removed.
 
   >>> import jax, jax.numpy as jnp
   >>> import flax.linen as nn
@@ -158,18 +215,18 @@ def cost_model(
   112.0
   """
   tree = VariableTree(variables, masks)
-  examples = batch_size(args, 0)
+  examples = batch_size(args, batch_axes)
   model = trace_model(apply_fn, tree, args)
   check_read(model, tree)
   warn_of_unknown(model, tree.mask_leaves, examples)
   if strict:
     check_strict(model, tree, sample_masks(tree.mask_leaves), examples)
-  return cost_of(model, tree.mask_tree, examples, primitives)
+  names = None if primitives is None else frozenset(primitives)
+  return cost_of(model, tree.mask_tree, examples, Counting(names, pad_taps))
 
 
-def cost_of(model: Model, masks: Any, examples: int, primitives: Sequence[str] | None = None) -> CostModel:
+def cost_of(model: Model, masks: Any, examples: int, counted: Counting = EVERYTHING) -> CostModel:
   """The cost model of a traced model."""
-  counted = (lambda name: True) if primitives is None else frozenset(primitives).__contains__
   costs = list(model.live.costs(model.program, counted))
   terms = flops.collect(cost.term for cost in costs)
   shapes = [leaf.shape for leaf in jax.tree.leaves(masks)]
@@ -185,18 +242,28 @@ def cost_of(model: Model, masks: Any, examples: int, primitives: Sequence[str] |
   def exact(masks: Any) -> int:
     return flops.total(terms, _evaluation(masks, np))
 
+  def digits(masks: Any) -> whole_numbers.Digits:
+    ev = _evaluation(masks, jnp)
+    return whole_numbers.total(
+      terms, lambda sets: jnp.stack([ev.count(s) for s in sets]), whole_numbers.digits_for(dense)
+    )
+
   def breakdown(masks: Any) -> list[Row]:
     ones = jax.tree.map(lambda m: np.ones(m.shape), masks)
     states = [_evaluation(ones, np), _evaluation(masks, np)]
     rows: dict[tuple[str, str], list[float]] = {}
-    for node, label, term in costs:
-      row = rows.setdefault((node.source, label), [0.0, 0.0])
+    for cost in costs:
+      if not cost.counted:
+        rows[cost.node.source, f"{cost.label} (not counted)"] = [NotCounted()] * 2
+        continue
+      row = rows.setdefault((cost.node.source, cost.label), [0.0, 0.0])
       for i, ev in enumerate(states):
-        row[i] += flops.total([term], ev) / examples
+        row[i] += flops.total([cost.term], ev) / examples
     return [Row(*where, *counts) for where, counts in rows.items()]
 
-  ones = jax.tree.map(lambda m: np.ones(m.shape), masks)
-  return CostModel(masks, total, per_feature, exact, breakdown, exact(ones) / examples)
+  dense = exact(jax.tree.map(lambda m: np.ones(m.shape), masks))
+  whole = Whole(digits, dense, examples)
+  return CostModel(masks, total, per_feature, exact, breakdown, dense / examples, whole)
 
 
 def _evaluation(masks: Any, xp: Any) -> Evaluation:

@@ -133,7 +133,7 @@ def cost_model(model: Any, *args: Any, call: Call | None = None, **options: Any)
   Args:
     model: the module; its masks are found by their type. Call ``model.eval()`` first for the cost of the network
       that is served.
-    *args: what it is called with; the first array leads with the example axis.
+    *args: what it is called with; the first array leads with the example axis, unless ``batch_axes=`` says otherwise.
     call: ``call(model, *args)`` instead of ``model(*args)``.
     **options: those of ``fp.cost_model``.
 

@@ -182,7 +182,7 @@ def _accumulate(
   decay = jnp.asarray(_at(options.decay, step), jnp.float32)
 
   def mean(old: jax.Array, new: jax.Array) -> jax.Array:
-    return jnp.where(finite, decay * old + (1 - decay) * new, old)
+    return jnp.where(finite, decay * old + (1 - decay) * new, old).astype(old.dtype)
 
   state = state._replace(
     step=step,
@@ -198,7 +198,7 @@ def _prune(
   state: FisherPruneState, cost: CostModel, finite: jax.Array, options: _Options
 ) -> FisherPruneState:
   """Switches features off if this is a step to do so."""
-  target = jnp.asarray(_at(options.flops_target, state.step), jnp.float32)
+  target = _at(options.flops_target, state.step)
   weight = (
     options.flops_weight if isinstance(options.flops_weight, str) else _at(options.flops_weight, state.step)
   )
@@ -206,7 +206,7 @@ def _prune(
   due = (state.step > options.burn_in) & (state.step % options.prune_every == 0)
 
   def above(state: FisherPruneState) -> jax.Array:
-    return (target <= 0) | (state.cost > target)
+    return (target <= 0) | cost.exceeds(state.masks, target)
 
   def one(state: FisherPruneState) -> FisherPruneState:
     scores = rank(current, cost.per_feature(state.masks), weight)
@@ -224,7 +224,10 @@ def _prune(
       state = repeat_while(lambda s: above(s) & ~s.exhausted, one, state, options.features_per_prune - 1)
     return state._replace(shares=_shares(cost, state.masks, state.cost))
 
-  return jax.lax.cond(due & finite & above(state), several, lambda s: s, state)
+  def if_above(state: FisherPruneState) -> FisherPruneState:
+    return jax.lax.cond(above(state), several, lambda s: s, state)
+
+  return jax.lax.cond(due & finite, if_above, lambda s: s, state)
 
 
 def _shares(cost: CostModel, masks: Any, total: Any) -> Any:

@@ -1,8 +1,10 @@
 """An independent count of FLOPs over a jaxpr, for comparison: plain recursion, no liveness."""
 
+import itertools
 import math
 from typing import Any
 
+import numpy as np
 from jax.extend.core import Literal
 
 from fisherprune_jax.graph.compat import scan_counts
@@ -14,6 +16,14 @@ FREE = """
 PER_INPUT = """
   approx_top_k argmax argmin cumsum pmax pmin psum reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum sort top_k
 """.split()
+MATRICES = {
+  "triangular_solve": None,
+  "lu_pivots_to_permutation": lambda *shape: 0,
+  "cholesky": lambda m, n: n**3 / 3,
+  "lu": lambda m, n: 2 * n**3 / 3,
+  "qr": lambda m, n: 2 * m * n**2 - 2 * n**3 / 3,
+}
+"""Of square matrices; a QR of tall ones."""
 
 
 def count(closed: Any, depends: list[bool]) -> int:
@@ -41,6 +51,10 @@ def _count(closed: Any, depends: list[bool]) -> tuple[int, list[bool]]:
       consts, carry = scan_counts(eqn.params)
       turn, outs = _turn(inner, flags, consts, carry)
       flops = eqn.params["length"] * turn
+    elif name == "custom_linear_solve":
+      solve, lengths = eqn.params["jaxprs"].solve, eqn.params["const_lengths"]
+      first = lengths.matvec + lengths.vecmat
+      flops, outs = _count(solve, [*flags[first : first + lengths.solve], *flags[sum(lengths) :]])
     elif inner is not None:
       flops, outs = _count(inner, flags)
     else:
@@ -67,6 +81,22 @@ def _flops(eqn: Any) -> int:
   if name in FREE:
     return 0
   left = eqn.invars[0].aval.shape if eqn.invars else ()
+  numbers = [
+    np.issubdtype(v.aval.dtype, np.complexfloating) for v in (*eqn.invars, *eqn.outvars) if _numeric(v)
+  ]
+  if name in MATRICES or name == "fft":
+    return _matrices(eqn, left)
+  if any(numbers):
+    return _complex(eqn, out, left)
+  return _real(eqn, out, left)
+
+
+def _numeric(v: Any) -> bool:
+  return isinstance(v.aval.dtype, np.dtype)
+
+
+def _real(eqn: Any, out: int, left: Any) -> int:
+  name = eqn.primitive.name
   if name == "reduce":
     return math.prod(left) * len(eqn.outvars)
   if name in PER_INPUT:
@@ -85,7 +115,56 @@ def _flops(eqn: Any) -> int:
     terms = math.prod(left[i] for i in numbers[0][0])
     return out * max(2 * terms - 1, 0)
   if name == "conv_general_dilated":
-    kernel = eqn.invars[1].aval.shape
-    spec = eqn.params["dimension_numbers"].rhs_spec
-    return out * max(2 * math.prod(kernel[i] for i in spec[1:]) - 1, 0)
+    return _convolution(eqn, left, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape)
   return out
+
+
+def _complex(eqn: Any, out: int, left: Any) -> int:
+  """Of complex numbers: by how often real ones are multiplied, divided, added or looked at."""
+  name = eqn.primitive.name
+  if name == "dot_general":
+    terms = math.prod(left[i] for i in eqn.params["dimension_numbers"][0][0])
+    return out * (6 * terms + 2 * (terms - 1)) if terms else 0
+  per = {"mul": 6, "square": 6, "integer_pow": 6, "reduce_prod": 6, "cumprod": 6, "div": 11, "abs": 4}
+  per |= dict.fromkeys(("real", "imag", "conj", "complex", "sort"), 1)
+  assert name != "conv_general_dilated", "not needed so far"
+  return _real(eqn, out, left) * per.get(name, 2)
+
+
+def _matrices(eqn: Any, left: Any) -> int:
+  """Linear algebra, matrix by matrix (transform by transform); see the table in the documentation."""
+  name, params = eqn.primitive.name, eqn.params
+  kinds = [np.issubdtype(v.aval.dtype, np.complexfloating) for v in (*eqn.invars, *eqn.outvars)]
+  if name == "fft":
+    numbers = math.prod(params["fft_lengths"])
+    batch = left[: len(left) - len(params["fft_lengths"])]
+    return math.prod(batch) * round((5 if all(kinds) else 2.5) * numbers * math.log2(numbers))
+  if name == "triangular_solve":
+    return left[-1] * math.prod(eqn.invars[1].aval.shape) * (4 if kinds[0] else 1)
+  return math.prod(left[:-2]) * round(MATRICES[name](*left[-2:]) * (4 if kinds[0] else 1))
+
+
+def _convolution(eqn: Any, left: Any, kernel: Any, out: Any) -> int:
+  """Place by place and tap by tap: which of them are products."""
+  numbers, params = eqn.params["dimension_numbers"], eqn.params
+  space, taps, places = (
+    [shape[i] for i in spec[2:]]
+    for shape, spec in ((left, numbers.lhs_spec), (kernel, numbers.rhs_spec), (out, numbers.out_spec))
+  )
+  dilated = any(d > 1 for d in params["lhs_dilation"])
+  per_place = []
+  for place in itertools.product(*map(range, places)):
+    met = 0
+    for tap in itertools.product(*map(range, taps)):
+      hits = True
+      for axis, (p, t) in enumerate(zip(place, tap, strict=True)):
+        at = (
+          p * params["window_strides"][axis] + t * params["rhs_dilation"][axis] - params["padding"][axis][0]
+        )
+        real = {n * params["lhs_dilation"][axis] for n in range(space[axis])}
+        hits = hits and (at in real or not dilated)
+      met += hits
+    per_place.append(met)
+  channels = kernel[numbers.rhs_spec[1]]
+  others = out[numbers.out_spec[0]] * out[numbers.out_spec[1]]
+  return others * sum(max(2 * met * channels - 1, 0) for met in per_place)

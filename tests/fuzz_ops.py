@@ -210,6 +210,78 @@ def conv(b: Any) -> None:
   b.add("conv", run, v)
 
 
+@op(1.5)
+def conv_transposed(b: Any) -> None:
+  """Kernels smaller and larger than their strides, dilated on both sides, in groups, with any padding."""
+  v = b.pick(lambda s: 3 <= len(s) <= 4)
+  shape = b.shape(v)
+  need(b.free(v) == list(range(1, len(shape))))
+  rank, channels = len(shape) - 2, shape[-1]
+  draw = lambda low, high: [int(b.rng.integers(low, high)) for _ in range(rank)]
+  kernel, strides, dilation = draw(1, 4), draw(1, 4), draw(1, 3) if b.chance(0.3) else [1] * rank
+  groups = b.choice([g for g in (1, 1, 2, channels) if channels % g == 0])
+  space = "HW"[:rank]
+  layout = (f"N{space}C", f"{space}IO", f"N{space}C")
+  w = b.param((*kernel, channels // groups, groups * int(b.rng.integers(1, 4))))
+  if groups == 1 and b.chance(0.7):
+    padding = b.choice(["SAME", "VALID"])
+    run = lambda p, m, x: lax.conv_transpose(x, p[w], strides, padding, dilation, layout)
+  else:
+    padding = list(zip(draw(0, 3), draw(0, 3), strict=True))
+    window = draw(1, 3)
+    sides = zip(shape[1:-1], strides, kernel, dilation, padding, strict=True)
+    need(all((n - 1) * s + sum(pads) >= (k - 1) * d for n, s, k, d, pads in sides))
+    run = lambda p, m, x: lax.conv_general_dilated(
+      x, p[w], window, padding, strides, dilation, layout, feature_group_count=groups
+    )
+  b.add(f"conv_transposed {kernel} {strides} {dilation} {padding} {groups}", run, v)
+
+
+def _spectrum(x: Any, axis: int) -> Any:
+  z = jnp.fft.rfft(x, axis=axis)
+  return jnp.concatenate([z.real, z.imag], axis)
+
+
+FOURIER: dict[str, Callable[[Any, int], Any]] = {
+  "spectrum": _spectrum,
+  "filtered": lambda x, a: jnp.fft.irfft(jnp.fft.rfft(x, axis=a) * (1 - 0.5j), n=x.shape[a], axis=a),
+  "turned": lambda x, a: jnp.imag(jnp.fft.ifft(jnp.fft.fft(x, axis=a) * jnp.exp(1j * x), axis=a)),
+  "modulus": lambda x, a: jnp.abs(lax.complex(x, 1 + jnp.flip(x, a))) / jnp.sqrt(2.0),
+  "complex_sum": lambda x, a: jnp.real(jnp.cumsum(x * (0.6 + 0.8j), a) / (1 + 2j)),
+}
+
+
+@op(1)
+def fourier(b: Any) -> None:
+  v = b.pick()
+  name, axis = b.choice(list(FOURIER)), b.axis(v)
+  b.add(f"{name} {axis}", lambda p, m, x: FOURIER[name](x, axis), v)
+
+
+@op(1)
+def matrices(b: Any) -> None:
+  """Factorisations and solves, over a matrix for each example."""
+  v = b.pick(lambda s: len(s) >= 3)
+  need(0 not in b.free(v) and b.free(v)[-2:] == [len(b.shape(v)) - 2, len(b.shape(v)) - 1])
+  kind = b.choice(["cholesky", "triangular", "solve", "qr", "determinant"])
+
+  def run(p: Any, m: Any, x: Any) -> Any:
+    x = jnp.tanh(x)
+    n = x.shape[-2]
+    gram = x @ jnp.swapaxes(x, -1, -2) / x.shape[-1] + jnp.eye(n)
+    if kind == "cholesky":
+      return jnp.linalg.cholesky(gram) @ x
+    if kind == "triangular":
+      return lax.linalg.triangular_solve(gram, x, left_side=True, lower=True)
+    if kind == "solve":
+      return jnp.linalg.solve(gram, x)
+    if kind == "qr":
+      return jnp.linalg.qr(gram)[1] @ x
+    return jnp.linalg.slogdet(gram)[1][..., None, None] * x
+
+  b.add(f"matrices {kind}", run, v)
+
+
 @op(7)
 def mask(b: Any) -> None:
   v = b.pick()

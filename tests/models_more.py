@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import fisherprune_jax as fp
-from tests.models import batch_norm, case, conv, dense, mask, param_dtype
+from tests.models import batch_norm, case, conv, dense, mask, param_dtype, wide
 
 
 class Weight(nn.Module):
@@ -242,3 +242,74 @@ def windows_of_any_function(x):
     y, jnp.inf, lambda a, b: jnp.minimum(a, b), (1, 2, 2, 1), (1, 2, 2, 1), "VALID"
   )
   return dense(2)(jnp.mean(smallest, axis=(1, 2)))
+
+
+def transposed(kernel: Any, strides: Any, padding: Any, dilation: Any = 1, groups: int = 1) -> Any:
+  """A transposed convolution between masks, and what follows it."""
+
+  def network(x):
+    y = mask(nn.relu(conv(4, (1,) * len(kernel))(x)))
+    if groups == 1:
+      layer = nn.ConvTranspose(
+        3, kernel, strides, padding, kernel_dilation=(dilation,) * len(kernel), param_dtype=param_dtype()
+      )
+      y = layer(y)
+    else:
+      space = "HW"[: len(kernel)]
+      w = weight(*kernel, 4 // groups, 4).astype(y.dtype)
+      numbers = (f"N{space}C", f"{space}IO", f"N{space}C")
+      y = lax.conv_general_dilated(
+        y, w, (1,) * len(kernel), padding, strides, (dilation,) * len(kernel), numbers, groups
+      )
+    return dense(2)(mask(jnp.tanh(y)))
+
+  network.__name__ = "conv_transposed_" + "_".join(
+    str(part).replace(" ", "") for part in (*kernel, "by", *strides, padding, dilation, groups)
+  )
+  return network
+
+
+for options in (
+  ((3, 3), (2, 2), "SAME"),
+  ((3, 2), (2, 3), "VALID"),
+  ((2, 2), (3, 1), "SAME"),  # a kernel smaller than its stride: some places of the result are zero
+  ((2,), (3,), "VALID"),
+  ((5,), (2,), "SAME", 2),
+  ((3,), (2,), "VALID", 3),
+  ((3,), (1,), "SAME"),
+  ((3,), (2,), [(2, 1)], 1, 2),
+  ((3, 3), (2, 2), [(0, 2), (-1, 1)], 1, 4),
+):
+  case((*(2, 4, 3)[: len(options[0]) + 1], 2))(transposed(*options))
+
+
+@case((2, 3, 5))
+def linear_algebra(x):
+  y = wide(mask(dense(4)(x)))
+  grams = jnp.einsum("btc,bsc->bts", y, y) + jnp.eye(3)
+  z = mask(jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(grams), y, lower=True))
+  return dense(2)(z) + jnp.linalg.solve(grams, dense(2)(x))
+
+
+@case((2, 4, 3))
+def matrices_in_a_batch_that_is_masked(x):
+  """For every channel a matrix; the channels go, and what is computed of them."""
+  y = jnp.moveaxis(wide(dense(5)(x)), -1, 1)
+  grams = jnp.einsum("bct,bcs->bcts", y, y) + jnp.eye(4)
+  return dense(2)(mask(jnp.moveaxis(jnp.linalg.cholesky(grams)[..., 0], 1, -1)))
+
+
+@case((2, 5))
+def complex_numbers(x):
+  x = wide(x)
+  z = lax.complex(dense(4)(x), dense(4)(x))
+  z = mask(z * jnp.exp(1j * dense(4)(x))) / (2 + 1j)
+  return jnp.real(z @ (weight(4, 3) + 1j * weight(4, 3))) + jnp.sum(jnp.abs(z) ** 2, -1, keepdims=True)
+
+
+@case((2, 6, 5), removable=False)
+def factorisation_over_the_mask(x):
+  q, r = jnp.linalg.qr(wide(mask(dense(4)(x))) + 0.1 * jnp.eye(6, 4))
+  return (
+    dense(2)(q) + jnp.sum(jnp.linalg.solve(3 * jnp.eye(4) + mask(jnp.tanh(r)), r), axis=(1, 2))[:, None, None]
+  )

@@ -48,8 +48,7 @@ def test_cost_is_what_the_compact_program_does(case, seed):
   small = fp.compact(case.module().apply, variables | {"masks": masks}, x)
   jaxpr = jax.make_jaxpr(small)(small.variables, x)
   leaves = len(jax.tree.leaves(small.variables))
-  if case.name != "fft_through_the_fallback":
-    assert count(jaxpr, [False] * leaves + [True]) == cost.exact(masks)
+  assert count(jaxpr, [False] * leaves + [True]) == cost.exact(masks)
   assert small.cost == pytest.approx(float(cost(masks)), rel=1e-6)
 
 

@@ -52,7 +52,10 @@ Traced = tuple[Callable[..., Any], tuple[Any, ...]]
 
 def traced() -> Iterator[tuple[str, Traced]]:
   """What models are made of, by name."""
-  families = (_elementwise, _contractions, _reductions, _windows, _movement, _indexing, _random, _control)
+  families = (
+    *(_elementwise, _contractions, _reductions, _windows, _movement),
+    *(_indexing, _random, _control, _linear_algebra),
+  )
   for family in families:
     yield from family()
 
@@ -188,6 +191,24 @@ def _control() -> Iterator[tuple[str, Traced]]:
   yield "associative_scan", (lambda x: lax.associative_scan(jnp.multiply, x), (X,))
   yield "debug", (lambda x: jax.debug.print("{}", x.sum()), (X,))
   yield "collective", (jax.vmap(lambda x: lax.psum(x, "i") + lax.axis_index("i"), axis_name="i"), (X,))
+
+
+def _linear_algebra() -> Iterator[tuple[str, Traced]]:
+  square = X @ X.T + 9 * jnp.eye(4)
+  for name in ("fft", "ifft", "rfft", "irfft", "fft2", "rfftn"):
+    yield name, (getattr(jnp.fft, name), (X,))
+  for name in ("cholesky", "det", "eigh", "eig", "inv", "pinv", "qr", "slogdet", "svd"):
+    yield f"linalg_{name}", (getattr(jnp.linalg, name), (square,))
+  yield "linalg_solve_gradient", (jax.grad(lambda a, b: jnp.linalg.solve(a, b).sum(), (0, 1)), (square, X))
+  yield "linalg_lstsq", (lambda a, b: jnp.linalg.lstsq(a, b)[0], (X.T, jnp.ones((6, 2))))
+  for name in ("expm", "hessenberg", "schur"):
+    yield f"linalg_{name}", (getattr(jax.scipy.linalg, name), (square,))
+  yield "linalg_triangular", (jax.scipy.linalg.solve_triangular, (square, X))
+  yield "linalg_bands", (lax.linalg.tridiagonal_solve, (X, X + 3, X, jnp.ones((4, 6, 2))))
+  yield "linalg_reflections", (lax.linalg.householder_product, (X.T, jnp.ones(4)))
+  yield "linalg_update", (lax.linalg.cholesky_update, (square, jnp.ones(4)))
+  yield "conjugate_gradients", (lambda a, b: jax.scipy.sparse.linalg.cg(lambda x: a @ x, b)[0], (square, X))
+  yield "fftconvolve", (jax.scipy.signal.fftconvolve, (X, X))
 
 
 def primitives_of(jaxpr: Any) -> set[str]:

@@ -106,7 +106,7 @@ class Causes:
 
   def _index(self, program: Program) -> None:
     for node in program.nodes:
-      if node in self._live.specs and node not in self._live.subs:
+      if node in self._live.specs:
         for value in node.ins:
           self._readers.setdefault(value, []).append(node)
         self._maker.update(dict.fromkeys(node.outs, node))

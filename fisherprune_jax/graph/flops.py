@@ -98,7 +98,7 @@ def total(terms: Terms, ev: Evaluation) -> Any:
       inner = number(t.terms)
       for s in t.inner:
         inner = inner * number(ev.count(s))
-      value = value * ev.xp.maximum(2 * inner - 1, 0)
+      value = value * number(ev.xp.maximum(2 * inner - 1, 0))
     out = out + value
   return int(out) if ev.xp is np else out
 

@@ -27,18 +27,23 @@ from fisherprune_jax.graph.facts import (
   whole_box,
 )
 from fisherprune_jax.graph.program import Node, Program, Value
-from fisherprune_jax.graph.spec import Spec
+from fisherprune_jax.graph.spec import Counting, Spec
 from fisherprune_jax.graph.together import Together
 
 Rules = Callable[[Node, Sequence[Info]], Spec]
+EVERYTHING = Counting()
 
 
 class Cost(NamedTuple):
-  """What one node costs; ``node`` says where it is, ``label`` what it is called in a breakdown."""
+  """What one node costs; ``node`` says where it is, ``label`` what it is called in a breakdown.
+
+  Where nobody knows what it costs, ``counted`` is False, and the term is zero.
+  """
 
   node: Node
   label: str
   term: Any
+  counted: bool = True
 
 
 Pairs = list[tuple[Value, Value]]
@@ -69,7 +74,7 @@ class Structured(Protocol):
   def backward(self, node: Node, live: "Liveness") -> None:
     """Asks for what is needed of the operands."""
 
-  def costs(self, node: Node, live: "Liveness", counted: Callable[[str], bool]) -> Iterator[Cost]:
+  def costs(self, node: Node, live: "Liveness", counted: Counting) -> Iterator[Cost]:
     """What it costs."""
 
   def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
@@ -217,15 +222,17 @@ class Liveness:
       meet(box, asked[row]) if row in asked else empty_box(value.shape[1:]) for row, box in enumerate(boxes)
     ]
 
-  def costs(self, program: Program, counted: Callable[[str], bool] = lambda name: True) -> Iterator[Cost]:
+  def costs(self, program: Program, counted: Counting = EVERYTHING) -> Iterator[Cost]:
     """What the nodes of a program cost; nothing where results depend on the variables alone."""
     for node in program.nodes:
       if not any(out in self.asked and self.infos[out].varies for out in node.outs):
         continue
       if node in self.subs:
         yield from STRUCTURED[node.name].costs(node, self, counted)
-      elif counted(node.name):
-        for count in self.specs[node].flops:
+      elif counted.names(node.name):
+        if not self.specs[node].counted:
+          yield Cost(node, node.name, flops.Term(0, ()), counted=False)
+        for count in filter(counted.takes, self.specs[node].flops):
           yield Cost(node, node.name, flops.term(count, self.factors[node]))
 
 

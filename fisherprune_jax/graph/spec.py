@@ -49,12 +49,31 @@ Axes = tuple[Axis, ...]
 
 
 class Flops(NamedTuple):
-  """``scale * prod(outer) * max(2 K - 1, 0)``, ``K = terms * prod(inner)``; without ``inner`` no last factor."""
+  """``scale * prod(outer) * max(2 K - 1, 0)``, ``K = terms * prod(inner)``; without ``inner`` no last factor.
+
+  ``pads``: it counts only where taps that fall on padding count (True), or only where they do not (False).
+  """
 
   outer: tuple[Factor, ...]
   inner: tuple[Factor, ...] | None = None
   scale: int = 1
   terms: int = 1
+  pads: bool | None = None
+
+
+class Counting(NamedTuple):
+  """What is counted: the primitives of these names (None: all), with taps that fall on padding or without."""
+
+  primitives: frozenset[str] | None = None
+  pad_taps: bool = True
+
+  def names(self, primitive: str) -> bool:
+    """Whether a primitive counts."""
+    return self.primitives is None or primitive in self.primitives
+
+  def takes(self, flops: Flops) -> bool:
+    """Whether a count of one that does counts."""
+    return flops.pads in (None, self.pad_taps)
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,7 @@ class Spec:
     alive: factors along which the result is non-zero whatever the operands are.
     whole: factors of which every entry must be there for the primitive to be right.
     flops: what one application costs.
+    counted: whether ``flops`` says so; False where nobody knows what it costs.
     moves: whether the result holds the values of operand 0, moved or cast but never computed with.
     opaque: why a dead entry has to stay, for the report; empty where nothing has to.
     same_as: the operand that the result equals on live entries (the other one is a mask of ones there).
@@ -87,6 +107,7 @@ class Spec:
   alive: frozenset[Factor] = frozenset()
   whole: frozenset[Factor] = frozenset()
   flops: tuple[Flops, ...] = ()
+  counted: bool = True
   moves: bool = False
   opaque: str = ""
   same_as: int | None = None

@@ -10,6 +10,7 @@ from fisherprune_jax.graph import flops, program
 from fisherprune_jax.graph.facts import Box, Info, join, whole_box
 from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness
 from fisherprune_jax.graph.program import Node
+from fisherprune_jax.graph.spec import Counting
 
 
 class Cond:
@@ -34,10 +35,12 @@ class Cond:
         if inner in live.asked:
           live.ask(value, live.stored(inner))
 
-  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """The dearest branch."""
-    branches = [tuple(cost.term for cost in live.costs(branch, counted)) for branch in live.subs[node]]
-    if len(branches) > 2 and counted("clamp"):
+    costs = [list(live.costs(branch, counted)) for branch in live.subs[node]]
+    branches = [tuple(cost.term for cost in found if cost.counted) for found in costs]
+    yield from (cost for found in costs for cost in found if not cost.counted)
+    if len(branches) > 2 and counted.names("clamp"):
       yield Cost(node, "clamp", flops.Term(1, ()))  # lax.switch makes sure of its index
     if any(branches):
       yield Cost(node, "cond (its dearest branch)", flops.Dearest(tuple(branches)))

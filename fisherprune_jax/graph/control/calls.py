@@ -1,7 +1,7 @@
 """Checkpoints: calls that stay calls in the compact program, around a smaller body."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from fisherprune_jax.graph import program
 from fisherprune_jax.graph.facts import Box, Info
 from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness
 from fisherprune_jax.graph.program import Node
+from fisherprune_jax.graph.spec import Counting
 
 
 class Checkpoint:
@@ -28,7 +29,7 @@ class Checkpoint:
     live.backward(body, asked, live.merged(node.outs))
     live.pass_on(node.ins, body.inputs)
 
-  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """What the body costs."""
     return live.costs(live.subs[node][0], counted)
 

@@ -25,6 +25,7 @@ from fisherprune_jax.graph import compat, program
 from fisherprune_jax.graph.facts import Box, Info, empty_box, join, nonzero_box, whole_box
 from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness
 from fisherprune_jax.graph.program import Node, Program, Value
+from fisherprune_jax.graph.spec import Counting
 from fisherprune_jax.graph.together import Together, union
 
 Call = Callable[..., Any]
@@ -96,7 +97,7 @@ class Custom:
     for part in live.subs[node]:
       live.pass_on(node.ins, part.inputs)
 
-  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """What the body costs."""
     return live.costs(live.subs[node][0], counted)
 

@@ -1,16 +1,19 @@
 """Loops: what is live in one turn is live in all, found as a fixpoint over the carried values."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 from fisherprune_jax.graph import compat, program
+from fisherprune_jax.graph.align import align
 from fisherprune_jax.graph.control import stacks
 from fisherprune_jax.graph.facts import Box, Info, empty_box, join, nonzero_box, whole_box
 from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness, Pairs
 from fisherprune_jax.graph.program import Node, Program, Value
+from fisherprune_jax.graph.spec import Counting
 
 MOST_PASSES = 8
 """Passes over a loop's body before carried values that still grow are taken as a whole."""
@@ -44,7 +47,7 @@ class Scan:
     for value, box in zip(node.ins, self._held(node, body, live), strict=True):
       live.ask(value, box)
 
-  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """Every turn counts."""
     if stacks.has_stack(node, live):
       yield from stacks.costs(node, live, counted)
@@ -117,7 +120,7 @@ class While:
     """The condition asks too."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = live.subs[node]
-    live.backward(cond, [()])
+    live.backward(cond, [whole_box(cond.outputs[0].shape)])  # under vmap each example has its own
     asked = [
       join(live.stored(out), live.stored(inner)) if out in live.asked or inner in live.asked else None
       for out, inner in zip(node.outs, cond.inputs[first:], strict=True)
@@ -126,7 +129,7 @@ class While:
     for value, box in zip(node.ins, self._held(node, live), strict=True):
       live.ask(value, box)
 
-  def costs(self, node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """One turn counts: how many there will be is not known."""
     for part in live.subs[node]:
       for cost in live.costs(part, counted):
@@ -137,16 +140,18 @@ class While:
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = run.live.subs[node]
     held = self._held(node, run.live)
-    kept = held[first + consts :]
+    kept, each = held[first + consts :], whole_box(cond.outputs[0].shape)
     inputs = [run.show(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
 
     def go_on(carried: list[Any]) -> Any:
-      return run.call(cond, [*inputs[:first], *carried], [*held[:first], *kept], [()])[0]
+      return run.call(cond, [*inputs[:first], *carried], [*held[:first], *kept], [each])[0]
 
     def turn(carried: list[Any]) -> list[Any]:
-      return run.call(body, [*inputs[first : first + consts], *carried], held[first:], kept)
+      after = run.call(body, [*inputs[first : first + consts], *carried], held[first:], kept)
+      return _where(go_on(carried), each, after, carried, kept, run.ev) if each else after
 
-    return lax.while_loop(go_on, turn, inputs[first + consts :]), kept
+    any_goes_on = (lambda carried: jnp.any(go_on(carried))) if each else go_on
+    return lax.while_loop(any_goes_on, turn, inputs[first + consts :]), kept
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
     """The condition reads what the body carries."""
@@ -180,6 +185,15 @@ class While:
 
 def _pairs(outer: Sequence[Value], inner: Sequence[Value]) -> Pairs:
   return list(zip(outer, inner, strict=True))
+
+
+def _where(go_on: Any, each: Box, after: list[Any], before: list[Any], kept: list[Box], ev: Any) -> list[Any]:
+  """What a turn changes, of the examples that go on; they lie along the leading axes."""
+  chosen = []
+  for new, old, box in zip(after, before, kept, strict=True):
+    here = align(go_on, each, box[: len(each)], ev)
+    chosen.append(jnp.where(here.reshape(*here.shape, *(1,) * (new.ndim - here.ndim)), new, old))
+  return chosen
 
 
 def _stack(box: Box, shape: Sequence[Any]) -> Box:

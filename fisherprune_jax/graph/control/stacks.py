@@ -1,7 +1,7 @@
 """Scans over stacks of layers: each layer has widths of its own, so the loop is unrolled."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from fisherprune_jax.graph import compat, program
 from fisherprune_jax.graph.facts import Box, Info, join, whole_box
 from fisherprune_jax.graph.liveness import Cost, Link, Liveness
 from fisherprune_jax.graph.program import Node
+from fisherprune_jax.graph.spec import Counting
 
 
 def has_stack(node: Node, live: Liveness) -> bool:
@@ -54,7 +55,7 @@ def backward(node: Node, live: Liveness) -> None:
       live.ask(value, box)
 
 
-def costs(node: Node, live: Liveness, counted: Callable[[str], bool]) -> Iterator[Cost]:
+def costs(node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
   """Every layer with its own widths."""
   for body in live.subs[node]:
     yield from live.costs(body, counted)

@@ -3,6 +3,7 @@
 from fisherprune_jax.graph.rules import contraction as contraction
 from fisherprune_jax.graph.rules import elementwise as elementwise
 from fisherprune_jax.graph.rules import indexing as indexing
+from fisherprune_jax.graph.rules import linalg as linalg
 from fisherprune_jax.graph.rules import movement as movement
 from fisherprune_jax.graph.rules import reduction as reduction
 from fisherprune_jax.graph.rules import reshaping as reshaping

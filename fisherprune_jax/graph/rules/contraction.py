@@ -8,6 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from fisherprune_jax.graph import compat
+from fisherprune_jax.graph.rules.taps import Slide, histogram, meets_all
+from fisherprune_jax.graph.rules.weights import inner_product
 from fisherprune_jax.graph.spec import Axes, Axis, Factor, Flops, Prod, Spec, factors_of, register_rule
 
 BOTH = frozenset({0, 1})
@@ -53,7 +55,7 @@ def _product(node: Any, numbers: Any, group: int | None = None) -> Spec:
     outs=(out,),
     sizes={**dict(zip(left_axes, left, strict=True)), **dict(zip(right_axes, right, strict=True))},
     kills=BOTH,
-    flops=(Flops(out, inner=contracted),),
+    flops=(Flops(out, contracted, *inner_product(*node.ins[:2])),),
     blind=_blind([left[i] for i in left_contract]),
   )
 
@@ -101,10 +103,40 @@ def conv_general_dilated(node: Any, infos: Sequence[Any]) -> Spec:
     },
     kills=BOTH,
     whole=frozenset((*space, *taps, *places)),
-    flops=(Flops(("n", *places, *factors_of(features)), inner=terms, terms=math.prod(taps.values())),),
+    flops=_products(node, tuple(space.values()), taps, places, ("n", *factors_of(features)), terms),
     blind=_blind([*taps.values(), channels["i"]]),
     bind=_bind_conv,
   )
+
+
+def _products(
+  node: Any,
+  space: Sequence[Any],
+  taps: dict[Factor, Any],
+  places: dict[Factor, Any],
+  outer: tuple[Factor, ...],
+  inner: tuple[Factor, ...],
+) -> tuple[Flops, ...]:
+  """An inner product at every place, over the taps that count there.
+
+  All of them do, those over the border too, unless the input is dilated (a transposed convolution, or the gradient of a
+  strided one). Then the taps that meet an entry of the input count: each entry times each tap that lands in the result.
+  """
+  (scale, twice), params = inner_product(*node.ins), node.params
+  whole = Flops((*outer, *places), inner, scale, math.prod(taps.values()) * twice)
+  if not all(map(compat.is_static_size, (*space, *taps.values(), *places.values()))):
+    return (whole,)
+  strides, steps, gaps = params["window_strides"], params["rhs_dilation"], params["lhs_dilation"]
+  before = [low for low, _ in params["padding"]]
+  slides = list(map(Slide, places.values(), strides, taps.values(), steps, space, gaps, before))
+  dilated = max(gaps, default=1) > 1
+  if not dilated and meets_all(slides):
+    return (whole,)
+  exact = tuple(
+    Flops(outer, inner, n * scale, taken * twice, None if dilated else False)
+    for taken, n in sorted(histogram(slides).items())
+  )
+  return exact if dilated else (whole._replace(pads=True), *exact)
 
 
 def _merge(parts: str, sizes: dict[Factor, int]) -> Axis:

@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fisherprune_jax.graph.rules.probing import Zeros, probe
+from fisherprune_jax.graph.rules.weights import weight
 from fisherprune_jax.graph.spec import Axes, Flops, Spec, names_of, register_rule
 
 COMPUTES = """
@@ -52,7 +53,7 @@ def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
     kills=kills,
     neutral=frozenset(neutral),
     alive=frozenset(alive),
-    flops=() if node.name in MOVES or same_as is not None else (Flops(names),),
+    flops=() if node.name in MOVES or same_as is not None else (Flops(names, scale=weight(node)),),
     moves=moves,
     opaque=_opaque(node, infos, keeps_zero, frozenset(neutral) | kills, bool(alive)),
     same_as=same_as,

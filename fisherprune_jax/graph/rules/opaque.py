@@ -19,14 +19,21 @@ SILENT = """
 """.split()
 
 
-def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = ()) -> Spec:
+def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = (), counted: bool = True) -> Spec:
   """Every entry of every operand is needed, to the sign of its zeros, and every entry of the results is alive."""
   ins = _axes("i", [value.shape for value in node.ins])
   outs = _axes("o", [value.shape for value in node.outs])
   named = zip([f for axes in (*ins, *outs) for f in axes], _sizes(node), strict=True)
   sizes = {str(f): n for f, n in named}
   return Spec(
-    ins, outs, sizes, whole=frozenset(sizes), flops=flops, opaque=reason, sees=frozenset(range(len(ins)))
+    ins,
+    outs,
+    sizes,
+    whole=frozenset(sizes),
+    flops=flops,
+    counted=counted,
+    opaque=reason,
+    sees=frozenset(range(len(ins))),
   )
 
 
@@ -48,7 +55,7 @@ def spec_of(node: Node, infos: Sequence[Any]) -> Spec:
   """The ``Spec`` of a node by the rule for its primitive; one that no rule knows is kept whole."""
   rule = rule_for(node.name)
   spec = rule(node, infos) if rule else None
-  return opaque(node, unknown(node.name)) if spec is None else spec
+  return opaque(node, unknown(node.name), counted=False) if spec is None else spec
 
 
 def unknown(name: str) -> str:

@@ -4,10 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from fisherprune_jax.graph import compat
-from fisherprune_jax.graph.spec import Flops, Spec, names_of, register_rule
+from fisherprune_jax.graph.rules.taps import Slide, meets_all, met
+from fisherprune_jax.graph.rules.weights import weight
+from fisherprune_jax.graph.spec import Factor, Flops, Spec, names_of, register_rule
 
 # Zeros add nothing to these; the others have to see them.
 SUMS = ["reduce_sum", "reduce_or", "reduce_xor", "psum"]
@@ -33,7 +33,7 @@ def reduction(node: Any, infos: Sequence[Any]) -> Spec:
     # Over nothing a sum is zero; a product is one, a maximum the least number that there is.
     alive=frozenset() if sums or not _has(terms, 0) else frozenset(outs),
     whole=frozenset() if sums else reduced,
-    flops=(Flops(names),),
+    flops=(Flops(names, scale=weight(node)),),
     opaque="" if sums else f"{node.name} along the masked axis",
     # A sum of several terms starts at +0; one term alone may be passed on as it is.
     blind=frozenset({0})
@@ -69,7 +69,7 @@ def reduction_by(node: Any, infos: Sequence[Any]) -> Spec:
     sizes=dict(zip(names, shape, strict=True)),
     alive=frozenset(outs),
     whole=reduced,
-    flops=(Flops(names, scale=arrays),),
+    flops=(Flops(names, scale=arrays * weight(node)),),
     opaque=f"{node.name} by an unknown function",
     sees=frozenset(range(len(node.ins))),
   )
@@ -87,7 +87,7 @@ def along_axis(node: Any, infos: Sequence[Any]) -> Spec:
     sizes=dict(zip(names, shape, strict=True)),
     whole=frozenset({axis}),
     alive=frozenset() if keeps_zero else frozenset(names),
-    flops=(Flops(names, scale=len(node.ins)),),
+    flops=(Flops(names, scale=len(node.ins) * weight(node)),),
     opaque=f"{node.name} along the masked axis",
   )
 
@@ -102,13 +102,18 @@ def window(node: Any, infos: Sequence[Any]) -> Spec:
 
 def _has_empty_window(node: Any, axis: int) -> bool:
   """Whether some window along an axis holds padding and gaps alone, of which a maximum is the least number."""
+  slide = _slide(node, axis)
+  return slide is None or not met(slide).all()
+
+
+def _slide(node: Any, axis: int) -> Slide | None:
+  """How a window goes along an axis; None where sizes are symbols."""
   size, places = node.ins[0].shape[axis], node.outs[0].shape[axis]
   if not (compat.is_static_size(size) and compat.is_static_size(places)):
-    return True
+    return None
   names = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
-  window, stride, base, dilation = (node.params[name][axis] for name in names)
-  at = np.arange(places)[:, None] * stride + np.arange(window) * dilation - node.params["padding"][axis][0]
-  return not ((at >= 0) & (at < size * base) & (at % base == 0)).any(axis=1).all()
+  taps, stride, gap, step = (node.params[name][axis] for name in names)
+  return Slide(places, stride, taps, step, size, gap, node.params["padding"][axis][0])
 
 
 def window_by(node: Any, infos: Sequence[Any]) -> Spec:
@@ -127,10 +132,22 @@ def _windowed(node: Any, arrays: int, keeps_zero: bool, reason: str) -> Spec:
     sizes={**dict(zip(ins, shape, strict=True)), **dict(zip(outs, out, strict=True))},
     whole=frozenset(f for f in (*ins, *outs) if not f.startswith("d")),
     alive=frozenset() if keeps_zero else frozenset(outs),
-    flops=(Flops(outs, scale=arrays * math.prod(node.params["window_dimensions"])),),
+    flops=_of_windows(node, outs, arrays * weight(node)),
     opaque=reason,
     sees=frozenset(range(len(node.ins))) if node.name == "reduce_window" else frozenset(),
   )
+
+
+def _of_windows(node: Any, outs: Sequence[Factor], scale: int) -> tuple[Flops, ...]:
+  """One operation for each tap; those on padding, and between entries, count or do not."""
+  taps = math.prod(node.params["window_dimensions"])
+  slides = [_slide(node, axis) for axis, f in enumerate(outs) if f.startswith("t")]
+  known = [slide for slide in slides if slide is not None]
+  if len(known) < len(slides) or meets_all(known):
+    return (Flops(tuple(outs), scale=scale * taps),)
+  exact = math.prod(int(met(slide).sum()) for slide in known)
+  free = tuple(f for f in outs if not f.startswith("t"))
+  return (Flops(tuple(outs), scale=scale * taps, pads=True), Flops(free, scale=scale * exact, pads=False))
 
 
 def spans(params: dict[str, Any], axis: int) -> bool:

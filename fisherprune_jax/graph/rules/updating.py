@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fisherprune_jax.graph.rules.reduction import spans
+from fisherprune_jax.graph.rules.weights import weight
 from fisherprune_jax.graph.spec import Axes, Factor, Flops, Spec, register_rule
 
 
@@ -43,7 +44,7 @@ def scatter(node: Any, infos: Sequence[Any]) -> Spec:
     sizes=sizes,
     neutral=frozenset({1}),
     whole=frozenset(f for f in sizes if not f.startswith("d")),
-    flops=() if node.name == "scatter" else (Flops(tuple(ins)),),
+    flops=() if node.name == "scatter" else (Flops(tuple(ins), scale=weight(node)),),
     opaque="a scatter along the masked axis",
   )
 

@@ -1,0 +1,63 @@
+"""How many taps of a sliding window meet an entry of its input, place by place."""
+
+import functools
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Slide(NamedTuple):
+  """How a window goes along one axis of its input.
+
+  Attributes:
+    places: at how many places it stops.
+    stride: from place to place.
+    taps: how many it has.
+    step: from tap to tap.
+    entries: how many the input has.
+    distance: from entry to entry; between them is nothing.
+    before: how much padding lies before the first.
+  """
+
+  places: int
+  stride: int
+  taps: int
+  step: int
+  entries: int
+  distance: int
+  before: int
+
+
+@functools.lru_cache(maxsize=4096)
+def met(slide: Slide) -> np.ndarray:
+  """For each place, how many taps fall on an entry, and not on padding or between two entries."""
+
+  def meets(at: Any) -> Any:
+    return (at % slide.distance == 0) & (at >= 0) & (at <= slide.distance * (slide.entries - 1))
+
+  places = np.arange(slide.places) * slide.stride - slide.before
+  taps = np.arange(slide.taps) * slide.step
+  if places.size < taps.size:  # one by one whatever there are fewer of
+    return np.asarray([np.sum(meets(place + taps)) for place in places], np.int64)
+  return sum((meets(places + tap).astype(np.int64) for tap in taps), np.zeros(places.size, np.int64))
+
+
+def histogram(slides: Sequence[Slide]) -> Counter[int]:
+  """How many places, over all axes, have how many taps that meet an entry along every axis."""
+  counts = Counter({1: 1})
+  for slide in slides:
+    joint: Counter[int] = Counter()
+    for (taken, n), (more, m) in itertools.product(counts.items(), Counter(met(slide).tolist()).items()):
+      joint[taken * more] += n * m
+    counts = joint
+  return counts
+
+
+def meets_all(slides: Sequence[Slide]) -> bool:
+  """Whether every tap meets an entry at every place."""
+  everything = math.prod(slide.taps for slide in slides)
+  return set(histogram(slides)) <= {everything}

@@ -243,7 +243,7 @@ def cost_of(model: Model, masks: Any, examples: int, counted: Counting = EVERYTH
     return flops.total(terms, _evaluation(masks, np))
 
   def digits(masks: Any) -> whole_numbers.Digits:
-    ev = _evaluation(masks, jnp)
+    ev = Evaluation(rows_of(jax.tree.leaves(masks), jnp), jnp)
     return whole_numbers.total(
       terms, lambda sets: jnp.stack([ev.count(s) for s in sets]), whole_numbers.digits_for(dense)
     )

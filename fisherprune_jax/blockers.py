@@ -1,6 +1,7 @@
 """Where dead entries have to stay, why, and what that costs."""
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
@@ -18,6 +19,7 @@ from fisherprune_jax.graph.spec import Axes, Spec, compose, names_of
 from fisherprune_jax.model import Model, rows_of
 
 _announced: set[str] = set()
+_lock = threading.Lock()
 
 
 class Blocker(NamedTuple):
@@ -78,8 +80,7 @@ def check(model: Model, strict: bool, masks: Sequence[Any], examples: int) -> No
       "Move the mask, teach the engine the primitive with fp.register_rule, or drop strict=True."
     )
   for blocker in found:
-    if blocker.reason == unknown(blocker.primitive) and blocker.primitive not in _announced:
-      _announced.add(blocker.primitive)
+    if blocker.reason == unknown(blocker.primitive) and _is_news(blocker.primitive):
       name = blocker.primitive
       left = _left(model, functools.partial(_is_called, name), _first_features(masks), examples)
       warnings.warn(
@@ -88,6 +89,14 @@ def check(model: Model, strict: bool, masks: Sequence[Any], examples: int) -> No
         "fp.register_rule can teach it.",
         stacklevel=4,
       )
+
+
+def _is_news(primitive: str) -> bool:
+  """Whether nobody was told of a primitive so far; two threads may ask at once."""
+  with _lock:
+    told = primitive in _announced
+    _announced.add(primitive)
+  return not told
 
 
 def _is_called(name: str, node: Node) -> bool:

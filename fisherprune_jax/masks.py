@@ -88,6 +88,20 @@ def named_rows(tree: Any) -> list[tuple[str, Any]]:
   return found
 
 
+def redate(pruned_at: Any, masks: Any, step: Any) -> Any:
+  """The history that fits given masks: what is alive was never pruned, and what is newly dead went at ``step``.
+
+  >>> import jax.numpy as jnp
+  >>> redate(jnp.array([-1, -1, 5, 5]), jnp.array([1.0, 0.0, 1.0, 0.0]), 7)
+  Array([-1,  7, -1,  5], dtype=int32)
+  """
+
+  def of_leaf(at: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask > 0, -1, jnp.where(at < 0, step, at)).astype(jnp.int32)
+
+  return jax.tree.map(of_leaf, pruned_at, masks)
+
+
 def flatten(tree: Any) -> jax.Array:
   """All entries of a tree of masks as one vector, in the order that ties are broken in."""
   return jnp.concatenate([jnp.reshape(leaf, -1) for leaf in jax.tree.leaves(tree)])

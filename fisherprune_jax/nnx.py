@@ -11,7 +11,8 @@ from fisherprune_jax import compaction, cost, fisher
 from fisherprune_jax.errors import describe
 from fisherprune_jax.linen import COLLECTION
 from fisherprune_jax.masks import apply_mask, axes_of
-from fisherprune_jax.states import get_masks
+from fisherprune_jax.states import get_masks, set_masks
+from fisherprune_jax.validation import check_same_masks
 
 Call = Callable[..., Any]
 
@@ -78,6 +79,23 @@ class Optimizer(nnx.Optimizer):
   >>> float(jnp.sum(model.layers[1].mask[...]))
   2.0
   """
+
+  def __init__(self, model: Any, tx: Any, **options: Any) -> None:
+    """Raises ``ValueError`` if the model's masks are seen to be others than those that ``tx`` starts from."""
+    super().__init__(model, tx, **options)
+    check_same_masks(nnx.to_pure_dict(nnx.state(model, MaskVariable)), get_masks(self.opt_state))
+
+  def set_masks(self, model: Any, masks: Any, *, cost: cost.CostModel | None = None) -> None:
+    """Puts other masks into the pruning state and into ``model``; see :func:`fisherprune_jax.set_masks`.
+
+    Args:
+      model: the module that is trained.
+      masks: a tree like ``fp.get_masks(optimizer.opt_state)``.
+      cost: the cost model, to have the new cost at once.
+    """
+    state = set_masks(nnx.as_pure(self.opt_state), masks, cost=cost)
+    nnx.update(self.opt_state, nnx.state(state))
+    nnx.update(model, get_masks(state))
 
   def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
     """One step: parameters and masks of ``model``; ``mask_grads=`` and ``example_weights=`` go to ``tx``."""

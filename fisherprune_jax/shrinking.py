@@ -18,7 +18,7 @@ from fisherprune_jax.graph.facts import Box
 from fisherprune_jax.graph.liveness import Liveness
 from fisherprune_jax.graph.program import Value
 from fisherprune_jax.model import Path, keystr
-from fisherprune_jax.transform import FisherPruneState
+from fisherprune_jax.pruning_state import FisherPruneState
 
 Index = tuple[np.ndarray | None, ...]
 """Per axis the positions that are kept, or None for all of them."""

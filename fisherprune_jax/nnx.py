@@ -11,6 +11,7 @@ from fisherprune_jax import compaction, cost, fisher
 from fisherprune_jax.errors import describe
 from fisherprune_jax.linen import COLLECTION
 from fisherprune_jax.masks import apply_mask, axes_of
+from fisherprune_jax.parts import at_paths
 from fisherprune_jax.states import get_masks, set_masks
 from fisherprune_jax.validation import check_same_masks
 
@@ -253,9 +254,10 @@ def shrink_optimizer(
   Args:
     small: the compact network.
     thin: the same as a module, from :func:`module`.
-    optimizer: that of the module it came from, ``wrt=nnx.Param``.
+    optimizer: that of the module it came from, for all its parameters or some of them (``wrt=nnx.LoRAParam``).
   """
-  tx, state = optimizer.tx, small.shrink_opt_state(optimizer.tx, nnx.as_pure(optimizer.opt_state))
+  trained = at_paths([path for path, _ in nnx.to_flat_state(nnx.state(thin, optimizer.wrt))])
+  tx, state = optimizer.tx, small.shrink_opt_state(optimizer.tx, nnx.as_pure(optimizer.opt_state), trained)
   thinner = type(optimizer)(thin, tx._replace(init=lambda params: state), wrt=optimizer.wrt)
   thinner.tx = tx
   thinner.step[...] = optimizer.step[...]

@@ -84,6 +84,11 @@ def with_masks(state: FisherPruneState, masks: Any, cost: CostModel | None) -> F
   )
 
 
+def make_inert(state: FisherPruneState, path: Any = ()) -> FisherPruneState:
+  """The state of a network without masks: nothing is left to prune."""
+  return state._replace(scores={}, masks={}, pruned_at={}, shares={})
+
+
 def shares_of(cost: CostModel, masks: Any, total: Any) -> Any:
   """For every mask, the drops in cost of its features, over the cost; 0 where there is no cost."""
   drops = jax.tree.map(lambda drop: jnp.sum(drop, axis=-1), cost.per_feature(masks))

@@ -14,6 +14,7 @@ from fisherprune_jax.history import Pruned as Pruned
 from fisherprune_jax.history import history as history
 from fisherprune_jax.history import masks_at as masks_at
 from fisherprune_jax.linen import Mask as Mask
+from fisherprune_jax.masks import apply_mask as apply_mask
 from fisherprune_jax.masks import per_example as per_example
 from fisherprune_jax.plots import plot_history as plot_history
 from fisherprune_jax.pruning_state import FisherPruneState as FisherPruneState

@@ -10,7 +10,7 @@ from flax import nnx
 from fisherprune_jax import compaction, cost, fisher
 from fisherprune_jax.errors import describe
 from fisherprune_jax.linen import COLLECTION
-from fisherprune_jax.masks import apply_mask, axes_of
+from fisherprune_jax.masks import apply_mask
 from fisherprune_jax.parts import at_paths
 from fisherprune_jax.states import get_masks, set_masks
 from fisherprune_jax.validation import check_same_masks
@@ -39,7 +39,7 @@ class Mask(nnx.Module):
   Args:
     features: the size C of the feature axis.
     axis: the feature axis of the input.
-    batch_axis: the example axis of the input.
+    batch_axis: the example axis of the input, such as 1 for ``(T, B, C)``; see ``fp.Mask``.
 
   Raises:
     ValueError: when called, if the input lacks the axis, or its sizes differ from the mask's.
@@ -50,7 +50,7 @@ class Mask(nnx.Module):
   Array([[3., 4.]], dtype=float32)
   """
 
-  def __init__(self, features: int, axis: int = -1, batch_axis: int = 0) -> None:
+  def __init__(self, features: int, axis: int = -1, batch_axis: int | None = 0) -> None:
     if isinstance(features, bool) or not isinstance(features, int) or features < 1:
       raise ValueError(f"features must be a number of at least 1, got {features!r}.")
     self.mask = MaskVariable(jnp.ones((features,), jnp.float32))
@@ -58,8 +58,7 @@ class Mask(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns ``x`` with the entries of dead features set to zero."""
-    axis, batch_axis = axes_of(x, self.axis, self.batch_axis)
-    return apply_mask(x, self.mask[...], axis, batch_axis)
+    return apply_mask(x, self.mask[...], self.axis, self.batch_axis)
 
 
 class Optimizer(nnx.Optimizer):

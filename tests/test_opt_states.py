@@ -270,6 +270,8 @@ def test_stacked_layers_of_unequal_widths_start_their_axes_anew(x64):
 
 FOLLOWING = {
   "adadelta": optax.adadelta(0.1),
+  "adagrad": optax.adagrad(0.1),
+  "rmsprop": optax.rmsprop(0.01, momentum=0.9),
   "amsgrad": optax.amsgrad(0.01),
   "adan": optax.adan(0.01),
   "novograd": optax.novograd(0.01),

@@ -14,15 +14,17 @@ from fisherprune_jax.history import Pruned as Pruned
 from fisherprune_jax.history import history as history
 from fisherprune_jax.history import masks_at as masks_at
 from fisherprune_jax.linen import Mask as Mask
+from fisherprune_jax.masks import apply_mask as apply_mask
 from fisherprune_jax.masks import per_example as per_example
 from fisherprune_jax.plots import plot_history as plot_history
+from fisherprune_jax.pruning_state import FisherPruneState as FisherPruneState
 from fisherprune_jax.states import get_masks as get_masks
 from fisherprune_jax.states import get_state as get_state
+from fisherprune_jax.states import set_masks as set_masks
 from fisherprune_jax.states import signals as signals
 from fisherprune_jax.summary import scalars as scalars
 from fisherprune_jax.summary import summary as summary
 from fisherprune_jax.train_state import TrainState as TrainState
-from fisherprune_jax.transform import FisherPruneState as FisherPruneState
 from fisherprune_jax.transform import fisher_prune as fisher_prune
 
 __version__ = "0.1.0"

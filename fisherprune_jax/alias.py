@@ -1,5 +1,6 @@
 """The classic optimizer as one call, and injected hyperparameters."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ STATIC = (
   "features_per_prune",
   "min_features",
   "axis_name",
+  "masks",
+  "name",
 )
 
 
@@ -84,10 +87,11 @@ def inject_hyperparams(
   """
   extra = (static_args,) if isinstance(static_args, str) else tuple(static_args)
   options.setdefault("hyperparam_dtype", jnp.float32)
+  known = inspect.signature(inner_factory).parameters
 
   def factory(*args: Any, **kwargs: Any) -> Any:
     weight = ("flops_weight",) if isinstance(kwargs.get("flops_weight", "auto"), str) else ()
-    static = (*STATIC, *weight, *extra)
+    static = (*(option for option in (*STATIC, *weight) if option in known), *extra)
     wrapped = optax.inject_hyperparams(inner_factory, static_args=static, **options)
     # Optax would make an integer an int32, which cannot hold three billion FLOPs.
     return wrapped(*args, **{k: v if k in static else _float(v) for k, v in kwargs.items()})

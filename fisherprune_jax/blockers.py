@@ -1,6 +1,7 @@
 """Where dead entries have to stay, why, and what that costs."""
 
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from fisherprune_jax.graph.spec import Spec
 from fisherprune_jax.model import Model, VariableTree, keystr, rows_of
 
 _announced: set[str] = set()
+_lock = threading.Lock()
 OUTPUTS = "the outputs of the function"
 
 
@@ -155,13 +157,22 @@ def warn_of_unknown(model: Model, masks: Sequence[Any], examples: int) -> None:
     left = (_cost(model, live, ev) - _cost(model, free, ev)) / examples
     if left <= 0 and not any(live.info(out).varies for out in node.outs):
       continue  # it is in nobody's way, and there is nothing to count
-    _announced.add(name)
+    if not _is_news(name):
+      continue
     warnings.warn(
       f"fisherprune_jax has no rule for the primitive `{name}` ({node.source}): arrays that "
       f"it reads or writes are kept whole, and with them up to {max(left, 0):,.0f} FLOPs per example; what it does "
       "itself is not counted. fp.register_rule can teach it.",
       stacklevel=4,
     )
+
+
+def _is_news(primitive: str) -> bool:
+  """Whether nobody was told of a primitive so far; two threads may ask at once."""
+  with _lock:
+    told = primitive in _announced
+    _announced.add(primitive)
+  return not told
 
 
 def _is_called(name: str, node: Node) -> bool:

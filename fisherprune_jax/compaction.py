@@ -36,8 +36,10 @@ from fisherprune_jax.model import (
   signature,
   trace_model,
 )
+from fisherprune_jax.opt_states import shrink_opt_state, shrink_pruning
+from fisherprune_jax.pruning_state import make_inert
 from fisherprune_jax.rounding import round_up, widths_of
-from fisherprune_jax.shrinking import Kept, keep, shrink_opt_state
+from fisherprune_jax.shrinking import Kept, keep
 from fisherprune_jax.validation import check_compact
 
 
@@ -111,21 +113,21 @@ class Compact:
     """Slices any tree shaped like the parameters, like all variables, or like another collection of them."""
     return jax.tree.map(Kept.slice, self._kept_like(tree), tree)
 
-  def shrink_opt_state(self, tx: Any, opt_state: Any) -> Any:
+  def shrink_opt_state(self, tx: Any, opt_state: Any, of: Callable[[Any], Any] | None = None) -> Any:
     """Slices what an optimizer remembers of the parameters, so that training goes on where it was.
 
     Args:
       tx: the Optax transformation that made the state.
       opt_state: its state, for the full parameters.
+      of: picks what the optimizer is for, ``lambda variables: variables["adapters"]``; None to find it out.
 
     Returns:
       The state for the compact parameters. The pruning state in it becomes inert (``mask_grads=None`` is
       accepted from then on), unless masks were kept.
     """
-    masks = VariableTree(self._kept, self._tree.masks).mask_tree if self._keep_masks else None
-    params = self.variables["params"] if _has_params(self.variables) else self.variables
-    kept = self._kept["params"] if _has_params(self.variables) else self._present(self._kept)
-    return shrink_opt_state(tx, opt_state, params, kept, masks)
+    masks = {"kept": VariableTree(self._kept, self._tree.masks).mask_tree, "given": self._tree.mask_tree}
+    pruning = functools.partial(shrink_pruning, **masks) if self._keep_masks else make_inert
+    return shrink_opt_state(tx, opt_state, self.variables, self._present(self._kept), of, pruning)
 
   def report(self) -> str:
     """A text table, layer by layer: widths before and after, and what could not be removed and why."""

@@ -18,6 +18,13 @@ def is_traced(x: Any) -> bool:
   return isinstance(x, jax.core.Tracer)
 
 
+def is_known(x: Any) -> bool:
+  """Whether the values of ``x`` can be read here: neither traced, nor abstract, nor partly on other hosts."""
+  return (
+    not is_traced(x) and not isinstance(x, jax.ShapeDtypeStruct) and getattr(x, "is_fully_addressable", True)
+  )
+
+
 def describe(x: Any) -> str:
   """A short description of an array, or of the type of anything else."""
   if hasattr(x, "shape") and hasattr(x, "dtype"):

@@ -107,10 +107,10 @@ def fisher_signal(mask_grads: Any, example_weights: jax.Array | None = None, axi
   Args:
     mask_grads: a tree of per-example gradients ``(..., B, C)``.
     example_weights: ``(B,)``, the weight of each row in the mean; a row of weight 0 may hold anything.
-    axis_name: a mapped axis to average over as well.
+    axis_name: a mapped axis, or a tuple of axes, to average over as well.
 
   Returns:
-    A float32 tree with leaves ``(..., C)``.
+    A float32 tree with leaves ``(..., C)``; NaN where weights are negative, not finite, or all zero.
 
   >>> import jax.numpy as jnp
   >>> fisher_signal(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
@@ -119,7 +119,8 @@ def fisher_signal(mask_grads: Any, example_weights: jax.Array | None = None, axi
   examples = jax.tree.leaves(mask_grads)[0].shape[-2]
   weights = jnp.ones(examples) if example_weights is None else jnp.asarray(example_weights, jnp.float32)
   require(weights.shape == (examples,), f"example_weights must have shape ({examples},)", weights.shape)
-  count = jnp.sum(weights)
+  # With a negative weight among them it would be no mean: NaN, so that the batch is left out.
+  count = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
 
   def total(g: jax.Array) -> jax.Array:
     squares = jnp.square(g.astype(jnp.float32))

@@ -18,14 +18,16 @@ class Pruned(NamedTuple):
   feature: int
 
 
-def history(opt_state: Any) -> list[Pruned]:
+def history(opt_state: Any, name: str | None = None) -> list[Pruned]:
   """What was pruned, in order: ``(step, mask, feature)``.
 
-  Features that went at the same step are in the order of the masks. It is read from the state on the device, so
+  Features that went at the same step are in the order of the masks; one that was put back with :func:`set_masks` is
+  not among them, one that was never there went at step 0. It is read from the state on the device, so
   it survives checkpoints; call it outside ``jit``.
 
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
+    name: which pruning, where there are several; see :func:`get_state`.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -38,19 +40,22 @@ def history(opt_state: Any) -> list[Pruned]:
   >>> fp.history(state)
   [Pruned(step=1, mask='m', feature=1), Pruned(step=2, mask='m', feature=2)]
   """
-  rows = named_rows(jax.tree.map(np.asarray, get_state(opt_state).pruned_at))
+  rows = named_rows(jax.tree.map(np.asarray, get_state(opt_state, name).pruned_at))
   found = [
-    Pruned(int(at[feature]), name, int(feature)) for name, at in rows for feature in np.flatnonzero(at >= 0)
+    Pruned(int(at[feature]), mask, int(feature)) for mask, at in rows for feature in np.flatnonzero(at >= 0)
   ]
   return sorted(found, key=lambda pruned: pruned.step)  # stable: the order of the masks within a step
 
 
-def masks_at(opt_state: Any, step: int) -> Any:
+def masks_at(opt_state: Any, step: int, name: str | None = None) -> Any:
   """The masks as they were after a step: a replay of the past; jit-able.
+
+  A feature that was put back with :func:`set_masks` counts as alive all the time.
 
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
-    step: a step from 0 (all ones) on.
+    step: a step from 0 (the masks at the start) on.
+    name: which pruning, where there are several; see :func:`get_state`.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -61,6 +66,5 @@ def masks_at(opt_state: Any, step: int) -> Any:
   >>> fp.masks_at(state, 0)["m"], fp.masks_at(state, 1)["m"]
   (Array([1., 1., 1.], dtype=float32), Array([1., 0., 1.], dtype=float32))
   """
-  return jax.tree.map(
-    lambda at: jnp.asarray((at < 0) | (at > step), jnp.float32), get_state(opt_state).pruned_at
-  )
+  pruned_at = get_state(opt_state, name).pruned_at
+  return jax.tree.map(lambda at: jnp.asarray((at < 0) | (at > step), jnp.float32), pruned_at)

@@ -21,7 +21,9 @@ class Mask(nn.Module):
 
   Attributes:
     axis: the feature axis of the input.
-    batch_axis: the example axis of the input.
+    batch_axis: the example axis of the input, such as 1 for ``(T, B, C)``; None in a model that is written for one
+      example and mapped by ``jax.vmap``, where masks are mapped along with the examples. A wrong one is an error where its length
+      is not the number of examples; where T equals B **it cannot be seen**, and signals are those of other examples.
 
   Raises:
     ValueError: if the input lacks the axis, or its sizes differ from the mask's.
@@ -33,12 +35,12 @@ class Mask(nn.Module):
   """
 
   axis: int = -1
-  batch_axis: int = 0
+  batch_axis: int | None = 0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns ``x`` with the entries of dead features set to zero."""
-    axis, batch_axis = axes_of(x, self.axis, self.batch_axis)
+    axis, _ = axes_of(x, self.axis, self.batch_axis)
     if self.is_initializing():
       mask = self.variable(COLLECTION, "mask", jnp.ones, (x.shape[axis],), jnp.float32).value
     elif self.has_variable(COLLECTION, "mask"):
@@ -50,7 +52,7 @@ class Mask(nn.Module):
       )
     else:
       return x
-    return apply_mask(x, mask, axis, batch_axis)
+    return apply_mask(x, mask, self.axis, self.batch_axis)
 
   def _collection_given(self) -> bool:
     assert self.scope is not None

@@ -10,8 +10,10 @@ from flax import nnx
 from fisherprune_jax import compaction, cost, fisher
 from fisherprune_jax.errors import describe
 from fisherprune_jax.linen import COLLECTION
-from fisherprune_jax.masks import apply_mask, axes_of
-from fisherprune_jax.states import get_masks
+from fisherprune_jax.masks import apply_mask
+from fisherprune_jax.parts import at_paths
+from fisherprune_jax.states import get_masks, set_masks
+from fisherprune_jax.validation import check_same_masks
 
 Call = Callable[..., Any]
 
@@ -37,7 +39,7 @@ class Mask(nnx.Module):
   Args:
     features: the size C of the feature axis.
     axis: the feature axis of the input.
-    batch_axis: the example axis of the input.
+    batch_axis: the example axis of the input, such as 1 for ``(T, B, C)``; see ``fp.Mask``.
 
   Raises:
     ValueError: when called, if the input lacks the axis, or its sizes differ from the mask's.
@@ -48,7 +50,7 @@ class Mask(nnx.Module):
   Array([[3., 4.]], dtype=float32)
   """
 
-  def __init__(self, features: int, axis: int = -1, batch_axis: int = 0) -> None:
+  def __init__(self, features: int, axis: int = -1, batch_axis: int | None = 0) -> None:
     if isinstance(features, bool) or not isinstance(features, int) or features < 1:
       raise ValueError(f"features must be a number of at least 1, got {features!r}.")
     self.mask = MaskVariable(jnp.ones((features,), jnp.float32))
@@ -56,8 +58,7 @@ class Mask(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Returns ``x`` with the entries of dead features set to zero."""
-    axis, batch_axis = axes_of(x, self.axis, self.batch_axis)
-    return apply_mask(x, self.mask[...], axis, batch_axis)
+    return apply_mask(x, self.mask[...], self.axis, self.batch_axis)
 
 
 class Optimizer(nnx.Optimizer):
@@ -78,6 +79,23 @@ class Optimizer(nnx.Optimizer):
   >>> float(jnp.sum(model.layers[1].mask[...]))
   2.0
   """
+
+  def __init__(self, model: Any, tx: Any, **options: Any) -> None:
+    """Raises ``ValueError`` if the model's masks are seen to be others than those that ``tx`` starts from."""
+    super().__init__(model, tx, **options)
+    check_same_masks(nnx.to_pure_dict(nnx.state(model, MaskVariable)), get_masks(self.opt_state))
+
+  def set_masks(self, model: Any, masks: Any, *, cost: cost.CostModel | None = None) -> None:
+    """Puts other masks into the pruning state and into ``model``; see :func:`fisherprune_jax.set_masks`.
+
+    Args:
+      model: the module that is trained.
+      masks: a tree like ``fp.get_masks(optimizer.opt_state)``.
+      cost: the cost model, to have the new cost at once.
+    """
+    state = set_masks(nnx.as_pure(self.opt_state), masks, cost=cost)
+    nnx.update(self.opt_state, nnx.state(state))
+    nnx.update(model, get_masks(state))
 
   def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
     """One step: parameters and masks of ``model``; ``mask_grads=`` and ``example_weights=`` go to ``tx``."""
@@ -235,9 +253,10 @@ def shrink_optimizer(
   Args:
     small: the compact network.
     thin: the same as a module, from :func:`module`.
-    optimizer: that of the module it came from, ``wrt=nnx.Param``.
+    optimizer: that of the module it came from, for all its parameters or some of them (``wrt=nnx.LoRAParam``).
   """
-  tx, state = optimizer.tx, small.shrink_opt_state(optimizer.tx, nnx.as_pure(optimizer.opt_state))
+  trained = at_paths([path for path, _ in nnx.to_flat_state(nnx.state(thin, optimizer.wrt))])
+  tx, state = optimizer.tx, small.shrink_opt_state(optimizer.tx, nnx.as_pure(optimizer.opt_state), trained)
   thinner = type(optimizer)(thin, tx._replace(init=lambda params: state), wrt=optimizer.wrt)
   thinner.tx = tx
   thinner.step[...] = optimizer.step[...]

@@ -11,13 +11,16 @@ from fisherprune_jax.masks import named_rows
 from fisherprune_jax.states import get_state
 
 
-def plot_history(opt_state: Any, cost: CostModel, flops_target: float | None = None) -> Any:
+def plot_history(
+  opt_state: Any, cost: CostModel, flops_target: float | None = None, name: str | None = None
+) -> Any:
   """Cost and widths over the steps, one above the other.
 
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
     cost: the cost model that it was pruned by.
     flops_target: FLOPs per example, drawn as a line.
+    name: which pruning, where there are several; see :func:`get_state`.
 
   Returns:
     A ``matplotlib.figure.Figure``; ``figure.savefig("history.png")`` writes it.
@@ -38,8 +41,9 @@ def plot_history(opt_state: Any, cost: CostModel, flops_target: float | None = N
     raise ImportError(
       "plot_history needs matplotlib, which is missing: pip install 'fisherprune-jax[plots]'"
     ) from error
-  steps = sorted({0, *(pruned.step for pruned in history(opt_state)), int(get_state(opt_state).step)})
-  masks = [masks_at(opt_state, step) for step in steps]
+  last = int(get_state(opt_state, name).step)
+  steps = sorted({0, *(pruned.step for pruned in history(opt_state, name)), last})
+  masks = [masks_at(opt_state, step, name) for step in steps]
   figure = Figure(figsize=(9, 6), layout="constrained")
   top, bottom = figure.subplots(2, sharex=True)
   top.plot(steps, [float(cost(m)) for m in masks], drawstyle="steps-post", label="cost")
@@ -48,10 +52,10 @@ def plot_history(opt_state: Any, cost: CostModel, flops_target: float | None = N
     top.legend(frameon=False)
   top.set(ylabel="FLOPs per example", ylim=(0, None))
   alive = [
-    {name: float(np.mean(row)) for name, row in named_rows(jax.tree.map(np.asarray, m))} for m in masks
+    {mask: float(np.mean(row)) for mask, row in named_rows(jax.tree.map(np.asarray, m))} for m in masks
   ]
-  for name in alive[0]:
-    bottom.plot(steps, [shares[name] for shares in alive], drawstyle="steps-post", label=name)
+  for mask in alive[0]:
+    bottom.plot(steps, [shares[mask] for shares in alive], drawstyle="steps-post", label=mask)
   bottom.set(xlabel="step", ylabel="features alive", ylim=(0, 1.02))
   bottom.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
   if len(alive[0]) <= 12:  # a legend of every layer of a deep network would hide the picture

@@ -1,9 +1,5 @@
-"""Slicing what is shaped like the parameters: parameters themselves, gradients, optimizer states."""
+"""Slicing what is shaped like the variables: parameters, gradients, averages; for optimizer states see opt_states."""
 
-import functools
-import math
-import warnings
-from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax.errors import describe, require_same_tree
+from fisherprune_jax.errors import describe
 from fisherprune_jax.graph import sets
 from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.graph.facts import Box
 from fisherprune_jax.graph.liveness import Liveness
 from fisherprune_jax.graph.program import Value
-from fisherprune_jax.model import Path, keystr
-from fisherprune_jax.transform import FisherPruneState
 
 Index = tuple[np.ndarray | None, ...]
 """Per axis the positions that are kept, or None for all of them."""
-Keys = tuple[str, ...]
-"""A path in a tree, as names."""
-Shapes = Mapping[Keys, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +65,12 @@ class Kept:
     rows = self.rows and tuple(_with_examples(row) for row in self.rows)
     return Kept((*self.shape[:-1], jnp.shape(leaf)[-2], self.shape[-1]), _with_examples(self.index), rows)
 
+  def along(self, axis: int) -> "Kept | None":
+    """What is kept of a vector along one axis; None if every layer of a stack keeps entries of its own there."""
+    if self.rows is not None and axis > 0:
+      return None
+    return Kept((self.shape[axis],), (self.index[axis],))
+
   def slice(self, leaf: Any) -> jax.Array:
     """The kept entries of a leaf of the full shape."""
     if jnp.shape(leaf) != self.shape:
@@ -118,133 +115,3 @@ def _slice(leaf: Any, index: Index) -> jax.Array:
     if positions is not None:
       leaf = jnp.take(leaf, positions, axis=axis)
   return jnp.array(leaf)  # a copy where nothing went: whoever donates the one keeps the other
-
-
-def shrink_opt_state(tx: Any, opt_state: Any, params: Any, kept: Any, masks: Any | None) -> Any:
-  """Slices every leaf of an optimizer state that belongs to a parameter.
-
-  A leaf belongs to the parameter whose path its own path ends with. Where it has the parameter's shape it is
-  sliced, also after axes of its own; where it has another (factored second moments), it starts anew, with a warning.
-
-  Args:
-    tx: the transformation.
-    opt_state: its state for the full parameters.
-    params: the compact parameters.
-    kept: a tree of ``Kept``, like the parameters.
-    masks: a tree of ``Kept`` for the masks, or None if they were dropped.
-
-  Returns:
-    The state for the compact parameters.
-
-  Raises:
-    ValueError: if the state is not one of the full parameters.
-  """
-  full = jax.tree.map(lambda k, p: jax.ShapeDtypeStruct(k.shape, p.dtype), kept, params)
-  before, after = _shapes(tx, full), _shapes(tx, params)
-  owners = _owners(before, dict(_leaves_by_keys(kept)))
-  restarted: set[Keys] = set()
-
-  def shrink(path: Path, leaf: Any) -> Any:
-    if isinstance(leaf, FisherPruneState):
-      return _shrink_pruning(leaf, masks)
-    keys = _keys(path)
-    _check_leaf(keys, leaf, before)
-    smaller = _shrink_leaf(leaf, owners[keys], after[keys])
-    if smaller is None:
-      restarted.add(keys)
-    return leaf if smaller is None else smaller
-
-  own = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, opt_state)
-  state = jax.tree_util.tree_map_with_path(shrink, own, is_leaf=_is_pruning)
-  return _restart(state, tx, params, restarted) if restarted else state
-
-
-def _shapes(tx: Any, params: Any) -> Shapes:
-  state = _without_pruning(jax.eval_shape(tx.init, params))
-  return {keys: leaf.shape for keys, leaf in _leaves_by_keys(state)}
-
-
-def _check_leaf(keys: Keys, leaf: Any, before: Shapes) -> None:
-  """Raises unless the state of the full parameters has such a leaf."""
-  if jnp.shape(leaf) != before.get(keys):
-    have = f"{'/'.join(keys)} has shape {before[keys]}" if keys in before else f"there is no {'/'.join(keys)}"
-    raise ValueError(
-      f"opt_state must belong to the full parameters, for which {have}; got {describe(leaf)}. "
-      "Pass the state as it was before compaction, and the transformation that made it."
-    )
-
-
-def _shrink_leaf(leaf: Any, owner: Kept | None, after: tuple[int, ...]) -> Any | None:
-  """What is kept of a leaf of the state, or None if its entries cannot be told apart."""
-  shape = jnp.shape(leaf)
-  if owner is None or owner.is_whole:
-    return leaf
-  own = len(shape) - len(owner.shape)  # axes before the parameter's: several gradients in L-BFGS's memory
-  if own >= 0 and shape[own:] == owner.shape:
-    slicer = owner.slice
-    for _ in range(own):
-      slicer = jax.vmap(slicer)
-    return slicer(leaf)
-  # One number for all of the parameter stays; what else there is, is factored.
-  return leaf if shape == after and math.prod(shape) <= 1 else None
-
-
-def _restart(state: Any, tx: Any, params: Any, restarted: Collection[Keys]) -> Any:
-  """Puts the leaves of a fresh state in place of those that could not be sliced, and says so."""
-  warnings.warn(
-    "Optimizer statistics that are not shaped like their parameters cannot be sliced, so these start anew: "
-    f"{', '.join(sorted(map('/'.join, restarted)))}. Others go on where they were.",
-    stacklevel=4,
-  )
-  fresh = dict(_leaves_by_keys(_without_pruning(tx.init(params))))
-
-  def choose(path: Path, leaf: Any) -> Any:
-    return fresh[_keys(path)] if not _is_pruning(leaf) and _keys(path) in restarted else leaf
-
-  return jax.tree_util.tree_map_with_path(choose, state, is_leaf=_is_pruning)
-
-
-def _is_pruning(x: Any) -> bool:
-  return isinstance(x, FisherPruneState)
-
-
-def _without_pruning(state: Any) -> Any:
-  return jax.tree.map(lambda x: None if _is_pruning(x) else x, state, is_leaf=_is_pruning)
-
-
-def _leaves_by_keys(tree: Any) -> Iterator[tuple[Keys, Any]]:
-  return ((_keys(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
-
-
-def _keys(path: Path) -> Keys:
-  return tuple(keystr((key,)) for key in path)
-
-
-def _owners(paths: Collection[Keys], by_path: Mapping[Keys, Kept]) -> dict[Keys, Kept | None]:
-  """Per path of the state, the parameter whose path it ends with.
-
-  There may be several where a parameter bears the name of a part of the state, such as ``mu``. Then it is the one
-  most of whose fellow parameters are found beside it, or else the one of the longest path.
-  """
-
-  @functools.cache
-  def fellows(start: Keys) -> int:
-    return sum(start + path in paths for path in by_path)
-
-  def owner(path: Keys) -> Kept | None:
-    starts = [at for at in range(len(path)) if path[at:] in by_path]
-    return by_path[path[max(starts, key=lambda at: fellows(path[:at])) :]] if starts else None
-
-  return {path: owner(path) for path in paths}
-
-
-def _shrink_pruning(state: FisherPruneState, masks: Any | None) -> FisherPruneState:
-  if masks is None:
-    return state._replace(scores={}, masks={}, pruned_at={}, shares={})
-  how = "Pass the optimizer state whose masks the network was compacted with."
-  require_same_tree(state.masks, masks, "the masks of opt_state", "the compact network's masks", how)
-  slices = {
-    name: jax.tree.map(lambda kept, leaf: kept.slice(leaf), masks, getattr(state, name))
-    for name in ("scores", "masks", "pruned_at")
-  }
-  return state._replace(**slices)

@@ -1,19 +1,20 @@
 """The pruning state for people and for loggers."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fisherprune_jax.masks import named_rows
+from fisherprune_jax.pruning_state import FisherPruneState
 from fisherprune_jax.report import align
 from fisherprune_jax.states import get_state, signals
-from fisherprune_jax.transform import FisherPruneState
 
 Stats = dict[str, jax.Array]
 
 
-def summary(opt_state: Any) -> str:
+def summary(opt_state: Any, name: str | None = None) -> str:
   """A table: every mask's live features, the range of their signals, and its share of the cost.
 
   The share is what the live features would save if each were the only one to go, over the cost: shares of masks
@@ -21,6 +22,7 @@ def summary(opt_state: Any) -> str:
 
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
+    name: which pruning, where there are several; see :func:`get_state`.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -33,36 +35,42 @@ def summary(opt_state: Any) -> str:
   m       1/2  8e+00..8e+00     100.0 %
   step 1, cost 1
   """
-  state = get_state(opt_state)
+  state = get_state(opt_state, name)
   rows = [
     (
-      name,
+      mask,
       f"{int(stats['alive'])}/{size}",
       f"{float(stats['signal_min']):.0e}..{float(stats['signal_max']):.0e}",
       f"{100 * float(stats['cost_share']):.1f} %",
     )
-    for name, size, stats in _stats(state)
+    for mask, size, stats in _stats(state)
   ]
-  notes = [f"step {int(state.step):,}, cost {float(state.cost):,.0f}"]
+  cost = "unknown until the next update" if math.isnan(state.cost) else f"{float(state.cost):,.0f}"
+  notes = [f"step {int(state.step):,}, cost {cost}"]
   if int(state.skipped):
-    notes.append(f"{int(state.skipped):,} batches skipped, because a mask gradient was not finite")
+    notes.append(
+      f"{int(state.skipped):,} batches skipped, because a mask gradient was not finite or a weight or decay "
+      "out of range"
+    )
   if bool(state.exhausted):
     notes.append("nothing left that may go")
   header = ("mask", "alive", "signal, nats", "cost share")
   return "\n".join([*align([header, *rows]), "; ".join(notes)])
 
 
-def scalars(opt_state: Any) -> Stats:
+def scalars(opt_state: Any, name: str | None = None) -> Stats:
   """A flat dictionary for any logger; jit-able, so a train step can return it among its metrics.
 
   ``jax.device_get(fp.scalars(opt_state))`` fetches all of them at once.
 
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
+    name: which pruning, where there are several; see :func:`get_state`.
 
   Returns:
     Scalar arrays: ``pruning/step``, ``cost``, ``alive``, ``skipped``, ``exhausted``, and for every mask
-    ``pruning/<mask>/alive``, ``signal_min``, ``signal_max`` (of what is alive, in nats) and ``cost_share``.
+    ``pruning/<mask>/alive``, ``signal_min``, ``signal_max`` (of what is alive, in nats) and ``cost_share``. With a
+    ``name``, ``pruning/<name>/...``.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -71,7 +79,7 @@ def scalars(opt_state: Any) -> Stats:
   >>> {name: float(x) for name, x in fp.scalars(fp.fisher_prune(cost).init({})).items()}["pruning/m/alive"]
   2.0
   """
-  state = get_state(opt_state)
+  state = get_state(opt_state, name)
   stats = _stats(state)
   total = {
     "step": state.step,
@@ -80,8 +88,9 @@ def scalars(opt_state: Any) -> Stats:
     "skipped": state.skipped,
     "exhausted": state.exhausted.astype(jnp.int32),
   }
-  each = {f"{name}/{key}": value for name, _, row in stats for key, value in row.items()}
-  return {f"pruning/{key}": value for key, value in {**total, **each}.items()}
+  each = {f"{mask}/{key}": value for mask, _, row in stats for key, value in row.items()}
+  prefix = "pruning" if name is None else f"pruning/{name}"
+  return {f"{prefix}/{key}": value for key, value in {**total, **each}.items()}
 
 
 def _stats(state: FisherPruneState) -> list[tuple[str, int, Stats]]:

@@ -36,6 +36,26 @@ class TrainState(train_state.TrainState):
   batch_stats: Any = None
   collections: Mapping[str, Any] = struct.field(default_factory=dict)
 
+  @classmethod
+  def create(cls, *, apply_fn: Any, params: Any, tx: Any, **fields: Any) -> "TrainState":
+    """A train state with a fresh optimizer state; see ``flax.training.train_state.TrainState.create``.
+
+    Args:
+      apply_fn: what is called with ``variables``, such as ``model.apply``.
+      params: the parameters.
+      tx: the transformation.
+      **fields: other fields, such as ``batch_stats``.
+
+    Raises:
+      ValueError: for masks among the ``collections``: they live in the optimizer state.
+    """
+    if COLLECTION in (fields.get("collections") or {}):
+      raise ValueError(
+        f"collections must be other collections than {COLLECTION!r}, which live in the optimizer state, got "
+        f"{sorted(fields['collections'])}. To start from masks of yours, use fp.fisher_prune(..., masks=...)."
+      )
+    return super().create(apply_fn=apply_fn, params=params, tx=tx, **fields)
+
   @property
   def masks(self) -> Any:
     """The masks as they stand."""

@@ -1,6 +1,6 @@
 """Fisher pruning as an Optax gradient transformation with a purely functional state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,38 +9,23 @@ import optax
 
 from fisherprune_jax.cost import CostModel
 from fisherprune_jax.fisher import fisher_signal
+from fisherprune_jax.pruning_state import FisherPruneState as FisherPruneState
+from fisherprune_jax.pruning_state import corrected, differ, follow_edits, shares_of, start
 from fisherprune_jax.selection import prune_one, rank, repeat_while
-from fisherprune_jax.validation import check_axes, check_gradients, check_options, check_state
+from fisherprune_jax.validation import (
+  check_axes,
+  check_gradients,
+  check_masks,
+  check_name,
+  check_options,
+  check_scheduled,
+  check_state,
+  check_weights,
+  in_range,
+  own_gradients,
+)
 
 Schedule = Callable[[jax.Array], Any]
-
-
-class FisherPruneState(NamedTuple):
-  """State of :func:`fisher_prune`.
-
-  Attributes:
-    step: how many updates there were, int32.
-    scores: running mean of the signals, in nats, not bias-corrected (``fp.signals`` is), float32.
-    masks: the masks, float32 0/1.
-    pruned_at: the step at which each feature went, -1 while alive, int32.
-    cost: the cost of the masks, float32.
-    shares: for every mask, what its live features cost if each were the only one to go, over ``cost``; float32.
-    decay_product: product of the decays applied so far, float32; 1 before the first counted batch.
-    counted: how many batches changed the scores, int32.
-    skipped: how many batches did not, because a gradient was not finite, int32.
-    exhausted: whether the last attempt to prune found nothing left that may go.
-  """
-
-  step: jax.Array
-  scores: Any
-  masks: Any
-  pruned_at: Any
-  cost: jax.Array
-  shares: Any
-  decay_product: jax.Array
-  counted: jax.Array
-  skipped: jax.Array
-  exhausted: jax.Array
 
 
 class _Options(NamedTuple):
@@ -53,6 +38,14 @@ class _Options(NamedTuple):
   features_per_prune: int
   min_features: int
   axis_name: Any
+
+  def at(self, name: str, step: jax.Array) -> Any:
+    """The value of an option that may be a schedule."""
+    value = getattr(self, name)
+    if callable(value):
+      value = value(step)
+      check_scheduled(name, value, f"step {step}")
+    return value
 
 
 def fisher_prune(
@@ -68,6 +61,8 @@ def fisher_prune(
   features_per_prune: int = 1,
   min_features: int = 1,
   axis_name: Any = None,
+  masks: Any = None,
+  name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Prunes features while the network trains, until it costs no more than ``flops_target``.
 
@@ -89,12 +84,16 @@ def fisher_prune(
     debias: divide the running mean by one minus the product of the decays applied so far.
     features_per_prune: how many features go at once, the cost being taken anew after each.
     min_features: how many features every mask keeps; 0 allows whole masks to go.
-    axis_name: a mapped axis (``pmap``, ``shard_map``) to average the signals over.
+    axis_name: a mapped axis (``pmap``, ``shard_map``), or a tuple of axes, to average the signals over; ``()`` where
+      an axis has a name and the networks along it prune each on its own.
+    masks: the 0/1 masks to start from, a tree like ``cost.masks``; None for all ones.
+    name: what this pruning is called where one optimizer holds several: the state then lies under it (see
+      :func:`get_state`), and ``mask_grads`` is a mapping from names.
 
   Returns:
     A transformation; call ``update(updates, state, params, mask_grads=..., example_weights=None)`` with the
     ``mask_grads`` of :func:`value_and_grads`, leaves ``(..., B, C)``. ``example_weights``, ``(B,)``, are the weights
-    of the rows (0 for padding).
+    of the rows (0 for padding; under a ``name`` maybe a mapping too).
 
   Raises:
     ValueError, TypeError: for an argument out of its range; by ``update``, for ``mask_grads`` that do not fit.
@@ -117,6 +116,9 @@ def fisher_prune(
   check_options(
     cost, prune_every, burn_in, decay, flops_weight, flops_target, method, features_per_prune, min_features
   )
+  check_name(name)
+  if masks is not None:
+    check_masks(masks, cost.masks, "the cost model")
   options = _Options(
     prune_every,
     burn_in,
@@ -131,19 +133,7 @@ def fisher_prune(
 
   def init_fn(params: Any) -> FisherPruneState:
     del params  # may be a placeholder: Optax maps over states that way
-    masks = jax.tree.map(jnp.ones_like, cost.masks)
-    return FisherPruneState(
-      step=jnp.zeros([], jnp.int32),
-      scores=jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks),
-      masks=masks,
-      pruned_at=jax.tree.map(lambda m: jnp.full(m.shape, -1, jnp.int32), masks),
-      cost=jnp.asarray(cost.dense, jnp.float32),
-      shares=_shares(cost, masks, cost.dense),
-      decay_product=jnp.ones([], jnp.float32),
-      counted=jnp.zeros([], jnp.int32),
-      skipped=jnp.zeros([], jnp.int32),
-      exhausted=jnp.zeros([], bool),
-    )
+    return start(cost, masks)
 
   def update_fn(
     updates: Any,
@@ -157,53 +147,73 @@ def fisher_prune(
     del params, extra_args
     if not jax.tree.leaves(state.masks):  # the network was compacted: nothing left to prune
       return updates, state._replace(step=optax.safe_increment(state.step))
-    check_state(state.masks, cost.masks)
+    check_state(state, cost.masks)
     check_gradients(mask_grads, state.masks)
     check_axes(mask_grads, axis_name)
+    check_weights(example_weights)
     signal = fisher_signal(mask_grads, example_weights, axis_name)
-    state, finite = _accumulate(state, signal, options)
-    return updates, _prune(state, cost, finite, options)
+    state, edited = follow_edits(state)
+    state, counts = _accumulate(state, signal, options)
+    return updates, _prune(state, cost, counts, edited, options)
+
+  tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
+  return tx if name is None else _under_name(tx, name)
+
+
+def _under_name(
+  tx: optax.GradientTransformationExtraArgs, name: str
+) -> optax.GradientTransformationExtraArgs:
+  """The same transformation with its state, and what it takes, under a name."""
+
+  def init_fn(params: Any) -> dict[str, Any]:
+    return {name: tx.init(params)}
+
+  def update_fn(
+    updates: Any, state: dict[str, Any], params: Any = None, *, example_weights: Any = None, **extra_args: Any
+  ) -> tuple[Any, dict[str, Any]]:
+    if isinstance(example_weights, Mapping):
+      example_weights = example_weights.get(name)
+    grads = own_gradients(extra_args.pop("mask_grads", None), state[name].masks, name)
+    updates, own = tx.update(
+      updates, state[name], params, mask_grads=grads, example_weights=example_weights, **extra_args
+    )
+    return updates, {name: own}
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def corrected(state: FisherPruneState) -> Any:
-  """The running mean over what its weights add up to; zero before the first counted batch."""
-  weight = 1 - state.decay_product
-  return jax.tree.map(lambda s: s / jnp.where(weight > 0, weight, 1), state.scores)
 
 
 def _accumulate(
   state: FisherPruneState, signal: Any, options: _Options
 ) -> tuple[FisherPruneState, jax.Array]:
-  """Counts the step, and the batch if all of its signal is finite."""
-  finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(s)) for s in jax.tree.leaves(signal)]))
+  """Counts the step, and the batch if all of its signal is finite and the decay is one."""
   step = optax.safe_increment(state.step)
-  decay = jnp.asarray(_at(options.decay, step), jnp.float32)
+  decay = jnp.asarray(options.at("decay", step), jnp.float32)
+  finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(s)) for s in jax.tree.leaves(signal)]))
+  counts = finite & in_range("decay", decay)
 
   def mean(old: jax.Array, new: jax.Array) -> jax.Array:
-    return jnp.where(finite, decay * old + (1 - decay) * new, old).astype(old.dtype)
+    return jnp.where(counts, decay * old + (1 - decay) * new, old).astype(old.dtype)
 
   state = state._replace(
     step=step,
     scores=jax.tree.map(mean, state.scores, signal),
-    decay_product=jnp.where(finite, decay * state.decay_product, state.decay_product),
-    counted=state.counted + finite.astype(jnp.int32),
-    skipped=state.skipped + (~finite).astype(jnp.int32),
+    decay_product=jnp.where(counts, decay * state.decay_product, state.decay_product),
+    counted=state.counted + counts.astype(jnp.int32),
+    skipped=state.skipped + (~counts).astype(jnp.int32),
   )
-  return state, finite
+  return state, counts
 
 
 def _prune(
-  state: FisherPruneState, cost: CostModel, finite: jax.Array, options: _Options
+  state: FisherPruneState, cost: CostModel, counts: jax.Array, edited: jax.Array, options: _Options
 ) -> FisherPruneState:
-  """Switches features off if this is a step to do so."""
-  target = _at(options.flops_target, state.step)
-  weight = (
-    options.flops_weight if isinstance(options.flops_weight, str) else _at(options.flops_weight, state.step)
-  )
+  """Switches features off if this is a step to do so; takes the cost anew then, and when masks were edited."""
+  target = options.at("flops_target", state.step)
+  weight = options.flops_weight
+  weight = weight if isinstance(weight, str) else options.at("flops_weight", state.step)
   current = corrected(state) if options.debias else state.scores
-  due = (state.step > options.burn_in) & (state.step % options.prune_every == 0)
+  due = counts & (state.step > options.burn_in) & (state.step % options.prune_every == 0)
+  due &= in_range("flops_target", target) & in_range("flops_weight", weight)
 
   def above(state: FisherPruneState) -> jax.Array:
     return (target <= 0) | cost.exceeds(state.masks, target)
@@ -218,23 +228,14 @@ def _prune(
       exhausted=~found,
     )
 
-  def several(state: FisherPruneState) -> FisherPruneState:
-    state = one(state)
-    if options.features_per_prune > 1:
-      state = repeat_while(lambda s: above(s) & ~s.exhausted, one, state, options.features_per_prune - 1)
-    return state._replace(shares=_shares(cost, state.masks, state.cost))
+  def act(before: FisherPruneState) -> FisherPruneState:
+    # The state's own cost is not trusted: whoever edits masks and history by hand may leave it as it was.
+    state = before._replace(cost=jnp.asarray(cost(before.masks), jnp.float32))
+    tries = due & above(state)
+    state = state._replace(exhausted=state.exhausted & ~(edited | tries))
+    state = repeat_while(lambda s: due & above(s) & ~s.exhausted, one, state, options.features_per_prune)
+    moved = edited | (state.cost != before.cost) | differ(state.masks, before.masks)
+    shares = jax.lax.cond(moved, lambda s: shares_of(cost, s.masks, s.cost), lambda s: s.shares, state)
+    return state._replace(shares=shares)
 
-  def if_above(state: FisherPruneState) -> FisherPruneState:
-    return jax.lax.cond(above(state), several, lambda s: s, state)
-
-  return jax.lax.cond(due & finite, if_above, lambda s: s, state)
-
-
-def _shares(cost: CostModel, masks: Any, total: Any) -> Any:
-  """For every mask, the drops in cost of its features, over the cost; 0 where there is no cost."""
-  drops = jax.tree.map(lambda drop: jnp.sum(drop, axis=-1), cost.per_feature(masks))
-  return jax.tree.map(lambda drop: jnp.where(total > 0, drop / jnp.where(total > 0, total, 1), 0.0), drops)
-
-
-def _at(value: Any, step: jax.Array) -> Any:
-  return value(step) if callable(value) else value
+  return jax.lax.cond(due | edited, act, lambda s: s, state)

@@ -1,6 +1,6 @@
 """What ``fisher_prune`` and ``compact`` require of their arguments."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax.cost import CostModel
-from fisherprune_jax.errors import describe, is_number, is_traced, require, require_same_tree
-from fisherprune_jax.graph.compat import varying_axes
-from fisherprune_jax.model import VariableTree, keystr
+from fisherprune_jax.errors import describe, is_known, is_number, is_traced, require, require_same_tree
+from fisherprune_jax.graph.compat import unaccounted_axes, varying_axes
+from fisherprune_jax.model import Path, VariableTree, keystr
 
 METHODS = ("fisher",)
 
@@ -39,12 +39,12 @@ def check_options(
     ("min_features", min_features, 0),
   ):
     _check_integer(name, value, least)
-  _check_number("decay", decay, lambda d: 0 <= d < 1, "in [0, 1)")
-  _check_number("flops_target", flops_target, lambda t: t >= 0, "a number of FLOPs, at least 0")
+  _check_number("decay", decay)
+  _check_number("flops_target", flops_target)
   if isinstance(flops_weight, str):
     require(flops_weight == "auto", "flops_weight must be 'auto', a number or a schedule", flops_weight)
   else:
-    _check_number("flops_weight", flops_weight, lambda w: w == w, "'auto', a number or a schedule")
+    _check_number("flops_weight", flops_weight)
   require(method in METHODS, f"method must be one of {METHODS}", method)
   require(bool(jax.tree.leaves(cost.masks)), "cost must be a cost of at least one mask", cost.masks)
   narrowest = min(leaf.shape[-1] for leaf in jax.tree.leaves(cost.masks))
@@ -65,24 +65,48 @@ def _check_integer(name: str, value: Any, least: int) -> None:
   require(value >= least, f"{name} must be at least {least}", value)
 
 
-def _check_number(name: str, value: Any, holds: Callable[[Any], bool], requirement: str) -> None:
+RANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+  "decay": (lambda d: (d >= 0) & (d < 1), "in [0, 1)"),
+  "flops_target": (lambda t: t >= 0, "a number of FLOPs, at least 0"),
+  "flops_weight": (lambda w: w == w, "'auto', a number or a schedule"),
+}
+"""Of the numbers that may be schedules: whether one is in its range, which holds of arrays too, and how to say so."""
+
+
+def _check_number(name: str, value: Any) -> None:
   if getattr(value, "dtype", None) in (jnp.float16, jnp.bfloat16):
     raise TypeError(
       f"{name} must have at least the precision of float32, got {describe(value)}. Under optax.inject_hyperparams "
       "pass hyperparam_dtype=jnp.float32 (beside static_args), or use fp.inject_hyperparams."
     )
-  if callable(value) or is_traced(value):
-    return
-  if not is_number(value):
-    raise TypeError(f"{name} must be {requirement}, or a schedule of the step, got {describe(value)}.")
-  require(bool(holds(float(value))), f"{name} must be {requirement}", value)
+  if callable(value):
+    check_scheduled(name, value(jnp.ones([], jnp.int32)), "step 1")
+  elif not is_traced(value):
+    requirement = RANGES[name][1]
+    if not is_number(value):
+      raise TypeError(f"{name} must be {requirement}, or a schedule of the step, got {describe(value)}.")
+    require(in_range(name, value), f"{name} must be {requirement}", value)
 
 
-def check_state(masks: Any, expected: Any) -> None:
-  """Raises unless the masks of a state are those that the cost model was built for, whole on every device."""
+def in_range(name: str, value: Any) -> Any:
+  """Whether a number, which may be traced, is in the range of an option."""
+  return RANGES[name][0](value)
+
+
+def check_scheduled(name: str, value: Any, when: str) -> None:
+  """Raises unless what a schedule gave is a number in the range of its option; values of tracers pass."""
+  what = f"{name} as a schedule must be {RANGES[name][1]} at every step"
+  if jnp.shape(value) != ():
+    raise ValueError(f"{what}, got {describe(value)} at {when}.")
+  if not is_traced(value):
+    require(bool(in_range(name, value)), what, float(value), f"That was at {when}.")
+
+
+def check_state(state: Any, expected: Any) -> None:
+  """Raises unless a pruning state is one of the masks that the cost model was built for, whole on every device."""
   how = "Make the state with tx.init, or restore one that was saved for this model and these widths."
-  require_same_tree(masks, expected, "the masks of the optimizer state", "the cost model's masks", how)
-  for mask, ours in zip(jax.tree.leaves(masks), jax.tree.leaves(expected), strict=True):
+  require_same_tree(state.masks, expected, "the masks of the optimizer state", "the cost model's masks", how)
+  for mask, ours in zip(jax.tree.leaves(state.masks), jax.tree.leaves(expected), strict=True):
     if mask.shape != ours.shape:
       raise ValueError(
         f"A mask of the optimizer state must have the shape {ours.shape} that the cost model was built for, got "
@@ -95,6 +119,74 @@ def check_state(masks: Any, expected: Any) -> None:
         f"over devices: {mask.sharding if not is_traced(mask) else jax.typeof(mask).sharding}. Put the pruning "
         "state on the mesh with NamedSharding(mesh, PartitionSpec()): the choice of a feature compares all of them."
       )
+  for name in ("scores", "pruned_at", "shares"):
+    _check_beside(name, getattr(state, name), expected, "To put in other masks, use fp.set_masks. " + how)
+
+
+def _check_beside(name: str, tree: Any, masks: Any, how: str) -> None:
+  """Raises unless what a state holds beside its masks fits them: one entry per feature, or one per mask."""
+  require_same_tree(tree, masks, f"{name} of the optimizer state", "its masks", how)
+  for leaf, mask in zip(jax.tree.leaves(tree), jax.tree.leaves(masks), strict=True):
+    shape = mask.shape[:-1] if name == "shares" else mask.shape
+    if jnp.shape(leaf) != shape:
+      raise ValueError(
+        f"{name} of the optimizer state must have shape {shape} beside a mask of shape {mask.shape}, got "
+        f"{jnp.shape(leaf)}. {how}"
+      )
+
+
+def check_masks(masks: Any, expected: Any, whose: str) -> None:
+  """Raises unless ``masks`` are 0/1 masks in the tree and shapes of ``expected``; values of tracers pass."""
+  how = "Pass a tree like what fp.get_masks returns."
+  require_same_tree(masks, expected, "masks", f"the masks of {whose}", how)
+  leaves = jax.tree_util.tree_leaves_with_path(masks)
+  for (path, mask), ours in zip(leaves, jax.tree.leaves(expected), strict=True):
+    if jnp.shape(mask) != ours.shape:
+      raise ValueError(
+        f"masks must have the shapes of the masks of {whose}, {ours.shape} at {keystr(path) or 'the root'}, got "
+        f"{jnp.shape(mask)}. {how}"
+      )
+    check_switches(path, mask)
+
+
+def check_same_masks(masks: Any, started: Any) -> None:
+  """Raises if a model's masks are seen to differ from those that its optimizer starts from."""
+  pairs = [masks, started]
+  if jax.tree.structure(masks) != jax.tree.structure(started) or not all(
+    map(is_known, jax.tree.leaves(pairs))
+  ):
+    return
+  for (path, ours), theirs in zip(
+    jax.tree_util.tree_leaves_with_path(masks), jax.tree.leaves(started), strict=True
+  ):
+    if not np.array_equal(ours, theirs):
+      raise ValueError(
+        f"The masks of the model must be those that its optimizer starts from, got others at {keystr(path)}: "
+        f"{int(np.sum(np.asarray(ours) > 0))} alive in the model, {int(np.sum(np.asarray(theirs) > 0))} in the "
+        "optimizer state. Start from the model's masks: fp.fisher_prune(..., masks=...)."
+      )
+
+
+def check_switches(path: Path, mask: Any) -> None:
+  """Raises unless all entries of a mask are 0 or 1; values of tracers pass."""
+  if not is_known(mask):
+    return
+  values = np.asarray(mask)
+  wrong = values[~np.isin(values, (0, 1))]
+  if wrong.size:
+    raise ValueError(f"Masks must be 0 or 1, got {wrong[0]} at {keystr(path) or 'the root'}.")
+
+
+def check_weights(weights: Any) -> None:
+  """Raises if a weight of an example is negative or not finite; values of tracers pass."""
+  if weights is None or not is_known(weights):
+    return
+  values = np.asarray(weights, np.float32)
+  wrong = values[~((values >= 0) & np.isfinite(values))]
+  if wrong.size:
+    raise ValueError(
+      f"example_weights must be finite and at least 0, got {wrong[0]}. Give a row that does not count the weight 0."
+    )
 
 
 def splits_features(mask: Any) -> bool:
@@ -130,10 +222,38 @@ def check_gradients(mask_grads: Any, masks: Any) -> None:
   require(len(counts) == 1, "mask_grads must have the same number B of examples in every mask", counts, how)
 
 
+def check_name(name: Any) -> None:
+  """Raises unless a pruning has a name that can stand in a path, or none."""
+  if name is not None and (not isinstance(name, str) or not name or "/" in name):
+    raise ValueError(f"name must be a string without '/', such as 'generator', or None, got {name!r}.")
+
+
+def own_gradients(mask_grads: Any, masks: Any, name: str) -> Any:
+  """The gradients of one of several prunings, out of a mapping from their names."""
+  if mask_grads is None or not jax.tree.leaves(masks):  # there, or else nothing left to prune
+    return None
+  if not isinstance(mask_grads, Mapping) or name not in mask_grads:
+    keys = list(mask_grads) if isinstance(mask_grads, Mapping) else describe(mask_grads)
+    raise ValueError(
+      f"For fisher_prune(..., name={name!r}) mask_grads must be a mapping from names with {name!r} among them, got "
+      f"{keys}. Pass tx.update(..., mask_grads={{{name!r}: mask_grads, ...}})."
+    )
+  return mask_grads[name]
+
+
 def check_axes(mask_grads: Any, axis_name: Any) -> None:
   """Raises, where ``shard_map`` keeps account of what differs between devices, unless ``axis_name`` averages it."""
   names = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
   varying = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(mask_grads)))
+  unaccounted = unaccounted_axes() if axis_name is None else []
+  if unaccounted:
+    given = [name for name in unaccounted if not str(name).startswith("_")]  # JAX names pmap's axis by itself
+    raise ValueError(
+      "Where a mapped axis has a name (pmap, vmap, shard_map), fisher_prune must be told of it, got axis_name=None "
+      f"under {', '.join(map(repr, given)) or 'pmap'}: replicas of one network would prune different features. Pass "
+      f"fisher_prune(..., axis_name={given[-1] if given else 'batch'!r}) to average the signals over it (and pmap "
+      "the same axis_name), or axis_name=() if nothing differs over it, or each network is to prune on its own."
+    )
   if varying - set(names):
     raise ValueError(
       f"Under shard_map axis_name must name the axes that mask_grads differ over, {sorted(varying)}, got "
@@ -158,8 +278,4 @@ def check_compact(tree: VariableTree, round_to: int) -> None:
           f"compact needs concrete masks, got {describe(leaf)} at {keystr(path)}. Call it outside jit: shapes "
           "depend on the masks."
         )
-      values = np.asarray(leaf)
-      if not np.isin(values, (0, 1)).all():
-        raise ValueError(
-          f"Masks must be 0 or 1, got {values[~np.isin(values, (0, 1))][0]} at {keystr(path)}."
-        )
+      check_switches(path, leaf)

@@ -15,7 +15,7 @@ import fisherprune_jax as fp
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), DOCS / "api.rst"])
-GUIDES = ("linen", "nnx", "distributed", "checkpoints", "transformers")
+GUIDES = ("linen", "nnx", "distributed", "checkpoints", "transformers", "examples", "recipes")
 
 
 def public_names():

@@ -28,9 +28,21 @@ def prune(**options: Any) -> Callable[[], Any]:
   return lambda: fp.fisher_prune(COST, **options)
 
 
-def update(mask_grads: Any, **extra: Any) -> Callable[[], Any]:
+def stepped(**options: Any) -> Callable[[], Any]:
+  """Two steps outside ``jit``, where values can be seen."""
+
   def act() -> Any:
-    tx = optax.chain(optax.sgd(0.1), fp.fisher_prune(COST))
+    tx = fp.fisher_prune(COST, **options)
+    state = tx.init(X)
+    for _ in range(2):
+      _, state = tx.update(X, state, mask_grads=FITTING)
+
+  return act
+
+
+def update(mask_grads: Any, name: str | None = None, **extra: Any) -> Callable[[], Any]:
+  def act() -> Any:
+    tx = optax.chain(optax.sgd(0.1), fp.fisher_prune(COST, name=name))
     return tx.update(X, tx.init(X), X, mask_grads=mask_grads, **extra)
 
   return act
@@ -178,6 +190,58 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     update(FITTING | {"b": jnp.ones((2, 6, 3))}),
     ValueError,
     ("mask_grads must have the same number B of examples", "5", "6"),
+  ),
+  "negative example_weights": (
+    update(FITTING, example_weights=jnp.array([1.0, 1, -0.5, 1, 1])),
+    ValueError,
+    ("example_weights must be finite and at least 0", "got -0.5", "weight 0"),
+  ),
+  "example_weights of nan": (
+    update(FITTING, example_weights=[1.0, 1.0, float("nan"), 1.0, 1.0]),
+    ValueError,
+    ("example_weights must be finite and at least 0", "got nan"),
+  ),
+  "infinite example_weights": (
+    update(FITTING, example_weights=jnp.full(5, jnp.inf)),
+    ValueError,
+    ("example_weights must be finite and at least 0", "got inf"),
+  ),
+  "a decay schedule that is never a decay": (
+    prune(decay=lambda n: 1.5),
+    ValueError,
+    ("decay as a schedule must be in [0, 1) at every step", "got 1.5", "step 1"),
+  ),
+  "a decay schedule that leaves its range": (
+    stepped(decay=lambda n: 0.6 * n),
+    ValueError,
+    ("decay as a schedule must be in [0, 1) at every step", "got 1.2", "step 2"),
+  ),
+  "a decay schedule of vectors": (
+    prune(decay=lambda n: jnp.ones(3) / 2),
+    ValueError,
+    ("decay as a schedule must be in [0, 1)", "got float32[3]"),
+  ),
+  "a target schedule below zero": (
+    stepped(flops_target=lambda n: 5 - 3 * n),
+    ValueError,
+    ("flops_target as a schedule must be", "at least 0", "got -1.0", "step 2"),
+  ),
+  "a weight schedule of nan": (
+    stepped(flops_weight=lambda n: jnp.where(n > 1, jnp.nan, 0.1)),
+    ValueError,
+    ("flops_weight as a schedule must be", "got nan", "step 2"),
+  ),
+  "a name that is a path": (prune(name="a/b"), ValueError, ("name must be a string without '/'", "'a/b'")),
+  "a name that is no string": (prune(name=3), ValueError, ("name must be a string without '/'", "got 3")),
+  "mask_grads of two prunings without names": (
+    update(FITTING, name="first"),
+    ValueError,
+    ("mask_grads must be a mapping from names with 'first' among them", "['a', 'b']", "'first': mask_grads"),
+  ),
+  "mask_grads that are no mapping": (
+    update(jnp.ones((5, 4)), name="first"),
+    ValueError,
+    ("mask_grads must be a mapping from names", "float32[5, 4]"),
   ),
   "example_weights of another length": (
     update(FITTING, example_weights=jnp.ones(4)),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util
-from jax._src.core import InconclusiveDimensionOperation
+from jax._src.core import InconclusiveDimensionOperation, get_axis_env
 from jax._src.debugging import DebugEffect, OrderedDebugEffect
 from jax.extend import core
 
@@ -50,6 +50,12 @@ def varying_axes(x: Any) -> frozenset[str]:
   aval = jax.typeof(x)
   kind = getattr(aval, "manual_axis_type", aval)
   return getattr(kind, "varying", getattr(kind, "vma", frozenset()))
+
+
+def unaccounted_axes() -> list[Any]:
+  """The named axes that the code is mapped over (``vmap``, ``pmap``, ``shard_map``) with no account of what differs."""
+  names = list(get_axis_env().axis_sizes)
+  return [name for name in names if name not in varying_axes(jax.lax.axis_index(name))]
 
 
 def source_of(eqn: Any) -> str:

@@ -8,7 +8,9 @@ Equal expressions are one object (hash-consing), so ``is`` compares them and the
 simplify: what a reshape merged, a later reshape splits again exactly.
 """
 
+import itertools
 import math
+import threading
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -58,19 +60,21 @@ class Set:
 
 
 _interned: "weakref.WeakValueDictionary[Any, Set]" = weakref.WeakValueDictionary()
-_count = 0
+_serials = itertools.count(1)
+_lock = threading.RLock()
+"""Two threads that trace at once must not make one expression twice, nor two with one serial number."""
 
 
 def _make(kind: str, size: Any, parts: Sequence[Set] = (), data: Any = None) -> Set:
-  global _count
   key = (kind, size, tuple(part.serial for part in parts), data)
-  found = _interned.get(key)
-  if found is None:
-    found = Set()
-    found.kind, found.size, found.parts, found.data = kind, size, tuple(parts), data
-    found.leaves = frozenset({data}) if kind == LEAF else frozenset().union(*(p.leaves for p in parts))
-    found.serial = _count = _count + 1
-    _interned[key] = found
+  with _lock:
+    found = _interned.get(key)
+    if found is None:
+      found = Set()
+      found.kind, found.size, found.parts, found.data = kind, size, tuple(parts), data
+      found.leaves = frozenset({data}) if kind == LEAF else frozenset().union(*(p.leaves for p in parts))
+      found.serial = next(_serials)
+      _interned[key] = found
   return found
 
 

@@ -3,145 +3,174 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence, Set
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fisherprune_jax.graph import flops, sets
+from fisherprune_jax.graph import flops
+from fisherprune_jax.graph.causes import Causes, in_nobodys_way, is_in_the_way
 from fisherprune_jax.graph.evaluate import Evaluation
-from fisherprune_jax.graph.facts import Box, Info
+from fisherprune_jax.graph.facts import Info, weak_box, whole_box
 from fisherprune_jax.graph.liveness import Liveness
 from fisherprune_jax.graph.program import Node
 from fisherprune_jax.graph.rules import spec_of, unknown
-from fisherprune_jax.graph.spec import Axes, Spec, compose, names_of
-from fisherprune_jax.model import Model, rows_of
+from fisherprune_jax.graph.spec import Spec
+from fisherprune_jax.model import Model, VariableTree, keystr, rows_of
 
 _announced: set[str] = set()
+OUTPUTS = "the outputs of the function"
+
+
+class Held(NamedTuple):
+  """An axis of a variable that keeps more than its masks would allow if nothing were in the way.
+
+  Attributes:
+    path: the variable, as ``params/Dense_0/kernel``.
+    axis: which of its axes.
+    kept: how many entries stay along it.
+    allowed: how many the masks would allow.
+  """
+
+  path: str
+  axis: int
+  kept: int
+  allowed: int
 
 
 class Blocker(NamedTuple):
-  """A use of a masked axis that keeps dead entries alive.
+  """A use that keeps dead entries of variables.
 
   Attributes:
-    primitive: the primitive's name.
-    reason: what it does with the masked axis.
+    primitive: the primitive's name; ``output`` where what it keeps is an output of the function.
+    reason: what it does.
     where: the user's source line.
     flops: FLOPs per example that would go too if no use on this line kept anything (0 where others would still
-      keep it); None where it was not worked out.
+      keep it).
+    layer: the names that it was traced under, such as Flax modules: ``Net/LayerNorm_0``.
+    holds: the axes of variables of which it is the nearest cause.
   """
 
   primitive: str
   reason: str
   where: str
-  flops: float | None = None
+  flops: float
+  layer: str
+  holds: tuple[Held, ...]
 
 
-def blockers(model: Model) -> list[Blocker]:
-  """Every node that works on entries which masks had switched off, in program order."""
-  live = model.live
-  found = [
-    Blocker(node.name, live.specs[node].opaque, node.source)
-    for node in reversed(live.factors)
-    if live.specs[node].opaque and _works_on_dead(node, live)
-  ]
-  return list(dict.fromkeys(found))
-
-
-def with_flops(model: Model, found: Sequence[Blocker], ev: Evaluation, examples: int) -> list[Blocker]:
-  """The blockers with the FLOPs that the uses on their line keep under given masks."""
-  left = {where: left_by_lines(model, {where}, ev, examples) for where in {b.where for b in found}}
-  return [blocker._replace(flops=left[blocker.where]) for blocker in found]
+def blockers(model: Model, tree: VariableTree, ev: Evaluation, examples: int) -> list[Blocker]:
+  """Every use that keeps entries of a variable, or FLOPs, which masks would let go."""
+  found = _causes(model, tree, ev)
+  left = {where: left_by_lines(model, {where}, ev, examples) for where in {cause[2] for cause in found}}
+  all_of_them = [Blocker(*cause[:3], left[cause[2]], cause[3], tuple(held)) for cause, held in found.items()]
+  return [blocker for blocker in all_of_them if blocker.holds or blocker.flops]
 
 
 def left_by_lines(model: Model, lines: Set[str], ev: Evaluation, examples: int) -> float:
   """FLOPs per example that would go too if no use on these source lines kept anything."""
-  return _left(model, lambda node: node.source in lines, ev, examples) if lines else 0.0
+  free = _without(model, lambda node: node.source in lines, OUTPUTS in lines)
+  return max(_cost(model, model.live, ev) - _cost(model, free, ev), 0) / examples
 
 
-def _left(model: Model, chosen: Callable[[Node], bool], ev: Evaluation, examples: int) -> float:
+def _causes(model: Model, tree: VariableTree, ev: Evaluation) -> dict[tuple[str, str, str, str], list[Held]]:
+  """Uses that work on dead entries or are the nearest cause of some, with the axes of variables that these keep."""
+  causes = Causes(model.program, model.live, _without(model, lambda node: True, True), ev)
+  working = [node for node in model.live.specs if causes.works_on_dead(node)]
+  found: dict[tuple[str, str, str, str], list[Held]] = {_describe(model, node): [] for node in working}
+  for (path, _), value in zip(tree.paths, model.variables, strict=True):
+    for axis in range(0 if tree.is_mask(path) else len(value.shape)):
+      if stay := causes.of(value, axis):
+        held = Held(keystr(path), axis, stay.kept, stay.allowed)
+        found.setdefault(_describe(model, stay.cause), []).append(held)
+  return found
+
+
+def _describe(model: Model, node: Node | None) -> tuple[str, str, str, str]:
+  """A cause as the fields of a blocker: primitive, reason, where, layer."""
+  if node is None:
+    return "output", "an output is made of it, or several uses together keep it", OUTPUTS, ""
+  spec = model.live.specs[node]
+  default = f"{node.name} shows the sign of zeros" if spec.sees else f"{node.name} along the masked axis"
+  reason = spec.opaque or default
+  return node.name, reason, node.source, node.scope
+
+
+def _without(model: Model, chosen: Callable[[Node], bool], outputs: bool) -> Liveness:
+  """What would be live if these nodes, and outputs if so said, were in nobody's way."""
+
   def rules(node: Node, infos: Sequence[Info]) -> Spec:
     spec = spec_of(node, infos)
-    return _transparent(node, spec) if spec.opaque and chosen(node) else spec
+    return in_nobodys_way(node, spec, model.live) if is_in_the_way(spec) and chosen(node) else spec
 
-  now, then = (_cost(model, live, ev) for live in (model.live, model.with_rules(rules)))
-  return max(now - then, 0) / examples
-
-
-def check(model: Model, strict: bool, masks: Sequence[Any], examples: int) -> None:
-  """Says once per primitive that it is unknown; raises on any blocker if ``strict``."""
-  found = blockers(model)
-  if strict and found:
-    lines = "\n".join(f"  {b.reason} ({b.where})" for b in found)
-    raise ValueError(
-      f"With strict=True every dead feature must be removable, got uses that keep them:\n{lines}\n"
-      "Move the mask, teach the engine the primitive with fp.register_rule, or drop strict=True."
-    )
-  for name, where in _without_rule(model):
-    if name not in _announced:
-      _announced.add(name)
-      left = _left(model, functools.partial(_is_called, name), _first_features(masks), examples)
-      warnings.warn(
-        f"fisherprune_jax has no rule for the primitive `{name}` ({where}): arrays that "
-        f"it reads or writes are kept whole, and with them up to {left:,.0f} FLOPs per example; what it does itself "
-        "is not counted. fp.register_rule can teach it.",
-        stacklevel=4,
-      )
-
-
-def _without_rule(model: Model) -> list[tuple[str, str]]:
-  """The primitives that nobody has taught the engine and where they are used, if that hangs on masks or arguments."""
-  live = model.live
-  return [
-    (node.name, node.source)
-    for node in reversed(live.factors)
-    if live.specs[node].opaque == unknown(node.name)
-    and (_works_on_dead(node, live) or any(live.info(out).varies for out in node.outs))
-  ]
-
-
-def _is_called(name: str, node: Node) -> bool:
-  return node.name == name
-
-
-def _first_features(masks: Sequence[Any]) -> Evaluation:
-  """Masks that keep one feature each: as small as a network gets."""
-  return Evaluation(rows_of([np.ones(m.shape) * (np.arange(m.shape[-1]) == 0) for m in masks], np))
+  box = weak_box if outputs else whole_box
+  return model.with_rules(rules, lambda value: box(value.shape))
 
 
 def _cost(model: Model, live: Liveness, ev: Evaluation) -> int:
   return flops.total([cost.term for cost in live.costs(model.program)], ev)
 
 
-def _transparent(node: Node, spec: Spec) -> Spec:
-  """The same use, if it could do without the dead entries."""
-  shape = node.outs[0].shape if node.outs else ()
-  if spec.opaque == unknown(node.name) and node.ins and node.ins[0].shape == shape:
-    linked = dict(zip([*spec.ins[0], *spec.outs[0]], 2 * names_of(shape), strict=True))
-    ins, outs = (
-      tuple(tuple(linked.get(axis, axis) for axis in axes) for axes in group)
-      for group in (spec.ins, spec.outs)
+def check_strict(model: Model, tree: VariableTree, states: Sequence[Evaluation], examples: int) -> None:
+  """Raises if dead entries stay under any of these masks."""
+  found = next(filter(None, (blockers(model, tree, ev, examples) for ev in states)), None)
+  if found:
+    text = "\n".join(line for blocker in found for line in lines(blocker))
+    raise ValueError(
+      f"With strict=True every dead feature must be removable, got uses that keep them:\n{text}\n"
+      "Move the mask, teach the engine the primitive with fp.register_rule, or drop strict=True."
     )
-    sizes = {linked.get(factor, factor): n for factor, n in spec.sizes.items()}
-    spec = replace(spec, ins=ins, outs=outs, sizes=sizes)
-  return replace(spec, alive=frozenset(), whole=frozenset(), sees=frozenset(), opaque="")
 
 
-def _works_on_dead(node: Node, live: Liveness) -> bool:
-  spec, factors = live.specs[node], live.factors[node]
-
-  def worked_on(axes: Axes, shape: tuple[int, ...]) -> Box:
-    return tuple(compose(axis, factors, n) for axis, n in zip(axes, shape, strict=True))
-
-  operands = [
-    (used, offered)
-    for value, axes in zip(node.ins, spec.ins, strict=True)
-    for used, offered in zip(worked_on(axes, value.shape), live.info(value).box, strict=True)
+def check_read(model: Model, tree: VariableTree) -> None:
+  """Raises if nothing reads a mask: it was made for another function than the one that is called."""
+  read = {value for node in model.program.nodes for value in node.ins} | {*model.program.outputs}
+  unread = [
+    keystr(path)
+    for (path, _), value in zip(tree.paths, model.variables, strict=True)
+    if tree.is_mask(path) and value not in read
   ]
-  results = [
-    (used, wanted)
-    for value, axes in zip(node.outs, spec.outs, strict=True)
-    if value in live.asked
-    for used, wanted in zip(worked_on(axes, value.shape), live.asked[value], strict=True)
-  ]
-  return any(bound.leaves and not sets.contains(bound, used) for used, bound in operands + results)
+  if unread:
+    raise ValueError(
+      f"Every mask must be read by apply_fn, got masks that nothing reads: {', '.join(unread)}. Pass the function that "
+      "they were made for (under the same interceptor, with the same method and options), or leave them out."
+    )
+
+
+def lines(blocker: Blocker) -> list[str]:
+  """A cause, the FLOPs that it leaves, and what it keeps, for people."""
+  layer = f", in {blocker.layer}" if blocker.layer else ""
+  cost = f": {blocker.flops:,.0f} FLOPs per example" if blocker.flops else ""
+  axes = [f"    {h.path} axis {h.axis}: {h.kept} stay where masks allow {h.allowed}" for h in blocker.holds]
+  return [f"  {blocker.reason}{layer} ({blocker.where}){cost}", *axes]
+
+
+def warn_of_unknown(model: Model, masks: Sequence[Any], examples: int) -> None:
+  """Says once per primitive that no rule knows it, how many FLOPs it may keep, and that its own are not counted."""
+  for node, spec in model.live.specs.items():
+    name = node.name
+    if spec.opaque != unknown(name) or name in _announced:
+      continue
+    free = _without(model, functools.partial(_is_called, name), False)
+    ev = sample_masks(masks)[0]
+    left = (_cost(model, model.live, ev) - _cost(model, free, ev)) / examples
+    if left <= 0 and not any(model.live.info(out).varies for out in node.outs):
+      continue  # it is in nobody's way, and what hangs on variables alone would not be counted anyway
+    _announced.add(name)
+    warnings.warn(
+      f"fisherprune_jax has no rule for the primitive `{name}` ({node.source}): arrays that "
+      f"it reads or writes are kept whole, and with them up to {max(left, 0):,.0f} FLOPs per example; "
+      "what it does itself is not counted. fp.register_rule can teach it.",
+      stacklevel=4,
+    )
+
+
+def _is_called(name: str, node: Node) -> bool:
+  return node.name == name
+
+
+def sample_masks(masks: Sequence[Any]) -> list[Evaluation]:
+  """Some masks: of one feature each, as small as a network gets, of all but that one, and two at random."""
+  rng = np.random.default_rng(0)
+  first = [np.ones(m.shape) * (np.arange(m.shape[-1]) == 0) for m in masks]
+  states = [first, [1 - m for m in first], *([rng.random(m.shape) < 0.5 for m in masks] for _ in range(2))]
+  return [Evaluation(rows_of([np.asarray(m, np.float32) for m in state], np)) for state in states]

@@ -11,7 +11,14 @@ from jax import export
 
 from fisherprune_jax import report
 from fisherprune_jax.batching import batch_size, map_with_axes
-from fisherprune_jax.blockers import Blocker, blockers, check, left_by_lines, with_flops
+from fisherprune_jax.blockers import (
+  Blocker,
+  blockers,
+  check_read,
+  check_strict,
+  left_by_lines,
+  warn_of_unknown,
+)
 from fisherprune_jax.cost import cost_of
 from fisherprune_jax.errors import describe
 from fisherprune_jax.graph.evaluate import Evaluation
@@ -64,8 +71,11 @@ class Compact:
     self._drop_masks = not keep_masks
     self._examples = batch_size(args, batch_axes)
     model = self._trace(tree.variables, args)
-    check(model, strict, tree.mask_leaves, self._examples)
+    check_read(model, tree)
+    warn_of_unknown(model, tree.mask_leaves, self._examples)
     rows = rows_of(tree.mask_leaves, np)
+    if strict:
+      check_strict(model, tree, [Evaluation(rows)], self._examples)
     if round_to > 1:
       rows = round_up(rows, widths_of(self._parameters(model), model.live), round_to)
       # The dead features among them are zero only because they are multiplied by their masks.
@@ -84,7 +94,7 @@ class Compact:
   @functools.cached_property
   def blockers(self) -> list[Blocker]:
     """Where dead entries had to stay, why, and how many FLOPs that keeps."""
-    return with_flops(self._model, blockers(self._model), self._ev, self._examples)
+    return blockers(self._model, self._tree, self._ev, self._examples)
 
   def __call__(self, variables: Any, *args: Any) -> Any:
     """The outputs of ``apply_fn(full_variables, *args)``, from the compact ``variables``.
@@ -119,7 +129,8 @@ class Compact:
 
   def report(self) -> str:
     """A text table, layer by layer: widths before and after, and what could not be removed and why."""
-    left = left_by_lines(self._model, {b.where for b in self.blockers}, self._ev, self._examples)
+    lines = {b.where for b in self.blockers}
+    left = left_by_lines(self._model, lines, self._ev, self._examples) if lines else 0.0
     return report.table(self._tree, self._kept, self.cost, self._cost_model.dense, self.blockers, left)
 
   def export(self, *args: Any, platforms: Sequence[str] | None = None) -> export.Exported:

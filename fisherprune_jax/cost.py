@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax.batching import batch_size
-from fisherprune_jax.blockers import check
+from fisherprune_jax.blockers import check_read, check_strict, sample_masks, warn_of_unknown
 from fisherprune_jax.budget import Whole
 from fisherprune_jax.errors import require_same_tree
 from fisherprune_jax.graph import exact as whole_numbers
@@ -217,7 +217,10 @@ def cost_model(
   tree = VariableTree(variables, masks)
   examples = batch_size(args, batch_axes)
   model = trace_model(apply_fn, tree, args)
-  check(model, strict, tree.mask_leaves, examples)
+  check_read(model, tree)
+  warn_of_unknown(model, tree.mask_leaves, examples)
+  if strict:
+    check_strict(model, tree, sample_masks(tree.mask_leaves), examples)
   names = None if primitives is None else frozenset(primitives)
   return cost_of(model, tree.mask_tree, examples, Counting(names, pad_taps))
 

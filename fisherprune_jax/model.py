@@ -98,9 +98,10 @@ class Model:
   shown: dict[int, Box]
   infos: list[Info]
 
-  def with_rules(self, rules: Rules) -> Liveness:
-    """What would be live in it by other rules."""
-    return analyse_linked(self.program, self.infos, self.replaced, rules, self.live.drop_masks)[0]
+  def with_rules(self, rules: Rules, asked_of: Callable[[Value], Box]) -> Liveness:
+    """What would be live in it by other rules, if its outputs asked for something else; of the same values."""
+    options = self.live.drop_masks, asked_of, self.live.subs
+    return analyse_linked(self.program, self.infos, self.replaced, rules, *options)[0]
 
   @property
   def arguments(self) -> list[Value]:

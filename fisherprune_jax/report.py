@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fisherprune_jax.blockers import Blocker
+from fisherprune_jax.blockers import Blocker, lines
 from fisherprune_jax.model import VariableTree, keystr
 
 
@@ -45,13 +45,11 @@ def table(
 def _what_stays(blockers: Sequence[Blocker], left: float) -> list[str]:
   if not blockers:
     return []
-  lines = [
-    f"  {b.reason} ({b.where})" + (f": {b.flops:,.0f} FLOPs per example" if b.flops else "") for b in blockers
-  ]
+  found = [line for b in blockers for line in lines(b)]
   return [
     "",
-    "Kept whole, because dead entries cannot be removed there soundly, with the FLOPs that each line alone keeps:",
-    *lines,
+    "Kept, because dead entries cannot be removed there soundly, with the FLOPs that each source line alone keeps:",
+    *found,
     f"All of these together leave {left:,.0f} FLOPs per example on the table.",
   ]
 

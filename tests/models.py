@@ -153,7 +153,7 @@ def conv_transposed(x):
   return conv(2, (1, 1))(x)
 
 
-@case((2, 5, 5, 4), removable=False)  # a dead group still has its bias
+@case((2, 5, 5, 4))
 def conv_grouped(x):
   x = mask(nn.relu(conv(8)(x)))
   x = mask(nn.relu(conv(12, feature_group_count=4)(x)))
@@ -168,7 +168,7 @@ def mobile_net_block_with_one_mask(x):
   return x + batch_norm(conv(3, (1, 1))(y))
 
 
-@case((2, 5, 5, 3), removable=False)  # the second batch norm shifts what the first mask switched off
+@case((2, 5, 5, 3))  # the second batch norm shifts what the first mask switched off; the second mask decides
 def mobile_net_block(x):
   y = mask(nn.relu6(batch_norm(conv(8, (1, 1))(x))))
   y = mask(nn.relu6(batch_norm(conv(8, (3, 3), feature_group_count=8, use_bias=False)(y))))
@@ -208,7 +208,7 @@ def rms_norm_over_the_mask(x):
   return dense(4)(nn.RMSNorm()(x))
 
 
-@case((3, 6))
+@case((3, 6), removable=False)  # its statistics are those of all features
 def layer_norm_before_the_mask(x):
   x = mask(nn.LayerNorm()(dense(7)(x)))
   return dense(4)(nn.gelu(x))

@@ -430,3 +430,49 @@ def test_what_acts_on_the_world_is_kept(ordered, looped):
   assert len(seen) == (4 if looped else 2)
   close(seen[: len(seen) // 2], seen[len(seen) // 2 :])
   assert not np.signbit(seen[0] - seen[len(seen) // 2]).any() or looped
+
+
+RAGGED = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+"""Neither a row nor a column of two by three is dead."""
+
+
+def grid(y):
+  return y.reshape(-1, 2, 3)
+
+
+def scaled(v, y):
+  return grid(y) * grid(v["params"]["c"])
+
+
+MERGED = {
+  # name: function of the variables, the features before their mask and the mask; widths of the first and last layer
+  "split and merged before the mask": (lambda v, y, m: scaled(v, y).reshape(-1, 6) * m, (3, 3)),
+  "through an activation": (lambda v, y, m: jax.nn.relu(scaled(v, y)).reshape(-1, 6) * m, (3, 3)),
+  "under a checkpoint": (lambda v, y, m: jax.checkpoint(jnp.tanh)(scaled(v, y)).reshape(-1, 6) * m, (3, 3)),
+  "shuffled before the mask": (lambda v, y, m: jnp.swapaxes(grid(y), 1, 2).reshape(-1, 6) * m, (3, 3)),
+  "shuffled behind the mask": (lambda v, y, m: jnp.swapaxes(grid(y * m), 1, 2).reshape(-1, 6), (3, 3)),
+  "two readers, both masked": (
+    lambda v, y, m: scaled(v, y).reshape(-1, 6) * m + jnp.sin(scaled(v, y)).reshape(-1, 6) * m,
+    (3, 3),
+  ),
+  "two readers, one of all": (
+    lambda v, y, m: scaled(v, y).reshape(-1, 6) * m + jnp.sum(scaled(v, y)),
+    (6, 6),
+  ),
+  "a rule that mixes": (lambda v, y, m: clip_norm(scaled(v, y)).reshape(-1, 6) * m, (6, 3)),
+  "a loop": (
+    lambda v, y, m: lax.scan(
+      lambda y, _: (scaled(v, jnp.tanh(y)).reshape(-1, 6) * m, None), y, None, length=2
+    )[0],
+    (6, 6),
+  ),
+}
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_a_mask_over_merged_axes_that_is_no_product(name, monkeypatch):
+  monkeypatch.setattr(f"{__name__}.MASK", RAGGED)
+  function, widths = MERGED[name]
+  small = check(lambda v, x: read(v, function(v, x @ v["params"]["a"], v["masks"]["m"])))
+  params = small.variables["params"]
+  assert (params["a"].shape[1], params["b"].shape[0]) == widths

@@ -62,6 +62,11 @@ def source_of(eqn: Any) -> str:
   return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
 
 
+def scope_of(eqn: Any) -> str:
+  """The names that an equation was traced under, ``jax.named_scope`` and Flax modules, with slashes between."""
+  return str(eqn.source_info.name_stack)
+
+
 def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
   """How many constants and how many carried values a scan has."""
   if "ft_in" in params:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fisherprune_jax.graph.sets import ALL, AND, ANY, CONCAT, FIXED, LEAF, OR, OUTER, TAKE, Set
+from fisherprune_jax.graph.sets import ALL, AND, ANY, CONCAT, FIXED, LEAF, OR, OUTER, TAKE, WEAK, Set
 
 
 class Slot(NamedTuple):
@@ -158,6 +158,7 @@ def _any_bits(ev: Evaluation, s: Set) -> Any:
 
 _BITS = {
   ALL: _all_bits,
+  WEAK: _all_bits,
   FIXED: _fixed_bits,
   LEAF: _leaf_bits,
   AND: _and_bits,

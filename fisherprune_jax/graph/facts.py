@@ -1,13 +1,14 @@
 """What is known of one array, and what one application of a primitive makes of it by its ``Spec``."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax.graph import compat, sets
+from fisherprune_jax.graph import compat, sets, together
 from fisherprune_jax.graph.program import Node, Value
 from fisherprune_jax.graph.sets import Set
 from fisherprune_jax.graph.spec import Axes, Factor, Pick, Spec, compose, factors_of, project
@@ -28,6 +29,7 @@ class Info(NamedTuple):
     varies: whether it depends on the arguments, not on the variables alone.
     known: its value, if it is a small array of integers that no input decides.
     rows: what is known of each entry along the leading axis, where they differ: a stack of masks.
+    together: where it can be non-zero by several axes merged, where that is less than ``box`` says.
   """
 
   box: Box
@@ -36,11 +38,22 @@ class Info(NamedTuple):
   varies: bool = False
   known: np.ndarray | None = None
   rows: "tuple[Info, ...] | None" = None
+  together: Mapping[tuple[int, ...], Set] = MappingProxyType({})
+
+  @property
+  def is_masked(self) -> bool:
+    """Whether masks decide where it can be non-zero."""
+    return any(s.leaves for s in self.box)
 
 
 def whole_box(shape: Sequence[Any]) -> Box:
   """The box that holds everything."""
   return tuple(sets.everything(n) for n in shape)
+
+
+def weak_box(shape: Sequence[Any]) -> Box:
+  """The box of what could do without."""
+  return tuple(map(sets.weak, shape))
 
 
 def empty_box(shape: Sequence[Any]) -> Box:
@@ -78,15 +91,30 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
   """The forward pass of one node: what is known of its results."""
   factors = {f: _can_be_nonzero(f, spec, infos) for f in spec.sizes}
   varies = any(info.varies for info in infos)
-  boxes = [box_of(axes, factors, out.shape) for axes, out in zip(spec.outs, node.outs, strict=True)]
+  tied = together.forward(spec, [(info.box, info.together) for info in infos])
+  boxes, merged = (
+    zip(
+      *(
+        together.laid(spec, tied, axes, box_of(axes, factors, out.shape))
+        for axes, out in zip(spec.outs, node.outs, strict=True)
+      ),
+      strict=True,
+    )
+    if node.outs
+    else ((), ())
+  )
   if (row := _row_taken(spec, infos)) is not None:
     return [row]
   known = _fold(node, infos)
   if spec.moves:
     first = infos[0]
-    return [Info(boxes[0], first.const, first.mask and _is_exact(spec, factors, first), varies, known)]
+    mask = first.mask and _is_exact(spec, factors, first)
+    return [Info(boxes[0], first.const, mask, varies, known, together=merged[0])]
   mask = spec.same_as is not None and all(info.mask for info in infos)
-  return [Info(box, mask=mask, varies=varies, known=known) for box in boxes]
+  return [
+    Info(box, mask=mask, varies=varies, known=known, together=axes)
+    for box, axes in zip(boxes, merged, strict=True)
+  ]
 
 
 def _row_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
@@ -137,7 +165,9 @@ def _can_be_nonzero(factor: Factor, spec: Spec, infos: Sequence[Info]) -> Set:
     if factor in factors_of(axis) and operand not in spec.neutral
   ]
   free = factor in spec.alive or not seen
-  base = everything if free else sets.union(*(s for _, s in seen))
+  zeros = {operand for operand, info in enumerate(infos) if info.const is not None and not info.const}
+  some = [s for operand, s in seen if operand not in zeros] or [s for _, s in seen]
+  base = everything if free else sets.union(*some)
   return sets.intersection(base, *(s for operand, s in seen if operand in spec.kills))
 
 
@@ -169,6 +199,7 @@ def _needed(factor: Factor, node: Node, spec: Spec, box: Any, stored: Any) -> Se
     ]
 
   if not any(factor in factors_of(axis) for axes in spec.outs for axis in axes):
-    return sets.intersection(*found(node.ins, spec.ins, box))  # contracted: what all operands offer
+    offered = sets.intersection(*found(node.ins, spec.ins, box))  # contracted: what all operands offer
+    return sets.intersection(sets.weak(offered.size), offered) if factor in spec.weak else offered
   asked = found(node.outs, spec.outs, stored)
   return sets.union(*asked) if asked else sets.nothing(spec.sizes[factor])

@@ -24,18 +24,22 @@ def analyse_linked(
   links: Links,
   rules: Callable[[Node, Sequence[Info]], Any],
   drop_masks: bool,
+  asked_of: Callable[[Value], Box] = lambda value: whole_box(value.shape),
+  subs: dict[Node, list[Program]] | None = None,
 ) -> tuple[Liveness, dict[int, Box]]:
-  """Finds what is live if linked outputs ask for nothing of their own.
+  """Finds what is live if linked outputs ask for nothing of their own, and others for what ``asked_of`` says.
 
   Returns:
     The liveness, and for every linked output what it shows: what is stored of its input.
   """
 
   def run(boxes: dict[int, Box | None]) -> Liveness:
-    asked = [boxes.get(at, whole_box(value.shape)) for at, value in enumerate(program.outputs)]
-    return analyse(program, infos, asked, rules, drop_masks)
+    asked = [boxes[at] if at in boxes else asked_of(value) for at, value in enumerate(program.outputs)]
+    return analyse(program, infos, asked, rules, drop_masks, subs)
 
   live = run(dict.fromkeys(links))
+  if not links:
+    return live, {}
   sources = _sources(program)
   shown = {at: _asked_of_producers(program.outputs[at], live, sources) for at in links}
   while True:

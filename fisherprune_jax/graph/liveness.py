@@ -9,9 +9,10 @@ that is all that execution relies on.
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
-from fisherprune_jax.graph import flops, signs
+from fisherprune_jax.graph import flops, signs, together
 from fisherprune_jax.graph.facts import (
   Box,
   Factors,
@@ -27,6 +28,7 @@ from fisherprune_jax.graph.facts import (
 )
 from fisherprune_jax.graph.program import Node, Program, Value
 from fisherprune_jax.graph.spec import Counting, Spec
+from fisherprune_jax.graph.together import Together
 
 Rules = Callable[[Node, Sequence[Info]], Spec]
 EVERYTHING = Counting()
@@ -100,6 +102,7 @@ class Liveness:
   specs: dict[Node, Spec] = field(default_factory=dict)
   factors: dict[Node, Factors] = field(default_factory=dict)
   subs: dict[Node, list[Program]] = field(default_factory=dict)
+  asked_together: dict[Value, Together] = field(default_factory=dict)
   asked_rows: dict[Value, dict[int, Box]] = field(default_factory=dict)
   asked_whole: set[Value] = field(default_factory=set)
 
@@ -113,12 +116,13 @@ class Liveness:
       outs = handler.forward(node, infos, self) if handler else None
       if outs is None:
         self.subs.pop(node, None)
-        spec = self.specs[node] = self._spec(node, infos)
+        spec = self.specs[node] = self.spec(node, infos)
         outs = results(node, spec, infos)
       self.infos.update(zip(node.outs, outs, strict=True))
     return [self.info(value) for value in program.outputs]
 
-  def _spec(self, node: Node, infos: Sequence[Info]) -> Spec:
+  def spec(self, node: Node, infos: Sequence[Info]) -> Spec:
+    """How a node relates axes, by the rules; its zeros as they were where their sign shows."""
     spec = self.rules(node, infos)
     if not any(out in self.signed for out in node.outs):
       return spec
@@ -131,28 +135,48 @@ class Liveness:
       self.subs[node] = [build() for build in builders]
     return self.subs[node]
 
-  def backward(self, program: Program, asked: Sequence[Box | None]) -> None:
-    """Asks for the outputs, and for everything that they need in turn."""
-    for value, box in zip(program.outputs, asked, strict=True):
+  def backward(
+    self, program: Program, asked: Sequence[Box | None], merged: Sequence[Together] | None = None
+  ) -> None:
+    """Asks for the outputs (of several axes merged, too), and for everything that they need in turn."""
+    merged = merged or [{}] * len(asked)
+    for value, box, axes in zip(program.outputs, asked, merged, strict=True):
       if box is not None:
-        self.ask(value, box)
+        self.ask(value, box, axes)
     for node in reversed(program.nodes):
       if not self.runs(node):
         continue
       if node in self.subs:
         STRUCTURED[node.name].backward(node, self)
       else:
-        self._backward_spec(node)
+        self.backward_spec(node)
 
-  def _backward_spec(self, node: Node) -> None:
+  def backward_spec(self, node: Node) -> None:
+    """Asks for what a node needs of its operands, by how it relates axes."""
     spec = self.specs[node]
     factors = needed(
       node, spec, lambda v: self.info(v).box, lambda v: self.stored(v) if v in self.asked else None
     )
     self.factors[node] = factors
+    results = [
+      (axes, self.stored(out), self.asked_together.get(out, {}))
+      for out, axes in zip(node.outs, spec.outs, strict=True)
+      if out in self.asked
+    ]
+    tied = together.backward(spec, results, factors)
     for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
       if spec.same_as in (None, operand) or not self.drop_masks:
-        self.ask(value, box_of(axes, factors, value.shape))
+        self.ask(value, *together.laid(spec, tied, axes, box_of(axes, factors, value.shape)))
+
+  def merged(self, values: Sequence[Value]) -> list[Together]:
+    """What is asked of several axes of these arrays merged."""
+    return [self.asked_together.get(value, {}) for value in values]
+
+  def pass_on(self, values: Sequence[Value], inputs: Sequence[Value]) -> None:
+    """Asks of some operands what a program asks of the inputs that they are."""
+    for value, inner in zip(values, inputs, strict=False):
+      if inner in self.asked:
+        self.ask(value, self.stored(inner), self.asked_together[inner])
 
   def runs(self, node: Node) -> bool:
     """Whether a node has to run: somebody asks for a result, or it acts on the world outside."""
@@ -169,10 +193,10 @@ class Liveness:
       return box
     return meet(box, self.asked[value]) if value in self.asked else empty_box(value.shape)
 
-  def ask(self, value: Value, box: Box) -> None:
-    """Adds to what is asked of an array."""
+  def ask(self, value: Value, box: Box, merged: Together = MappingProxyType({})) -> None:
+    """Adds to what is asked of an array, and of several of its axes merged."""
     self.asked_whole.add(value)
-    self._add(value, box)
+    self._add(value, box, merged)
 
   def ask_row(self, value: Value, row: int, box: Box) -> None:
     """Adds to what is asked of one entry along the leading axis of an array."""
@@ -180,9 +204,15 @@ class Liveness:
     rows[row] = join(rows[row], box) if row in rows else box
     self._add(value, (*whole_box(value.shape[:1]), *box))
 
-  def _add(self, value: Value, box: Box) -> None:
-    if value.literal is None:
-      self.asked[value] = join(self.asked[value], box) if value in self.asked else box
+  def _add(self, value: Value, box: Box, merged: Together = MappingProxyType({})) -> None:
+    if value.literal is not None:
+      return
+    if value not in self.asked:
+      self.asked[value], self.asked_together[value] = box, merged
+      return
+    before = self.asked[value], self.asked_together[value]
+    self.asked[value] = join(before[0], box)
+    self.asked_together[value] = together.union(before, (box, merged), self.asked[value])
 
   def rows(self, value: Value) -> list[Box] | None:
     """What is stored of each entry along the leading axis, if entries are all that anybody asks for."""
@@ -209,7 +239,12 @@ class Liveness:
 
 
 def analyse(
-  program: Program, inputs: Sequence[Info], asked: Sequence[Box | None], rules: Rules, drop_masks: bool = True
+  program: Program,
+  inputs: Sequence[Info],
+  asked: Sequence[Box | None],
+  rules: Rules,
+  drop_masks: bool = True,
+  subs: dict[Node, list[Program]] | None = None,
 ) -> Liveness:
   """Runs both passes.
 
@@ -219,15 +254,17 @@ def analyse(
     asked: what is asked of each output; None if nothing is.
     rules: ``rules(node, infos)`` gives the ``Spec`` of a node that runs no program.
     drop_masks: whether multiplying by a mask is left out, as it changes no live entry.
+    subs: the programs that nodes run, where another analysis has built them: then both speak of the same values.
   """
-  live = Liveness(rules, drop_masks)
+  live = Liveness(rules, drop_masks, subs=dict(subs or {}))
   live.forward(program, inputs)
-  live.signed = signs.shown(program, live.specs, lambda node: _links(node, live))
+  live.signed = signs.shown(program, live.specs, lambda node: links(node, live))
   if live.signed:
     live.forward(program, inputs)
   live.backward(program, asked)
   return live
 
 
-def _links(node: Node, live: Liveness) -> list[Link]:
+def links(node: Node, live: Liveness) -> list[Link]:
+  """How the programs that a node runs are tied to it; none if it runs none."""
   return STRUCTURED[node.name].links(node, live) if node in live.subs else []

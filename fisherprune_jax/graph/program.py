@@ -57,6 +57,11 @@ class Node:
     found = (compat.source_of(eqn) for eqn in (self.eqn, *reversed(self.callers)))
     return next(filter(None, found), "unknown source")
 
+  @property
+  def scope(self) -> str:
+    """The names that it was traced under, such as the Flax modules ``Net/Dense_0``; empty if there are none."""
+    return "/".join(filter(None, (compat.scope_of(eqn) for eqn in (*self.callers, self.eqn))))
+
 
 @dataclass(eq=False)
 class Program:

@@ -17,8 +17,9 @@ import numpy as np
 
 from fisherprune_jax.graph import compat
 
-ALL, FIXED, LEAF, AND, OR, TAKE, CONCAT, OUTER, ANY = [
+ALL, WEAK, FIXED, LEAF, AND, OR, TAKE, CONCAT, OUTER, ANY = [
   "all",
+  "weak",
   "fixed",
   "leaf",
   "and",
@@ -78,6 +79,22 @@ def everything(size: Any) -> Set:
   return _make(ALL, size)
 
 
+def weak(size: Any) -> Set:
+  """All positions, unless somebody says more: the whole of a union with anything else is that.
+
+  For the diagnosis alone: what is asked by a use that could do without (``causes.py``).
+  """
+  return _make(WEAK, size)
+
+
+def _stronger(kind: str, parts: Sequence[Set]) -> list[Set]:
+  """What says more than ``weak``, if anything does: for an intersection, what hangs on masks."""
+  rest = [p for p in parts if p.kind != WEAK]
+  if kind == AND and len(rest) < len(parts):
+    rest = [p for p in rest if not p.is_all]
+  return rest or [p for p in parts if p.kind == WEAK][:1]
+
+
 def fixed(bits: Any) -> Set:
   """A known set, given as one boolean per position."""
   bits = np.asarray(bits, bool)
@@ -114,7 +131,7 @@ def union(*sets: Set) -> Set:
 
 def _flatten(kind: str, sets: Sequence[Set]) -> list[Set]:
   parts = [p for s in sets for p in (s.parts if s.kind == kind else (s,))]
-  return sorted(dict.fromkeys(parts), key=lambda part: part.serial)
+  return sorted(dict.fromkeys(_stronger(kind, parts)), key=lambda part: part.serial)
 
 
 def _combine(kind: str, dual: str, parts: list[Set], again: Any) -> Set:
@@ -144,6 +161,8 @@ def _aligned(kind: str, parts: Sequence[Set]) -> bool:
 def take(base: Set, index: Any) -> Set:
   """Position ``i`` of the result is position ``index[i]`` of ``base``; -1 is never in the set."""
   index = np.asarray(index, np.int64)
+  if base.kind == WEAK:
+    return weak(index.size)
   if base.is_all or base.kind == FIXED:
     bits = np.ones(base.size, bool) if base.is_all else np.asarray(base.data)
     return fixed(np.where(index >= 0, np.append(bits, False)[index], False))
@@ -170,6 +189,8 @@ def concat(sets: Sequence[Set]) -> Set:
     return everything(0)
   if all(p.is_all for p in parts):
     return everything(sum(p.size for p in parts))
+  if all(p.kind == WEAK for p in parts):
+    return weak(sum(p.size for p in parts))
   if all(p.is_all or p.kind == FIXED for p in parts):
     return fixed(np.concatenate([np.ones(p.size, bool) if p.is_all else p.data for p in parts]))
   return parts[0] if len(parts) == 1 else _make(CONCAT, sum(p.size for p in parts), parts)
@@ -180,6 +201,8 @@ def outer(sets: Sequence[Set]) -> Set:
   parts = [q for p in sets for q in (p.parts if p.kind == OUTER else (p,))]
   parts = [p for p in parts if not (p.is_all and p.size == 1)]
   size = math.prod(p.size for p in parts)
+  if any(p.kind == WEAK for p in parts):
+    return weak(size)
   if any(p.is_empty for p in parts):
     return nothing(size)
   if all(p.is_all for p in parts):
@@ -189,8 +212,8 @@ def outer(sets: Sequence[Set]) -> Set:
 
 def split(base: Set, sizes: Sequence[Any]) -> list[Set]:
   """The smallest product of sets, of the given sizes, that contains ``base``."""
-  if base.is_all:
-    return [everything(n) for n in sizes]
+  if base.is_all or base.kind == WEAK:
+    return [everything(n) if base.is_all else weak(n) for n in sizes]
   try:
     if base.kind == OUTER and (parts := _regroup(base.parts, sizes)):
       return parts
@@ -220,8 +243,8 @@ def _regroup(parts: Sequence[Set], sizes: Sequence[int]) -> list[Set] | None:
 
 def any_over(base: Set, shape: tuple[int, ...], keep: int) -> Set:
   """With ``base`` seen as an array of ``shape``: where along axis ``keep`` anything is in it."""
-  if base.is_all:
-    return everything(shape[keep])
+  if base.is_all or base.kind == WEAK:
+    return everything(shape[keep]) if base.is_all else weak(shape[keep])
   if base.kind == FIXED:
     return fixed(np.asarray(base.data).reshape(shape).any(tuple(a for a in range(len(shape)) if a != keep)))
   if base.size == shape[keep]:

@@ -95,6 +95,7 @@ class Spec:
     same_as: the operand that the result equals on live entries (the other one is a mask of ones there).
     sees: operands of which the sign of a zero shows in the result, in more than the sign of a zero.
     blind: operands of which the sign of a zero does not show at all; of the others it becomes that of a zero.
+    weak: summed factors of which the node could do without (for a diagnosis alone; no rule says so).
     bind: ``bind(node, arrays, sizes)`` applies the primitive to live entries; None applies it as traced.
   """
 
@@ -112,6 +113,7 @@ class Spec:
   same_as: int | None = None
   sees: frozenset[int] = frozenset()
   blind: frozenset[int] = frozenset()
+  weak: frozenset[Factor] = frozenset()
   bind: Callable[..., Any] | None = field(default=None, compare=False)
 
 

@@ -25,10 +25,9 @@ class Checkpoint:
   def backward(self, node: Node, live: Liveness) -> None:
     """What the body needs."""
     (body,) = live.subs[node]
-    live.backward(body, [live.stored(out) if out in live.asked else None for out in node.outs])
-    for value, inner in zip(node.ins, body.inputs, strict=True):
-      if inner in live.asked:
-        live.ask(value, live.stored(inner))
+    asked = [live.stored(out) if out in live.asked else None for out in node.outs]
+    live.backward(body, asked, live.merged(node.outs))
+    live.pass_on(node.ins, body.inputs)
 
   def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """What the body costs."""

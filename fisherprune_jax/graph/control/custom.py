@@ -26,8 +26,11 @@ from fisherprune_jax.graph.facts import Box, Info, empty_box, join, nonzero_box,
 from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness
 from fisherprune_jax.graph.program import Node, Program, Value
 from fisherprune_jax.graph.spec import Counting
+from fisherprune_jax.graph.together import Together, union
 
 Call = Callable[..., Any]
+Where = tuple[Box, Together]
+"""Entries of an array, by axis and by several axes merged."""
 
 
 class Thin(NamedTuple):
@@ -51,7 +54,7 @@ class Custom:
     """The programs that the rule is made of, traced at full shapes."""
     raise NotImplementedError
 
-  def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Box]:
+  def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Where]:
     """Per result, where the rule makes it count."""
     raise NotImplementedError
 
@@ -72,9 +75,11 @@ class Custom:
     outs = live.forward(body, infos)
     if not rules:
       return outs
-    boxes = [join(out.box, box) for out, box in zip(outs, self.reach(node, rules, infos, live), strict=True)]
+    reached = self.reach(node, rules, infos, live)
+    found = [_join((out.box, out.together), where) for out, where in zip(outs, reached, strict=True)]
     return [
-      out if out.box == box else Info(box, varies=out.varies) for out, box in zip(outs, boxes, strict=True)
+      out._replace(together=together) if out.box == box else Info(box, varies=out.varies, together=together)
+      for out, (box, together) in zip(outs, found, strict=True)
     ]
 
   def _rules_if_any(self, node: Node) -> list[Program]:
@@ -86,13 +91,11 @@ class Custom:
   def backward(self, node: Node, live: Liveness) -> None:
     """What the body needs, and what the rule does."""
     body, *rules = live.subs[node]
-    live.backward(body, _asked(node, live))
+    live.backward(body, _asked(node, live), live.merged(node.outs))
     if rules:
       self.ask(node, rules, live)
     for part in live.subs[node]:
-      for value, inner in zip(node.ins, part.inputs, strict=False):
-        if inner in live.asked:
-          live.ask(value, live.stored(inner))
+      live.pass_on(node.ins, part.inputs)
 
   def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """What the body costs."""
@@ -141,21 +144,21 @@ class CustomJvp(Custom):
 
     return [_traced(node, dense, ins, _floats(ins))]
 
-  def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Box]:
+  def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Where]:
     """Where the rule's values and tangents can be non-zero, of operands that are zero where they are known to be."""
-    tangents = [Info(nonzero_box(info), varies=info.varies) for info in _keep(infos, node.ins)]
-    found = live.forward(rules[0], [*infos, *tangents])
+    tangents = [
+      Info(nonzero_box(info), varies=info.varies, together=info.together) for info in _keep(infos, node.ins)
+    ]
+    infos = live.forward(rules[0], [*infos, *tangents])
+    found = [(info.box, info.together) for info in infos]
     values, dots = found[: len(node.outs)], found[len(node.outs) :]
-    boxes = _spread([dot.box for dot in dots], node.outs, lambda v: empty_box(v.shape))
-    return [join(value.box, box) for value, box in zip(values, boxes, strict=True)]
+    return list(map(_join, values, _spread(dots, node.outs, _nowhere)))
 
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
     """Tangents are asked for as values are."""
-    asked = _asked(node, live)
-    live.backward(rules[0], [*asked, *_keep(asked, node.outs)])
-    for value, inner in zip(_floats(node.ins), rules[0].inputs[len(node.ins) :], strict=True):
-      if inner in live.asked:
-        live.ask(value, live.stored(inner))
+    asked, merged = _asked(node, live), live.merged(node.outs)
+    live.backward(rules[0], [*asked, *_keep(asked, node.outs)], [*merged, *_keep(merged, node.outs)])
+    live.pass_on(_floats(node.ins), rules[0].inputs[len(node.ins) :])
 
   def call(self, thin: Thin) -> Call:
     """The call with its forward-mode rule."""
@@ -190,28 +193,34 @@ class CustomVjp(Custom):
 
     return [_traced(node, forwards, ins), _traced(node, backwards, ins, _floats(outs))]
 
-  def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Box]:
+  def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Where]:
     """Where a cotangent decides a gradient of what can be non-zero; it is unknown, not zero, at dead entries."""
     forwards, backwards = rules
     values = live.forward(forwards, infos)
     live.forward(backwards, [*infos, *(Info(whole_box(v.shape), varies=True) for v in _floats(node.outs))])
-    alone = replace(live, asked={}, factors={}, asked_rows={}, asked_whole=set())
-    alone.backward(backwards, [nonzero_box(info) for info in _keep(infos, node.ins)])
-    cotangents = [alone.stored(value) for value in backwards.inputs[len(node.ins) :]]
-    boxes = _spread(cotangents, node.outs, lambda v: empty_box(v.shape))
-    return [join(value.box, box) for value, box in zip(values, boxes, strict=True)]
+    alone = replace(live, asked={}, factors={}, asked_together={}, asked_rows={}, asked_whole=set())
+    wanted = _keep(infos, node.ins)
+    alone.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
+    inputs = backwards.inputs[len(node.ins) :]
+    cotangents = list(zip(map(alone.stored, inputs), alone.merged(inputs), strict=True))
+    forwards_too = [(info.box, info.together) for info in values]
+    return list(map(_join, forwards_too, _spread(cotangents, node.outs, _nowhere)))
 
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
     """An operand is asked for where the rule can hand gradient to it, though the function ignores it."""
     forwards, backwards = rules
-    live.backward(forwards, _asked(node, live))
-    infos = [live.info(value) for value in node.ins]
-    cotangents = [live.asked.get(out, empty_box(out.shape)) for out in _floats(node.outs)]
-    gradients = live.forward(backwards, [*infos, *(Info(box, varies=True) for box in cotangents)])
-    live.backward(backwards, [nonzero_box(info) for info in _keep(infos, node.ins)])
+    live.backward(forwards, _asked(node, live), live.merged(node.outs))
+    infos, outs = [live.info(value) for value in node.ins], _floats(node.outs)
+    boxes = [live.asked.get(out, empty_box(out.shape)) for out in outs]
+    cotangents = [
+      Info(box, varies=True, together=merged) for box, merged in zip(boxes, live.merged(outs), strict=True)
+    ]
+    gradients = live.forward(backwards, [*infos, *cotangents])
+    wanted = _keep(infos, node.ins)
+    live.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
     for value, gradient in zip(_floats(node.ins), gradients, strict=True):
       if gradient.const is None or gradient.const:
-        live.ask(value, gradient.box)
+        live.ask(value, gradient.box, gradient.together)
 
   def call(self, thin: Thin) -> Call:
     """The call with its reverse-mode rule."""
@@ -231,6 +240,15 @@ class CustomVjp(Custom):
 
 def _is_inner(node: Node) -> bool:
   return any(isinstance(STRUCTURED.get(eqn.primitive.name), Custom) for eqn in node.callers)
+
+
+def _join(a: Where, b: Where) -> Where:
+  box = join(a[0], b[0])
+  return box, union(a, b, box)
+
+
+def _nowhere(value: Value) -> Where:
+  return empty_box(value.shape), {}
 
 
 def _asked(node: Node, live: Liveness) -> list[Box | None]:

@@ -81,7 +81,7 @@ def _opaque(node: Any, infos: Sequence[Any], keeps_zero: bool, harmless: frozens
   others = [info for operand, info in enumerate(infos) if operand not in harmless]
   if not others:
     return ""
-  if not all(info.varies for info in others):
+  if not all(info.varies or info.is_masked for info in others):
     return f"{node.name} with a variable makes zeros non-zero"
   if alive:
     return f"{node.name} with an array that lacks the masked axis"

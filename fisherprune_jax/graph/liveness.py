@@ -116,12 +116,13 @@ class Liveness:
       outs = handler.forward(node, infos, self) if handler else None
       if outs is None:
         self.subs.pop(node, None)
-        spec = self.specs[node] = self._spec(node, infos)
+        spec = self.specs[node] = self.spec(node, infos)
         outs = results(node, spec, infos)
       self.infos.update(zip(node.outs, outs, strict=True))
     return [self.info(value) for value in program.outputs]
 
-  def _spec(self, node: Node, infos: Sequence[Info]) -> Spec:
+  def spec(self, node: Node, infos: Sequence[Info]) -> Spec:
+    """How a node relates axes, by the rules; its zeros as they were where their sign shows."""
     spec = self.rules(node, infos)
     if not any(out in self.signed for out in node.outs):
       return spec
@@ -148,9 +149,10 @@ class Liveness:
       if node in self.subs:
         STRUCTURED[node.name].backward(node, self)
       else:
-        self._backward_spec(node)
+        self.backward_spec(node)
 
-  def _backward_spec(self, node: Node) -> None:
+  def backward_spec(self, node: Node) -> None:
+    """Asks for what a node needs of its operands, by how it relates axes."""
     spec = self.specs[node]
     factors = needed(
       node, spec, lambda v: self.info(v).box, lambda v: self.stored(v) if v in self.asked else None

@@ -13,7 +13,7 @@ from fisherprune_jax.graph.facts import Box, Info, results, whole_box
 from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness
 from fisherprune_jax.graph.program import Node
 from fisherprune_jax.graph.rules.opaque import opaque
-from fisherprune_jax.graph.spec import Counting, register_rule
+from fisherprune_jax.graph.spec import Counting, Spec, register_rule
 
 
 class LinearSolve:
@@ -26,14 +26,14 @@ class LinearSolve:
     build = functools.partial(program.build, node.params["jaxprs"].solve, (*node.callers, node.eqn))
     (body,) = live.programs(node, build)
     live.forward(body, [Info(whole_box(_shape(info)), varies=info.varies) for info in given])
-    spec = live.specs[node] = live.rules(node, infos)
+    spec = live.specs[node] = live.spec(node, infos)
     return results(node, spec, infos)
 
   def backward(self, node: Node, live: Liveness) -> None:
     """Every entry of what it is given is needed."""
     (body,) = live.subs[node]
     live.backward(body, [whole_box(out.shape) for out in body.outputs])
-    live._backward_spec(node)
+    live.backward_spec(node)
 
   def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """What solving costs."""
@@ -61,5 +61,10 @@ def _shape(info: Info) -> list[Any]:
   return [s.size for s in info.box]
 
 
-register_rule("custom_linear_solve", lambda node, infos: opaque(node, f"{node.name} of masked entries"))
+def kept_whole(node: Node, infos: Sequence[Info]) -> Spec:
+  """What the engine says of it where it does not look inside."""
+  return opaque(node, f"{node.name} of masked entries")
+
+
+register_rule("custom_linear_solve", kept_whole)
 STRUCTURED["custom_linear_solve"] = LinearSolve()

@@ -84,8 +84,9 @@ def test_a_primitive_without_a_rule_is_announced_by_one_thread_only():
   unknown.def_abstract_eval(lambda x: x)
 
   def trace(_):
-    variables = {"w": np.ones((3, 4)), "masks": np.ones(4)}
-    return fp.cost_model(lambda v, x: unknown.bind((x @ v["w"]) * v["masks"]), variables, np.ones((2, 3)))
+    variables = {"w": np.ones((3, 4), np.float32), "masks": np.ones(4, np.float32)}
+    x = np.ones((2, 3), np.float32)
+    return fp.cost_model(lambda v, x: unknown.bind((x @ v["w"]) * v["masks"]), variables, x)
 
   with pytest.warns(UserWarning, match="no rule for the primitive `unknown_to_threads`") as said:
     together(trace, range(THREADS))

@@ -1,5 +1,6 @@
 """The cost of a masked network in FLOPs per example, and what each feature contributes to it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ from fisherprune_jax.blockers import check
 from fisherprune_jax.errors import require_same_tree
 from fisherprune_jax.graph import flops
 from fisherprune_jax.graph.evaluate import Evaluation
-from fisherprune_jax.model import MaskSelector, Model, VariableTree, rows_of, trace_model
+from fisherprune_jax.graph.prices import Prices
+from fisherprune_jax.masks import flatten, unflatten
+from fisherprune_jax.model import MaskSelector, Model, VariableTree, rows_of, sizes_of, trace_model
 
 
 class Row(NamedTuple):
@@ -169,22 +172,21 @@ def cost_of(model: Model, masks: Any, examples: int, primitives: Sequence[str] |
   counted = (lambda name: True) if primitives is None else frozenset(primitives).__contains__
   costs = list(model.live.costs(model.program, counted))
   terms = flops.collect(cost.term for cost in costs)
-  shapes = [leaf.shape for leaf in jax.tree.leaves(masks)]
+  # Made when it is asked for: who wants the count of given masks alone can do without.
+  prices = functools.cache(lambda: Prices(terms, sizes_of(jax.tree.leaves(masks))))
 
   def total(masks: Any) -> jax.Array:
-    return flops.total(terms, _evaluation(masks, jnp)) / examples
+    return prices().total(_alive(masks)) / examples
 
   def per_feature(masks: Any) -> Any:
-    ev = _evaluation(masks, jnp)
-    leaves = [_leaf_drops(terms, ev, position, shape, examples) for position, shape in enumerate(shapes)]
-    return jax.tree.unflatten(jax.tree.structure(masks), leaves)
+    return unflatten(prices().drops(_alive(masks)) / examples, masks)
 
   def exact(masks: Any) -> int:
-    return flops.total(terms, _evaluation(masks, np))
+    return flops.total(terms, _evaluation(masks))
 
   def breakdown(masks: Any) -> list[Row]:
     ones = jax.tree.map(lambda m: np.ones(m.shape), masks)
-    states = [_evaluation(ones, np), _evaluation(masks, np)]
+    states = [_evaluation(ones), _evaluation(masks)]
     rows: dict[tuple[str, str], list[float]] = {}
     for node, label, term in costs:
       row = rows.setdefault((node.source, label), [0.0, 0.0])
@@ -196,13 +198,9 @@ def cost_of(model: Model, masks: Any, examples: int, primitives: Sequence[str] |
   return CostModel(masks, total, per_feature, exact, breakdown, exact(ones) / examples)
 
 
-def _evaluation(masks: Any, xp: Any) -> Evaluation:
-  return Evaluation(rows_of(jax.tree.leaves(masks), xp), xp)
+def _evaluation(masks: Any) -> Evaluation:
+  return Evaluation(rows_of(jax.tree.leaves(masks), np))
 
 
-def _leaf_drops(
-  terms: Any, ev: Evaluation, position: int, shape: tuple[int, ...], examples: int
-) -> jax.Array:
-  rows = int(np.prod(shape[:-1], dtype=int))
-  found = [flops.drops(terms, ev, (position, row), shape[-1]) for row in range(rows)]
-  return jnp.stack(found).reshape(shape) / examples
+def _alive(masks: Any) -> jax.Array:
+  return flatten(masks) != 0

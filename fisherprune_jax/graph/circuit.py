@@ -23,7 +23,20 @@ from typing import Any
 import numpy as np
 
 from fisherprune_jax.graph.layers import Layers, put, rows_at
-from fisherprune_jax.graph.sets import ALL, AND, ANY, CONCAT, FIXED, LEAF, OR, OUTER, TAKE, Set, in_order
+from fisherprune_jax.graph.sets import (
+  ALL,
+  AND,
+  ANY,
+  CONCAT,
+  FIXED,
+  LEAF,
+  OR,
+  OUTER,
+  TAKE,
+  Set,
+  in_order,
+  keys_of,
+)
 from fisherprune_jax.graph.sharing import Sharing
 
 FALSE, TRUE, FEATURES = 0, 1, 2
@@ -46,6 +59,7 @@ class Circuit:
 
   def __init__(self, roots: Iterable[Set], masks: Mapping[Any, int]) -> None:
     roots = list(dict.fromkeys(roots))
+    self._masks = dict(masks)
     starts = np.cumsum([0, *masks.values()])
     self.first = dict(zip(masks, starts.tolist(), strict=False))
     self.features = int(starts[-1])
@@ -64,6 +78,11 @@ class Circuit:
     self._layers = Layers(
       np.cumsum([0, *counts]), self._sharing.left, self._sharing.right, both[order], self._sharing.cut
     )
+
+  def features_of(self, support: int) -> np.ndarray:
+    """The features of some masks, given as bits."""
+    keys = keys_of(support)
+    return np.concatenate([np.zeros(0, int), *(self.first[k] + np.arange(self._masks[k]) for k in keys)])
 
   def live(self, features: Any, xp: Any) -> Any:
     """Which gates are alive, from which features are."""

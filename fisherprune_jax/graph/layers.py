@@ -39,7 +39,10 @@ class Layers:
         state = step(state, first + low, *(item[low:high] for item in self.items))
       return state
     starts, chunks = self._chunks()
-    turn = lambda state, each: (step(state, *each), None)
+
+    def turn(state: Any, each: Any) -> tuple[Any, None]:
+      return step(state, *each), None
+
     return lax.scan(turn, state, (np.int32(first) + starts, *chunks), reverse=reverse)[0]
 
   def _chunks(self) -> tuple[np.ndarray, list[np.ndarray]]:

@@ -135,7 +135,7 @@ def _is_at_hand(leaf: Any) -> bool:
 def _put_like(leaf: Any, array: np.ndarray) -> jax.Array:
   """An array as JAX holds it, where the leaf is if that was said (or else wherever arrays go)."""
   committed = isinstance(leaf, jax.Array) and leaf.committed
-  return jax.device_put(array, leaf.sharding) if committed else jnp.asarray(array)
+  return jax.device_put(array, leaf.sharding if committed else None)
 
 
 def shrink_opt_state(tx: Any, opt_state: Any, params: Any, kept: Any, masks: Any | None) -> Any:

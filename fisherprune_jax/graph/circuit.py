@@ -72,12 +72,10 @@ class Circuit:
     moved[FEATURES + self.features + order] = FEATURES + self.features + np.arange(order.size)
     self.gates = {s: moved[builder.gates[s]] for s in roots}
     self.size = moved.size
-    counts = np.bincount(layer[order])[1:] if order.size else []
+    bounds = np.searchsorted(layer[order], np.arange(1, layer.max(initial=0) + 2))
     left, right = moved[left[order]], moved[right[order]]
-    self._sharing = Sharing(self.features, left, right, both[order], shared[order], np.cumsum([0, *counts]))
-    self._layers = Layers(
-      np.cumsum([0, *counts]), self._sharing.left, self._sharing.right, both[order], self._sharing.cut
-    )
+    self._sharing = Sharing(self.features, left, right, both[order], shared[order], bounds)
+    self._layers = Layers(bounds, self._sharing.left, self._sharing.right, both[order], self._sharing.cut)
 
   def features_of(self, support: int) -> np.ndarray:
     """The features of some masks, given as bits."""
@@ -126,7 +124,8 @@ class Circuit:
 def _add(xp: Any, rows: Any, columns: Any, values: Any) -> Any:
   if xp is not np:
     return rows.at[:, columns].add(values)
-  np.add.at(rows, (slice(None), columns), values)
+  for row, of_row in zip(rows, values, strict=True):
+    np.add.at(row, columns, of_row)
   return rows
 
 

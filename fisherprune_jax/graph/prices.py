@@ -197,6 +197,7 @@ def _monomials(sums: Sequence[Iterable[Term]]) -> Iterator[Monomial]:
 
 def _nonempty(s: Set) -> Set:
   """One position, in the set if any position is in ``s``."""
-  if s.kind == sets.OUTER:
-    return sets.intersection(*map(_nonempty, s.parts))
+  if s.kind in (sets.OUTER, sets.CONCAT):
+    combine = sets.intersection if s.kind == sets.OUTER else sets.union
+    return combine(*map(_nonempty, s.parts))
   return sets.any_of(s, np.zeros(s.size), 1)

@@ -83,6 +83,7 @@ class Set:
 
 
 _interned: "weakref.WeakValueDictionary[Any, Set]" = weakref.WeakValueDictionary()
+_numbered: "weakref.WeakValueDictionary[int, Set]" = weakref.WeakValueDictionary()
 _masks: dict[Any, int] = {}
 _count = _numbers = 0
 
@@ -107,7 +108,7 @@ def _make(
     if kind == LEAF:
       found.support = 1 << _masks.setdefault(data, len(_masks))
     found.serial = _count = _count + 1
-    _interned[key] = found
+    _interned[key] = _numbered[found.number] = found
   return found
 
 
@@ -177,8 +178,11 @@ def _combine(kind: str, a: Set, b: Set) -> Set:
   duals = _duals(kind, a) | _duals(kind, b)
   if duals & atoms:
     # Absorption: x and (x or y) is x; x or (x and y) is x.
-    rest = [p for p in _flat(kind, a, b) if not (p.kind == _DUAL[kind] and p.atoms & atoms)]
-    return _fold(kind, rest)
+    return _fold(kind, [p for p in _members(atoms) if not (p.kind == _DUAL[kind] and p.atoms & atoms)])
+  if common := _atoms(kind, a) & _atoms(kind, b):
+    # What both have is said once, so that what features are critical to stays easy to see.
+    few, many = sorted((a, b), key=lambda s: (_atoms(kind, s) & ~common).bit_count())
+    return _fold(kind, [many, _fold(kind, _members(_atoms(kind, few) & ~common))])
   return _make(kind, a.size, sorted((a, b), key=lambda s: s.serial), None, atoms, duals)
 
 
@@ -190,15 +194,14 @@ def _duals(kind: str, s: Set) -> int:
   return s.duals if s.kind == kind else s.atoms  # the atoms of the other kind, if it has any
 
 
-def _flat(kind: str, *sets: Set) -> list[Set]:
+def _members(atoms: int) -> list[Set]:
   """The atoms themselves."""
-  pending, seen = list(sets), set()
-  while pending:
-    s = pending.pop()
-    if s not in seen:
-      seen.add(s)
-      pending += s.parts if s.kind == kind else ()
-  return sorted((s for s in seen if s.kind != kind), key=lambda s: s.serial)
+  found = []
+  while atoms:
+    lowest = atoms & -atoms
+    found.append(_numbered[lowest.bit_length() - 1])
+    atoms ^= lowest
+  return found
 
 
 def _is_within(small: Set, big: Set) -> bool:

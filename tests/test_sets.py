@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisherprune_jax.graph import sets
+from fisherprune_jax.graph import expression, sets
 from fisherprune_jax.graph.evaluate import Evaluation, product_drop
 
 
@@ -238,8 +238,8 @@ def test_sets_that_are_gone_leave_nothing_behind():
     return found
 
   build()
-  alive, numbers = len(sets._interned), sets._numbers
+  alive, numbers = len(expression._interned), expression._numbers
   for _ in range(5):
     build()
-  assert len(sets._interned) <= alive
-  assert sets._numbers == numbers
+  assert len(expression._interned) <= alive
+  assert expression._numbers == numbers

@@ -12,131 +12,38 @@ parts of the flat expression, as the bits of an integer.
 """
 
 import math
-import weakref
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from fisherprune_jax.graph import compat
+from fisherprune_jax.graph.expression import ALL as ALL
+from fisherprune_jax.graph.expression import AND as AND
+from fisherprune_jax.graph.expression import ANY as ANY
+from fisherprune_jax.graph.expression import CONCAT as CONCAT
+from fisherprune_jax.graph.expression import FIXED as FIXED
+from fisherprune_jax.graph.expression import LEAF as LEAF
+from fisherprune_jax.graph.expression import OR as OR
+from fisherprune_jax.graph.expression import OUTER as OUTER
+from fisherprune_jax.graph.expression import TAKE as TAKE
+from fisherprune_jax.graph.expression import Set as Set
+from fisherprune_jax.graph.expression import in_order as in_order
+from fisherprune_jax.graph.expression import keys_of as keys_of
+from fisherprune_jax.graph.expression import make, members
 
-ALL, FIXED, LEAF, AND, OR, TAKE, CONCAT, OUTER, ANY = [
-  "all",
-  "fixed",
-  "leaf",
-  "and",
-  "or",
-  "take",
-  "concat",
-  "outer",
-  "any",
-]
 _DUAL = {AND: OR, OR: AND}
-_free: list[int] = []
-
-
-class Set:
-  """An interned expression: ``kind`` over ``parts``, with static ``data``; use the constructors below.
-
-  Attributes:
-    serial: greater than that of every part.
-    support: the masks that it depends on, as bits.
-    number: a small number of its own, used again once it is gone: the bit that it is among the atoms of others.
-    atoms: of a union or intersection the parts of the flat expression, as bits.
-    duals: the atoms of those of its atoms that are intersections, if it is a union, and the other way round.
-  """
-
-  __slots__ = (
-    "__weakref__", "atoms", "data", "duals", "kind", "number", "parts", "serial", "size", "support",
-  )  # fmt: skip
-  kind: str
-  size: Any
-  parts: "tuple[Set, ...]"
-  data: Any
-  serial: int
-  support: int
-  number: int
-  atoms: int
-  duals: int
-
-  @property
-  def is_all(self) -> bool:
-    """Whether it holds every position."""
-    return self.kind == ALL
-
-  @property
-  def is_empty(self) -> bool:
-    """Whether it is known to hold none."""
-    return self.kind == FIXED and not self.data.any()
-
-  @property
-  def leaves(self) -> frozenset[Any]:
-    """The masks that it depends on."""
-    return frozenset(keys_of(self.support))
-
-  def __repr__(self) -> str:
-    return f"{self.kind}[{self.size}]({', '.join(map(str, keys_of(self.support)))})"
-
-  def __del__(self, free: Callable[[int], None] = _free.append) -> None:
-    # Nothing that has it for an atom is left: parts live at least as long as what is made of them.
-    free(self.number)
-
-
-_interned: "weakref.WeakValueDictionary[Any, Set]" = weakref.WeakValueDictionary()
-_numbered: "weakref.WeakValueDictionary[int, Set]" = weakref.WeakValueDictionary()
-_masks: dict[Any, int] = {}
-_count = _numbers = 0
-
-
-def _make(
-  kind: str, size: Any, parts: Sequence[Set] = (), data: Any = None, atoms: int = 0, duals: int = 0
-) -> Set:
-  global _count, _numbers
-  same = atoms or tuple(part.serial for part in parts)
-  key = (kind, size, same, data.tobytes() if isinstance(data, np.ndarray) else data)
-  found = _interned.get(key)
-  if found is None:
-    if not _free:
-      _free.append(_numbers)
-      _numbers += 1
-    found = Set()
-    found.number = _free.pop()
-    found.kind, found.size, found.parts, found.data = kind, size, tuple(parts), data
-    found.atoms, found.duals, found.support = atoms, duals, 0
-    for part in parts:
-      found.support |= part.support
-    if kind == LEAF:
-      found.support = 1 << _masks.setdefault(data, len(_masks))
-    found.serial = _count = _count + 1
-    _interned[key] = _numbered[found.number] = found
-  return found
-
-
-def keys_of(support: int) -> list[Any]:
-  """The masks whose bits are set."""
-  return [key for key, at in _masks.items() if support >> at & 1] if support else []
-
-
-def in_order(roots: Iterable[Set], known: Collection[Set] = ()) -> list[Set]:
-  """Everything that some sets are made of, parts first, without what is ``known``."""
-  pending, found = list(roots), set()
-  while pending:
-    s = pending.pop()
-    if s not in found and s not in known:
-      found.add(s)
-      pending += s.parts
-  return sorted(found, key=lambda s: s.serial)
 
 
 def everything(size: Any) -> Set:
   """All positions; ``size`` may be symbolic."""
-  return _make(ALL, size)
+  return make(ALL, size)
 
 
 def fixed(bits: Any) -> Set:
   """A known set, given as one boolean per position."""
   bits = np.array(bits, bool)
-  return everything(bits.size) if bits.all() else _make(FIXED, bits.size, data=bits)
+  return everything(bits.size) if bits.all() else make(FIXED, bits.size, data=bits)
 
 
 def nothing(size: int) -> Set:
@@ -146,7 +53,7 @@ def nothing(size: int) -> Set:
 
 def leaf(key: Any, size: int) -> Set:
   """The live features of one mask."""
-  return _make(LEAF, size, data=key)
+  return make(LEAF, size, data=key)
 
 
 def intersection(*sets: Set) -> Set:
@@ -178,12 +85,12 @@ def _combine(kind: str, a: Set, b: Set) -> Set:
   duals = _duals(kind, a) | _duals(kind, b)
   if duals & atoms:
     # Absorption: x and (x or y) is x; x or (x and y) is x.
-    return _fold(kind, [p for p in _members(atoms) if not (p.kind == _DUAL[kind] and p.atoms & atoms)])
+    return _fold(kind, [p for p in members(atoms) if not (p.kind == _DUAL[kind] and p.atoms & atoms)])
   if common := _atoms(kind, a) & _atoms(kind, b):
     # What both have is said once, so that what features are critical to stays easy to see.
     few, many = sorted((a, b), key=lambda s: (_atoms(kind, s) & ~common).bit_count())
-    return _fold(kind, [many, _fold(kind, _members(_atoms(kind, few) & ~common))])
-  return _make(kind, a.size, sorted((a, b), key=lambda s: s.serial), None, atoms, duals)
+    return _fold(kind, [many, _fold(kind, members(_atoms(kind, few) & ~common))])
+  return make(kind, a.size, sorted((a, b), key=lambda s: s.serial), None, atoms, duals)
 
 
 def _atoms(kind: str, s: Set) -> int:
@@ -192,16 +99,6 @@ def _atoms(kind: str, s: Set) -> int:
 
 def _duals(kind: str, s: Set) -> int:
   return s.duals if s.kind == kind else s.atoms  # the atoms of the other kind, if it has any
-
-
-def _members(atoms: int) -> list[Set]:
-  """The atoms themselves."""
-  found = []
-  while atoms:
-    lowest = atoms & -atoms
-    found.append(_numbered[lowest.bit_length() - 1])
-    atoms ^= lowest
-  return found
 
 
 def _is_within(small: Set, big: Set) -> bool:
@@ -251,7 +148,7 @@ def take(base: Set, index: Any) -> Set:
     return fixed(there & base.data[index])
   if index.size == base.size and np.array_equal(index, np.arange(base.size)):
     return base
-  return _make(TAKE, index.size, (base,), index.astype(np.int32))
+  return make(TAKE, index.size, (base,), index.astype(np.int32))
 
 
 def _part_at(base: Set, position: int) -> tuple[int, Set]:
@@ -278,7 +175,7 @@ def concat(sets: Sequence[Set]) -> Set:
     return everything(sum(p.size for p in parts))
   if all(p.is_all or p.kind == FIXED for p in parts):
     return fixed(np.concatenate([np.ones(p.size, bool) if p.is_all else p.data for p in parts]))
-  return parts[0] if len(parts) == 1 else _make(CONCAT, sum(p.size for p in parts), parts)
+  return parts[0] if len(parts) == 1 else make(CONCAT, sum(p.size for p in parts), parts)
 
 
 def outer(sets: Sequence[Set]) -> Set:
@@ -290,7 +187,7 @@ def outer(sets: Sequence[Set]) -> Set:
     return nothing(size)
   if all(p.is_all for p in parts):
     return everything(size)
-  return parts[0] if len(parts) == 1 else _make(OUTER, size, parts)
+  return parts[0] if len(parts) == 1 else make(OUTER, size, parts)
 
 
 def split(base: Set, sizes: Sequence[Any]) -> list[Set]:
@@ -352,7 +249,7 @@ def any_of(base: Set, groups: Any, size: int) -> Set:
     index = np.full(size, -1)
     index[groups[there]] = there
     return take(base, index)
-  return _make(ANY, size, (base,), groups)
+  return make(ANY, size, (base,), groups)
 
 
 def contains(big: Set, small: Set) -> bool:

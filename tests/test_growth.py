@@ -69,12 +69,12 @@ def sizes(family, n):
 SMALL = {"plain": 20, "wide": 2000, "many_wide": 4, "elementwise": 20, "merged_heads": 16, "lookups": 300}
 SLACK = {
   # Reshapes cut the stream up: every later unit hangs on all earlier ones in ways that are looked at one by one.
-  "shuffles": {"pairs": 4.5, "weights": 3.5},
-  "grouped_norms": {"pairs": 4.5},
+  "shuffles": {"pairs": 4.5},
+  "grouped_norms": {"weights": 4.5},
   # The operands of its concatenations are as many.
-  "dense_net": {"parts": 4.2, "gates": 3, "weights": 3},
+  "dense_net": {"parts": 4.2},
   # How many channels a piece lies across is a matter of arithmetic.
-  "flattened": {"gates": 3, "weights": 3},
+  "flattened": {"gates": 3, "weights": 3, "pairs": 6},
 }
 
 

@@ -198,9 +198,10 @@ class _Builder:
 
   def any(self, s: Set) -> tuple[np.ndarray, bool]:
     (base,) = s.parts
-    order = np.argsort(s.data, kind="stable")
-    order = order[s.data[order] >= 0]
-    gates, groups = self.gates[base][order], s.data[order]
+    there = s.data >= 0
+    # Group by group, each gate once.
+    codes = np.unique(s.data[there] * np.int64(self._count) + self.gates[base][there])
+    groups, gates = np.divmod(codes, self._count)
     while gates.size > (starts := np.flatnonzero(np.diff(groups, prepend=-1))).size:
       # Within each group, every other gate takes in the next one.
       rank = np.arange(gates.size) - np.repeat(starts, np.diff(starts, append=gates.size))

@@ -39,27 +39,12 @@ def term(flops: Flops, factors: dict[Factor, Set]) -> Term:
 
 def _split_constants(number: int, found: Iterable[Set]) -> tuple[int, tuple[Set, ...]]:
   rest = []
-  for s in (part for whole in found for part in _independent(whole)):
+  for s in (part for whole in found for part in (whole.parts if whole.kind == sets.OUTER else (whole,))):
     if s.is_all:
       number *= s.size
     else:
       rest.append(s)
   return int(number), tuple(sorted(rest, key=lambda s: s.serial))
-
-
-def _independent(whole: Set) -> list[Set]:
-  """The factors of a product; those that hang on the same masks stay together."""
-  if whole.kind != sets.OUTER:
-    return [whole]
-  groups: list[tuple[int, list[Set]]] = []
-  for part in whole.parts:
-    tied = [group for group in groups if group[0] & part.support]
-    support, parts = part.support, [part]
-    for group in tied:
-      groups.remove(group)
-      support, parts = support | group[0], [*group[1], *parts]
-    groups.append((support, parts))
-  return [sets.outer(parts) for _, parts in groups]
 
 
 class Dearest(NamedTuple):

@@ -41,7 +41,7 @@ class Variables:
 
   def param(self, *shape: int) -> str:
     name = f"p{len(self.params)}"
-    self.params[name] = self.rng.normal(size=shape).astype(np.float32) / np.sqrt(shape[0])
+    self.params[name] = (self.rng.normal(size=shape) / np.sqrt(shape[0])).astype(np.float32)
     return name
 
   def mask(self, size: int) -> str:

@@ -47,6 +47,7 @@ fuzz: install  ## random networks: make fuzz COUNT=5000
 bench: install  ## what pruning costs in training and brings afterwards; writes benchmarks/*.json
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results.json
 	$(BIN)/python benchmarks/tool_speed.py --out benchmarks/tool_speed.json
+	$(BIN)/python benchmarks/growth.py --out benchmarks/growth.json
 	$(BIN)/python benchmarks/compact_speed.py --out benchmarks/compact_speed.json
 
 docs: install  ## guides and API reference as HTML; in docs/_build/

@@ -1,5 +1,6 @@
 """The cost of a masked network in FLOPs per example, and what each feature contributes to it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,8 +16,10 @@ from fisherprune_jax.graph import exact as whole_numbers
 from fisherprune_jax.graph import flops
 from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.graph.liveness import EVERYTHING
+from fisherprune_jax.graph.prices import Prices
 from fisherprune_jax.graph.spec import Counting
-from fisherprune_jax.model import MaskSelector, Model, VariableTree, rows_of, trace_model
+from fisherprune_jax.masks import flatten, unflatten
+from fisherprune_jax.model import MaskSelector, Model, VariableTree, rows_of, sizes_of, trace_model
 
 
 class NotCounted(float):
@@ -229,28 +232,25 @@ def cost_of(model: Model, masks: Any, examples: int, counted: Counting = EVERYTH
   """The cost model of a traced model."""
   costs = list(model.live.costs(model.program, counted))
   terms = flops.collect(cost.term for cost in costs)
-  shapes = [leaf.shape for leaf in jax.tree.leaves(masks)]
+  # Made when it is asked for: who wants the count of given masks alone can do without.
+  prices = functools.cache(lambda: Prices(terms, sizes_of(jax.tree.leaves(masks))))
 
   def total(masks: Any) -> jax.Array:
-    return flops.total(terms, _evaluation(masks, jnp)) / examples
+    return prices().total(_alive(masks)) / examples
 
   def per_feature(masks: Any) -> Any:
-    ev = _evaluation(masks, jnp)
-    leaves = [_leaf_drops(terms, ev, position, shape, examples) for position, shape in enumerate(shapes)]
-    return jax.tree.unflatten(jax.tree.structure(masks), leaves)
+    return unflatten(prices().drops(_alive(masks)) / examples, masks)
 
   def exact(masks: Any) -> int:
-    return flops.total(terms, _evaluation(masks, np))
+    return flops.total(terms, _evaluation(masks))
 
   def digits(masks: Any) -> whole_numbers.Digits:
-    ev = Evaluation(rows_of(jax.tree.leaves(masks), jnp), jnp)
-    return whole_numbers.total(
-      terms, lambda sets: jnp.stack([ev.count(s) for s in sets]), whole_numbers.digits_for(dense)
-    )
+    sizes = functools.partial(prices().sizes, _alive(masks))
+    return whole_numbers.total(terms, sizes, whole_numbers.digits_for(dense))
 
   def breakdown(masks: Any) -> list[Row]:
     ones = jax.tree.map(lambda m: np.ones(m.shape), masks)
-    states = [_evaluation(ones, np), _evaluation(masks, np)]
+    states = [_evaluation(ones), _evaluation(masks)]
     rows: dict[tuple[str, str], list[float]] = {}
     for cost in costs:
       if not cost.counted:
@@ -266,13 +266,9 @@ def cost_of(model: Model, masks: Any, examples: int, counted: Counting = EVERYTH
   return CostModel(masks, total, per_feature, exact, breakdown, dense / examples, whole)
 
 
-def _evaluation(masks: Any, xp: Any) -> Evaluation:
-  return Evaluation(rows_of(jax.tree.leaves(masks), xp), xp)
+def _evaluation(masks: Any) -> Evaluation:
+  return Evaluation(rows_of(jax.tree.leaves(masks), np))
 
 
-def _leaf_drops(
-  terms: Any, ev: Evaluation, position: int, shape: tuple[int, ...], examples: int
-) -> jax.Array:
-  rows = int(np.prod(shape[:-1], dtype=int))
-  found = [flops.drops(terms, ev, (position, row), shape[-1]) for row in range(rows)]
-  return jnp.stack(found).reshape(shape) / examples
+def _alive(masks: Any) -> jax.Array:
+  return flatten(masks) != 0

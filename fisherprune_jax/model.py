@@ -189,6 +189,12 @@ def rows_of(leaves: Sequence[Any], xp: Any) -> dict[Key, Any]:
   }
 
 
+def sizes_of(leaves: Sequence[Any]) -> dict[Key, int]:
+  """How many features each mask vector has."""
+  shapes = [leaf.shape for leaf in leaves]
+  return {(at, row): shape[-1] for at, shape in enumerate(shapes) for row in range(math.prod(shape[:-1]))}
+
+
 def leaves_of(rows: dict[Key, Any], leaves: Sequence[Any]) -> list[Any]:
   """The inverse of ``rows_of``: vectors by key as mask leaves, on the host."""
   count = [math.prod(leaf.shape[:-1]) for leaf in leaves]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax.errors import describe
-from fisherprune_jax.graph import sets
+from fisherprune_jax.graph import compat, sets
 from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.graph.facts import Box
 from fisherprune_jax.graph.liveness import Liveness
@@ -78,11 +78,15 @@ class Kept:
         f"A leaf to shrink must have its parameter's shape {self.shape}, got {describe(leaf)}. "
         "Pass a tree shaped like the full parameters."
       )
+    # On the host nothing has to be compiled, which takes longer than all the rest.
+    return _put_like(leaf, self._cut(np.asarray(leaf), np)) if _is_at_hand(leaf) else self._cut(leaf, jnp)
+
+  def _cut(self, leaf: Any, xp: Any) -> Any:
     if self.rows is None:
-      return _slice(leaf, self.index)
+      return _slice(leaf, self.index, xp)
     widest = self.compact_shape[1:]
-    rows = [_slice(leaf[at], row) for at, row in enumerate(self.rows)]
-    return jnp.stack([jnp.pad(r, [(0, n - m) for n, m in zip(widest, r.shape, strict=True)]) for r in rows])
+    rows = [_slice(leaf[at], row, xp) for at, row in enumerate(self.rows)]
+    return xp.stack([xp.pad(r, [(0, n - m) for n, m in zip(widest, r.shape, strict=True)]) for r in rows])
 
 
 def _with_examples(index: Index) -> Index:
@@ -110,8 +114,22 @@ def _box_of(shape: tuple[int, ...], index: Index) -> Box:
   return tuple(sets.everything(n) if i is None else sets.fixed(np.isin(np.arange(n), i)) for n, i in sizes)
 
 
-def _slice(leaf: Any, index: Index) -> jax.Array:
+def _slice(leaf: Any, index: Index, xp: Any) -> Any:
   for axis, positions in enumerate(index):
     if positions is not None:
-      leaf = jnp.take(leaf, positions, axis=axis)
-  return jnp.array(leaf)  # a copy where nothing went: whoever donates the one keeps the other
+      leaf = xp.take(leaf, positions, axis=axis)
+  return xp.array(leaf)  # a copy where nothing went: whoever donates the one keeps the other
+
+
+def _is_at_hand(leaf: Any) -> bool:
+  """Whether an array can be read here as it is: a value, on one device, of a type that NumPy knows."""
+  if not isinstance(leaf, jax.Array):
+    return isinstance(leaf, np.ndarray)
+  known = compat.is_concrete(leaf) and compat.dtype_of(leaf) != np.dtype(object) and not leaf.weak_type
+  return known and len(leaf.sharding.device_set) == 1 and leaf.is_fully_addressable
+
+
+def _put_like(leaf: Any, array: np.ndarray) -> jax.Array:
+  """An array as JAX holds it, where the leaf is if that was said (or else wherever arrays go)."""
+  committed = isinstance(leaf, jax.Array) and leaf.committed
+  return jax.device_put(array, leaf.sharding if committed else None)

@@ -1,13 +1,15 @@
 """Random networks, and everything that must hold of any network: ``python -m tests.fuzz --count 1000``."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import signal
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,8 @@ from tests.fuzz_ops import OPS, CannotError, need
 UNCOUNTED = {"fuzz_twice", "dynamic_update_slice", "scatter", "scatter-add", "scatter_add"}
 """Primitives without a rule: the cost model counts nothing for them."""
 RTOL, ATOL, LARGEST = 1e-9, 1e-12, 1e4
+SECONDS = 60.0
+"""Processor time for one network; such small ones take one or two."""
 
 
 @dataclass(frozen=True)
@@ -321,6 +325,26 @@ def check(net: Network, other: int) -> None:
   check_costs(net, check_values(net, other))
 
 
+class TimeLimitError(Exception):
+  """A network takes too long."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+  """Raises where a block takes more processor time: also in the middle of a loop that never ends."""
+
+  def late(signum: int, frame: Any) -> None:
+    raise TimeLimitError(f"more than {seconds:g} s of processor time")
+
+  before = signal.signal(signal.SIGPROF, late)
+  signal.setitimer(signal.ITIMER_PROF, seconds)
+  try:
+    yield
+  finally:
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    signal.signal(signal.SIGPROF, before)
+
+
 def run_seed(seed: int) -> int:
   """Draws a network and checks it; returns how many were thrown away because their own values are wild."""
   with jax.enable_x64(True), warnings.catch_warnings():
@@ -328,7 +352,8 @@ def run_seed(seed: int) -> int:
     for attempt in range(20):
       net, other = draw(seed, attempt)
       try:
-        check(net, other)
+        with time_limit(SECONDS):
+          check(net, other)
         return attempt
       except WildError:
         continue
@@ -360,7 +385,8 @@ def _candidates(net: Network) -> Any:
 def failure(net: Network, other: int) -> str:
   """The kind of failure; empty if there is none."""
   try:
-    check(net, other)
+    with time_limit(SECONDS):
+      check(net, other)
   except AssertionError as error:
     return str(error).split(":")[0].rstrip(" 0123456789")[:30]
   except WildError:

@@ -777,3 +777,113 @@ def over_the_batch(b: Any) -> None:
   v = b.pick(lambda s: len(s) >= 2)
   need(0 not in b.free(v))
   b.add("batch_mean", lambda p, m, x: x - 0.5 * jnp.mean(x, 0, keepdims=True), v)
+
+
+def flat_cut(shape: tuple[int, ...], rng: Any) -> tuple[int, int]:
+  """Two sizes that the entries of one example fall into, whether they fit its axes or not."""
+  total = int(np.prod(shape[1:]))
+  return (cut := int(rng.choice([n for n in range(1, total + 1) if total % n == 0]))), total // cut
+
+
+@op(0.7)
+def reshape_that_does_not_divide(b: Any) -> None:
+  """A masked axis is merged with others, and what comes of it is cut up elsewhere."""
+  v = b.pick(lambda s: len(s) >= 3)
+  need(b.free(v) == list(range(1, len(b.shape(v)))))
+  axis = b.axis(v)
+  name, rank = b.mask(b.shape(v)[axis]), len(b.shape(v))
+  cut = flat_cut(b.shape(v), b.rng)
+  at = int(b.rng.integers(1, 3))
+  weights = b.param(cut)
+
+  def run(p: Any, m: Any, x: Any) -> Any:
+    flat = (x * along(m[name], axis, rank)).reshape(x.shape[0], -1)
+    y = flat.reshape(-1, *cut)
+    return jnp.sum(y * p[weights], at) if cut[0] != 1 else y * p[weights]
+
+  b.add(f"cut {axis} {cut} {name}", run, v)
+
+
+@op(0.7)
+def shuffle_unit(b: Any) -> None:
+  """Half of the channels through a branch under masks of its own, laid together, and shuffled."""
+  v = b.pick(lambda s: len(s) >= 2 and s[-1] % 2 == 0)
+  need(b.free(v) and b.free(v)[-1] == len(b.shape(v)) - 1)
+  half = b.shape(v)[-1] // 2
+  kernels = [b.param((half, half)) for _ in range(2)]
+  names = [b.mask(half) for _ in range(2)]
+  units = int(b.rng.integers(1, 4))
+
+  def run(p: Any, m: Any, x: Any) -> Any:
+    for _ in range(units):
+      left, right = jnp.split(x, 2, axis=-1)
+      for kernel, name in zip(kernels, names, strict=True):
+        right = jnp.tanh(right @ p[kernel]) * m[name]
+      x = jnp.concatenate([left, right], -1)
+      x = x.reshape(*x.shape[:-1], 2, half).swapaxes(-1, -2).reshape(x.shape)
+    return x
+
+  b.add(f"shuffle {half} {units} {names}", run, v)
+
+
+@op(0.8)
+def many_writes(b: Any) -> None:
+  """A residual stream of many writes, each under its own mask, with or without one for the stream."""
+  v = b.pick(lambda s: len(s) >= 2)
+  need(b.free(v) and b.free(v)[-1] == len(b.shape(v)) - 1)
+  n, count = b.shape(v)[-1], int(b.rng.integers(2, 6))
+  kernels = [b.param((n, n)) for _ in range(count)]
+  names = [(b.mask(n), b.mask(n)) for _ in range(count)]
+  first, kind, after = b.mask(n), b.choice(["dense", "scaled", "rolled"]), b.chance(0.5)
+
+  def write(p: Any, kernel: str, x: Any) -> Any:
+    if kind == "dense":
+      return x @ p[kernel]
+    return jnp.tanh(jnp.roll(x, 1, -1) if kind == "rolled" else x) * p[kernel][0]
+
+  def run(p: Any, m: Any, x: Any) -> Any:
+    x = x * m[first]
+    for kernel, (own, stream) in zip(kernels, names, strict=True):
+      x = x + write(p, kernel, x) * m[own]
+      x = jnp.tanh(x * m[stream]) if after else x
+    return x
+
+  b.add(f"writes {kind} {after} {first} {names}", run, v)
+
+
+@op(0.7)
+def merged_mask(b: Any) -> None:
+  """A mask on a merged axis, seen as heads and depth, and merged again."""
+  v = b.pick(lambda s: len(s) >= 2)
+  need(b.free(v) and b.free(v)[-1] == len(b.shape(v)) - 1)
+  heads, depth = int(b.rng.integers(1, 4)), int(b.rng.integers(1, 5))
+  kernel, name, scale = (
+    b.param((b.shape(v)[-1], heads * depth)),
+    b.mask(heads * depth),
+    b.param((heads, depth)),
+  )
+  attend = b.chance(0.5)
+
+  def run(p: Any, m: Any, x: Any) -> Any:
+    y = ((x @ p[kernel]) * m[name]).reshape(*x.shape[:-1], heads, depth)
+    y = y * jnp.sum(y * p[scale], -1, keepdims=True) if attend else y * p[scale]
+    return y.reshape(*x.shape[:-1], heads * depth)
+
+  b.add(f"merged {heads} {depth} {attend} {name}", run, v)
+
+
+@op(0.4)
+def dense_layers(b: Any) -> None:
+  """Each layer reads what all before it wrote."""
+  v = b.pick(lambda s: len(s) >= 2)
+  need(b.free(v) and b.free(v)[-1] == len(b.shape(v)) - 1)
+  width, growth = b.shape(v)[-1], int(b.rng.integers(1, 4))
+  layers = [(b.param((width + at * growth, growth)), b.mask(growth)) for at in range(3)]
+
+  def run(p: Any, m: Any, x: Any) -> Any:
+    found = [x]
+    for kernel, name in layers:
+      found.append(jnp.tanh(jnp.concatenate(found, -1) @ p[kernel]) * m[name])
+    return jnp.concatenate(found, -1)
+
+  b.add(f"dense layers {growth} {[name for _, name in layers]}", run, v)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisherprune_jax.graph import sets
+from fisherprune_jax.graph import expression, sets
 from fisherprune_jax.graph.evaluate import Evaluation, product_drop
 
 
@@ -97,3 +97,149 @@ def test_product_drop_loses_nothing_to_cancellation():
   )
   assert value == np.float32(3e12)
   assert drop == pytest.approx(1e6 * 1e6 * 3 - 1e6 * (1e6 - 1) * 2, rel=1e-6)
+
+
+def entangled_set(
+  rng: random.Random, depth: int, n: int, keys: int, pool: dict[int, list[sets.Set]]
+) -> sets.Set:
+  """A random expression of ``n`` positions that uses others again, over masks ``(size, which)``."""
+  if pool.get(n) and rng.random() < 0.25:
+    return rng.choice(pool[n])
+  kinds = ["leaf", "and", "or", "or", "take", "concat", "outer", "any", "split"]
+  kind = rng.choice(kinds) if depth and n else "leaf"
+
+  def of(size):
+    return entangled_set(rng, depth - 1, size, keys, pool)
+
+  m = rng.randrange(1, 5)
+  if kind == "leaf":
+    found = sets.leaf((n, rng.randrange(keys)), n)
+    if (choice := rng.random()) < 0.1:
+      found = sets.everything(n) if choice < 0.05 else sets.fixed([rng.random() < 0.5 for _ in range(n)])
+  elif kind in ("and", "or"):
+    combine = sets.intersection if kind == "and" else sets.union
+    found = combine(*(of(n) for _ in range(rng.randrange(2, 4))))
+  elif kind == "take":
+    found = sets.take(of(2 * m), [rng.randrange(-1, 2 * m) for _ in range(n)])
+  elif kind == "concat":
+    a = rng.randrange(n + 1)
+    found = sets.concat([of(a), of(n - a)])
+  elif kind == "outer":
+    d = rng.choice([d for d in range(1, n + 1) if n % d == 0])
+    found = sets.outer([of(d), of(n // d)])
+  elif kind == "any":
+    found = sets.any_of(of(m * n), [rng.randrange(-1, n) for _ in range(m * n)], n)
+  else:
+    found = sets.split(of(m * n), (m, n))[1]
+  pool.setdefault(n, []).append(found)
+  return found
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_critical_features_of_sets_that_share_what_they_are_made_of(seed):
+  rng = random.Random(seed)
+  pool: dict[int, list[sets.Set]] = {}
+  s = [entangled_set(rng, rng.randrange(2, 6), rng.randrange(1, 9), 3, pool) for _ in range(3)][-1]
+  masks = {key: np.array([rng.random() < 0.6 for _ in range(key[0])], float) for key in s.leaves}
+  ev = Evaluation(masks)
+  for key in s.leaves:
+    found = ev.drops(s, key, key[0])
+    for k in range(key[0]):
+      fewer = {**masks, key: np.where(np.arange(key[0]) == k, 0, masks[key])}
+      assert found[k] == ev.count(s) - Evaluation(fewer).count(s)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_simplifying_changes_nothing(seed):
+  """Every constructor against what it means, on the bits of its operands."""
+  rng = random.Random(seed)
+  n, pool = rng.randrange(1, 9), {}
+  a, b, c = (entangled_set(rng, 3, n, 2, pool) for _ in range(3))
+  index = np.array([rng.randrange(-1, n) for _ in range(rng.randrange(1, 9))])
+  groups = np.array([rng.randrange(-1, 3) for _ in range(n)])
+  keys = set().union(*(s.leaves for s in (a, b, c)))
+  ev = Evaluation({key: np.array([rng.random() < 0.6 for _ in range(key[0])]) for key in keys})
+  x, y, z = map(ev.bits, (a, b, c))
+  expected = {
+    sets.union(a, b, c): x | y | z,
+    sets.intersection(a, b, c): x & y & z,
+    sets.union(a, sets.intersection(b, c)): x | (y & z),
+    sets.intersection(sets.union(a, b), sets.union(a, c)): (x | y) & (x | z),
+    sets.take(sets.concat([a, b]), index + n * (index >= 0)): np.where(index >= 0, y[index], False),
+    sets.take(sets.union(a, b), index): np.where(index >= 0, (x | y)[index], False),
+    sets.union(sets.take(a, index), sets.take(b, index)): np.where(index >= 0, (x | y)[index], False),
+    sets.any_of(a, groups, 3): [bool((x & (groups == g)).any()) for g in range(3)],
+    sets.any_of(sets.any_of(a, groups, 3), [1, -1, 1], 2): [
+      False,
+      bool((x & (groups != 1) & (groups >= 0)).any()),
+    ],
+    sets.union(sets.outer([a, b]), sets.outer([a, c])): (x[:, None] & (y | z)).reshape(-1),
+    sets.union(sets.outer([a, b]), sets.outer([b, c])): ((x[:, None] & y) | (y[:, None] & z)).reshape(-1),
+    sets.union(sets.concat([a, b]), sets.concat([b, c])): np.concatenate([x | y, y | z]),
+  }
+  for s, bits in expected.items():
+    np.testing.assert_array_equal(ev.bits(s), bits)
+
+
+def test_nesting_and_order_make_no_difference():
+  a, b, c, d = (sets.leaf(name, 3) for name in "abcd")
+  for combine in (sets.union, sets.intersection):
+    assert combine(combine(a, b), combine(c, d)) is combine(d, combine(b, combine(c, a)))
+  assert sets.union(sets.intersection(a, b), c, sets.intersection(d, c), b) is sets.union(c, b)
+  stream = sets.union(a, b)
+  assert sets.union(stream, sets.intersection(stream, c)) is stream
+  assert sets.intersection(stream, sets.union(d, stream)) is stream
+  assert sets.contains(sets.union(stream, c), sets.intersection(a, d))
+
+
+def test_what_was_cut_and_laid_together_is_the_same_again():
+  a = sets.leaf("a", 8)
+  halves = [sets.take(a, np.arange(4)), sets.take(a, np.arange(4, 8))]
+  assert sets.concat(halves) is a
+  assert sets.concat([sets.take(half, [1, 3]) for half in halves]) is sets.take(a, [1, 3, 5, 7])
+  assert sets.any_of(sets.take(a, [2, 0, 1]), [2, 0, 1], 3) is sets.take(a, [0, 1, 2])
+
+
+@pytest.mark.parametrize("sizes", [(49, 32), (32, 49), (7, 224), (14, 112), (1568, 1), (1, 1568), (3, 5)])
+def test_products_are_cut_where_they_do_not_divide(sizes):
+  m = sets.leaf("m", 32)
+  merged = sets.outer([m, sets.everything(49)])
+  if np.prod(sizes) != merged.size:
+    merged = sets.outer([sets.leaf("k", 5), sets.everything(3)])
+  ev = Evaluation({"m": np.arange(32) % 5 == 0, "k": np.arange(5) == 1})
+  bits = ev.bits(merged).reshape(sizes)
+  for axis, part in enumerate(sets.split(merged, sizes)):
+    np.testing.assert_array_equal(ev.bits(part), bits.any(1 - axis))
+
+
+def test_expressions_as_deep_as_a_network_need_no_recursion():
+  stream = sets.leaf(("stream", 0), 4)
+  for at in range(5000):
+    stream = sets.intersection(sets.union(stream, sets.leaf(("write", at), 4)), sets.leaf(("after", at), 4))
+  masks = {key: np.ones(4) for key in stream.leaves}
+  masks["write", 4000] = np.array([1, 0, 1, 0])
+  for at in range(4001, 5000):
+    masks["write", at] = np.zeros(4)
+  masks["after", 3999] = np.zeros(4)
+  ev = Evaluation(masks)
+  assert ev.bits(stream).tolist() == [True, False, True, False]
+  assert ev.drops(stream, ("write", 4000), 4).tolist() == [1, 0, 1, 0]
+  assert ev.drops(stream, ("after", 4500), 4).tolist() == [1, 0, 1, 0]
+  assert not ev.drops(stream, ("write", 17), 4).any()
+  assert len(repr(stream)) < 1_000_000
+  assert hash(stream) == hash(stream)
+
+
+def test_sets_that_are_gone_leave_nothing_behind():
+  def build():
+    found = sets.leaf("x", 5)
+    for at in range(300):
+      found = sets.union(found, sets.take(sets.leaf("x", 5), [at % 5, -1, 0, 1, at % 3]))
+    return found
+
+  build()
+  alive, numbers = len(expression._interned), expression._numbers
+  for _ in range(5):
+    build()
+  assert len(expression._interned) <= alive
+  assert expression._numbers == numbers

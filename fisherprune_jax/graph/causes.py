@@ -47,7 +47,7 @@ def in_nobodys_way(node: Node, spec: Spec, live: Liveness) -> Spec:
     for out, axes in zip(node.outs, spec.outs, strict=True)
     for axis, asked in zip(axes, live.asked.get(out, ()), strict=False)
     for f in factors_of(axis)
-    if asked.leaves
+    if asked.support
   }
   infos = [live.info(value) for value in node.ins]
   variables = frozenset(i for i, info in enumerate(infos) if not info.varies and not info.is_masked)
@@ -162,7 +162,7 @@ class Causes:
       self._more(compose(axis, factors, n), bound)
       for value, axes, box in offered + wanted
       for axis, n, bound in zip(axes, value.shape, box, strict=True)
-      if bound.leaves
+      if bound.support
     )
 
   def _more(self, big: Set, small: Set) -> bool:

@@ -43,7 +43,7 @@ class Info(NamedTuple):
   @property
   def is_masked(self) -> bool:
     """Whether masks decide where it can be non-zero."""
-    return any(s.leaves for s in self.box)
+    return any(s.support for s in self.box)
 
 
 def whole_box(shape: Sequence[Any]) -> Box:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax.graph import sets
-from fisherprune_jax.graph.evaluate import Evaluation, product_drop
+from fisherprune_jax.graph.evaluate import Evaluation
 from fisherprune_jax.graph.sets import Set
 from fisherprune_jax.graph.spec import Factor, Flops
 
@@ -24,11 +24,6 @@ class Term(NamedTuple):
   def key(self) -> Any:
     """Terms with equal keys differ by their scale alone."""
     return self[1:]
-
-  @property
-  def leaves(self) -> frozenset[Any]:
-    """The masks that it depends on."""
-    return frozenset().union(*(s.leaves for s in (*self.outer, *(self.inner or ()))))
 
 
 def term(flops: Flops, factors: dict[Factor, Set]) -> Term:
@@ -62,11 +57,6 @@ class Dearest(NamedTuple):
   def key(self) -> Any:
     """As of a term."""
     return self.sums
-
-  @property
-  def leaves(self) -> frozenset[Any]:
-    """The masks that it depends on."""
-    return frozenset().union(*(t.leaves for terms in self.sums for t in terms))
 
 
 Terms = Iterable[Term | Dearest]
@@ -105,38 +95,3 @@ def total(terms: Terms, ev: Evaluation) -> Any:
 
 def _largest(values: list[Any], xp: Any) -> Any:
   return max(values) if xp is np else jnp.max(jnp.stack(values), axis=0)
-
-
-def drops(terms: Terms, ev: Evaluation, key: Any, features: int) -> Any:
-  """For each feature of mask ``key``: how much the sum drops if it goes too, in float32.
-
-  No two totals are subtracted: the drop of a product is a sum of products of counts and drops of counts.
-  """
-  out = jnp.zeros(features, jnp.float32)
-  for t in terms:
-    if isinstance(t, Dearest):
-      out = out + t.scale * _dearest_drops(t, ev, key, features)
-    elif key in t.leaves:
-      pairs = [_count_and_drop(s, ev, key, features) for s in t.outer]
-      if t.inner is not None:
-        inner, drop = product_drop([_count_and_drop(s, ev, key, features) for s in t.inner])
-        inner, drop = t.terms * inner, t.terms * drop
-        value = jnp.maximum(2 * inner - 1, 0)
-        pairs.append((value, jnp.where(inner > drop, 2 * drop, value)))
-      out = out + t.scale * product_drop(pairs)[1]
-  return out
-
-
-def _dearest_drops(t: Dearest, ev: Evaluation, key: Any, features: int) -> Any:
-  """The largest sum drops to what the branch that is then the largest still has."""
-  totals = jnp.stack([total(terms, ev) for terms in t.sums])
-  behind = jnp.max(totals) - totals  # exactly zero for the dearest branch
-  falls = jnp.stack([drops(terms, ev, key, features) for terms in t.sums])
-  return jnp.min(behind[:, None] + falls, axis=0)
-
-
-def _count_and_drop(s: Set, ev: Evaluation, key: Any, features: int) -> tuple[Any, Any]:
-  count = jnp.asarray(ev.count(s), jnp.float32)
-  if key not in s.leaves:
-    return count, 0
-  return count, ev.drops(s, key, features).astype(jnp.float32)

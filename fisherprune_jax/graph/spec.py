@@ -148,24 +148,13 @@ def project(axis: Axis, whole: Set, factor: Factor, sizes: dict[Factor, Any]) ->
   if isinstance(axis, str):
     return whole
   if isinstance(axis, Pick):
-    return _unpick(whole, axis.index, sizes[factor])
+    return sets.any_of(whole, axis.index, sizes[factor])  # what any position shows
   assert axis is not None
   at = axis.parts.index(factor)
   if isinstance(axis, Prod):
     return sets.split(whole, [sizes[part] for part in axis.parts])[at]
   start = sum(sizes[part] for part in axis.parts[:at])
   return sets.take(whole, np.arange(start, start + sizes[factor]))
-
-
-def _unpick(picked: Set, index: np.ndarray, size: int) -> Set:
-  """The entries of a factor that any position in ``picked`` shows."""
-  order = np.argsort(index, kind="stable")
-  order = order[index[order] >= 0]
-  entries, first, repeats = np.unique(index[order], return_index=True, return_counts=True)
-  widest = int(repeats.max(initial=1))
-  table = np.full((size, widest), -1)
-  table[np.repeat(entries, repeats), np.arange(order.size) - np.repeat(first, repeats)] = order
-  return sets.any_over(sets.take(picked, table.reshape(-1)), (size, widest), 0)
 
 
 SpecRule = Callable[[Any, Sequence[Any]], Spec | None]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from fisherprune_jax import report
-from fisherprune_jax.batching import batch_size, map_with_axes
+from fisherprune_jax import exporting, report
+from fisherprune_jax.batching import batch_size
 from fisherprune_jax.blockers import (
   Blocker,
   blockers,
@@ -29,7 +29,6 @@ from fisherprune_jax.model import (
   MaskSelector,
   Model,
   VariableTree,
-  abstract,
   keystr,
   leaves_of,
   rows_of,
@@ -135,26 +134,32 @@ class Compact:
     left = left_by_lines(self._model, lines, self._ev, self._examples) if lines else 0.0
     return report.table(self._tree, self._kept, self.cost, self._cost_model.dense, self.blockers, left)
 
-  def export(self, *args: Any, platforms: Sequence[str] | None = None) -> export.Exported:
+  def export(
+    self, *args: Any, platforms: Sequence[str] | None = None, batch: str | None = "batch"
+  ) -> export.Exported:
     """``args -> outputs`` as StableHLO, with the weights inside and a symbolic batch size.
 
     Args:
-      *args: example arguments, arrays or ``jax.ShapeDtypeStruct``; their batch size does not matter.
+      *args: example arguments, arrays or ``jax.ShapeDtypeStruct``; their batch size does not matter. Other sizes may
+        be symbols of the caller's own (``jax.export.symbolic_shape``): a sequence length, say.
       platforms: what to lower for, such as ``("cpu", "cuda")``; None for what runs here.
+      batch: the name of the symbol; None leaves all sizes as they are, for models that compute with their batch
+        size and for what takes numbers alone.
 
     Returns:
       A ``jax.export.Exported``: ``.call(*args)`` runs it, ``.serialize()`` (which needs ``flatbuffers``) gives
-      bytes that ``jax.export.deserialize`` loads without this library.
+      bytes that ``jax.export.deserialize`` loads without this library; ``.serialize(vjp_order=1)`` with the derivative.
+
+    Raises:
+      ValueError: if the function computes with its batch size so that a symbol does not do.
     """
-    (batch,) = export.symbolic_shape("batch")
+    return exporting.export(self, args, self._batch_axes, platforms, batch)
 
-    def with_batch(x: Any, axis: int | None) -> Any:
-      if axis is None or axis >= len(x.shape):
-        return x
-      return jax.ShapeDtypeStruct((*x.shape[:axis], batch, *x.shape[axis + 1 :]), x.dtype)
-
-    shapes = map_with_axes(with_batch, abstract(args), self._batch_axes)
-    return export.export(jax.jit(lambda *xs: self(self.variables, *xs)), platforms=platforms)(*shapes)
+  def __reduce__(self) -> Any:
+    raise TypeError(
+      "A Compact cannot be pickled, as it holds the function that it was made of. Save small.variables (with "
+      "Orbax, say) and the masks, and call fp.compact again with the same function; or keep small.export(...).serialize()."
+    )
 
   def _execute(self, variables: Any, args: Sequence[Any]) -> Any:
     full = self._full_tree(variables)

@@ -136,7 +136,9 @@ def dilated_window(b: Any) -> None:
   lay = lambda n, other: tuple(n if at == axis else other for at in range(rank))
 
   def run(p: Any, m: Any, x: Any) -> Any:
-    x = lax.stop_gradient(x) if kind == "other" or max(base, dilation) > 1 else x  # JAX has no such derivative
+    x = (
+      lax.stop_gradient(x) if kind == "other" or max(base, dilation) > 1 else x
+    )  # JAX has no such derivative
     y = lax.reduce_window(
       x, init, combine, lay(window, 1), lay(stride, 1), lay(pad, (0, 0)), lay(base, 1), lay(dilation, 1)
     )

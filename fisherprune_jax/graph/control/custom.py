@@ -169,8 +169,10 @@ class CustomJvp(Custom):
       run = thin.rule(0, given, [*thin.boxes, *_keep(thin.boxes, outs)])
       found = run(*primals, *_keep(tangents, ins))
       values, dots = found[: len(outs)], iter(found[len(outs) :])
-      zeros = [np.zeros(jnp.shape(x), jax.dtypes.float0) for x in values]
-      return values, [next(dots) if _is_float(v) else z for v, z in zip(outs, zeros, strict=True)]
+      return values, [
+        next(dots) if _is_float(v) else np.zeros(jnp.shape(x), jax.dtypes.float0)
+        for v, x in zip(outs, values, strict=True)
+      ]
 
     call = jax.custom_jvp(thin.primal)
     call.defjvp(rule)

@@ -1,0 +1,106 @@
+"""Exported networks: derivatives, symbols of the caller's own, fixed sizes, and what cannot be pickled."""
+
+import pickle
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+import fisherprune_jax as fp
+from tests.models import CASES, random_masks
+
+
+def pruned(name):
+  case = CASES[name]
+  variables = case.variables()
+  variables = {**variables, "masks": random_masks(variables["masks"], 0)}
+  apply, x = case.module().apply, case.inputs()
+  return apply, variables, x, fp.compact(apply, variables, x)
+
+
+WITH_RULES = [
+  "mlp",
+  "cnn_with_flatten",
+  "mobile_net_block",
+  "residual_network",
+  "scanned_layers",
+  "lstm_scanned",
+]
+
+
+@pytest.mark.parametrize("name", WITH_RULES)
+def test_the_derivative_is_exported_too_at_any_batch_size(name):
+  apply, variables, x, small = pruned(name)
+  loaded = export.deserialize(bytearray(small.export(x).serialize(vjp_order=1)))
+  other = jnp.concatenate([x, 2 * x])
+
+  def gradient(function):
+    return jax.grad(lambda x: sum(jnp.sum(jnp.sin(y)) for y in jax.tree.leaves(function(x))))(other)
+
+  np.testing.assert_allclose(
+    gradient(loaded.call), gradient(lambda x: apply(variables, x)), rtol=1e-4, atol=1e-5
+  )
+
+
+class Sequences(nn.Module):
+  """Attention over a sequence of any length."""
+
+  @nn.compact
+  def __call__(self, x):
+    x = fp.Mask()(nn.relu(nn.Dense(8)(x)))
+    x = nn.MultiHeadDotProductAttention(num_heads=2)(nn.Dense(8)(x))
+    return nn.Dense(3)(fp.Mask()(nn.gelu(nn.Dense(8)(x))))
+
+
+def sequences():
+  model, x = Sequences(), jnp.ones((2, 5, 4))
+  variables = model.init(jax.random.key(0), x)
+  variables = {**variables, "masks": random_masks(variables["masks"], 0)}
+  return model.apply, variables, fp.compact(model.apply, variables, x)
+
+
+@pytest.mark.parametrize("symbols", ["b, t", "t"])
+def test_a_sequence_length_may_be_a_symbol_of_the_callers_own(symbols):
+  apply, variables, small = sequences()
+  sizes = export.symbolic_shape(symbols)
+  shape = (*sizes, 4) if len(sizes) == 2 else (2, *sizes, 4)
+  exported = small.export(jax.ShapeDtypeStruct(shape, jnp.float32))
+  assert str(exported.in_avals[0].shape) == str(
+    (sizes[0], sizes[1], 4) if len(sizes) == 2 else "(batch, t, 4)"
+  )
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 7, 4)), jnp.float32)
+  np.testing.assert_allclose(exported.call(x), apply(variables, x), rtol=1e-4, atol=1e-5)
+  assert exported.serialize(vjp_order=1)
+
+
+def in_pairs(variables, x):
+  y = nn.relu(x @ variables["params"]["w"]) * variables["masks"]["m"]
+  return y.reshape(x.shape[0] // 2, 2, -1)
+
+
+def test_a_network_that_computes_with_its_batch_size_is_exported_for_one():
+  variables = {"params": {"w": jnp.ones((3, 4))}, "masks": {"m": jnp.array([1.0, 0.0, 1.0, 1.0])}}
+  x = jnp.arange(12.0).reshape(4, 3)
+  small = fp.compact(in_pairs, variables, x)
+  with pytest.raises(ValueError, match=r"batch=None"):
+    small.export(x)
+  exported = small.export(x, batch=None)
+  assert exported.in_avals[0].shape == (4, 3)
+  np.testing.assert_allclose(exported.call(x), in_pairs(variables, x), rtol=1e-6)
+  (pairs,) = export.symbolic_shape("n")
+  twice = small.export(jax.ShapeDtypeStruct((2 * pairs, 3), jnp.float32))
+  np.testing.assert_allclose(twice.call(x), in_pairs(variables, x), rtol=1e-6)
+
+
+def test_the_symbol_of_the_batch_has_a_name():
+  *_, x, small = pruned("mlp")
+  assert str(small.export(x, batch="examples").in_avals[0].shape[0]) == "examples"
+
+
+def test_a_compact_network_says_what_to_do_instead_of_pickling_it():
+  *_, small = pruned("mlp")
+  with pytest.raises(TypeError, match=r"cannot be pickled.*small\.variables"):
+    pickle.dumps(small)

@@ -167,6 +167,26 @@ def warn_of_unknown(model: Model, masks: Sequence[Any], examples: int) -> None:
     )
 
 
+def not_covered(path: Any, model: Model, first: Model) -> str:
+  """What is wrong with a program, for other arguments, that needs more of a variable than the first one did."""
+  need = (
+    "A compact network must need no more of its variables for these arguments than for those it was built with, got "
+    f"a use of removed entries of {keystr(path)}."
+  )
+  if strange := _without_rule(model) - _without_rule(first):
+    return (
+      f"{need} The function traces to other primitives here, {', '.join(sorted(strange))}, of which no rule is known: "
+      "another tool has put its own in the place of functions that it calls, as jax2onnx does while it converts. Convert "
+      "it at the batch size that it was compacted with, for which it need not be traced again."
+    )
+  return f"{need} Compact it with these arguments."
+
+
+def _without_rule(model: Model) -> frozenset[str]:
+  specs = model.live.specs.items()
+  return frozenset(node.name for node, spec in specs if spec.opaque == unknown(node.name))
+
+
 def _is_news(primitive: str) -> bool:
   """Whether nobody was told of a primitive so far; two threads may ask at once."""
   with _lock:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import export
 
@@ -17,6 +16,7 @@ from fisherprune_jax.blockers import (
   check_read,
   check_strict,
   left_by_lines,
+  not_covered,
   warn_of_unknown,
 )
 from fisherprune_jax.cost import cost_of
@@ -29,7 +29,6 @@ from fisherprune_jax.model import (
   MaskSelector,
   Model,
   VariableTree,
-  keystr,
   leaves_of,
   rows_of,
   signature,
@@ -172,7 +171,7 @@ class Compact:
     given, leaves = jax.tree.leaves(full), jax.tree.leaves(args)
     boxes = [k.held for k in jax.tree.leaves(kept)]
     held = [
-      whole_box(jnp.shape(x)) if is_mask and not self._keep_masks else box
+      whole_box(np.shape(x)) if is_mask and not self._keep_masks else box
       for x, box, is_mask in zip(given, boxes, self._tree.flags, strict=True)
     ]
     wanted = [
@@ -180,7 +179,7 @@ class Compact:
       for at, value in enumerate(model.program.outputs)
     ]
     run = Run(model.program, model.live, self._ev)
-    outputs = run([*given, *leaves], [*held, *(whole_box(jnp.shape(x)) for x in leaves)], wanted)
+    outputs = run([*given, *leaves], [*held, *(whole_box(np.shape(x)) for x in leaves)], wanted)
     return jax.tree.unflatten(jax.tree.structure(model.out_tree), outputs)
 
   def _kept_given(self, path: Any, kept: Kept, leaf: Any) -> Kept:
@@ -208,10 +207,7 @@ class Compact:
     for value, (path, have) in zip(model.variables, leaves, strict=True):
       dropped = self._tree.is_mask(path) and not self._keep_masks
       if value in model.live.asked and not dropped and not have.covers(keep(value, model.live, self._ev)):
-        raise ValueError(
-          "A compact network must need no more of its variables for these arguments than for those it was built "
-          f"with, got a use of removed entries of {keystr(path)}. Compact it with these arguments."
-        )
+        raise ValueError(not_covered(path, model, self._model))
     return model
 
   def _present(self, tree: Any) -> Any:
@@ -234,17 +230,16 @@ class Compact:
 
   def _kept_like(self, tree: Any) -> Any:
     """The part of the variables that a tree is shaped like."""
-    parts = [self._kept["params"]] if _has_params(self._kept) else []
+    parts = [self._kept["params"]] if isinstance(self._kept, dict) and "params" in self._kept else []
     parts += [self._kept, self._present(self._kept)]
-    if isinstance(self._kept, dict):
-      parts += self._kept.values()
-    for part in parts:
-      if jax.tree.structure(part) == jax.tree.structure(tree):
-        return part
-    raise ValueError(
-      "A tree to shrink must have the structure of the parameters, of all variables or of one collection, "
-      f"got {describe(tree)} with structure {jax.tree.structure(tree)}."
-    )
+    parts += self._kept.values() if isinstance(self._kept, dict) else ()
+    found = [part for part in parts if jax.tree.structure(part) == jax.tree.structure(tree)]
+    if not found:
+      raise ValueError(
+        "A tree to shrink must have the structure of the parameters, of all variables or of one collection, "
+        f"got {describe(tree)} with structure {jax.tree.structure(tree)}."
+      )
+    return found[0]
 
 
 def compact(
@@ -311,7 +306,3 @@ def compact(
     round_to=round_to,
     strict=strict,
   )
-
-
-def _has_params(tree: Any) -> bool:
-  return isinstance(tree, dict) and "params" in tree

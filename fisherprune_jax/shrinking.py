@@ -60,10 +60,10 @@ class Kept:
 
   def per_example(self, leaf: Any) -> "Kept":
     """The same for a mask that comes with an example axis before its features."""
-    if jnp.ndim(leaf) != len(self.shape) + 1:
+    if np.ndim(leaf) != len(self.shape) + 1:
       return self
     rows = self.rows and tuple(_with_examples(row) for row in self.rows)
-    return Kept((*self.shape[:-1], jnp.shape(leaf)[-2], self.shape[-1]), _with_examples(self.index), rows)
+    return Kept((*self.shape[:-1], np.shape(leaf)[-2], self.shape[-1]), _with_examples(self.index), rows)
 
   def along(self, axis: int) -> "Kept | None":
     """What is kept of a vector along one axis; None if every layer of a stack keeps entries of its own there."""
@@ -73,7 +73,7 @@ class Kept:
 
   def slice(self, leaf: Any) -> jax.Array:
     """The kept entries of a leaf of the full shape."""
-    if jnp.shape(leaf) != self.shape:
+    if np.shape(leaf) != self.shape:
       raise ValueError(
         f"A leaf to shrink must have its parameter's shape {self.shape}, got {describe(leaf)}. "
         "Pass a tree shaped like the full parameters."

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.extend import core
 
 import fisherprune_jax as fp
 from tests.models import CASES, random_masks
@@ -104,3 +105,19 @@ def test_a_compact_network_says_what_to_do_instead_of_pickling_it():
   *_, small = pruned("mlp")
   with pytest.raises(TypeError, match=r"cannot be pickled.*small\.variables"):
     pickle.dumps(small)
+
+
+twice = core.Primitive("put_in_by_another_tool")
+twice.def_abstract_eval(lambda x: x)
+
+
+def test_functions_that_another_tool_has_replaced_are_named(monkeypatch):
+  def apply(variables, x):
+    return jnp.tanh(x @ variables["params"]["w"]) * variables["masks"]["m"]
+
+  variables = {"params": {"w": jnp.ones((3, 4))}, "masks": {"m": jnp.array([1.0, 0.0, 1.0, 1.0])}}
+  small = fp.compact(apply, variables, jnp.ones((2, 3)))
+  monkeypatch.setattr(jnp, "tanh", twice.bind)
+  small(small.variables, jnp.ones((2, 3)))  # at this size it was traced before
+  with pytest.raises(ValueError, match=r"put_in_by_another_tool.*batch size that it was compacted with"):
+    small(small.variables, jnp.ones((5, 3)))

@@ -170,7 +170,7 @@ class CustomJvp(Custom):
       found = run(*primals, *_keep(tangents, ins))
       values, dots = found[: len(outs)], iter(found[len(outs) :])
       return values, [
-        next(dots) if _is_float(v) else np.zeros(jnp.shape(x), jax.dtypes.float0)
+        next(dots) if _is_float(v) else np.zeros(np.shape(x), jax.dtypes.float0)
         for v, x in zip(outs, values, strict=True)
       ]
 

@@ -66,7 +66,15 @@ def sizes(family, n):
   }
 
 
-SMALL = {"plain": 20, "wide": 2000, "many_wide": 4, "elementwise": 20, "merged_heads": 16, "lookups": 300}
+SMALL = {
+  "plain": 20,
+  "wide": 2000,
+  "many_wide": 4,
+  "elementwise": 20,
+  "merged_heads": 16,
+  "lookups": 300,
+  "flattened": 16,
+}
 SLACK = {
   # Reshapes cut the stream up: every later unit hangs on all earlier ones in ways that are looked at one by one.
   "shuffles": {"pairs": 4.5},

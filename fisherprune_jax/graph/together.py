@@ -95,8 +95,14 @@ def laid(
       together[tuple(axes.index(f) for f in factors)] = s
     for at, axis in enumerate(axes):
       if isinstance(axis, Prod) and sorted(axis.parts) == sorted(factors):
-        found[at] = sets.intersection(found[at], reordered(s, factors, axis.parts, spec.sizes))
+        found[at] = _within(reordered(s, factors, axis.parts, spec.sizes), found[at], axis, spec)
   return tuple(found), together
+
+
+def _within(s: Set, box: Set, axis: Prod, spec: Spec) -> Set:
+  """What is in a set of merged factors and in a product of one set for each."""
+  hull = sets.outer(sets.split(s, [spec.sizes[f] for f in axis.parts]))
+  return s if hull is box else sets.intersection(box, s)  # it lies within its own hull
 
 
 def reordered(s: Set, before: Sequence[Factor], after: Sequence[Factor], sizes: Mapping[Factor, Any]) -> Set:

@@ -8,7 +8,7 @@ LATEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 $$HOME/.pyenv
 JOBS ?= 2
 COUNT ?= 1000
 
-.PHONY: help install demo test test-latest lint format fuzz bench docs clean
+.PHONY: help install demo test test-fast test-latest lint format fuzz bench docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 16
@@ -26,6 +26,9 @@ demo: install  ## prune a network on real digits to 10 % of its FLOPs; results i
 
 test: install lint  ## lint, types, doctests and tests
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) --durations 5
+
+test-fast: install  ## the quick part of the tests, for work
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
 
 test-latest:  ## the same tests on the newest JAX, under a newer Python
 	@test -n "$(LATEST_PYTHON)" || { echo "Python 3.12 or newer is needed, found none; set LATEST_PYTHON."; exit 1; }

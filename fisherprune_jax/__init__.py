@@ -4,6 +4,7 @@ from fisherprune_jax import nnx as nnx
 from fisherprune_jax.alias import inject_hyperparams as inject_hyperparams
 from fisherprune_jax.alias import pruning_sgd as pruning_sgd
 from fisherprune_jax.blockers import Blocker as Blocker
+from fisherprune_jax.blockers import Held as Held
 from fisherprune_jax.compaction import Compact as Compact
 from fisherprune_jax.compaction import compact as compact
 from fisherprune_jax.cost import CostModel as CostModel

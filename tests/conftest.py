@@ -14,6 +14,19 @@ os.environ["XLA_FLAGS"] = " ".join(
 import jax
 import pytest
 
+# What takes most of the time: whole tables of networks, trainings, processes of their own. ``make test-fast`` leaves it out.
+SLOW = """
+  batches budget compaction conformance cost devices docs edits example_axes example_code_transformer
+  example_ranking_mlp exactness export fuzz growth linen linen_training nnx opt_states precision report restarts
+  rounding seeing several threads training
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+  for item in items:
+    if item.path.stem.removeprefix("test_") in SLOW:
+      item.add_marker("slow")
+
 
 @pytest.fixture
 def x64():

@@ -379,11 +379,13 @@ def check(net: Network, other: int) -> None:
     check_report(net, small)
 
 
+UNTRUE = "prod cumprod reverse number straight rounded scaled mixed branches".split()
+"""Steps whose gradients are not the whole truth: of what is multiplied with a dead feature, of rules that mix, and of
+branches that are never taken."""
+
+
 def _needs_more(step: Step) -> bool:
-  """Whether a step keeps what has no gradient of its own: what is multiplied with a dead feature, or by a rule that mixes."""
-  return step.name.startswith(
-    ("prod", "cumprod", "reverse", "number", "straight", "rounded", "scaled", "mixed")
-  )
+  return step.name.startswith(tuple(UNTRUE))
 
 
 class TimeLimitError(Exception):

@@ -41,6 +41,11 @@ class Info(NamedTuple):
   together: Mapping[tuple[int, ...], Set] = MappingProxyType({})
 
   @property
+  def is_zero(self) -> bool:
+    """Whether it is a constant zero."""
+    return self.const is not None and not self.const
+
+  @property
   def is_masked(self) -> bool:
     """Whether masks decide where it can be non-zero."""
     return any(s.support for s in self.box)
@@ -73,8 +78,7 @@ def meet(a: Box, b: Box) -> Box:
 
 def nonzero_box(info: Info) -> Box:
   """Where an array can be non-zero: nowhere if it is a constant zero."""
-  zero = info.const is not None and not info.const
-  return empty_box([s.size for s in info.box]) if zero else info.box
+  return empty_box([s.size for s in info.box]) if info.is_zero else info.box
 
 
 def box_of(axes: Axes, factors: Factors, shape: Sequence[Any]) -> Box:
@@ -92,29 +96,19 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
   factors = {f: _can_be_nonzero(f, spec, infos) for f in spec.sizes}
   varies = any(info.varies for info in infos)
   tied = together.forward(spec, [(info.box, info.together) for info in infos])
-  boxes, merged = (
-    zip(
-      *(
-        together.laid(spec, tied, axes, box_of(axes, factors, out.shape))
-        for axes, out in zip(spec.outs, node.outs, strict=True)
-      ),
-      strict=True,
-    )
-    if node.outs
-    else ((), ())
-  )
+  found = [
+    together.laid(spec, tied, axes, box_of(axes, factors, out.shape))
+    for axes, out in zip(spec.outs, node.outs, strict=True)
+  ]
   if (row := _row_taken(spec, infos)) is not None:
     return [row]
   known = _fold(node, infos)
   if spec.moves:
     first = infos[0]
-    mask = first.mask and _is_exact(spec, factors, first)
-    return [Info(boxes[0], first.const, mask, varies, known, together=merged[0])]
+    ((box, axes),) = found
+    return [Info(box, first.const, first.mask and _is_exact(spec, factors, first), varies, known, None, axes)]
   mask = spec.same_as is not None and all(info.mask for info in infos)
-  return [
-    Info(box, mask=mask, varies=varies, known=known, together=axes)
-    for box, axes in zip(boxes, merged, strict=True)
-  ]
+  return [Info(box, mask=mask, varies=varies, known=known, together=axes) for box, axes in found]
 
 
 def _row_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
@@ -165,8 +159,7 @@ def _can_be_nonzero(factor: Factor, spec: Spec, infos: Sequence[Info]) -> Set:
     if factor in factors_of(axis) and operand not in spec.neutral
   ]
   free = factor in spec.alive or not seen
-  zeros = {operand for operand, info in enumerate(infos) if info.const is not None and not info.const}
-  some = [s for operand, s in seen if operand not in zeros] or [s for _, s in seen]
+  some = [s for operand, s in seen if not infos[operand].is_zero] or [s for _, s in seen]
   base = everything if free else sets.union(*some)
   return sets.intersection(base, *(s for operand, s in seen if operand in spec.kills))
 

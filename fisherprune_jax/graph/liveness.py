@@ -168,6 +168,10 @@ class Liveness:
       if spec.same_as in (None, operand) or not self.drop_masks:
         self.ask(value, *together.laid(spec, tied, axes, box_of(axes, factors, value.shape)))
 
+  def boxes(self, values: Sequence[Value]) -> list[Box | None]:
+    """What is stored of arrays; None of those that nobody asks for."""
+    return [self.stored(value) if value in self.asked else None for value in values]
+
   def merged(self, values: Sequence[Value]) -> list[Together]:
     """What is asked of several axes of these arrays merged."""
     return [self.asked_together.get(value, {}) for value in values]

@@ -275,8 +275,3 @@ def any_of(base: Set, groups: Any, size: int) -> Set:
 def contains(big: Set, small: Set) -> bool:
   """Whether ``small`` is a subset of ``big`` for all masks, as far as the expressions show it."""
   return intersection(big, small) is small
-
-
-def is_static(s: Set) -> bool:
-  """Whether the set's size is a number."""
-  return compat.is_static_size(s.size)

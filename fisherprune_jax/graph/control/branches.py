@@ -28,7 +28,7 @@ class Cond:
   def backward(self, node: Node, live: Liveness) -> None:
     """Operands have to give what any branch needs."""
     live.ask(node.ins[0], whole_box(node.ins[0].shape))
-    asked = [live.stored(out) if out in live.asked else None for out in node.outs]
+    asked = live.boxes(node.outs)
     for branch in live.subs[node]:
       live.backward(branch, asked)
       for value, inner in zip(node.ins[1:], branch.inputs, strict=True):

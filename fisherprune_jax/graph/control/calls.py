@@ -25,7 +25,7 @@ class Checkpoint:
   def backward(self, node: Node, live: Liveness) -> None:
     """What the body needs."""
     (body,) = live.subs[node]
-    asked = [live.stored(out) if out in live.asked else None for out in node.outs]
+    asked = live.boxes(node.outs)
     live.backward(body, asked, live.merged(node.outs))
     live.pass_on(node.ins, body.inputs)
 

@@ -91,7 +91,7 @@ class Custom:
   def backward(self, node: Node, live: Liveness) -> None:
     """What the body needs, and what the rule does."""
     body, *rules = live.subs[node]
-    live.backward(body, _asked(node, live), live.merged(node.outs))
+    live.backward(body, live.boxes(node.outs), live.merged(node.outs))
     if rules:
       self.ask(node, rules, live)
     for part in live.subs[node]:
@@ -156,7 +156,7 @@ class CustomJvp(Custom):
 
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
     """Tangents are asked for as values are."""
-    asked, merged = _asked(node, live), live.merged(node.outs)
+    asked, merged = live.boxes(node.outs), live.merged(node.outs)
     live.backward(rules[0], [*asked, *_keep(asked, node.outs)], [*merged, *_keep(merged, node.outs)])
     live.pass_on(_floats(node.ins), rules[0].inputs[len(node.ins) :])
 
@@ -211,7 +211,7 @@ class CustomVjp(Custom):
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
     """An operand is asked for where the rule can hand gradient to it, though the function ignores it."""
     forwards, backwards = rules
-    live.backward(forwards, _asked(node, live), live.merged(node.outs))
+    live.backward(forwards, live.boxes(node.outs), live.merged(node.outs))
     infos, outs = [live.info(value) for value in node.ins], _floats(node.outs)
     boxes = [live.asked.get(out, empty_box(out.shape)) for out in outs]
     cotangents = [
@@ -221,7 +221,7 @@ class CustomVjp(Custom):
     wanted = _keep(infos, node.ins)
     live.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
     for value, gradient in zip(_floats(node.ins), gradients, strict=True):
-      if gradient.const is None or gradient.const:
+      if not gradient.is_zero:
         live.ask(value, gradient.box, gradient.together)
 
   def call(self, thin: Thin) -> Call:
@@ -251,10 +251,6 @@ def _join(a: Where, b: Where) -> Where:
 
 def _nowhere(value: Value) -> Where:
   return empty_box(value.shape), {}
-
-
-def _asked(node: Node, live: Liveness) -> list[Box | None]:
-  return [live.stored(out) if out in live.asked else None for out in node.outs]
 
 
 def _traced(node: Node, dense: Call, *values: Sequence[Value]) -> Program:

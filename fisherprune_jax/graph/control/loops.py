@@ -42,7 +42,7 @@ class Scan:
       return
     consts, carry = compat.scan_counts(node.params)
     (body,) = live.subs[node]
-    asked = [live.stored(out) if out in live.asked else None for out in node.outs]
+    asked = live.boxes(node.outs)
     _backward(body, consts, carry, [*asked[:carry], *(box and box[1:] for box in asked[carry:])], live)
     for value, box in zip(node.ins, self._held(node, body, live), strict=True):
       live.ask(value, box)

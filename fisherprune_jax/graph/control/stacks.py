@@ -37,12 +37,12 @@ def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
 def backward(node: Node, live: Liveness) -> None:
   """From the last turn to the first."""
   consts, carry = compat.scan_counts(node.params)
-  asked = [live.stored(out) if out in live.asked else None for out in node.outs]
+  asked = live.boxes(node.outs)
   carried, written = asked[:carry], [box and box[1:] for box in asked[carry:]]
   for turn in reversed(_order(node)):
     body = live.subs[node][turn]
     live.backward(body, [*carried, *written])
-    boxes = [live.stored(inner) if inner in live.asked else None for inner in body.inputs]
+    boxes = live.boxes(body.inputs)
     carried = boxes[consts : consts + carry]
     for value, box in zip(node.ins[:consts], boxes[:consts], strict=True):
       if box is not None:

@@ -2,14 +2,9 @@
 
 import os
 
-# Tests run small programs once: time goes into compiling them.
-os.environ["XLA_FLAGS"] = " ".join(
-  [
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_backend_optimization_level=0",
-    "--xla_force_host_platform_device_count=8",
-  ]
-)
+from tests.flags import QUICK
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK} --xla_force_host_platform_device_count=8"
 
 import jax
 import pytest

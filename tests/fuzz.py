@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+from tests.flags import QUICK
+
+os.environ.setdefault("XLA_FLAGS", QUICK)
 
 import jax
 import jax.numpy as jnp

@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import fisherprune_jax as fp
 from tests import job
+from tests.flags import QUICK
 
 ROOT = Path(__file__).parent.parent
 FEATURES = 8 + 16
@@ -235,7 +236,7 @@ def test_two_processes_prune_the_same_features(tmp_path):
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
-  flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=2"
+  flags = f"{QUICK} --xla_force_host_platform_device_count=2"
   outs = [tmp_path / f"{process}.npz" for process in range(2)]
   running = [
     subprocess.Popen(

@@ -129,7 +129,9 @@ def check_read(model: Model, tree: VariableTree) -> None:
   unread = [
     keystr(path)
     for (path, _), value in zip(tree.paths, model.variables, strict=True)
-    if tree.is_mask(path) and value not in read
+    if tree.is_mask(path)
+    and value not in read
+    and 0 not in value.shape  # a compact network may have such a one
   ]
   if unread:
     raise ValueError(

@@ -381,9 +381,9 @@ def check(net: Network, other: int) -> None:
     check_report(net, small)
 
 
-UNTRUE = "prod cumprod reverse number straight rounded scaled mixed branches".split()
-"""Steps whose gradients are not the whole truth: of what is multiplied with a dead feature, of rules that mix, and of
-branches that are never taken."""
+UNTRUE = "prod cumprod reverse number straight rounded scaled mixed branches short".split()
+"""Steps whose gradients are not the whole truth: of what is multiplied with a dead feature, of rules that mix, of
+branches that are never taken, and of loops that end before all that they carry has come to be non-zero."""
 
 
 def _needs_more(step: Step) -> bool:

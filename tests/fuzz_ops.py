@@ -687,7 +687,8 @@ def scan(b: Any) -> None:
     (last, turns), (ys, sums) = lax.scan(turn, (first, 0), jnp.moveaxis(x, 1, 0), reverse=back)
     return jnp.moveaxis(ys, 0, 1) * m[name], 0.1 * last + turns, sums
 
-  b.add(f"scan {start} {inner} {gated} {back}", run, v)
+  short = "short " if start == "zero" and b.shape(v)[1] < 3 else ""
+  b.add(f"{short}scan {start} {inner} {gated} {back}", run, v)
 
 
 @op(1)
@@ -862,14 +863,22 @@ def merged_mask(b: Any) -> None:
     b.mask(heads * depth),
     b.param((heads, depth)),
   )
-  attend = b.chance(0.5)
+  attend, late = b.chance(0.5), b.chance(0.3)
+  way = b.choice(["plain", "plain", "loop", "rows", "branches"])
 
   def run(p: Any, m: Any, x: Any) -> Any:
-    y = ((x @ p[kernel]) * m[name]).reshape(*x.shape[:-1], heads, depth)
+    y = (x @ p[kernel]) * (1 if late else m[name])
+    y = y.reshape(*x.shape[:-1], heads, depth)
+    if way == "loop":
+      y, _ = lax.scan(lambda y, _: (jnp.tanh(y), None), y, None, length=2)
+    elif way == "rows":
+      _, y = lax.scan(lambda turn, row: (turn + 1, jnp.sin(row)), 0, y)
+    elif way == "branches":
+      y = lax.cond(jnp.sum(p[scale]) > 0, jnp.tanh, jnp.sin, y)
     y = y * jnp.sum(y * p[scale], -1, keepdims=True) if attend else y * p[scale]
-    return y.reshape(*x.shape[:-1], heads * depth)
+    return y.reshape(*x.shape[:-1], heads * depth) * (m[name] if late else 1)
 
-  b.add(f"merged {heads} {depth} {attend} {name}", run, v)
+  b.add(f"merged {way} {heads} {depth} {attend} {late} {name}", run, v)
 
 
 @op(0.4)

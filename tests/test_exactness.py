@@ -459,12 +459,56 @@ MERGED = {
     lambda v, y, m: scaled(v, y).reshape(-1, 6) * m + jnp.sum(scaled(v, y)),
     (6, 6),
   ),
-  "a rule that mixes": (lambda v, y, m: clip_norm(scaled(v, y)).reshape(-1, 6) * m, (6, 3)),
+  "a rule that mixes what is masked": (lambda v, y, m: clip_norm(scaled(v, y)).reshape(-1, 6) * m, (3, 3)),
+  "a rule that mixes, of which a sum reads all": (
+    lambda v, y, m: clip_norm(scaled(v, y)).reshape(-1, 6) * m + jnp.sum(clip_norm(scaled(v, y))),
+    (6, 6),
+  ),
   "a loop": (
     lambda v, y, m: lax.scan(
       lambda y, _: (scaled(v, jnp.tanh(y)).reshape(-1, 6) * m, None), y, None, length=2
     )[0],
-    (6, 6),
+    (3, 3),
+  ),
+  "a loop that carries it split": (
+    lambda v, y, m: (
+      lax.scan(lambda y, _: (jnp.tanh(y), None), scaled(v, y), None, length=2)[0].reshape(-1, 6) * m
+    ),
+    (3, 3),
+  ),
+  "a loop that is given it split, masked": (
+    lambda v, y, m: lax.scan(
+      lambda c, _: (c + jnp.tanh(grid(y * m)), None), jnp.zeros_like(grid(y)), None, length=2
+    )[0].reshape(-1, 6),
+    (3, 3),
+  ),
+  "a loop over its rows, split": (
+    lambda v, y, m: lax.scan(lambda c, row: (c, jnp.sin(row)), 0.0, scaled(v, y))[1].reshape(-1, 6) * m,
+    (3, 3),
+  ),
+  "a loop over its rows, split and masked": (
+    lambda v, y, m: lax.scan(lambda c, row: (c, jnp.sin(row)), 0.0, grid(y * m))[1].reshape(-1, 6),
+    (3, 3),
+  ),
+  "branches": (
+    lambda v, y, m: lax.cond(jnp.sum(y) > 0, jnp.tanh, jnp.sin, scaled(v, y)).reshape(-1, 6) * m,
+    (6, 3),
+  ),
+  "branches, of which one reads all": (
+    lambda v, y, m: (
+      lax.cond(v["params"]["c"][0] > 0, lambda y: jnp.cumsum(y, -1), jnp.sin, scaled(v, y)).reshape(-1, 6) * m
+    ),
+    (6, 3),
+  ),
+  "masked, then branches": (
+    lambda v, y, m: lax.cond(jnp.sum(v["params"]["c"]) > 0, jnp.tanh, jnp.sin, scaled(v, y * m)).reshape(
+      -1, 6
+    ),
+    (3, 3),
+  ),
+  "statistics over what is masked": (
+    lambda v, y, m: (grid(y * m) * jnp.sum(scaled(v, y * m), -1, keepdims=True)).reshape(-1, 6),
+    (3, 3),
   ),
 }
 

@@ -28,6 +28,15 @@ def test_shapes_without_common_factors_stay_whole():
   assert found.whole == {"f1", "f2", "f3", "f4"}
 
 
+@pytest.mark.parametrize(
+  ("before", "after"), [((3, 0, 4, 4), (3, 0, 8)), ((0, 5), (0,)), ((7, 0), (0, 2, 3))]
+)
+def test_arrays_of_nothing_say_nothing_of_their_other_axes(before, after):
+  found = factorise(before, after)
+  for shape, axes in ((before, found.ins), (after, found.outs)):
+    assert shape == tuple(math.prod(found.sizes[f] for f in parts) for parts in axes)
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_factors_multiply_to_both_shapes_in_order(seed):
   rng = np.random.default_rng(seed)

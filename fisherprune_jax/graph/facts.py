@@ -1,7 +1,7 @@
 """What is known of one array, and what one application of a primitive makes of it by its ``Spec``."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from fisherprune_jax.graph import compat, sets, together
 from fisherprune_jax.graph.program import Node, Value
 from fisherprune_jax.graph.sets import Set
 from fisherprune_jax.graph.spec import Axes, Factor, Pick, Spec, compose, factors_of, project
+from fisherprune_jax.graph.together import Together
 
 Box = tuple[Set, ...]
 Factors = dict[Factor, Set]
@@ -38,7 +39,7 @@ class Info(NamedTuple):
   varies: bool = False
   known: np.ndarray | None = None
   rows: "tuple[Info, ...] | None" = None
-  together: Mapping[tuple[int, ...], Set] = MappingProxyType({})
+  together: Together = MappingProxyType({})
 
   @property
   def is_zero(self) -> bool:
@@ -69,6 +70,18 @@ def empty_box(shape: Sequence[Any]) -> Box:
 def join(*boxes: Box) -> Box:
   """The smallest box that contains all of ``boxes``."""
   return tuple(sets.union(*column) for column in zip(*boxes, strict=True))
+
+
+def join_merged(a: tuple[Box, Together], b: tuple[Box, Together]) -> tuple[Box, Together]:
+  """The smallest box that contains both, with what both say of several axes merged."""
+  box = join(a[0], b[0])
+  return box, together.union(a, b, box)
+
+
+def either(a: Info, b: Info) -> Info:
+  """What is known of an array that is one or the other."""
+  box, axes = join_merged((a.box, a.together), (b.box, b.together))
+  return Info(box, varies=a.varies or b.varies, together=axes)
 
 
 def meet(a: Box, b: Box) -> Box:

@@ -21,6 +21,7 @@ from fisherprune_jax.graph.facts import (
   constant,
   empty_box,
   join,
+  join_merged,
   meet,
   needed,
   results,
@@ -215,8 +216,7 @@ class Liveness:
       self.asked[value], self.asked_together[value] = box, merged
       return
     before = self.asked[value], self.asked_together[value]
-    self.asked[value] = join(before[0], box)
-    self.asked_together[value] = together.union(before, (box, merged), self.asked[value])
+    self.asked[value], self.asked_together[value] = join_merged(before, (box, merged))
 
   def rows(self, value: Value) -> list[Box] | None:
     """What is stored of each entry along the leading axis, if entries are all that anybody asks for."""

@@ -43,7 +43,7 @@ def forward(spec: Spec, arrays: Sequence[tuple[Sequence[Set], Together]]) -> Tie
   candidates = dict.fromkeys(f for at, tied in enumerate(said) if at not in spec.neutral for f in tied)
   found = {}
   for factors in candidates:
-    if {*factors} & (spec.alive | spec.whole) or not _are_static(factors, spec):
+    if {*factors} & spec.whole or not _are_static(factors, spec):
       continue
     seen = {
       at: _read(factors, spec, axes, box, tied)
@@ -51,7 +51,10 @@ def forward(spec: Spec, arrays: Sequence[tuple[Sequence[Set], Together]]) -> Tie
       if at not in spec.neutral
     }
     by_one = [s for at, s in seen.items() if at in spec.kills]
-    found[factors] = sets.intersection(sets.union(*seen.values()), *by_one)
+    if not {*factors} & spec.alive:
+      by_one.append(sets.union(*seen.values()))
+    if by_one:
+      found[factors] = sets.intersection(*by_one)
   return found
 
 
@@ -123,6 +126,16 @@ def union(
     if asked is not sets.outer([joined[at] for at in places]):
       found[places] = asked
   return found
+
+
+def in_a_turn(tied: Together) -> dict[tuple[int, ...], Set]:
+  """The same of one entry along the leading axis."""
+  return {tuple(at - 1 for at in places): s for places, s in tied.items() if 0 not in places}
+
+
+def in_all_turns(tied: Together) -> dict[tuple[int, ...], Set]:
+  """The same of an array with one more axis in front."""
+  return {tuple(at + 1 for at in places): s for places, s in tied.items()}
 
 
 def _asked(box: Sequence[Set], together: Together, places: tuple[int, ...]) -> Set:

@@ -7,7 +7,7 @@ from typing import Any
 from jax import lax
 
 from fisherprune_jax.graph import flops, program
-from fisherprune_jax.graph.facts import Box, Info, join, whole_box
+from fisherprune_jax.graph.facts import Box, Info, either, whole_box
 from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness
 from fisherprune_jax.graph.program import Node
 from fisherprune_jax.graph.spec import Counting
@@ -23,17 +23,15 @@ class Cond:
     branches = live.programs(node, *builders)
     varies = any(info.varies for info in infos)
     found = [live.forward(branch, infos[1:]) for branch in branches]
-    return [Info(join(*(info.box for info in outs)), varies=varies) for outs in zip(*found, strict=True)]
+    outs = [functools.reduce(either, results) for results in zip(*found, strict=True)]
+    return [Info(out.box, varies=varies, together=out.together) for out in outs]
 
   def backward(self, node: Node, live: Liveness) -> None:
     """Operands have to give what any branch needs."""
     live.ask(node.ins[0], whole_box(node.ins[0].shape))
-    asked = live.boxes(node.outs)
     for branch in live.subs[node]:
-      live.backward(branch, asked)
-      for value, inner in zip(node.ins[1:], branch.inputs, strict=True):
-        if inner in live.asked:
-          live.ask(value, live.stored(inner))
+      live.backward(branch, live.boxes(node.outs), live.merged(node.outs))
+      live.pass_on(node.ins[1:], branch.inputs)
 
   def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """The dearest branch."""

@@ -7,13 +7,23 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from fisherprune_jax.graph import compat, program
+from fisherprune_jax.graph import compat, program, together
 from fisherprune_jax.graph.align import align
 from fisherprune_jax.graph.control import stacks
-from fisherprune_jax.graph.facts import Box, Info, empty_box, join, nonzero_box, whole_box
+from fisherprune_jax.graph.facts import (
+  Box,
+  Info,
+  either,
+  empty_box,
+  join,
+  join_merged,
+  nonzero_box,
+  whole_box,
+)
 from fisherprune_jax.graph.liveness import STRUCTURED, Cost, Link, Liveness, Pairs
 from fisherprune_jax.graph.program import Node, Program, Value
 from fisherprune_jax.graph.spec import Counting
+from fisherprune_jax.graph.together import Together
 
 MOST_PASSES = 8
 """Passes over a loop's body before carried values that still grow are taken as a whole."""
@@ -30,10 +40,17 @@ class Scan:
     (body,) = live.programs(
       node, functools.partial(program.build, node.params["jaxpr"], (*node.callers, node.eqn))
     )
-    each = [Info(info.box[1:], varies=info.varies) for info in infos[consts + carry :]]
-    carried, outs = _forward(body, infos[:consts], infos[consts : consts + carry], each, live)
-    stacked = zip(node.outs[carry:], outs[carry:], strict=True)
-    return [*carried, *(Info(_stack(out.box, v.shape), varies=out.varies) for v, out in stacked)]
+    each = [
+      Info(info.box[1:], varies=info.varies, together=together.in_a_turn(info.together))
+      for info in infos[consts + carry :]
+    ]
+    before, outs = _forward(body, infos[:consts], infos[consts : consts + carry], each, live, _again(node))
+    carried = outs[:carry] if _runs(node) else before
+    stacked = [
+      Info(_stack(out.box, v.shape), varies=out.varies, together=together.in_all_turns(out.together))
+      for v, out in zip(node.outs[carry:], outs[carry:], strict=True)
+    ]
+    return [*carried, *stacked]
 
   def backward(self, node: Node, live: Liveness) -> None:
     """What later turns ask of the carried values, earlier ones have to give."""
@@ -42,10 +59,14 @@ class Scan:
       return
     consts, carry = compat.scan_counts(node.params)
     (body,) = live.subs[node]
-    asked = live.boxes(node.outs)
-    _backward(body, consts, carry, [*asked[:carry], *(box and box[1:] for box in asked[carry:])], live)
-    for value, box in zip(node.ins, self._held(node, body, live), strict=True):
-      live.ask(value, box)
+    boxes, axes = live.boxes(node.outs), live.merged(node.outs)
+    asked = [*boxes[:carry], *(box and box[1:] for box in boxes[carry:])]
+    merged = [*axes[:carry], *map(together.in_a_turn, axes[carry:])]
+    carried = _backward(body, consts, carry, asked, merged, live, _again(node))
+    inner = live.merged(body.inputs)
+    wanted = [*inner[:consts], *carried, *map(together.in_all_turns, inner[consts + carry :])]
+    for value, box, tied in zip(node.ins, self._held(node, body, live), wanted, strict=True):
+      live.ask(value, box, tied)
 
   def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
     """Every turn counts."""
@@ -82,7 +103,9 @@ class Scan:
       return stacks.links(node, live)
     consts, carry = compat.scan_counts(node.params)
     (body,) = live.subs[node]
-    turns = list(zip(body.inputs[consts : consts + carry], body.outputs, strict=False))
+    turns = (
+      list(zip(body.inputs[consts : consts + carry], body.outputs, strict=False)) if _again(node) else []
+    )
     return [Link(body, _pairs(node.ins, body.inputs), _pairs(node.outs, body.outputs), turns)]
 
   def _held(self, node: Node, body: Program, live: Liveness) -> list[Box]:
@@ -125,7 +148,7 @@ class While:
       join(live.stored(out), live.stored(inner)) if out in live.asked or inner in live.asked else None
       for out, inner in zip(node.outs, cond.inputs[first:], strict=True)
     ]
-    _backward(body, consts, len(node.outs), asked, live)
+    _backward(body, consts, len(node.outs), asked, [{} for _ in asked], live)
     for value, box in zip(node.ins, self._held(node, live), strict=True):
       live.ask(value, box)
 
@@ -183,6 +206,17 @@ class While:
     ]
 
 
+def _again(node: Node) -> bool:
+  """Whether a scan has another turn that is given what one carried."""
+  return bool(node.params["length"] != 1)
+
+
+def _runs(node: Node) -> bool:
+  """Whether a scan has a turn, after which what it carries is what that turn made."""
+  length = node.params["length"]
+  return compat.is_static_size(length) and length > 0
+
+
 def _pairs(outer: Sequence[Value], inner: Sequence[Value]) -> Pairs:
   return list(zip(outer, inner, strict=True))
 
@@ -202,17 +236,20 @@ def _stack(box: Box, shape: Sequence[Any]) -> Box:
 
 
 def _forward(
-  body: Program, consts: Sequence[Info], init: Sequence[Info], each: Sequence[Info], live: Liveness
+  body: Program,
+  consts: Sequence[Info],
+  init: Sequence[Info],
+  each: Sequence[Info],
+  live: Liveness,
+  again: bool = True,
 ) -> tuple[list[Info], list[Info]]:
-  """What is known of the carried values in any turn, and of the body's outputs."""
+  """What is known of the carried values before any turn, and of the body's outputs."""
   # A value that starts as zeros says nothing of where it can be non-zero.
-  carried = [Info(nonzero_box(i), varies=i.varies) for i in init]
+  carried = [Info(nonzero_box(i), varies=i.varies, together={} if i.is_zero else i.together) for i in init]
   for _ in range(MOST_PASSES):
     outs = live.forward(body, [*consts, *carried, *each])
-    grown = [
-      Info(join(a.box, b.box), varies=a.varies or b.varies) for a, b in zip(carried, outs, strict=False)
-    ]
-    if grown == carried:  # sets are interned, so equal ones are the same object
+    grown = list(map(either, carried, outs))
+    if grown == carried or not again:  # sets are interned, so equal ones are the same object
       return carried, outs
     carried = grown
   carried = [Info(whole_box(_shape(info)), varies=info.varies) for info in carried]
@@ -223,19 +260,32 @@ def _shape(info: Info) -> list[Any]:
   return [s.size for s in info.box]
 
 
-def _backward(body: Program, consts: int, carry: int, asked: list[Box | None], live: Liveness) -> None:
-  """Asks for the outputs of every turn, the carried ones being the inputs of the next."""
+def _backward(
+  body: Program,
+  consts: int,
+  carry: int,
+  asked: list[Box | None],
+  merged: list[Together],
+  live: Liveness,
+  again: bool = True,
+) -> list[Together]:
+  """Asks for the outputs of every turn, the carried ones being the inputs of the next.
+
+  Returns what is asked of several axes merged of what the first turn is given.
+  """
   inputs = body.inputs[consts : consts + carry]
   for _ in range(MOST_PASSES):
-    live.backward(body, asked)
-    before = list(asked)
+    live.backward(body, asked, merged)
+    before = list(asked), list(merged)
     for at, inner in enumerate(inputs):
       if inner in live.asked:
-        asked[at] = join(asked[at] or empty_box(inner.shape), live.stored(inner))
-    if asked == before:
-      return
+        so_far = asked[at] or empty_box(inner.shape), merged[at]
+        asked[at], merged[at] = join_merged(so_far, (live.stored(inner), live.asked_together[inner]))
+    if (asked, merged) == before or not again:
+      return merged[:carry]
   whole = [whole_box(inner.shape) for inner in inputs]
   live.backward(body, [*whole, *asked[carry:]])
+  return [{}] * carry
 
 
 def _carried(node: Node, body: Program, consts: int, carry: int, live: Liveness) -> list[Box]:

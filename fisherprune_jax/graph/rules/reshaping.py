@@ -77,11 +77,18 @@ def _is_one(n: Any) -> bool:
   return compat.is_static_size(n) and n == 1
 
 
+def _holds_nothing(shape: Sequence[Any]) -> bool:
+  """Whether a size is 0: then the others say nothing of each other."""
+  return any(compat.is_static_size(n) and n == 0 for n in shape)
+
+
 def _middle(found: _Factors, rows: list[int], columns: list[int], before: Any, after: Any) -> None:
   left, right = [before[i] for i in rows], [after[j] for j in columns]
-  if not left or not right:
+  if _holds_nothing(before) and math.prod(left) != math.prod(right):
+    _keep_whole(found, [(i, before[i]) for i in rows], [(j, after[j]) for j in columns])
+  elif not left or not right:
     return  # nothing but axes of size 1
-  if len(left) == 1:
+  elif len(left) == 1:
     for j in columns:
       found.add(after[j], rows[0], j)
   elif len(right) == 1:

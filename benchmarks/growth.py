@@ -3,7 +3,7 @@
   python benchmarks/growth.py --out benchmarks/growth.json
 
 Each size runs in a process of its own, on one core, under a time limit: tracing and analysis, the first
-``cost(masks)``, the first jitted ``per_feature(masks)``, and ``compact``, compilation included, in seconds of
+``cost(masks)``, the first ``per_feature(masks)``, and ``compact``, compilation included, in seconds of
 that core's time. The bar: twice the network takes at most 2.5 times as long (half a second of start-up aside),
 and the larger under 20 seconds.
 """
@@ -297,7 +297,7 @@ def measure(family: str, n: int) -> dict[str, float]:
   masks = jax.tree.map(lambda m: (rng.random(m.shape) < 0.7).astype(np.float32), variables["masks"])
   cost = timed("trace", lambda: fp.cost_model(apply, variables, x))
   timed("cost", lambda: cost(masks))
-  timed("per_feature", lambda: jax.jit(cost.per_feature)(masks))
+  timed("per_feature", lambda: cost.per_feature(masks))
   timed("compact", lambda: fp.compact(apply, {**variables, "masks": masks}, x).variables)
   found["total"] = round(sum(found.values()), 3)
   found["memory"] = round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1)

@@ -178,8 +178,9 @@ def not_covered(path: Any, model: Model, first: Model) -> str:
   if strange := _without_rule(model) - _without_rule(first):
     return (
       f"{need} The function traces to other primitives here, {', '.join(sorted(strange))}, of which no rule is known: "
-      "another tool has put its own in the place of functions that it calls, as jax2onnx does while it converts. Convert "
-      "it at the batch size that it was compacted with, for which it need not be traced again."
+      "another tool has put its own in the place of functions that it calls, as jax2onnx does while it converts. Trace "
+      "it before, jax.eval_shape(small, small.variables, spec), and hand that very jax.ShapeDtypeStruct to the tool, with "
+      "a symbol of your own (jax.export.symbolic_shape) for a size that is to be free."
     )
   return f"{need} Compact it with these arguments."
 

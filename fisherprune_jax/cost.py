@@ -74,7 +74,7 @@ class CostModel:
       self.masks = jax.tree.map(lambda m: jnp.ones(m.shape, jnp.float32), masks)
       self.dense = float(total(self.masks)) if dense is None else dense
     self._total = jax.jit(total)
-    self._per_feature = jax.jit(per_feature)
+    self._per_feature = per_feature
     self._exact = exact
     self._breakdown = breakdown
     self._whole = None if whole is None else whole._replace(digits=jax.jit(whole.digits))
@@ -102,7 +102,7 @@ class CostModel:
     >>> cost.dense
     21.0
     """
-    return cls(masks, lambda m: jnp.asarray(total(m), jnp.float32), per_feature)
+    return cls(masks, lambda m: jnp.asarray(total(m), jnp.float32), jax.jit(per_feature))
 
   def __call__(self, masks: Any) -> jax.Array:
     """The cost per example under ``masks``, a float32 scalar; jit-able."""
@@ -238,8 +238,10 @@ def cost_of(model: Model, masks: Any, examples: int, counted: Counting = EVERYTH
   def total(masks: Any) -> jax.Array:
     return prices().total(_alive(masks)) / examples
 
+  drops = jax.jit(lambda masks: prices().drops(_alive(masks)) / examples)
+
   def per_feature(masks: Any) -> Any:
-    return unflatten(prices().drops(_alive(masks)) / examples, masks)
+    return unflatten(drops(masks), masks)
 
   def exact(masks: Any) -> int:
     return flops.total(terms, _evaluation(masks))

@@ -1,5 +1,7 @@
 """Trees of masks: one 0/1 vector per group of prunable features, or a stack of such vectors."""
 
+import functools
+import math
 from typing import Any
 
 import jax
@@ -146,6 +148,13 @@ def unflatten(vector: jax.Array, tree: Any) -> Any:
   """The inverse of ``flatten``, in the shapes of ``tree``."""
   leaves, start = [], 0
   for leaf in jax.tree.leaves(tree):
-    leaves.append(jnp.reshape(vector[start : start + leaf.size], leaf.shape))
+    leaves.append(_part(vector, start, leaf.shape))
     start += leaf.size
   return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+# Where it starts is an argument: outside ``jit``, one program serves all leaves of a shape. XLA needs 10 ms for each
+# result of a program, and large networks have a thousand masks.
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _part(vector: jax.Array, start: int, shape: tuple[int, ...]) -> jax.Array:
+  return jax.lax.dynamic_slice_in_dim(vector, start, math.prod(shape)).reshape(shape)

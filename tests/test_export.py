@@ -119,5 +119,17 @@ def test_functions_that_another_tool_has_replaced_are_named(monkeypatch):
   small = fp.compact(apply, variables, jnp.ones((2, 3)))
   monkeypatch.setattr(jnp, "tanh", twice.bind)
   small(small.variables, jnp.ones((2, 3)))  # at this size it was traced before
-  with pytest.raises(ValueError, match=r"put_in_by_another_tool.*batch size that it was compacted with"):
+  with pytest.raises(ValueError, match=r"put_in_by_another_tool.*Trace it before"):
     small(small.variables, jnp.ones((5, 3)))
+
+
+def test_what_was_traced_before_another_tool_replaces_functions_can_be_converted(monkeypatch):
+  apply, variables, x, small = pruned("cnn_with_flatten")
+  (batch,) = export.symbolic_shape("batch")
+  spec = jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype)
+  jax.eval_shape(small, small.variables, spec)
+  monkeypatch.setattr(nn, "relu", twice.bind)
+  exported = export.export(jax.jit(lambda x: small(small.variables, x)))(spec)
+  monkeypatch.undo()
+  other = jnp.concatenate([x, 2 * x])
+  np.testing.assert_allclose(exported.call(other), apply(variables, other), rtol=1e-4, atol=1e-5)

@@ -198,7 +198,7 @@ def conv(b: Any) -> None:
     options |= {"rhs_dilation": [2] * rank, "padding": [(2, 2)] * rank}
   if b.chance(0.2):
     options |= {"lhs_dilation": [2] * rank, "padding": [(1, 1)] * rank}
-  w = b.param((*kernel, channels // groups, out))
+  w = b.param((*kernel, channels // groups, out), "k")
   c = b.param((out,)) if b.chance(0.5) else None
   space = "HW"[:rank]
   layout = (f"N{space}C", f"{space}IO", f"N{space}C")
@@ -222,7 +222,7 @@ def conv_transposed(b: Any) -> None:
   groups = b.choice([g for g in (1, 1, 2, channels) if channels % g == 0])
   space = "HW"[:rank]
   layout = (f"N{space}C", f"{space}IO", f"N{space}C")
-  w = b.param((*kernel, channels // groups, groups * int(b.rng.integers(1, 4))))
+  w = b.param((*kernel, channels // groups, groups * int(b.rng.integers(1, 4))), "k")
   if groups == 1 and b.chance(0.7):
     padding = b.choice(["SAME", "VALID"])
     run = lambda p, m, x: lax.conv_transpose(x, p[w], strides, padding, dilation, layout)

@@ -4,9 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fisherprune_jax.masks import apply_mask, axes_of
-
-COLLECTION = "masks"
+from fisherprune_jax._masks import COLLECTION, apply_mask, axes_of
 
 
 class Mask(nn.Module):
@@ -56,4 +54,4 @@ class Mask(nn.Module):
 
   def _collection_given(self) -> bool:
     assert self.scope is not None
-    return COLLECTION in self.scope.root._variables
+    return COLLECTION in self.scope.root.variables()

@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from fisherprune_jax import compaction, cost, fisher
-from fisherprune_jax.errors import describe
-from fisherprune_jax.linen import COLLECTION
-from fisherprune_jax.masks import apply_mask
-from fisherprune_jax.parts import at_paths
-from fisherprune_jax.states import get_masks, set_masks
-from fisherprune_jax.validation import check_same_masks
+from fisherprune_jax._compaction import compact as compaction
+from fisherprune_jax._compaction.parts import at_paths
+from fisherprune_jax._cost import cost
+from fisherprune_jax._errors import describe
+from fisherprune_jax._masks import COLLECTION, apply_mask
+from fisherprune_jax._training import gradients
+from fisherprune_jax._training.checks import check_same_masks
+from fisherprune_jax._training.finding import get_masks, set_masks
 
 Call = Callable[..., Any]
 
@@ -105,7 +106,7 @@ class Optimizer(nnx.Optimizer):
 
 
 def value_and_grads(
-  loss_fn: Call, *, wrt: Any = nnx.Param, has_aux: bool = False, reduction: fisher.Reduction = "mean"
+  loss_fn: Call, *, wrt: Any = nnx.Param, has_aux: bool = False, reduction: gradients.Reduction = "mean"
 ) -> Call:
   """``fp.value_and_grads`` for a module: gradients of parameters and of every example's own mask, in one pass.
 
@@ -137,7 +138,7 @@ def value_and_grads(
       value, aux = result if has_aux else (result, None)
       return value, (aux, _split(copy, wrt)[3])
 
-    differentiate = fisher.value_and_grads(pure, has_aux=True, reduction=reduction)
+    differentiate = gradients.value_and_grads(pure, has_aux=True, reduction=reduction)
     (value, (aux, state)), grads = differentiate(params, masks, batch, *rest)
     nnx.update(model, state)
     return ((value, aux) if has_aux else value), grads

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from fisherprune_jax.graph.compat import scan_counts
+from fisherprune_jax._graph.compat import scan_counts
 
 FREE = """
   bitcast_convert_type optimization_barrier device_put broadcast_in_dim concatenate convert_element_type copy dynamic_slice dynamic_update_slice gather iota

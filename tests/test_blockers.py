@@ -8,7 +8,7 @@ from jax.extend import core
 from jax.interpreters import mlir
 
 import fisherprune_jax as fp
-from fisherprune_jax import blockers
+from fisherprune_jax._graph import blockers
 
 X = jnp.ones((2, 5))
 MASK = jnp.array([1.0, 0.0, 0.0, 1.0, 0.0, 1.0])

@@ -10,9 +10,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import fisherprune_jax as fp
-from fisherprune_jax.budget import limit_of
-from fisherprune_jax.graph import exact, flops, sets
-from fisherprune_jax.graph.evaluate import Evaluation
+from fisherprune_jax._cost.budget import limit_of
+from fisherprune_jax._graph import exact, flops, sets
+from fisherprune_jax._graph.evaluate import Evaluation
 
 BOTH = pytest.mark.parametrize("x64", [False, True])
 

@@ -311,7 +311,7 @@ def test_a_made_up_primitive_is_kept_whole_and_announced():
   from jax.extend.core import Primitive
   from jax.interpreters import mlir
 
-  from fisherprune_jax.graph.rules.elementwise import elementwise
+  from fisherprune_jax._graph.rules.elementwise import elementwise
 
   twice = Primitive("made_up_twice")
   twice.def_abstract_eval(lambda x: x)

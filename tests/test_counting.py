@@ -12,7 +12,7 @@ from jax.extend import core
 from jax.interpreters import mlir
 
 import fisherprune_jax as fp
-from fisherprune_jax import blockers
+from fisherprune_jax._graph import blockers
 from tests.counting import count
 from tests.models import CASES, random_masks
 

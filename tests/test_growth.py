@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 import fisherprune_jax as fp
-from fisherprune_jax.cost import cost_of
-from fisherprune_jax.graph import flops, sets
-from fisherprune_jax.graph.prices import Prices
-from fisherprune_jax.model import VariableTree, sizes_of, trace_model
-from fisherprune_jax.shrinking import Kept
+from fisherprune_jax._compaction.kept import Kept
+from fisherprune_jax._cost.cost import cost_of
+from fisherprune_jax._graph import flops, sets
+from fisherprune_jax._graph.model import VariableTree, sizes_of, trace_model
+from fisherprune_jax._graph.prices import Prices
 from tests.fuzz import time_limit
 
 _spec = importlib.util.spec_from_file_location(

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisherprune_jax.graph import flops, sets
-from fisherprune_jax.graph.evaluate import Evaluation
-from fisherprune_jax.graph.prices import Prices
-from fisherprune_jax.graph.spec import Flops
+from fisherprune_jax._graph import flops, sets
+from fisherprune_jax._graph.evaluate import Evaluation
+from fisherprune_jax._graph.prices import Prices
+from fisherprune_jax._graph.spec import Flops
 from tests.test_sets import entangled_set
 
 

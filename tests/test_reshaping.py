@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from fisherprune_jax.graph.rules.reshaping import factorise
+from fisherprune_jax._graph.rules.reshaping import factorise
 
 CASES = {
   "flatten": ((2, 3, 4, 5), (2, 60), [["f0"], ["f1"], ["f2"], ["f3"]], [["f0"], ["f1", "f2", "f3"]]),

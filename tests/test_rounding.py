@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import fisherprune_jax as fp
-from fisherprune_jax.graph import sets
-from fisherprune_jax.graph.evaluate import Evaluation
-from fisherprune_jax.rounding import round_up
+from fisherprune_jax._compaction.rounding import round_up
+from fisherprune_jax._graph import sets
+from fisherprune_jax._graph.evaluate import Evaluation
 from tests.models import CASES
 from tests.test_compaction import DIFFERENTIABLE, close, outputs_and_gradients, pruned
 

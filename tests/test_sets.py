@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisherprune_jax.graph import expression, sets
-from fisherprune_jax.graph.evaluate import Evaluation, product_drop
+from fisherprune_jax._graph import expression, sets
+from fisherprune_jax._graph.evaluate import Evaluation, product_drop
 
 
 def random_set(rng: random.Random, depth: int, n: int) -> sets.Set:

@@ -1,0 +1,46 @@
+"""A compact network as StableHLO, with its weights inside."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax import export as jax_export
+
+from fisherprune_jax._graph.compat import UndecidedSize
+from fisherprune_jax._graph.examples import map_with_axes
+from fisherprune_jax._graph.model import abstract
+
+
+def export(
+  small: Any, args: Sequence[Any], batch_axes: Any, platforms: Sequence[str] | None, batch: str | None
+) -> jax_export.Exported:
+  """Exports ``small(small.variables, *args)``; ``batch`` names the size of example axes, None leaves it alone."""
+  shapes = abstract(tuple(args))
+  if batch is not None:
+    shapes = _with_symbol(shapes, batch_axes, batch)
+  try:
+    return jax_export.export(jax.jit(lambda *xs: small(small.variables, *xs)), platforms=platforms)(*shapes)
+  except UndecidedSize as error:
+    raise ValueError(
+      f"A network that is exported for any size must not compute with it in a way that a symbol cannot follow: {error} "
+      "Export it for one batch size, export(..., batch=None), or give your own symbols with constraints "
+      "(jax.export.symbolic_shape) as sizes of the arguments."
+    ) from error
+
+
+def _with_symbol(shapes: Any, batch_axes: Any, name: str) -> Any:
+  """The shapes with a symbol along their example axes, unless the caller has put one there."""
+  scopes = [size.scope for size in _symbols(shapes)]
+  (batch,) = jax_export.symbolic_shape(name, scope=scopes[0] if scopes else None)
+
+  def with_batch(x: Any, axis: int | None) -> Any:
+    if axis is None or axis >= len(x.shape) or jax_export.is_symbolic_dim(x.shape[axis]):
+      return x
+    axis %= len(x.shape)
+    return jax.ShapeDtypeStruct((*x.shape[:axis], batch, *x.shape[axis + 1 :]), x.dtype)
+
+  return map_with_axes(with_batch, shapes, batch_axes)
+
+
+def _symbols(shapes: Any) -> Iterator[Any]:
+  return (size for x in jax.tree.leaves(shapes) for size in x.shape if jax_export.is_symbolic_dim(size))

@@ -1,0 +1,135 @@
+"""Slicing what is shaped like the variables: parameters, gradients, averages; for optimizer states see opt_states."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._errors import describe
+from fisherprune_jax._graph import compat, sets
+from fisherprune_jax._graph.evaluate import Evaluation
+from fisherprune_jax._graph.facts import Box
+from fisherprune_jax._graph.liveness import Liveness
+from fisherprune_jax._graph.program import Value
+
+Index = tuple[np.ndarray | None, ...]
+"""Per axis the positions that are kept, or None for all of them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+  """Which entries of a leaf are kept.
+
+  ``rows`` is given for a stack of layers that keep different entries: one ``Index`` for each entry along the
+  leading axis. They are moved to the front and padded with zeros to the widest.
+  """
+
+  shape: tuple[int, ...]
+  index: Index
+  rows: tuple[Index, ...] | None = None
+
+  @property
+  def compact_shape(self) -> tuple[int, ...]:
+    """The shape after slicing."""
+    if self.rows is None:
+      return _shape_of(self.shape, self.index)
+    widths = [_shape_of(self.shape[1:], row) for row in self.rows]
+    return (self.shape[0], *map(max, zip(*widths, strict=True)))
+
+  @property
+  def is_whole(self) -> bool:
+    """Whether nothing was removed."""
+    return self.rows is None and self.compact_shape == self.shape
+
+  @property
+  def held(self) -> Box | list[Box]:
+    """The kept entries as sets."""
+    if self.rows is None:
+      return _box_of(self.shape, self.index)
+    return [_box_of(self.shape[1:], row) for row in self.rows]
+
+  def covers(self, other: "Kept") -> bool:
+    """Whether everything that another one keeps of the same leaf is kept here."""
+    if self.rows is None and other.rows is None:
+      return all(map(_within, other.index, self.index, self.shape))
+    count = self.shape[0]
+    mine, others = ((k.index[1:],) * count if k.rows is None else k.rows for k in (self, other))
+    return all(all(map(_within, a, b, self.shape[1:])) for a, b in zip(others, mine, strict=True))
+
+  def per_example(self, leaf: Any) -> "Kept":
+    """The same for a mask that comes with an example axis before its features."""
+    if np.ndim(leaf) != len(self.shape) + 1:
+      return self
+    rows = self.rows and tuple(_with_examples(row) for row in self.rows)
+    return Kept((*self.shape[:-1], np.shape(leaf)[-2], self.shape[-1]), _with_examples(self.index), rows)
+
+  def along(self, axis: int) -> "Kept | None":
+    """What is kept of a vector along one axis; None if every layer of a stack keeps entries of its own there."""
+    if self.rows is not None and axis > 0:
+      return None
+    return Kept((self.shape[axis],), (self.index[axis],))
+
+  def slice(self, leaf: Any) -> jax.Array:
+    """The kept entries of a leaf of the full shape."""
+    if np.shape(leaf) != self.shape:
+      raise ValueError(
+        f"A leaf to shrink must have its parameter's shape {self.shape}, got {describe(leaf)}. "
+        "Pass a tree shaped like the full parameters."
+      )
+    # On the host nothing has to be compiled, which takes longer than all the rest.
+    return _put_like(leaf, self._cut(np.asarray(leaf), np)) if _is_at_hand(leaf) else self._cut(leaf, jnp)
+
+  def _cut(self, leaf: Any, xp: Any) -> Any:
+    if self.rows is None:
+      return _slice(leaf, self.index, xp)
+    widest = self.compact_shape[1:]
+    rows = [_slice(leaf[at], row, xp) for at, row in enumerate(self.rows)]
+    return xp.stack([xp.pad(r, [(0, n - m) for n, m in zip(widest, r.shape, strict=True)]) for r in rows])
+
+
+def _with_examples(index: Index) -> Index:
+  return (*index[:-1], None, index[-1])
+
+
+def keep(value: Value, live: Liveness, ev: Evaluation, shown: Box | None = None) -> Kept:
+  """What is kept of a variable: what is stored of it, ``shown`` if given, all if nothing asks for it."""
+  stored = live.stored(value) if value in live.asked else tuple(map(sets.everything, value.shape))
+  index = tuple(map(ev.index, stored if shown is None else shown))
+  rows = live.rows(value) if shown is None else None
+  return Kept(value.shape, index, None if rows is None else tuple(tuple(map(ev.index, row)) for row in rows))
+
+
+def _within(few: np.ndarray | None, many: np.ndarray | None, size: int) -> bool:
+  return many is None or bool(np.isin(np.arange(size) if few is None else few, many).all())
+
+
+def _shape_of(shape: tuple[int, ...], index: Index) -> tuple[int, ...]:
+  return tuple(n if i is None else i.size for n, i in zip(shape, index, strict=True))
+
+
+def _box_of(shape: tuple[int, ...], index: Index) -> Box:
+  sizes = zip(shape, index, strict=True)
+  return tuple(sets.everything(n) if i is None else sets.fixed(np.isin(np.arange(n), i)) for n, i in sizes)
+
+
+def _slice(leaf: Any, index: Index, xp: Any) -> Any:
+  for axis, positions in enumerate(index):
+    if positions is not None:
+      leaf = xp.take(leaf, positions, axis=axis)
+  return xp.array(leaf)  # a copy where nothing went: whoever donates the one keeps the other
+
+
+def _is_at_hand(leaf: Any) -> bool:
+  """Whether an array can be read here as it is: a value, on one device, of a type that NumPy knows."""
+  if not isinstance(leaf, jax.Array):
+    return isinstance(leaf, np.ndarray)
+  known = compat.is_concrete(leaf) and compat.dtype_of(leaf) != np.dtype(object) and not leaf.weak_type
+  return known and len(leaf.sharding.device_set) == 1 and leaf.is_fully_addressable
+
+
+def _put_like(leaf: Any, array: np.ndarray) -> jax.Array:
+  """An array as JAX holds it, where the leaf is if that was said (or else wherever arrays go)."""
+  committed = isinstance(leaf, jax.Array) and leaf.committed
+  return jax.device_put(array, leaf.sharding if committed else None)

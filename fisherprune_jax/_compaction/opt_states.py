@@ -1,0 +1,231 @@
+"""Slicing optimizer states: what an optimizer remembers of the parameters, cut to those that are kept."""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._compaction.kept import Kept
+from fisherprune_jax._compaction.parts import Part, find_part, shapes_by_path
+from fisherprune_jax._errors import describe, is_known, require_same_tree
+from fisherprune_jax._graph.model import Path, keystr
+from fisherprune_jax._training.state import FisherPruneState
+
+Keys = tuple[str, ...]
+"""A path in a tree, as names."""
+Shapes = Mapping[Keys, tuple[int, ...]]
+
+
+class Owner(NamedTuple):
+  """The parameter that a leaf of a state belongs to; ``axis`` if the leaf has one entry for each along that axis."""
+
+  kept: Kept
+  axis: int | None
+
+
+def shrink_opt_state(
+  tx: Any, opt_state: Any, variables: Any, kept: Any, of: Part | None, shrink_pruning: Callable[..., Any]
+) -> Any:
+  """Slices every leaf of an optimizer state that belongs to a parameter.
+
+  A leaf belongs to the parameter whose path its own path ends with. Where it has the parameter's shape it is
+  sliced, also after axes of its own; where it is one of a list of vectors, one for each axis of the parameter, it is
+  sliced along that axis. What else does not have the shape that it would have for the compact parameters (factored
+  second moments, everything flattened to one vector) starts anew, with a warning.
+
+  Args:
+    tx: the transformation.
+    opt_state: its state for the full parameters.
+    variables: the compact variables.
+    kept: a tree of ``Kept``, like the variables.
+    of: what of the variables the optimizer is for; None to find out.
+    shrink_pruning: ``shrink_pruning(state, path)``, for a pruning state.
+
+  Returns:
+    The state for the compact parameters.
+
+  Raises:
+    ValueError: if the state is not one of the full parameters.
+  """
+  full = jax.tree.map(lambda k, x: jax.ShapeDtypeStruct(k.shape, x.dtype), kept, variables)
+  statistics = _without_pruning(opt_state)
+  of = of or find_part(full, statistics, functools.partial(_init, tx))
+  params, before = of(variables), _shapes_before(tx, of(full))
+  _check(shapes_by_path(statistics), before, statistics)
+  after = _shapes(tx, params)
+  owners = _owners(before, dict(_leaves_by_keys(of(kept))))
+  restarted: set[Keys] = set()
+
+  def shrink(path: Path, leaf: Any) -> Any:
+    keys = _keys(path)
+    if isinstance(leaf, FisherPruneState):
+      return shrink_pruning(leaf, keys)
+    smaller = _shrink_leaf(leaf, owners[keys], after.get(keys))
+    if smaller is None:
+      restarted.add(keys)
+    return leaf if smaller is None else smaller
+
+  own = jax.tree.map(lambda x: x.copy() if isinstance(x, jax.Array) else x, opt_state)
+  state = jax.tree_util.tree_map_with_path(shrink, own, is_leaf=_is_pruning)
+  return _restart(state, tx, params, restarted) if restarted else state
+
+
+def _init(tx: Any, params: Any) -> Any:
+  return _without_pruning(jax.eval_shape(tx.init, params))
+
+
+def _shapes(tx: Any, params: Any) -> Shapes:
+  return shapes_by_path(_init(tx, params))
+
+
+def _shapes_before(tx: Any, full: Any) -> Shapes:
+  try:
+    return _shapes(tx, full)
+  except Exception as error:
+    raise ValueError(
+      f"tx must be the transformation that made opt_state, got one whose init fails for the full "
+      f"parameters: {error}. If it is for another part of the variables, say which, as in "
+      "of=lambda variables: variables['adapters']."
+    ) from error
+
+
+def _check(given: Shapes, before: Shapes, statistics: Any) -> None:
+  """Raises unless the state is one of the full parameters."""
+  for keys in [*given, *before]:
+    if given.get(keys) != before.get(keys):
+      where = "/".join(keys) or "the root"
+      have = f"{where} has shape {before[keys]}" if keys in before else f"there is no {where}"
+      found = dict(_leaves_by_keys(statistics))
+      raise ValueError(
+        f"opt_state must belong to the full parameters, for which {have}; got "
+        f"{describe(found[keys]) if keys in found else 'none'}. Pass the state as it was before compaction, and the "
+        "transformation that made it; where that is for a part of the variables, say which, as in "
+        "of=lambda variables: variables['adapters']."
+      )
+
+
+def _shrink_leaf(leaf: Any, owner: Owner | None, after: tuple[int, ...] | None) -> Any | None:
+  """What is kept of a leaf of the state, or None if its entries cannot be told apart."""
+  shape = jnp.shape(leaf)
+  kept = owner and (owner.kept if owner.axis is None else owner.kept.along(owner.axis))
+  if kept is None or kept.is_whole:
+    return leaf if shape == after else None
+  own = len(shape) - len(kept.shape)  # axes before the parameter's: several gradients in L-BFGS's memory
+  if own >= 0 and shape[own:] == kept.shape:
+    slicer = kept.slice
+    for _ in range(own):
+      slicer = jax.vmap(slicer)
+    smaller = slicer(leaf)
+    return smaller if smaller.shape == after else None
+  # One number for all of the parameter stays; what else there is, is factored.
+  return leaf if shape == after and math.prod(shape) <= 1 else None
+
+
+def _restart(state: Any, tx: Any, params: Any, restarted: Collection[Keys]) -> Any:
+  """Puts the leaves of a fresh state in place of those that could not be sliced, and says so."""
+  warnings.warn(
+    "Optimizer statistics that are not shaped like their parameters cannot be sliced, so these start anew: "
+    f"{', '.join(sorted(map('/'.join, restarted)))}. Others go on where they were.",
+    stacklevel=4,
+  )
+  fresh = dict(_leaves_by_keys(_without_pruning(tx.init(params))))
+
+  def choose(path: Path, leaf: Any) -> Any:
+    return fresh[_keys(path)] if not _is_pruning(leaf) and _keys(path) in restarted else leaf
+
+  return jax.tree_util.tree_map_with_path(choose, state, is_leaf=_is_pruning)
+
+
+def _is_pruning(x: Any) -> bool:
+  return isinstance(x, FisherPruneState)
+
+
+def _without_pruning(state: Any) -> Any:
+  return jax.tree.map(lambda x: None if _is_pruning(x) else x, state, is_leaf=_is_pruning)
+
+
+def _leaves_by_keys(tree: Any) -> Iterator[tuple[Keys, Any]]:
+  return ((_keys(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree))
+
+
+def _keys(path: Path) -> Keys:
+  return tuple(keystr((key,)) for key in path)
+
+
+def _owners(paths: Collection[Keys], by_path: Mapping[Keys, Kept]) -> dict[Keys, Owner | None]:
+  """Per path of the state, the parameter whose path it ends with, or ends with but for the number of an axis.
+
+  There may be several where a parameter bears the name of a part of the state, such as ``mu``. Then it is the one
+  most of whose fellow parameters are found beside it, or else the one of the longest path.
+  """
+
+  @functools.cache
+  def fellows(start: Keys, by_axis: bool) -> int:
+    found = 0
+    for path, kept in by_path.items():
+      ends = [(str(axis),) for axis in range(len(kept.shape))] if by_axis else [()]
+      found += bool(ends) and all(start + path + end in paths for end in ends)
+    return found
+
+  def owner(path: Keys) -> Owner | None:
+    whole = [(fellows(path[:at], False), Owner(by_path[path[at:]], None)) for at in _starts(path, by_path)]
+    parts = [
+      (fellows(path[:at], True), Owner(by_path[path[at:-1]], int(path[-1])))
+      for at in _starts(path[:-1], by_path)
+      if path[-1].isdigit() and int(path[-1]) < len(by_path[path[at:-1]].shape)
+    ]
+    return max(whole + parts, key=lambda found: found[0])[1] if whole or parts else None
+
+  return {path: owner(path) for path in paths}
+
+
+def _starts(path: Keys, by_path: Mapping[Keys, Kept]) -> list[int]:
+  """Where the path of a parameter begins that this one ends with; the longest first."""
+  return [at for at in range(len(path)) if path[at:] in by_path]
+
+
+def shrink_pruning(state: FisherPruneState, path: Keys, kept: Any, given: Any) -> FisherPruneState:
+  """The pruning state of a network whose masks were kept: that of all its masks, or of a part of them.
+
+  Args:
+    state: the pruning state.
+    path: where it is in the optimizer state.
+    kept: a tree of ``Kept``, like the masks.
+    given: the masks that the network was compacted with.
+
+  Raises:
+    ValueError: if its masks are not among them.
+  """
+  how = "Pass the optimizer state whose masks the network was compacted with."
+  parts = [("", kept, given), *_mappings(kept, given)]
+  fitting = [part for part in parts if jax.tree.structure(part[2]) == jax.tree.structure(state.masks)]
+  if not fitting:
+    require_same_tree(state.masks, given, "the masks of opt_state", "the compact network's masks", how)
+  # Of parts alike it is the one whose masks are these, or the one that the state is called after.
+  _, kept, given = max(fitting, key=lambda part: (_are(part[2], state.masks), part[0] in path))
+  slices = {
+    name: jax.tree.map(lambda k, leaf: k.slice(leaf), kept, getattr(state, name))
+    for name in ("scores", "masks", "pruned_at")
+  }
+  if not _are(given, state.masks):
+    raise ValueError(f"The masks of opt_state must be those of the compact network, got others. {how}")
+  return state._replace(**slices)
+
+
+def _mappings(kept: Any, given: Any) -> Iterator[tuple[str, Any, Any]]:
+  """The mappings in a tree of masks, and those in them, with their keys."""
+  for key in kept if isinstance(kept, Mapping) else ():
+    if isinstance(kept[key], Mapping):
+      yield str(key), kept[key], given[key]
+      yield from _mappings(kept[key], given[key])
+
+
+def _are(given: Any, masks: Any) -> bool:
+  """Whether masks are the given ones, as far as that can be seen."""
+  pairs = zip(jax.tree.leaves(given), jax.tree.leaves(masks), strict=True)
+  return all(not is_known(mask) or np.array_equal(ours, mask) for ours, mask in pairs)

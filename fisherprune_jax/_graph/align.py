@@ -1,0 +1,69 @@
+"""Bringing an array from the entries that it holds to the entries that are wanted."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fisherprune_jax._graph.evaluate import Evaluation
+from fisherprune_jax._graph.facts import Box
+
+
+def align(array: Any, held: Box, wanted: Box, ev: Evaluation) -> Any:
+  """Selects what is wanted of what is held, axis by axis, and shows zeros for the rest."""
+  for axis, (have, want) in enumerate(zip(held, wanted, strict=True)):
+    if have is not want:
+      source = sources(ev.index(have), ev.index(want), have.size)
+      if source is not None:
+        array = select(array, axis, source)
+  return array
+
+
+def sources(have: np.ndarray | None, want: np.ndarray | None, size: Any) -> np.ndarray | None:
+  """For each wanted position where it lies among the held ones, -1 if nowhere; None if they are the same."""
+  if have is None and want is None:
+    return None
+  have = np.arange(size) if have is None else have
+  want = np.arange(size) if want is None else want
+  if np.array_equal(have, want):
+    return None
+  place = np.full(size, -1)
+  place[have] = np.arange(have.size)
+  return place[want]
+
+
+def select(array: Any, axis: int, source: np.ndarray) -> Any:
+  """The entries at ``source``, -1 giving zero: a slice or a pad where the pattern is even, else a gather."""
+  there = np.flatnonzero(source >= 0)
+  if there.size == source.size and (stride := _even(source)):
+    return lax.slice_in_dim(array, int(source[0]), int(source[-1]) + 1, stride, axis)
+  in_order = there.size == array.shape[axis] and np.array_equal(source[there], np.arange(there.size))
+  if in_order and (stride := _even(there)):
+    config = [(0, 0, 0)] * array.ndim
+    config[axis] = (int(there[0]), int(source.size - 1 - there[-1]), stride - 1)
+    return lax.pad(array, jnp.zeros((), array.dtype), config)
+  if not there.size:
+    return jnp.zeros((*array.shape[:axis], source.size, *array.shape[axis + 1 :]), array.dtype)
+  return _gather(array, axis, np.where(source >= 0, source, array.shape[axis]))
+
+
+def _gather(array: Any, axis: int, index: np.ndarray) -> Any:
+  """Entries by static positions; those beyond the end are zero."""
+  others = tuple(at for at in range(array.ndim) if at != axis)
+  return lax.gather(
+    array,
+    jnp.asarray(index[:, None], jnp.int32),
+    lax.GatherDimensionNumbers(others, (axis,), (axis,)),
+    tuple(1 if at == axis else n for at, n in enumerate(array.shape)),
+    mode="fill",
+    fill_value=0,
+  )
+
+
+def _even(positions: np.ndarray) -> int:
+  """The step of evenly spaced, ascending positions; 0 if they are not."""
+  steps = np.diff(positions)
+  if not positions.size or (steps.size and (steps[0] <= 0 or (steps != steps[0]).any())):
+    return 0
+  return int(steps[0]) if steps.size else 1

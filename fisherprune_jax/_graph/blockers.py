@@ -1,0 +1,210 @@
+"""Where dead entries have to stay, why, and what that costs."""
+
+import functools
+import threading
+import warnings
+from collections.abc import Callable, Sequence, Set
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fisherprune_jax._graph import flops
+from fisherprune_jax._graph.causes import Causes, in_nobodys_way, is_in_the_way
+from fisherprune_jax._graph.evaluate import Evaluation
+from fisherprune_jax._graph.facts import Info, weak_box, whole_box
+from fisherprune_jax._graph.liveness import Liveness
+from fisherprune_jax._graph.model import Model, VariableTree, keystr, rows_of
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.rules import spec_of, unknown
+from fisherprune_jax._graph.spec import Spec
+
+_announced: set[str] = set()
+_lock = threading.Lock()
+OUTPUTS = "the outputs of the function"
+
+
+class Held(NamedTuple):
+  """An axis of a variable that keeps more than its masks would allow if nothing were in the way.
+
+  Attributes:
+    path: the variable, as ``params/Dense_0/kernel``.
+    axis: which of its axes.
+    kept: how many entries stay along it.
+    allowed: how many the masks would allow.
+  """
+
+  path: str
+  axis: int
+  kept: int
+  allowed: int
+
+
+class Blocker(NamedTuple):
+  """A use that keeps dead entries of variables.
+
+  Attributes:
+    primitive: the primitive's name; ``output`` where what it keeps is an output of the function.
+    reason: what it does.
+    where: the user's source line.
+    flops: FLOPs per example that would go too if no use on this line kept anything (0 where others would still
+      keep it).
+    layer: the names that it was traced under, such as Flax modules: ``Net/LayerNorm_0``.
+    holds: the axes of variables of which it is the nearest cause.
+  """
+
+  primitive: str
+  reason: str
+  where: str
+  flops: float
+  layer: str
+  holds: tuple[Held, ...]
+
+
+def blockers(model: Model, tree: VariableTree, ev: Evaluation, examples: int) -> list[Blocker]:
+  """Every use that keeps entries of a variable, or FLOPs, which masks would let go."""
+  found = _causes(model, tree, ev)
+  left = {where: left_by_lines(model, {where}, ev, examples) for where in {cause[2] for cause in found}}
+  all_of_them = [Blocker(*cause[:3], left[cause[2]], cause[3], tuple(held)) for cause, held in found.items()]
+  return [blocker for blocker in all_of_them if blocker.holds or blocker.flops]
+
+
+def left_by_lines(model: Model, lines: Set[str], ev: Evaluation, examples: int) -> float:
+  """FLOPs per example that would go too if no use on these source lines kept anything."""
+  free = _without(model, lambda node: node.source in lines, OUTPUTS in lines)
+  return max(_cost(model, model.live, ev) - _cost(model, free, ev), 0) / examples
+
+
+def _causes(model: Model, tree: VariableTree, ev: Evaluation) -> dict[tuple[str, str, str, str], list[Held]]:
+  """Uses that work on dead entries or are the nearest cause of some, with the axes of variables that these keep."""
+  causes = Causes(model.program, model.live, _without(model, lambda node: True, True), ev)
+  working = [node for node in model.live.specs if causes.works_on_dead(node)]
+  found: dict[tuple[str, str, str, str], list[Held]] = {_describe(model, node): [] for node in working}
+  for (path, _), value in zip(tree.paths, model.variables, strict=True):
+    for axis in range(0 if tree.is_mask(path) else len(value.shape)):
+      if stay := causes.of(value, axis):
+        held = Held(keystr(path), axis, stay.kept, stay.allowed)
+        found.setdefault(_describe(model, stay.cause), []).append(held)
+  return found
+
+
+def _describe(model: Model, node: Node | None) -> tuple[str, str, str, str]:
+  """A cause as the fields of a blocker: primitive, reason, where, layer."""
+  if node is None:
+    return "output", "an output is made of it, or several uses together keep it", OUTPUTS, ""
+  spec = model.live.specs[node]
+  default = f"{node.name} shows the sign of zeros" if spec.sees else f"{node.name} along the masked axis"
+  reason = spec.opaque or default
+  return node.name, reason, node.source, node.scope
+
+
+def _without(model: Model, chosen: Callable[[Node], bool], outputs: bool) -> Liveness:
+  """What would be live if these nodes, and outputs if so said, were in nobody's way."""
+
+  def rules(node: Node, infos: Sequence[Info]) -> Spec:
+    spec = spec_of(node, infos)
+    return in_nobodys_way(node, spec, model.live) if is_in_the_way(spec) and chosen(node) else spec
+
+  box = weak_box if outputs else whole_box
+  return model.with_rules(rules, lambda value: box(value.shape))
+
+
+def _cost(model: Model, live: Liveness, ev: Evaluation) -> int:
+  return flops.total([cost.term for cost in live.costs(model.program)], ev)
+
+
+def check_strict(model: Model, tree: VariableTree, states: Sequence[Evaluation], examples: int) -> None:
+  """Raises if dead entries stay under any of these masks."""
+  found = next(filter(None, (blockers(model, tree, ev, examples) for ev in states)), None)
+  if found:
+    text = "\n".join(line for blocker in found for line in lines(blocker))
+    raise ValueError(
+      f"With strict=True every dead feature must be removable, got uses that keep them:\n{text}\n"
+      "Move the mask, teach the engine the primitive with fp.register_rule, or drop strict=True."
+    )
+
+
+def check_read(model: Model, tree: VariableTree) -> None:
+  """Raises if nothing reads a mask: it was made for another function than the one that is called."""
+  read = {value for node in model.program.nodes for value in node.ins} | {*model.program.outputs}
+  unread = [
+    keystr(path)
+    for (path, _), value in zip(tree.paths, model.variables, strict=True)
+    if tree.is_mask(path)
+    and value not in read
+    and 0 not in value.shape  # a compact network may have such a one
+  ]
+  if unread:
+    raise ValueError(
+      f"Every mask must be read by apply_fn, got masks that nothing reads: {', '.join(unread)}. Pass the function that "
+      "they were made for (under the same interceptor, with the same method and options), or leave them out."
+    )
+
+
+def lines(blocker: Blocker) -> list[str]:
+  """A cause, the FLOPs that it leaves, and what it keeps, for people."""
+  layer = f", in {blocker.layer}" if blocker.layer else ""
+  cost = f": {blocker.flops:,.0f} FLOPs per example" if blocker.flops else ""
+  axes = [f"    {h.path} axis {h.axis}: {h.kept} stay where masks allow {h.allowed}" for h in blocker.holds]
+  return [f"  {blocker.reason}{layer} ({blocker.where}){cost}", *axes]
+
+
+def warn_of_unknown(model: Model, masks: Sequence[Any], examples: int) -> None:
+  """Says once per primitive that no rule knows it: it is not counted, and may keep others from going."""
+  live = model.live
+  for node in live.factors:
+    name = node.name
+    if live.specs[node].opaque != unknown(name) or name in _announced:
+      continue
+    free, ev = _without(model, functools.partial(_is_called, name), False), sample_masks(masks)[0]
+    left = (_cost(model, live, ev) - _cost(model, free, ev)) / examples
+    if left <= 0 and not any(live.info(out).varies for out in node.outs):
+      continue  # it is in nobody's way, and there is nothing to count
+    if not _is_news(name):
+      continue
+    warnings.warn(
+      f"fisherprune_jax has no rule for the primitive `{name}` ({node.source}): arrays that "
+      f"it reads or writes are kept whole, and with them up to {max(left, 0):,.0f} FLOPs per example; what it does "
+      "itself is not counted. fp.register_rule can teach it.",
+      stacklevel=4,
+    )
+
+
+def not_covered(path: Any, model: Model, first: Model) -> str:
+  """What is wrong with a program, for other arguments, that needs more of a variable than the first one did."""
+  need = (
+    "A compact network must need no more of its variables for these arguments than for those it was built with, got "
+    f"a use of removed entries of {keystr(path)}."
+  )
+  if strange := _without_rule(model) - _without_rule(first):
+    return (
+      f"{need} The function traces to other primitives here, {', '.join(sorted(strange))}, of which no rule is known: "
+      "another tool has put its own in the place of functions that it calls, as jax2onnx does while it converts. Trace "
+      "it before, jax.eval_shape(small, small.variables, spec), and hand that very jax.ShapeDtypeStruct to the tool, with "
+      "a symbol of your own (jax.export.symbolic_shape) for a size that is to be free."
+    )
+  return f"{need} Compact it with these arguments."
+
+
+def _without_rule(model: Model) -> frozenset[str]:
+  specs = model.live.specs.items()
+  return frozenset(node.name for node, spec in specs if spec.opaque == unknown(node.name))
+
+
+def _is_news(primitive: str) -> bool:
+  """Whether nobody was told of a primitive so far; two threads may ask at once."""
+  with _lock:
+    told = primitive in _announced
+    _announced.add(primitive)
+  return not told
+
+
+def _is_called(name: str, node: Node) -> bool:
+  return node.name == name
+
+
+def sample_masks(masks: Sequence[Any]) -> list[Evaluation]:
+  """Some masks: of one feature each, as small as a network gets, of all but that one, and two at random."""
+  rng = np.random.default_rng(0)
+  first = [np.ones(m.shape) * (np.arange(m.shape[-1]) == 0) for m in masks]
+  states = [first, [1 - m for m in first], *([rng.random(m.shape) < 0.5 for m in masks] for _ in range(2))]
+  return [Evaluation(rows_of([np.asarray(m, np.float32) for m in state], np)) for state in states]

@@ -1,0 +1,74 @@
+"""Conditionals: every branch is live on its own, and the dearest one counts."""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jax import lax
+
+from fisherprune_jax._graph import flops, program
+from fisherprune_jax._graph.facts import Box, Info, either, whole_box
+from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.spec import Counting
+
+
+class Cond:
+  """``cond`` and ``switch``: an index, then the operands of every branch."""
+
+  def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
+    """A result can be non-zero where any branch's can."""
+    callers = (*node.callers, node.eqn)
+    builders = [functools.partial(program.build, branch, callers) for branch in node.params["branches"]]
+    branches = live.programs(node, *builders)
+    varies = any(info.varies for info in infos)
+    found = [live.forward(branch, infos[1:]) for branch in branches]
+    outs = [functools.reduce(either, results) for results in zip(*found, strict=True)]
+    return [Info(out.box, varies=varies, together=out.together) for out in outs]
+
+  def backward(self, node: Node, live: Liveness) -> None:
+    """Operands have to give what any branch needs."""
+    live.ask(node.ins[0], whole_box(node.ins[0].shape))
+    for branch in live.subs[node]:
+      live.backward(branch, live.boxes(node.outs), live.merged(node.outs))
+      live.pass_on(node.ins[1:], branch.inputs)
+
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+    """The dearest branch."""
+    costs = [list(live.costs(branch, counted)) for branch in live.subs[node]]
+    branches = [tuple(cost.term for cost in found if cost.counted) for found in costs]
+    yield from (cost for found in costs for cost in found if not cost.counted)
+    if len(branches) > 2 and counted.names("clamp"):
+      yield Cost(node, "clamp", flops.Term(1, ()))  # lax.switch makes sure of its index
+    if any(branches):
+      yield Cost(node, "cond (its dearest branch)", flops.Dearest(tuple(branches)))
+
+  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+    """The chosen branch, on what it needs of the operands."""
+    boxes = [run.live.stored(out) for out in node.outs]
+    held = [run.live.stored(value) for value in node.ins[1:]]
+    operands = [run.show(arrays, value, box) for value, box in zip(node.ins[1:], held, strict=True)]
+
+    def runner(branch: program.Program) -> Callable[..., list[Any]]:
+      return lambda *xs: run.call(branch, xs, held, boxes)
+
+    index = run.show(arrays, node.ins[0], ())
+    branches = [runner(branch) for branch in run.live.subs[node]]
+    if len(branches) == 2:
+      return lax.cond(index.astype(bool), branches[1], branches[0], *operands), boxes
+    return lax.switch(index, branches, *operands), boxes
+
+  def links(self, node: Node, live: Liveness) -> list[Link]:
+    """Every branch gives the results."""
+    return [
+      Link(
+        branch,
+        list(zip(node.ins[1:], branch.inputs, strict=True)),
+        list(zip(node.outs, branch.outputs, strict=True)),
+        [],
+      )
+      for branch in live.subs[node]
+    ]
+
+
+STRUCTURED["cond"] = Cond()

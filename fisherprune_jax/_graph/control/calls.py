@@ -1,0 +1,55 @@
+"""Checkpoints: calls that stay calls in the compact program, around a smaller body."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+
+from fisherprune_jax._graph import program
+from fisherprune_jax._graph.facts import Box, Info
+from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.spec import Counting
+
+
+class Checkpoint:
+  """``jax.checkpoint``: the body is seen through, and recomputed under the same policy."""
+
+  def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
+    """What the body makes of the operands."""
+    build = functools.partial(program.build, node.params["jaxpr"], (*node.callers, node.eqn))
+    (body,) = live.programs(node, build)
+    return live.forward(body, infos)
+
+  def backward(self, node: Node, live: Liveness) -> None:
+    """What the body needs."""
+    (body,) = live.subs[node]
+    asked = live.boxes(node.outs)
+    live.backward(body, asked, live.merged(node.outs))
+    live.pass_on(node.ins, body.inputs)
+
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+    """What the body costs."""
+    return live.costs(live.subs[node][0], counted)
+
+  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+    """The call, of a body that runs on live entries."""
+    (body,) = run.live.subs[node]
+    inputs = [
+      run.show(arrays, value, run.live.stored(inner))
+      for value, inner in zip(node.ins, body.inputs, strict=True)
+    ]
+    boxes = [run.live.stored(out) for out in node.outs]
+    options = {name: node.params[name] for name in ("policy", "prevent_cse")}
+    return jax.checkpoint(lambda *xs: run.run(body, xs, boxes), **options)(*inputs), boxes
+
+  def links(self, node: Node, live: Liveness) -> list[Link]:
+    """One body, of the same operands and results."""
+    (body,) = live.subs[node]
+    ins, outs = zip(node.ins, body.inputs, strict=True), zip(node.outs, body.outputs, strict=True)
+    return [Link(body, list(ins), list(outs), [])]
+
+
+for name in ("remat", "remat2", "checkpoint"):
+  STRUCTURED[name] = Checkpoint()

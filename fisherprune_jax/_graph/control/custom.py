@@ -1,0 +1,285 @@
+"""Calls with a derivative rule of the user's: the rule is analysed as a program of its own.
+
+That an entry is zero, or that nobody asks for it, is said of what a program computes, and holds of its true
+derivative too. A rule need not be the true derivative: it may read operands that the function ignores, hand gradient
+to them, or mix the features of a cotangent, which is *not* zero where the result is. So
+
+- a result can be non-zero where the rule can make its tangent so (``custom_jvp``), or where its cotangent
+  decides a gradient of an operand that can be non-zero (``custom_vjp``);
+- an operand is asked for where the rule reads it, and where the rule hands gradient to it.
+
+A call inside of such a call, or of its rule, is not differentiated by a first derivative: only its values count
+in the analysis, and its own rule is analysed when a second derivative gets there.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._graph import compat, program
+from fisherprune_jax._graph.facts import Box, Info, empty_box, join, nonzero_box, whole_box
+from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.program import Node, Program, Value
+from fisherprune_jax._graph.spec import Counting
+from fisherprune_jax._graph.together import Together, union
+
+Call = Callable[..., Any]
+Where = tuple[Box, Together]
+"""Entries of an array, by axis and by several axes merged."""
+
+
+class Thin(NamedTuple):
+  """A call on live entries: what it is given of its operands (``held``) and gives of its results (``boxes``).
+
+  ``primal`` computes its results; ``rule(k, given, wanted)`` is the k-th program of its derivative rule, on
+  inputs that hold ``given``, for outputs at ``wanted``.
+  """
+
+  node: Node
+  held: list[Box]
+  boxes: list[Box]
+  primal: Call
+  rule: Callable[[int, list[Box], list[Box]], Call]
+
+
+class Custom:
+  """What both kinds of rule share: a body, and the programs of a rule whose first inputs are the operands."""
+
+  def rules(self, node: Node) -> list[Program]:
+    """The programs that the rule is made of, traced at full shapes."""
+    raise NotImplementedError
+
+  def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Where]:
+    """Per result, where the rule makes it count."""
+    raise NotImplementedError
+
+  def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
+    """Asks for what the rule needs, beyond the entries of the operands that its programs read."""
+    raise NotImplementedError
+
+  def call(self, thin: Thin) -> Call:
+    """The call with its rule."""
+    raise NotImplementedError
+
+  def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
+    """Where the results can be non-zero, or their derivatives by the rule."""
+    if node not in live.subs:
+      body = program.build(node.params["call_jaxpr"], (*node.callers, node.eqn))
+      live.subs[node] = [body, *([] if _is_inner(node) else self._rules_if_any(node))]
+    body, *rules = live.subs[node]
+    outs = live.forward(body, infos)
+    if not rules:
+      return outs
+    reached = self.reach(node, rules, infos, live)
+    found = [_join((out.box, out.together), where) for out, where in zip(outs, reached, strict=True)]
+    return [
+      out._replace(together=together) if out.box == box else Info(box, varies=out.varies, together=together)
+      for out, (box, together) in zip(outs, found, strict=True)
+    ]
+
+  def _rules_if_any(self, node: Node) -> list[Program]:
+    # A function whose rule is missing or cannot be traced has no derivative, masked or compact.
+    with contextlib.suppress(Exception):
+      return self.rules(node)
+    return []
+
+  def backward(self, node: Node, live: Liveness) -> None:
+    """What the body needs, and what the rule does."""
+    body, *rules = live.subs[node]
+    live.backward(body, live.boxes(node.outs), live.merged(node.outs))
+    if rules:
+      self.ask(node, rules, live)
+    for part in live.subs[node]:
+      live.pass_on(node.ins, part.inputs)
+
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+    """What the body costs."""
+    return live.costs(live.subs[node][0], counted)
+
+  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+    """The call, of a body and of a rule that run on live entries."""
+    body, *rules = run.live.subs[node]
+    held = [run.live.stored(value) for value in node.ins]
+    boxes = [run.live.stored(out) for out in node.outs]
+
+    def rule(at: int, given: list[Box], wanted: list[Box]) -> Call:
+      if rules:
+        return lambda *xs: run.call(rules[at], xs, given, wanted)
+      late = run.again(self.rules(node)[at], [Info(box) for box in given], wanted)  # a second derivative
+      return lambda *xs: late(xs, given, wanted)
+
+    call = self.call(Thin(node, held, boxes, lambda *xs: run.call(body, xs, held, boxes), rule))
+    return call(*(run.show(arrays, v, box) for v, box in zip(node.ins, held, strict=True))), boxes
+
+  def links(self, node: Node, live: Liveness) -> list[Link]:
+    """Body and rule read the operands; all but a reverse rule give the results."""
+    count = len(node.outs)
+    return [
+      Link(
+        part,
+        list(zip(node.ins, part.inputs, strict=False)),
+        list(zip(node.outs, part.outputs, strict=False)) if at < 2 and len(part.outputs) >= count else [],
+        [],
+      )
+      for at, part in enumerate(live.subs[node])
+    ]
+
+
+class CustomJvp(Custom):
+  """A forward-mode rule: one program of operands and tangents, linear in these."""
+
+  def rules(self, node: Node) -> list[Program]:
+    """``operands, tangents -> results, tangents``."""
+    ins, outs = node.ins, node.outs
+
+    def dense(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+      full = _spread(tangents, ins, lambda v: np.zeros(v.shape, jax.dtypes.float0))
+      values, dots = jax.jvp(_original(node), tuple(primals), tuple(full))
+      return values, _keep(dots, outs)
+
+    return [_traced(node, dense, ins, _floats(ins))]
+
+  def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Where]:
+    """Where the rule's values and tangents can be non-zero, of operands that are zero where they are known to be."""
+    tangents = [
+      Info(nonzero_box(info), varies=info.varies, together=info.together) for info in _keep(infos, node.ins)
+    ]
+    infos = live.forward(rules[0], [*infos, *tangents])
+    found = [(info.box, info.together) for info in infos]
+    values, dots = found[: len(node.outs)], found[len(node.outs) :]
+    return list(map(_join, values, _spread(dots, node.outs, _nowhere)))
+
+  def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
+    """Tangents are asked for as values are."""
+    asked, merged = live.boxes(node.outs), live.merged(node.outs)
+    live.backward(rules[0], [*asked, *_keep(asked, node.outs)], [*merged, *_keep(merged, node.outs)])
+    live.pass_on(_floats(node.ins), rules[0].inputs[len(node.ins) :])
+
+  def call(self, thin: Thin) -> Call:
+    """The call with its forward-mode rule."""
+    ins, outs = thin.node.ins, thin.node.outs
+
+    def rule(primals: Any, tangents: Any) -> Any:
+      given = [*thin.held, *_keep(thin.held, ins)]
+      run = thin.rule(0, given, [*thin.boxes, *_keep(thin.boxes, outs)])
+      found = run(*primals, *_keep(tangents, ins))
+      values, dots = found[: len(outs)], iter(found[len(outs) :])
+      return values, [
+        next(dots) if _is_float(v) else np.zeros(np.shape(x), jax.dtypes.float0)
+        for v, x in zip(outs, values, strict=True)
+      ]
+
+    call = jax.custom_jvp(thin.primal)
+    call.defjvp(rule)
+    return call
+
+
+class CustomVjp(Custom):
+  """A reverse-mode rule: what it computes forwards, and the gradients that it makes of cotangents."""
+
+  def rules(self, node: Node) -> list[Program]:
+    """``operands -> results`` as under differentiation, and ``operands, cotangents -> gradients``."""
+    ins, outs = node.ins, node.outs
+
+    def forwards(primals: Sequence[Any]) -> Any:
+      return jax.vjp(_original(node), *primals)[0]
+
+    def backwards(primals: Sequence[Any], cotangents: Sequence[Any]) -> Any:
+      full = _spread(cotangents, outs, lambda v: np.zeros(v.shape, jax.dtypes.float0))
+      return _keep(jax.vjp(_original(node), *primals)[1](list(full)), ins)
+
+    return [_traced(node, forwards, ins), _traced(node, backwards, ins, _floats(outs))]
+
+  def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Where]:
+    """Where a cotangent decides a gradient of what can be non-zero; it is unknown, not zero, at dead entries."""
+    forwards, backwards = rules
+    values = live.forward(forwards, infos)
+    live.forward(backwards, [*infos, *(Info(whole_box(v.shape), varies=True) for v in _floats(node.outs))])
+    alone = replace(live, asked={}, factors={}, asked_together={}, asked_rows={}, asked_whole=set())
+    wanted = _keep(infos, node.ins)
+    alone.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
+    inputs = backwards.inputs[len(node.ins) :]
+    cotangents = list(zip(map(alone.stored, inputs), alone.merged(inputs), strict=True))
+    forwards_too = [(info.box, info.together) for info in values]
+    return list(map(_join, forwards_too, _spread(cotangents, node.outs, _nowhere)))
+
+  def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
+    """An operand is asked for where the rule can hand gradient to it, though the function ignores it."""
+    forwards, backwards = rules
+    live.backward(forwards, live.boxes(node.outs), live.merged(node.outs))
+    infos, outs = [live.info(value) for value in node.ins], _floats(node.outs)
+    boxes = [live.asked.get(out, empty_box(out.shape)) for out in outs]
+    cotangents = [
+      Info(box, varies=True, together=merged) for box, merged in zip(boxes, live.merged(outs), strict=True)
+    ]
+    gradients = live.forward(backwards, [*infos, *cotangents])
+    wanted = _keep(infos, node.ins)
+    live.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
+    for value, gradient in zip(_floats(node.ins), gradients, strict=True):
+      if not gradient.is_zero:
+        live.ask(value, gradient.box, gradient.together)
+
+  def call(self, thin: Thin) -> Call:
+    """The call with its reverse-mode rule."""
+    ins, outs = thin.node.ins, thin.node.outs
+
+    def forward(*primals: Any) -> Any:
+      return thin.rule(0, thin.held, thin.boxes)(*primals), primals
+
+    def backward(primals: Any, cotangents: Any) -> tuple[Any, ...]:
+      run = thin.rule(1, [*thin.held, *_keep(thin.boxes, outs)], _keep(thin.held, ins))
+      return tuple(_spread(run(*primals, *_keep(cotangents, outs)), ins, lambda v: None))
+
+    call = jax.custom_vjp(thin.primal)
+    call.defvjp(forward, backward)
+    return call
+
+
+def _is_inner(node: Node) -> bool:
+  return any(isinstance(STRUCTURED.get(eqn.primitive.name), Custom) for eqn in node.callers)
+
+
+def _join(a: Where, b: Where) -> Where:
+  box = join(a[0], b[0])
+  return box, union(a, b, box)
+
+
+def _nowhere(value: Value) -> Where:
+  return empty_box(value.shape), {}
+
+
+def _traced(node: Node, dense: Call, *values: Sequence[Value]) -> Program:
+  shapes = [[jax.ShapeDtypeStruct(v.shape, v.aval.dtype) for v in group] for group in values]
+  return program.build(compat.trace(dense, *shapes)[0], (*node.callers, node.eqn))
+
+
+def _original(node: Node) -> Call:
+  return lambda *xs: compat.bind(node.eqn, xs)
+
+
+def _is_float(value: Value) -> bool:
+  return jnp.issubdtype(value.aval.dtype, jnp.inexact)
+
+
+def _floats(values: Iterable[Value]) -> list[Value]:
+  return [v for v in values if _is_float(v)]
+
+
+def _keep(items: Iterable[Any], values: Iterable[Value]) -> list[Any]:
+  """The items that belong to values which have derivatives."""
+  return [item for item, v in zip(items, values, strict=True) if _is_float(v)]
+
+
+def _spread(items: Iterable[Any], values: Iterable[Value], other: Callable[[Value], Any]) -> list[Any]:
+  """The inverse of ``_keep``; ``other`` makes what belongs to the rest."""
+  rest = iter(items)
+  return [next(rest) if _is_float(v) else other(v) for v in values]
+
+
+STRUCTURED["custom_jvp_call"] = CustomJvp()
+STRUCTURED["custom_vjp_call"] = CustomVjp()

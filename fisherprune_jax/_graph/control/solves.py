@@ -1,0 +1,70 @@
+"""Linear solves with a derivative rule, as ``jnp.linalg.solve`` and ``cg`` make them.
+
+They run as they were traced, at full shapes: which rows of a solution hang on which of the right-hand side only the
+user's functions know. What they cost is what the program that solves costs.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from fisherprune_jax._graph import compat, program
+from fisherprune_jax._graph.facts import Box, Info, results, whole_box
+from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.rules.opaque import opaque
+from fisherprune_jax._graph.spec import Counting, Spec, register_rule
+
+
+class LinearSolve:
+  """``custom_linear_solve``: the constants of four functions, then the right-hand sides."""
+
+  def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
+    """Every entry of the solution may be non-zero."""
+    before, after = _constants(node)
+    given = [*infos[before:after], *infos[sum(node.params["const_lengths"]) :]]
+    build = functools.partial(program.build, node.params["jaxprs"].solve, (*node.callers, node.eqn))
+    (body,) = live.programs(node, build)
+    live.forward(body, [Info(whole_box(_shape(info)), varies=info.varies) for info in given])
+    spec = live.specs[node] = live.spec(node, infos)
+    return results(node, spec, infos)
+
+  def backward(self, node: Node, live: Liveness) -> None:
+    """Every entry of what it is given is needed."""
+    (body,) = live.subs[node]
+    live.backward(body, [whole_box(out.shape) for out in body.outputs])
+    live.backward_spec(node)
+
+  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+    """What solving costs."""
+    return live.costs(live.subs[node][0], counted)
+
+  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+    """The solve, as it was traced."""
+    operands = [run.show(arrays, value, whole_box(value.shape)) for value in node.ins]
+    return compat.bind(node.eqn, operands), [whole_box(out.shape) for out in node.outs]
+
+  def links(self, node: Node, live: Liveness) -> list[Link]:
+    """None: what it runs is run as it was traced."""
+    del node, live
+    return []
+
+
+def _constants(node: Node) -> tuple[int, int]:
+  """Where the constants of the function that solves lie among the operands."""
+  lengths = node.params["const_lengths"]
+  before = lengths.matvec + lengths.vecmat
+  return before, before + lengths.solve
+
+
+def _shape(info: Info) -> list[Any]:
+  return [s.size for s in info.box]
+
+
+def kept_whole(node: Node, infos: Sequence[Info]) -> Spec:
+  """What the engine says of it where it does not look inside."""
+  return opaque(node, f"{node.name} of masked entries")
+
+
+register_rule("custom_linear_solve", kept_whole)
+STRUCTURED["custom_linear_solve"] = LinearSolve()

@@ -1,0 +1,114 @@
+"""Scans over stacks of layers: each layer has widths of its own, so the loop is unrolled."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from fisherprune_jax._graph import compat, program
+from fisherprune_jax._graph.facts import Box, Info, join, whole_box
+from fisherprune_jax._graph.liveness import Cost, Link, Liveness
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.spec import Counting
+
+
+def has_stack(node: Node, live: Liveness) -> bool:
+  """Whether a scan runs over something that differs from turn to turn in what is live."""
+  consts, carry = compat.scan_counts(node.params)
+  return any(live.info(value).rows is not None for value in node.ins[consts + carry :])
+
+
+def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
+  """One body for each turn, each going on from the one before."""
+  consts, carry = compat.scan_counts(node.params)
+  length = node.params["length"]
+  callers = (*node.callers, node.eqn)
+  live.programs(node, *[functools.partial(program.build, node.params["jaxpr"], callers)] * length)
+  carried = list(infos[consts : consts + carry])
+  written: list[list[Info]] = [[] for _ in range(length)]
+  for turn in _order(node):
+    each = [_row(info, turn) for info in infos[consts + carry :]]
+    outs = live.forward(live.subs[node][turn], [*infos[:consts], *carried, *each])
+    carried, written[turn] = outs[:carry], outs[carry:]
+  return [*carried, *map(_stacked, zip(*written, strict=True))]
+
+
+def backward(node: Node, live: Liveness) -> None:
+  """From the last turn to the first."""
+  consts, carry = compat.scan_counts(node.params)
+  asked = live.boxes(node.outs)
+  carried, written = asked[:carry], [box and box[1:] for box in asked[carry:]]
+  for turn in reversed(_order(node)):
+    body = live.subs[node][turn]
+    live.backward(body, [*carried, *written])
+    boxes = live.boxes(body.inputs)
+    carried = boxes[consts : consts + carry]
+    for value, box in zip(node.ins[:consts], boxes[:consts], strict=True):
+      if box is not None:
+        live.ask(value, box)
+    for value, box in zip(node.ins[consts + carry :], boxes[consts + carry :], strict=True):
+      if box is not None:
+        live.ask_row(value, turn, box)
+  for value, box in zip(node.ins[consts : consts + carry], carried, strict=True):
+    if box is not None:
+      live.ask(value, box)
+
+
+def costs(node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  """Every layer with its own widths."""
+  for body in live.subs[node]:
+    yield from live.costs(body, counted)
+
+
+def execute(run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  """The turns one after the other."""
+  consts, carry = compat.scan_counts(node.params)
+  boxes = [
+    (*whole_box(out.shape[:1]), *run.live.stored(out)[1:]) for out in node.outs[carry:]
+  ]  # of all turns
+  fixed = [run.live.stored(value) for value in node.ins[:consts]]
+  shared = [run.show(arrays, value, box) for value, box in zip(node.ins, fixed, strict=False)]
+  held = [run.live.stored(value) for value in node.ins[consts : consts + carry]]
+  carried = [run.show(arrays, value, box) for value, box in zip(node.ins[consts:], held, strict=False)]
+  written: list[list[Any]] = [[] for _ in range(node.params["length"])]
+  for turn in _order(node):
+    body = run.live.subs[node][turn]
+    rows = [run.live.stored(inner) for inner in body.inputs[consts + carry :]]
+    each = [
+      run.show_row(arrays, value, turn, box)
+      for value, box in zip(node.ins[consts + carry :], rows, strict=True)
+    ]
+    after = [run.live.stored(out) for out in body.outputs[:carry]]
+    wanted = [*after, *(box[1:] for box in boxes)]
+    outs = run.call(body, [*shared, *carried, *each], [*fixed, *held, *rows], wanted)
+    carried, held, written[turn] = outs[:carry], after, outs[carry:]
+  return [*carried, *(jnp.stack(column) for column in zip(*written, strict=True))], [*held, *boxes]
+
+
+def links(node: Node, live: Liveness) -> list[Link]:
+  """Every turn gives what it carried to the next one; they are listed from the last to the first."""
+  consts, carry = compat.scan_counts(node.params)
+  found, after = [], list(node.outs[:carry])
+  for turn in reversed(_order(node)):
+    body = live.subs[node][turn]
+    ins = list(zip(node.ins, body.inputs, strict=True))
+    outs = list(zip([*after, *node.outs[carry:]], body.outputs, strict=True))
+    found.append(Link(body, ins, outs, []))
+    after = body.inputs[consts : consts + carry]
+  return found
+
+
+def _order(node: Node) -> list[int]:
+  turns = range(node.params["length"])
+  return list(reversed(turns)) if node.params["reverse"] else list(turns)
+
+
+def _row(info: Info, turn: int) -> Info:
+  return Info(info.box[1:], varies=info.varies) if info.rows is None else info.rows[turn]
+
+
+def _stacked(rows: Sequence[Info]) -> Info:
+  """What is known of the results of all turns, stacked."""
+  box = (*whole_box((len(rows),)), *join(*(info.box for info in rows)))
+  return Info(box, varies=any(info.varies for info in rows), rows=tuple(rows))

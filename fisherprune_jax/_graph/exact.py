@@ -1,0 +1,150 @@
+"""Counts without rounding on the device, where float32 is exact to 16 million and wider integers need a global switch.
+
+A number is a list of digits in base 65536, the lowest first, each a ``uint32`` array, so that the digits of many numbers
+are worked on at once. What lies above the last digit falls away, as with any machine's integers: a result that fits is
+right, whatever came in between.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._graph.flops import Dearest, Term
+from fisherprune_jax._graph.sets import Set
+
+BITS = 16
+BASE = 1 << BITS  # also how many digits add up to less than 2 ** 32
+
+Digits = list[Any]
+Terms = Sequence[Term | Dearest]
+Counts = Callable[[Sequence[Set]], Any]
+
+
+def digits_for(largest: int) -> int:
+  """How many digits hold every number up to ``largest``, and one more bit."""
+  return largest.bit_length() // BITS + 1
+
+
+def constant(number: int, digits: int) -> Digits:
+  """The digits of a Python integer."""
+  return [np.uint32(number >> BITS * place & BASE - 1) for place in range(digits)]
+
+
+def carried(columns: Sequence[Any]) -> Digits:
+  """Digits from columns that may hold more than a digit (with the carry less than 2 ** 32)."""
+  out, carry = [], jnp.uint32(0)
+  for column in columns:
+    column = column + carry
+    out.append(column & BASE - 1)
+    carry = column >> BITS
+  return out
+
+
+def add(a: Digits, b: Digits) -> Digits:
+  """The sum of two numbers of as many digits."""
+  return carried([x + y for x, y in zip(a, b, strict=True)])
+
+
+def times(a: Digits, b: Digits) -> Digits:
+  """The product of two numbers, in as many digits as ``a`` has."""
+  out = constant(0, len(a))
+  for place, digit in enumerate(b[: len(a)]):
+    # A product of two digits leaves room for a carry, but not for another product: so one row after the other.
+    row = carried([x * digit for x in a[: len(a) - place]])
+    out = add(out, [*constant(0, place), *row])
+  return out
+
+
+def above(a: Digits, b: Digits) -> Any:
+  """Whether the first number is larger."""
+  out: Any = jnp.bool_(False)
+  for x, y in zip(a, b, strict=True):  # from the lowest digit: the highest one that differs has the last word
+    out = (x > y) | ((x == y) & out)
+  return out
+
+
+def of_array(x: Any, digits: int, behind: int) -> Digits:
+  """A non-negative number of any type, as ``behind`` digits behind the point and ``digits`` before it."""
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    places = range(0, jnp.iinfo(x.dtype).bits, BITS)
+    found = [(x >> place & BASE - 1).astype(jnp.uint32) for place in places]
+    return [*constant(0, behind), *found, *constant(0, digits)][: behind + digits]
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  x = x * float(BASE) ** behind  # exact, as is all that follows: powers of two, and parts of one number
+  out = []
+  for _ in range(behind + digits):
+    rest = jnp.floor(x / BASE)
+    out.append((jnp.floor(x) - rest * BASE).astype(jnp.uint32))
+    x = rest
+  return out
+
+
+def total(terms: Terms, counts: Counts, digits: int) -> Digits:
+  """The sum of terms, as ``flops.total`` gives it on the host; ``counts`` of sets gives a vector of their sizes."""
+  each = list(dict.fromkeys(_plain(terms)))
+  place = {term: at for at, term in enumerate(each)}
+  values = _values(each, counts, digits) if each else constant(0, digits)
+
+  def add_up(terms: Terms) -> Digits:
+    own = np.asarray([place[t] for t in terms if isinstance(t, Term)], np.int32)
+    out = constant(0, digits)
+    for start in range(0, own.size, BASE):
+      part = own[start : start + BASE]
+      out = add(out, carried([jnp.sum(column[part], dtype=jnp.uint32) for column in values]))
+    for t in terms:
+      if isinstance(t, Dearest):
+        out = add(out, times(_largest([add_up(part) for part in t.sums]), constant(t.scale, digits)))
+    return out
+
+  return add_up(terms)
+
+
+def _plain(terms: Terms) -> Iterator[Term]:
+  for t in terms:
+    if isinstance(t, Term):
+      yield t
+    else:
+      for part in t.sums:
+        yield from _plain(part)
+
+
+def _largest(numbers: Sequence[Digits]) -> Digits:
+  out, *others = numbers
+  for other in others:
+    larger = above(other, out)
+    out = [jnp.where(larger, x, y) for x, y in zip(other, out, strict=True)]
+  return out
+
+
+def _values(terms: Sequence[Term], counts: Counts, digits: int) -> Digits:
+  """The values of the terms, as vectors of digits."""
+  sets = list(dict.fromkeys(s for t in terms for s in (*t.outer, *(t.inner or ()))))
+  found = jnp.concatenate(
+    [jnp.ones(1, jnp.uint32), *([jnp.asarray(counts(sets), jnp.uint32)] if sets else ())]
+  )
+  of_count = [found & BASE - 1, found >> BITS][: digits_for(max((s.size for s in sets), default=1))]
+  place = {s: 1 + at for at, s in enumerate(sets)}
+
+  def multiplied(number: Digits, factors: Sequence[tuple[Set, ...]]) -> Digits:
+    for at in range(max(map(len, factors))):
+      index = np.asarray([place[row[at]] if at < len(row) else 0 for row in factors])
+      number = times(number, [digit[index] for digit in of_count])
+    return number
+
+  inner = multiplied(_column([t.terms for t in terms], digits), [t.inner or () for t in terms])
+  none = ~jnp.any(jnp.stack(inner) > 0, axis=0)
+  less = add(times(inner, [np.uint32(2)]), constant(-1, digits))  # 2 K - 1
+  sums = np.asarray([t.inner is not None for t in terms])
+  last = [
+    jnp.where(sums, jnp.where(none, np.uint32(0), x), one)
+    for x, one in zip(less, constant(1, digits), strict=True)
+  ]
+  scale = _column([t.scale for t in terms], digits_for(max(t.scale for t in terms)))
+  return multiplied(times(last, scale), [t.outer for t in terms])
+
+
+def _column(numbers: Sequence[int], digits: int) -> Digits:
+  """Python integers as vectors of digits."""
+  return [np.asarray(column) for column in zip(*(constant(n, digits) for n in numbers), strict=True)]

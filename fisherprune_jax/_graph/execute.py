@@ -1,0 +1,165 @@
+"""Running a program on live entries alone.
+
+Every primitive is applied as it was traced, to smaller arrays. Operands come from what is stored of them: a
+static selection, or zeros put in where an entry is needed that nobody computes because it is zero.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.align import align, select, sources
+from fisherprune_jax._graph.evaluate import Evaluation
+from fisherprune_jax._graph.facts import Box, Info, box_of, whole_box
+from fisherprune_jax._graph.liveness import STRUCTURED, Liveness, analyse
+from fisherprune_jax._graph.program import Node, Program, Value
+from fisherprune_jax._graph.rules import spec_of
+from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec
+
+Arrays = dict[Value, Any]
+
+
+Held = Box | list[Box]
+"""What an array holds: one box, or one for each entry along its leading axis, padded to the widest."""
+
+
+@dataclass
+class Stack:
+  """Layers of different widths in one array: each holds its entries in front, and zeros behind."""
+
+  array: Any
+  boxes: list[Box]
+
+  def row(self, row: int, ev: Evaluation) -> Any:
+    """One layer, without its padding."""
+    sizes = [_live_size(ev, s) for s in self.boxes[row]]
+    return lax.slice(_entry(self.array, row), (0,) * len(sizes), sizes)
+
+  def show(self, box: Box, ev: Evaluation) -> Any:
+    """All layers at the entries of ``box``."""
+    rows = [align(self.row(row, ev), held, box[1:], ev) for row, held in enumerate(self.boxes)]
+    return align(jnp.stack(rows), (*whole_box((len(rows),)), *box[1:]), box, ev)
+
+
+@dataclass
+class Run:
+  """One program with its liveness, at known masks."""
+
+  program: Program
+  live: Liveness
+  ev: Evaluation
+
+  def __call__(self, inputs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Box]) -> list[Any]:
+    """Executes the program.
+
+    Args:
+      inputs: the inputs, of which
+      held: says per input what entries they hold.
+      wanted: which entries of every output to return.
+    """
+    return self.call(self.program, inputs, held, wanted)
+
+  def call(
+    self, program: Program, xs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Box]
+  ) -> list[Any]:
+    """Executes a program that this one runs, on inputs that hold what ``held`` says."""
+    inputs = [
+      self._given(x, box, value) if value in self.live.asked else None
+      for x, box, value in zip(xs, held, program.inputs, strict=True)
+    ]
+    return self.run(program, inputs, wanted)
+
+  def _given(self, x: Any, held: Held, value: Value) -> Any:
+    if isinstance(held, list):
+      stack = Stack(x, held)
+      return stack if self.live.rows(value) is not None else stack.show(self.live.stored(value), self.ev)
+    return align(x, held, self.live.stored(value), self.ev)
+
+  def run(self, program: Program, inputs: Sequence[Any], wanted: Sequence[Box]) -> list[Any]:
+    """Executes this program, or one that it calls, on what is stored of its inputs."""
+    arrays = dict(zip(program.inputs, inputs, strict=True))
+    for value, const in program.consts:
+      if value in self.live.asked:
+        arrays[value] = align(const, whole_box(value.shape), self.live.stored(value), self.ev)
+    for node in program.nodes:
+      if self.live.runs(node):
+        _execute(self, node, arrays)
+    return [self.show(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
+
+  def show(self, arrays: Arrays, value: Value, box: Box) -> Any:
+    """An array at the entries of ``box``; zeros (none, mostly) of one that nothing asks for."""
+    if value.literal is not None:
+      return align(jnp.asarray(value.literal, value.aval.dtype), whole_box(value.shape), box, self.ev)
+    if value not in self.live.asked:
+      return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
+    return align(arrays[value], self.live.stored(value), box, self.ev)
+
+  def show_row(self, arrays: Arrays, value: Value, row: int, box: Box) -> Any:
+    """One entry of an array along its leading axis, at the entries of ``box``."""
+    if value not in self.live.asked:
+      return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
+    array = arrays[value]
+    if isinstance(array, Stack):
+      return align(array.row(row, self.ev), array.boxes[row], box, self.ev)
+    return align(_entry(array, row), self.live.stored(value)[1:], box, self.ev)
+
+  def again(self, program: Program, inputs: Sequence[Info], asked: Sequence[Box]) -> "Run":
+    """A run of another program, under the same masks."""
+    return Run(program, analyse(program, inputs, asked, spec_of, self.live.drop_masks), self.ev)
+
+
+def _entry(array: Any, row: int) -> Any:
+  return lax.index_in_dim(array, row, keepdims=False)
+
+
+def _execute(run: Run, node: Node, arrays: Arrays) -> None:
+  if node in run.live.subs:
+    outs, boxes = STRUCTURED[node.name].execute(run, node, arrays)
+  else:
+    outs, boxes = _apply(run, node, arrays)
+  for out, array, box in zip(node.outs, outs, boxes, strict=True):
+    if out in run.live.asked:
+      arrays[out] = align(array, box, run.live.stored(out), run.ev)
+
+
+def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequence[Box]]:
+  spec, factors = run.live.specs[node], run.live.factors[node]
+
+  def box(axes: Axes, value: Value) -> Box:
+    return box_of(axes, factors, value.shape)
+
+  boxes = [box(axes, out) for axes, out in zip(spec.outs, node.outs, strict=True)]
+  if spec.same_as is not None and run.live.drop_masks:
+    kept = node.ins[spec.same_as]
+    return [run.show(arrays, kept, box(spec.ins[spec.same_as], kept))], boxes
+  operands = [
+    run.show(arrays, value, box(axes, value)) for value, axes in zip(node.ins, spec.ins, strict=True)
+  ]
+  if spec.outs and any(isinstance(axis, Pick) for axis in spec.outs[0]):
+    return [_pick(run, spec, factors, operands[0], boxes[0])], boxes
+  if spec.bind is None:
+    return compat.bind(node.eqn, operands), boxes
+  return spec.bind(node, operands, {f: _live_size(run.ev, s) for f, s in factors.items()}), boxes
+
+
+def _live_size(ev: Evaluation, s: Set) -> Any:
+  index = ev.index(s)
+  return s.size if index is None else index.size
+
+
+def _pick(run: Run, spec: Spec, factors: dict[Factor, Set], array: Any, box: Box) -> Any:
+  """Selects along the picked axes, from the live entries of the factor to those of the result."""
+  for axis, (picked, wanted) in enumerate(zip(spec.outs[0], box, strict=True)):
+    if isinstance(picked, Pick):
+      entries = picked.index if (want := run.ev.index(wanted)) is None else picked.index[want]
+      size = spec.sizes[picked.factor]
+      place = sources(run.ev.index(factors[picked.factor]), None, size)
+      place = np.arange(size) if place is None else place
+      array = select(array, axis, np.where(entries >= 0, place[entries], -1))
+  return array

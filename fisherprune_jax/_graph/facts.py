@@ -1,0 +1,211 @@
+"""What is known of one array, and what one application of a primitive makes of it by its ``Spec``."""
+
+import math
+from collections.abc import Callable, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._graph import compat, sets, together
+from fisherprune_jax._graph.program import Node, Value
+from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec, compose, factors_of, project
+from fisherprune_jax._graph.together import Together
+
+Box = tuple[Set, ...]
+Factors = dict[Factor, Set]
+LARGEST_KNOWN = 65_536
+"""Integer arrays up to this size are followed by value."""
+
+
+class Info(NamedTuple):
+  """What is known of an array before it is computed.
+
+  Attributes:
+    box: per axis, where it can be non-zero.
+    const: the value of all its entries, where they are one known number.
+    mask: whether its entries are one wherever ``box`` allows them to be non-zero.
+    varies: whether it depends on the arguments, not on the variables alone.
+    known: its value, if it is a small array of integers that no input decides.
+    rows: what is known of each entry along the leading axis, where they differ: a stack of masks.
+    together: where it can be non-zero by several axes merged, where that is less than ``box`` says.
+  """
+
+  box: Box
+  const: Any = None
+  mask: bool = False
+  varies: bool = False
+  known: np.ndarray | None = None
+  rows: "tuple[Info, ...] | None" = None
+  together: Together = MappingProxyType({})
+
+  @property
+  def is_zero(self) -> bool:
+    """Whether it is a constant zero."""
+    return self.const is not None and not self.const
+
+  @property
+  def is_masked(self) -> bool:
+    """Whether masks decide where it can be non-zero."""
+    return any(s.support for s in self.box)
+
+
+def whole_box(shape: Sequence[Any]) -> Box:
+  """The box that holds everything."""
+  return tuple(sets.everything(n) for n in shape)
+
+
+def weak_box(shape: Sequence[Any]) -> Box:
+  """The box of what could do without."""
+  return tuple(map(sets.weak, shape))
+
+
+def empty_box(shape: Sequence[Any]) -> Box:
+  """The box that holds nothing (along an axis of symbolic size, everything)."""
+  return tuple(sets.nothing(n) if compat.is_static_size(n) else sets.everything(n) for n in shape)
+
+
+def join(*boxes: Box) -> Box:
+  """The smallest box that contains all of ``boxes``."""
+  return tuple(sets.union(*column) for column in zip(*boxes, strict=True))
+
+
+def join_merged(a: tuple[Box, Together], b: tuple[Box, Together]) -> tuple[Box, Together]:
+  """The smallest box that contains both, with what both say of several axes merged."""
+  box = join(a[0], b[0])
+  return box, together.union(a, b, box)
+
+
+def either(a: Info, b: Info) -> Info:
+  """What is known of an array that is one or the other."""
+  box, axes = join_merged((a.box, a.together), (b.box, b.together))
+  return Info(box, varies=a.varies or b.varies, together=axes)
+
+
+def meet(a: Box, b: Box) -> Box:
+  """What two boxes share."""
+  return tuple(map(sets.intersection, a, b))
+
+
+def nonzero_box(info: Info) -> Box:
+  """Where an array can be non-zero: nowhere if it is a constant zero."""
+  return empty_box([s.size for s in info.box]) if info.is_zero else info.box
+
+
+def box_of(axes: Axes, factors: Factors, shape: Sequence[Any]) -> Box:
+  """The box of an array from the sets of its factors."""
+  return tuple(compose(axis, factors, n) for axis, n in zip(axes, shape, strict=True))
+
+
+def constant(value: Any, shape: tuple[Any, ...]) -> Info:
+  """What is known of an array that is written into the program."""
+  return Info(whole_box(shape), value if shape == () else None, known=_known(value))
+
+
+def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
+  """The forward pass of one node: what is known of its results."""
+  factors = {f: _can_be_nonzero(f, spec, infos) for f in spec.sizes}
+  varies = any(info.varies for info in infos)
+  tied = together.forward(spec, [(info.box, info.together) for info in infos])
+  found = [
+    together.laid(spec, tied, axes, box_of(axes, factors, out.shape))
+    for axes, out in zip(spec.outs, node.outs, strict=True)
+  ]
+  if (row := _row_taken(spec, infos)) is not None:
+    return [row]
+  known = _fold(node, infos)
+  if spec.moves:
+    first = infos[0]
+    ((box, axes),) = found
+    return [Info(box, first.const, first.mask and _is_exact(spec, factors, first), varies, known, None, axes)]
+  mask = spec.same_as is not None and all(info.mask for info in infos)
+  return [Info(box, mask=mask, varies=varies, known=known, together=axes) for box, axes in found]
+
+
+def _row_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
+  """What is known of one entry of a stack, where a slice takes just that."""
+  rows = infos[0].rows if infos else None
+  if rows is None or not spec.outs or spec.alive or len(spec.outs[0]) != len(infos[0].box):
+    return None
+  first, *rest = spec.outs[0]
+  if not isinstance(first, Pick) or first.index.size != 1 or any(isinstance(axis, Pick) for axis in rest):
+    return None
+  row = rows[int(first.index[0])]
+  return row._replace(box=(*whole_box((1,)), *row.box), varies=infos[0].varies, rows=None)
+
+
+def _known(x: Any) -> np.ndarray | None:
+  """A small concrete array of integers, such as indices."""
+  small = compat.is_concrete(x) and np.size(x) <= LARGEST_KNOWN
+  return np.asarray(x) if small and np.issubdtype(compat.dtype_of(x), np.integer) else None
+
+
+def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:
+  """The value of a node that computes small integers from known ones, as indexing does."""
+  if node.acts or len(node.outs) != 1:
+    return None
+  (out,) = node.outs
+  small = all(map(compat.is_static_size, out.shape)) and math.prod(out.shape) <= LARGEST_KNOWN
+  integers = jnp.issubdtype(out.aval.dtype, jnp.integer) or out.aval.dtype == bool
+  if not infos and node.name != "iota":
+    return None  # such as the value of a symbolic size
+  if not small or not integers or any(info.known is None for info in infos):
+    return None
+  return compat.evaluate(node.eqn, [info.known for info in infos])
+
+
+def _is_exact(spec: Spec, factors: Factors, info: Info) -> bool:
+  """Whether an array moved by ``spec`` is non-zero exactly where its new box says, as its old one did."""
+  return all(compose(axis, factors, s.size) is s for axis, s in zip(spec.ins[0], info.box, strict=True))
+
+
+def _can_be_nonzero(factor: Factor, spec: Spec, infos: Sequence[Info]) -> Set:
+  everything = sets.everything(spec.sizes[factor])
+  if factor in spec.whole:
+    return everything
+  seen = [
+    (operand, project(axis, s, factor, spec.sizes))
+    for operand, (axes, info) in enumerate(zip(spec.ins, infos, strict=True))
+    for axis, s in zip(axes, info.box, strict=True)
+    if factor in factors_of(axis) and operand not in spec.neutral
+  ]
+  free = factor in spec.alive or not seen
+  some = [s for operand, s in seen if not infos[operand].is_zero] or [s for _, s in seen]
+  base = everything if free else sets.union(*some)
+  return sets.intersection(base, *(s for operand, s in seen if operand in spec.kills))
+
+
+def needed(
+  node: Node, spec: Spec, box: Callable[[Value], Box], stored: Callable[[Value], Box | None]
+) -> Factors:
+  """The backward pass of one node: the entries of its factors that it has to work on.
+
+  Args:
+    node: the node.
+    spec: how it relates axes.
+    box: where an operand can be non-zero.
+    stored: what is stored of a result, None if nothing asks for it.
+  """
+  return {f: _needed(f, node, spec, box, stored) for f in spec.sizes}
+
+
+def _needed(factor: Factor, node: Node, spec: Spec, box: Any, stored: Any) -> Set:
+  if factor in spec.whole:
+    return sets.everything(spec.sizes[factor])
+
+  def found(values: Sequence[Value], all_axes: Sequence[Axes], boxes: Any) -> list[Set]:
+    return [
+      project(axis, s, factor, spec.sizes)
+      for value, axes in zip(values, all_axes, strict=True)
+      if any(factor in factors_of(axis) for axis in axes) and (shown := boxes(value)) is not None
+      for axis, s in zip(axes, shown, strict=True)
+      if factor in factors_of(axis)
+    ]
+
+  if not any(factor in factors_of(axis) for axes in spec.outs for axis in axes):
+    offered = sets.intersection(*found(node.ins, spec.ins, box))  # contracted: what all operands offer
+    return sets.intersection(sets.weak(offered.size), offered) if factor in spec.weak else offered
+  asked = found(node.outs, spec.outs, stored)
+  return sets.union(*asked) if asked else sets.nothing(spec.sizes[factor])

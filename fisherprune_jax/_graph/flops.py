@@ -1,0 +1,97 @@
+"""Costs as polynomials in the sizes of live sets, evaluated on the host in integers or under ``jit``."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._graph import sets
+from fisherprune_jax._graph.evaluate import Evaluation
+from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.spec import Factor, Flops
+
+
+class Term(NamedTuple):
+  """``scale * prod |outer| * max(2 K - 1, 0)`` with ``K = terms * prod |inner|``; no last factor if None."""
+
+  scale: int
+  outer: tuple[Set, ...]
+  inner: tuple[Set, ...] | None = None
+  terms: int = 1
+
+  @property
+  def key(self) -> Any:
+    """Terms with equal keys differ by their scale alone."""
+    return self[1:]
+
+
+def term(flops: Flops, factors: dict[Factor, Set]) -> Term:
+  """A rule's count, at the live sets of its factors; whole axes become part of the numbers."""
+  scale, outer = _split_constants(flops.scale, [factors[f] for f in flops.outer])
+  if flops.inner is None:
+    return Term(scale, outer)
+  terms, inner = _split_constants(flops.terms, [factors[f] for f in flops.inner])
+  if inner:
+    return Term(scale, outer, inner, terms)
+  return Term(scale * max(2 * terms - 1, 0), outer)
+
+
+def _split_constants(number: int, found: Iterable[Set]) -> tuple[int, tuple[Set, ...]]:
+  rest = []
+  for s in (part for whole in found for part in (whole.parts if whole.kind == sets.OUTER else (whole,))):
+    if s.is_all:
+      number *= s.size
+    else:
+      rest.append(s)
+  return int(number), tuple(sorted(rest, key=lambda s: s.serial))
+
+
+class Dearest(NamedTuple):
+  """``scale`` times the largest of several sums of terms, as of the branches of a conditional."""
+
+  sums: tuple[tuple[Any, ...], ...]
+  scale: int = 1
+
+  @property
+  def key(self) -> Any:
+    """As of a term."""
+    return self.sums
+
+
+Terms = Iterable[Term | Dearest]
+
+
+def collect(terms: Terms) -> list[Term | Dearest]:
+  """Adds up the terms that differ by their scale alone."""
+  scales: dict[Any, int] = {}
+  first: dict[Any, Term | Dearest] = {}
+  for t in terms:
+    key = (type(t), t.key)
+    first.setdefault(key, t)
+    scales[key] = scales.get(key, 0) + t.scale
+  return [t._replace(scale=scales[key]) for key, t in first.items() if scales[key]]
+
+
+def total(terms: Terms, ev: Evaluation) -> Any:
+  """The sum of terms: a Python int on the host, a float32 scalar under ``jax.numpy``."""
+  number = int if ev.xp is np else (lambda n: jnp.asarray(n, jnp.float32))
+  out = number(0)
+  for t in terms:
+    if isinstance(t, Dearest):
+      out = out + number(t.scale) * _largest([total(sum_, ev) for sum_ in t.sums], ev.xp)
+      continue
+    value = number(t.scale)
+    for s in t.outer:
+      value = value * number(ev.count(s))
+    if t.inner is not None:
+      inner = number(t.terms)
+      for s in t.inner:
+        inner = inner * number(ev.count(s))
+      value = value * number(ev.xp.maximum(2 * inner - 1, 0))
+    out = out + value
+  return int(out) if ev.xp is np else out
+
+
+def _largest(values: list[Any], xp: Any) -> Any:
+  return max(values) if xp is np else jnp.max(jnp.stack(values), axis=0)

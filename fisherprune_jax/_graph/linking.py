@@ -1,0 +1,101 @@
+"""Outputs that replace variables (batch statistics): they ask for nothing, and take what the rest is asked.
+
+Such an output must come back in the shape that its variable keeps, and it must not keep channels alive that
+nobody else asks for. Along each of its axes, its producers are followed back to the first arrays that
+somebody else asks for; what is asked there is what the output gets.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fisherprune_jax._graph import sets
+from fisherprune_jax._graph.facts import Box, Info, whole_box
+from fisherprune_jax._graph.liveness import Liveness, analyse
+from fisherprune_jax._graph.program import Node, Program, Value
+from fisherprune_jax._graph.sets import Set
+
+Links = dict[int, int]
+"""Which output (by position) replaces which input."""
+
+
+def analyse_linked(
+  program: Program,
+  infos: Sequence[Info],
+  links: Links,
+  rules: Callable[[Node, Sequence[Info]], Any],
+  drop_masks: bool,
+  asked_of: Callable[[Value], Box] = lambda value: whole_box(value.shape),
+  subs: dict[Node, list[Program]] | None = None,
+) -> tuple[Liveness, dict[int, Box]]:
+  """Finds what is live if linked outputs ask for nothing of their own, and others for what ``asked_of`` says.
+
+  Returns:
+    The liveness, and for every linked output what it shows: what is stored of its input.
+  """
+
+  def run(boxes: dict[int, Box | None]) -> Liveness:
+    asked = [boxes[at] if at in boxes else asked_of(value) for at, value in enumerate(program.outputs)]
+    return analyse(program, infos, asked, rules, drop_masks, subs)
+
+  live = run(dict.fromkeys(links))
+  if not links:
+    return live, {}
+  sources = _sources(program)
+  shown = {at: _asked_of_producers(program.outputs[at], live, sources) for at in links}
+  while True:
+    live = run(dict(shown))
+    grown = {at: _join(box, live, program.inputs[links[at]]) for at, box in shown.items()}
+    if grown == shown:  # sets are interned, so equal ones are the same object
+      return live, shown
+    shown = grown
+
+
+def _join(box: Box, live: Liveness, value: Value) -> Box:
+  if value not in live.asked:
+    return box
+  return tuple(map(sets.union, box, live.stored(value)))
+
+
+def _sources(program: Program) -> dict[Value, list[tuple[Node, int]]]:
+  """For each value the node that computes it, and as which of its results."""
+  found: dict[Value, list[tuple[Node, int]]] = {}
+  for node in program.nodes:
+    for at, out in enumerate(node.outs):
+      found.setdefault(out, []).append((node, at))
+  return found
+
+
+def _asked_of_producers(value: Value, live: Liveness, sources: Any) -> Box:
+  return tuple(_follow(value, axis, live, sources) for axis in range(len(value.shape)))
+
+
+def _follow(value: Value, axis: int, live: Liveness, sources: Any) -> Set:
+  """What is asked, along one axis of a value, of the nearest producers that somebody asks for."""
+  pending, seen, found = [(value, axis)], set(), []
+  while pending:
+    here = pending.pop()
+    if here in seen:
+      continue
+    seen.add(here)
+    if here[0] in live.asked:
+      found.append(live.stored(here[0])[here[1]])
+    else:
+      pending += _back(*here, live, sources)
+  return sets.union(*found) if found else sets.everything(value.shape[axis])
+
+
+def _back(value: Value, axis: int, live: Liveness, sources: Any) -> list[tuple[Value, int]]:
+  """The operands' axes that an axis of a value comes from unchanged."""
+  out = []
+  for node, at in sources.get(value, []):
+    spec = live.specs.get(node)
+    if spec is None:  # it runs a program: nothing is known of its axes
+      continue
+    factor = spec.outs[at][axis]
+    out += [
+      (operand, place)
+      for operand, axes in zip(node.ins, spec.ins, strict=True)
+      for place, other in enumerate(axes)
+      if isinstance(factor, str) and other == factor and operand.literal is None
+    ]
+  return out

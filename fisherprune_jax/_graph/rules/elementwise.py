@@ -1,0 +1,136 @@
+"""Elementwise primitives. One fact each: that they are elementwise, and whether they compute or only move.
+
+Whether zeros stay zero is not written down: the primitive is asked, by applying it to zeros and to the
+constants that it is given. So ``max(x, 0)``, ``min(x, 6)``, ``x ** 2`` and ``tanh(x)`` keep zeros, ``x + 1``
+and ``exp(x)`` do not, and no list has to say so.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from fisherprune_jax._graph.rules.probing import Zeros, probe
+from fisherprune_jax._graph.rules.weights import weight
+from fisherprune_jax._graph.spec import Axes, Flops, Spec, names_of, register_rule
+
+COMPUTES = """
+  abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
+  complex conj cos cosh digamma div eq eq_to erf erf_inv erfc exp exp2 expm1 floor ge gt igamma igamma_grad_a igammac
+  imag integer_pow is_finite le le_to lgamma log log1p log2 logistic lt lt_to max min mul mulhi ne neg
+  nextafter not one_minus_square or polygamma population_count pow real regularized_incomplete_beta rem
+  round rsqrt shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square sub tan
+  tanh xor zeta
+""".split()
+MOVES = """
+  convert_element_type copy layout_constraint name pin pvary reduce_precision
+  reduced_vary_cast reduced_vary_cast_p reshard select_n sharding_constraint stop_gradient unpin
+  vary_unreduced_cast vary_unreduced_cast_p with_memory_space_constraint
+""".split()
+# Operands of which a zero alone makes the result zero.
+PRODUCTS = {"mul": frozenset({0, 1}), "and": frozenset({0, 1}), "div": frozenset({0})}
+# Operands whose zeros decide nothing.
+PREDICATES = {"select_n": frozenset({0})}
+
+
+def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
+  """Axis by axis; an operand's size-1 axis (or missing axes) broadcasts."""
+  shape = node.outs[0].shape
+  ins = tuple(_axes(value.shape, shape) for value in node.ins)
+  names = names_of(shape)
+  constants = {i for i, info in enumerate(infos) if info.const is not None}
+  neutral = PREDICATES.get(node.name, frozenset()) | constants
+  kills = _kills(node, infos)
+  same_as = _same_as(node, infos)
+  moves = node.name in MOVES and node.name != "select_n"
+  zeros = _zeros(node, infos)
+  keeps_zero = zeros.kept or bool(kills)
+  alive = {f for f in names if not keeps_zero or _broadcasts(f, ins, neutral)}
+  return Spec(
+    ins=ins,
+    outs=(names,) * len(node.outs),
+    sizes=dict(zip(names, shape, strict=True)),
+    kills=kills,
+    neutral=frozenset(neutral),
+    alive=frozenset(alive),
+    flops=() if node.name in MOVES or same_as is not None else (Flops(names, scale=weight(node)),),
+    moves=moves,
+    opaque=_opaque(node, infos, keeps_zero, frozenset(neutral) | kills, bool(alive)),
+    same_as=same_as,
+    sees=zeros.sees,
+    blind=zeros.blind,
+  )
+
+
+def _axes(shape: Sequence[Any], out: Sequence[Any]) -> Axes:
+  if len(shape) != len(out):  # scalars broadcast
+    return ()
+  sizes = zip(names_of(out), shape, out, strict=True)
+  return tuple(f if n == m else None for f, n, m in sizes)
+
+
+def _broadcasts(factor: Any, ins: Sequence[Axes], neutral: frozenset[int]) -> bool:
+  """Whether some operand lacks the factor, and with it the zeros along it."""
+  return any(factor not in axes for i, axes in enumerate(ins) if i not in neutral)
+
+
+def _opaque(node: Any, infos: Sequence[Any], keeps_zero: bool, harmless: frozenset[int], alive: bool) -> str:
+  """Why dead entries come alive here, if they do for good: another branch may be dead there too."""
+  if not keeps_zero:
+    return f"{node.name} makes zeros non-zero"
+  others = [info for operand, info in enumerate(infos) if operand not in harmless]
+  if not others:
+    return ""
+  if not all(info.varies or info.is_masked for info in others):
+    return f"{node.name} with a variable makes zeros non-zero"
+  if alive:
+    return f"{node.name} with an array that lacks the masked axis"
+  return ""
+
+
+def _kills(node: Any, infos: Sequence[Any]) -> frozenset[int]:
+  # 0 / 0 is not zero: a numerator's zeros count only over a denominator that has none of its own.
+  if node.name == "div" and not (infos[1].const is None and all(s.is_all for s in infos[1].box)):
+    return frozenset()
+  return PRODUCTS.get(node.name, frozenset())
+
+
+def _same_as(node: Any, infos: Sequence[Any]) -> int | None:
+  """The operand that a product with a mask equals, on live entries."""
+  if node.name != "mul" or not any(info.mask for info in infos):
+    return None
+  operand = 0 if infos[1].mask else 1
+  # A mask of one feature may broadcast: then its zero is not one along an axis that both have.
+  mask = 1 - operand
+  sizes = zip(infos[mask].box, node.ins[mask].shape, node.outs[0].shape, strict=False)
+  shows = all(s.is_all or n == m for s, n, m in sizes)
+  return operand if shows and node.ins[operand].aval.shape == node.outs[0].aval.shape else None
+
+
+def _zeros(node: Any, infos: Sequence[Any]) -> Zeros:
+  if node.name == "select_n":
+    kept = all(info.const is None or info.const == 0 for info in infos[1:])
+    return Zeros(kept, frozenset(), frozenset({0}))
+  return Zeros(True, frozenset(), frozenset()) if node.name in MOVES else probe(node, infos)
+
+
+def bitcast(node: Any, infos: Sequence[Any]) -> Spec:
+  """``a b -> a b``, or ``a b -> a b 2`` between widths; of numbers with a sign it shows that of zeros too."""
+  before, after = node.ins[0].shape, node.outs[0].shape
+  longest = before if len(before) > len(after) else after
+  names = names_of(longest)
+  signed = jnp.issubdtype(node.ins[0].aval.dtype, jnp.inexact)
+  return Spec(
+    ins=(names[: len(before)],),
+    outs=(names[: len(after)],),
+    sizes=dict(zip(names, longest, strict=True)),
+    alive=frozenset(names) if signed else frozenset(),
+    whole=frozenset(names[min(len(before), len(after)) :]),
+    opaque="bitcast_convert_type shows the sign of zeros" if signed else "",
+    sees=frozenset({0}),
+  )
+
+
+for name in COMPUTES + MOVES:
+  register_rule(name, elementwise)
+register_rule("bitcast_convert_type", bitcast)

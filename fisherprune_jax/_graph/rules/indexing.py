@@ -1,0 +1,124 @@
+"""Gathers and slices, at positions that are known, or only when the program runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jax import lax
+
+from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.rules.movement import picked
+from fisherprune_jax._graph.spec import Factor, Spec, register_rule
+
+
+def gather(node: Any, infos: Sequence[Any]) -> Spec:
+  """``v c, i -> i c``: axes taken whole by every slice are elementwise, the indexed ones whole."""
+  numbers, slices = node.params["dimension_numbers"], node.params["slice_sizes"]
+  if (picks := _known_picks(node, infos[1].known)) is not None:
+    return picked(node, picks)
+  (operand, indices), out = (value.shape for value in node.ins), node.outs[0].shape
+  outs: list[Factor] = [f"o{i}" for i in range(len(out))]
+  batch = [at for at in range(len(out)) if at not in numbers.offset_dims]
+  of_indices: list[Any] = [outs[at] for at in batch]
+  ins: list[Factor] = [f"s{i}" for i in range(len(operand))]
+  gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
+  kept = [axis for axis in range(len(operand)) if axis not in gone]
+  for axis, at in zip(kept, numbers.offset_dims, strict=True):
+    if slices[axis] == operand[axis] and axis not in numbers.start_index_map:
+      ins[axis] = outs[at]
+  for axis, index_axis in zip(
+    numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+  ):
+    ins[axis] = of_indices[index_axis]
+  fill = node.params["fill_value"]
+  return Spec(
+    ins=(tuple(ins), (*of_indices, None) if len(indices) else ()),
+    outs=(tuple(outs),),
+    sizes={**dict(zip(ins, operand, strict=True)), **dict(zip(outs, out, strict=True))},
+    neutral=frozenset({1}),
+    alive=frozenset(outs) if fill not in (None, 0) else frozenset(),
+    whole=frozenset(f for f in ins if f not in outs)
+    | frozenset(
+      outs[at] for axis, at in zip(kept, numbers.offset_dims, strict=True) if ins[axis] != outs[at]
+    ),
+    opaque="a gather along the masked axis",
+    bind=_bind_gather(tuple(ins)),
+  )
+
+
+def _known_picks(node: Any, indices: np.ndarray | None) -> list[np.ndarray | None] | None:
+  """What a gather along one axis selects, if its indices are known: ``x[:, i]`` or ``x[:, a:b]``."""
+  numbers, slices, shape = node.params["dimension_numbers"], node.params["slice_sizes"], node.ins[0].shape
+  if indices is None or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+    return None
+  (axis,) = numbers.start_index_map
+  others = tuple(at for at in range(len(shape)) if at != axis)
+  if any(slices[at] != shape[at] for at in others):
+    return None
+  if numbers.collapsed_slice_dims == (axis,) and indices.ndim == 2 and numbers.offset_dims == others:
+    chosen = indices[:, 0]
+  elif not numbers.collapsed_slice_dims and indices.shape == (1,):
+    chosen = np.arange(indices[0], indices[0] + slices[axis])
+  else:
+    return None
+  if not ((chosen >= 0) & (chosen < shape[axis])).all():
+    return None
+  return [chosen if at == axis else None for at in range(len(shape))]
+
+
+def _bind_gather(ins: tuple[Factor, ...]) -> Any:
+  def bind(node: Any, arrays: Sequence[Any], sizes: dict[Factor, Any]) -> list[Any]:
+    operand, indices = arrays
+    pairs = zip(ins, node.params["slice_sizes"], node.ins[0].shape, operand.shape, strict=True)
+    slices = tuple(live if size == full else size for _, size, full, live in pairs)
+    return [
+      lax.gather(
+        operand,
+        indices,
+        node.params["dimension_numbers"],
+        slices,
+        unique_indices=node.params["unique_indices"],
+        indices_are_sorted=node.params["indices_are_sorted"],
+        mode=node.params["mode"],
+        fill_value=node.params["fill_value"],
+      )
+    ]
+
+  return bind
+
+
+def dynamic_slice(node: Any, infos: Sequence[Any]) -> Spec:
+  """``a b -> a b'``: axes taken whole are elementwise, the others whole."""
+  shape, out = node.ins[0].shape, node.outs[0].shape
+  starts = [info.known for info in infos[1:]]
+  if all(start is not None or n == m for start, n, m in zip(starts, shape, out, strict=True)):
+    return picked(node, [_window(*one) for one in zip(starts, shape, out, strict=True)])
+  ins = _names(shape, out, "s")
+  outs = _names(shape, out, "t")
+  return Spec(
+    ins=(ins, *((),) * (len(node.ins) - 1)),
+    outs=(outs,),
+    sizes={**dict(zip(ins, shape, strict=True)), **dict(zip(outs, out, strict=True))},
+    neutral=frozenset(range(1, len(node.ins))),
+    whole=frozenset(f for f in (*ins, *outs) if not f.startswith("d")),
+    opaque="a dynamic slice along the masked axis",
+    bind=lambda node, arrays, sizes: compat.bind(
+      node.eqn, arrays, {**node.params, "slice_sizes": tuple(sizes[f] for f in outs)}
+    ),
+  )
+
+
+def _window(start: np.ndarray | None, size: Any, length: Any) -> np.ndarray | None:
+  """A slice's positions; one that would reach beyond the end is moved back, as JAX does."""
+  if start is None or size == length:
+    return None
+  first = int(np.clip(start, 0, size - length))
+  return np.arange(first, first + length)
+
+
+def _names(shape: Sequence[Any], out: Sequence[Any], letter: str) -> tuple[Factor, ...]:
+  return tuple(f"d{i}" if n == m else f"{letter}{i}" for i, (n, m) in enumerate(zip(shape, out, strict=True)))
+
+
+register_rule("gather", gather)
+register_rule("dynamic_slice", dynamic_slice)

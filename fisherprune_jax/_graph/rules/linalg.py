@@ -1,0 +1,172 @@
+"""Fourier transforms and dense linear algebra: whole along the axes that they mix, one by one along the others.
+
+Their counts are the textbooks', for an ``m`` by ``n`` matrix and its smaller side ``k``: Cooley and Tukey's ``5 N log2 N``,
+the others from Golub and Van Loan, *Matrix Computations*. Four times as much for complex matrices.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.rules.weights import is_complex
+from fisherprune_jax._graph.spec import Axes, Factor, Flops, Spec, register_rule
+
+THIRD = Fraction(1, 3)
+Count = Callable[..., Any]
+
+
+def fft(node: Any, infos: Sequence[Any]) -> Spec:
+  """``b s -> b t``: linear, so of zeros it makes zeros."""
+  lengths = node.params["fft_lengths"]
+  numbers = math.prod(lengths) if all(map(compat.is_static_size, lengths)) else 0
+  real = not all(map(is_complex, (*node.ins, *node.outs)))
+  flops = round((2.5 if real else 5) * numbers * math.log2(max(numbers, 1)))
+  return _batched(node, len(lengths), flops, alive=False)
+
+
+def matrices(count: Count) -> Callable[..., Spec]:
+  """``b m n -> b ..``: of each matrix something; ``count(m, n, params)`` says at what cost.
+
+  What a matrix of zeros gives (NaN, of most) is not known.
+  """
+
+  def rule(node: Any, infos: Sequence[Any]) -> Spec:
+    m, n = node.ins[0].shape[-2:]
+    spec = _batched(node, 2, _of_matrices(node, lambda: count(m, n, node.params)), alive=True)
+    return replace(
+      spec, sees=frozenset(range(len(node.ins)))
+    )  # a reflection turns away from the sign of a zero
+
+  return rule
+
+
+def triangular_solve(node: Any, infos: Sequence[Any]) -> Spec:
+  """``b m m, b m r -> b m r`` (or ``b r m`` from the right): zero where a right-hand side is."""
+  rows = node.ins[0].shape[-1]
+  at = -1 if node.params["left_side"] else -2
+  return _solve(node, 2, at, _of_matrices(node, lambda: rows * rows))
+
+
+def tridiagonal_solve(node: Any, infos: Sequence[Any]) -> Spec:
+  """``b m, b m, b m, b m r -> b m r``: zero where a right-hand side is."""
+  rows = node.ins[0].shape[-1]
+  return _solve(node, 1, -1, _of_matrices(node, lambda: 8 * rows))
+
+
+def _solve(node: Any, core: int, at: int, flops: int) -> Spec:
+  """A solve of which each right-hand side, along axis ``at`` of the last operand, stands alone."""
+  spec = _batched(node, core, flops, alive=True)
+  ((*shown,),), side = spec.outs, str(spec.ins[-1][at])
+  whole, shown[at] = shown[at], side
+  return replace(
+    spec,
+    outs=(tuple(shown),),
+    sizes={f: n for f, n in spec.sizes.items() if f != whole},
+    neutral=frozenset(range(len(node.ins) - 1)),
+    whole=spec.whole - {side, str(whole)},
+    flops=(Flops((*sorted(spec.alive), side), scale=flops),),
+  )
+
+
+def _batched(node: Any, core: int, flops: int, alive: bool) -> Spec:
+  """The leading axes, all but ``core`` of the first operand, are elementwise, the others whole."""
+  batch = tuple(f"b{i}" for i in range(len(node.ins[0].shape) - core))
+  sizes: dict[Factor, Any] = {}
+
+  def axes(letter: str, values: Sequence[Any]) -> tuple[Axes, ...]:
+    named = []
+    for at, value in enumerate(values):
+      own = tuple(f"{letter}{at}.{k}" for k in range(len(value.shape) - len(batch)))
+      sizes.update(zip((*batch, *own), value.shape, strict=True))
+      named.append((*batch, *own))
+    return tuple(named)
+
+  ins, outs = axes("i", node.ins), axes("o", node.outs)
+  return Spec(
+    ins=ins,
+    outs=outs,
+    sizes=sizes,
+    alive=frozenset(batch) if alive else frozenset(),
+    whole=frozenset(f for f in sizes if f not in batch),
+    flops=(Flops(batch, scale=flops),) if flops else (),
+    opaque=f"{node.name} along the masked axis",
+  )
+
+
+def ormqr(node: Any, infos: Sequence[Any]) -> Spec:
+  """``b m k, b k, b m n -> b m n``: ``k`` reflections, each a product and a rank-one update."""
+  (m, k), sides = node.ins[0].shape[-2:], node.ins[2].shape[-1 if node.params["left"] else -2]
+  return _batched(node, 2, _of_matrices(node, lambda: 4 * m * sides * k - 2 * sides * k * k), alive=True)
+
+
+def permutation(node: Any, infos: Sequence[Any]) -> Spec:
+  """``b k -> b m``: swaps of rows as an order of rows, which is no arithmetic."""
+  return _batched(node, 1, 0, alive=True)
+
+
+def _of_matrices(node: Any, count: Callable[[], Any]) -> int:
+  """A count as a whole number; none where sizes are symbols, as in an export, which counts nothing."""
+  sizes = [n for value in node.ins for n in value.shape]
+  if not all(map(compat.is_static_size, sizes)):
+    return 0
+  return round(count() * (4 if is_complex(node.ins[0]) else 1))
+
+
+def _lu(m: int, n: int, params: Any) -> Any:
+  k = min(m, n)
+  return k * k * (max(m, n) - k * THIRD)
+
+
+def _qr(m: int, n: int, params: Any) -> Any:
+  return 2 * _lu(m, n, params)
+
+
+def _q(m: int, n: int, params: Any) -> Any:
+  return 2 * n * n * (m - n * THIRD)
+
+
+def _eigh(m: int, n: int, params: Any) -> Any:
+  return 9 * n**3  # reduced to a tridiagonal matrix, then QR steps, with eigenvectors
+
+
+def _eig(m: int, n: int, params: Any) -> Any:
+  vectors = params["compute_left_eigenvectors"] or params["compute_right_eigenvectors"]
+  return (25 if vectors else 10) * n**3
+
+
+def _svd(m: int, n: int, params: Any) -> Any:
+  large, small = max(m, n), min(m, n)
+  if not params["compute_uv"]:
+    return 4 * large * small**2 - 4 * THIRD * small**3
+  if params["full_matrices"]:
+    return 4 * large**2 * small + 8 * large * small**2 + 9 * small**3
+  return 14 * large * small**2 + 8 * small**3
+
+
+MATRICES: dict[str, Count] = {
+  "cholesky": lambda m, n, params: n**3 * THIRD,
+  "cholesky_update": lambda m, n, params: 2 * n**2,
+  "eig": _eig,
+  "eigh": _eigh,
+  "geqp3": _qr,
+  "geqrf": _qr,
+  "hessenberg": lambda m, n, params: 10 * n**3 * THIRD,
+  "householder_product": _q,
+  "lu": _lu,
+  "qr": _qr,
+  "schur": lambda m, n, params: (25 if params["compute_schur_vectors"] else 10) * n**3,
+  "svd": _svd,
+  "symmetric_product": lambda m, n, params: m * m * n,
+  "tridiagonal": lambda m, n, params: 4 * n**3 * THIRD,
+}
+
+register_rule("fft", fft)
+register_rule("lu_pivots_to_permutation", permutation)
+register_rule("ormqr", ormqr)
+register_rule("triangular_solve", triangular_solve)
+register_rule("tridiagonal_solve", tridiagonal_solve)
+for name, count in MATRICES.items():
+  register_rule(name, matrices(count))

@@ -1,0 +1,185 @@
+"""Data movement: axes are renamed, laid end to end or picked from; nothing is computed."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.spec import Axis, Factor, Pick, Spec, Sum, names_of, register_rule
+
+
+def transpose(node: Any, infos: Sequence[Any]) -> Spec:
+  """``a b -> b a``."""
+  names = names_of(node.ins[0].shape)
+  out = tuple(names[axis] for axis in node.params["permutation"])
+  return Spec((names,), (out,), dict(zip(names, node.ins[0].shape, strict=True)), moves=True)
+
+
+def squeeze(node: Any, infos: Sequence[Any]) -> Spec:
+  """``a 1 b -> a b``."""
+  gone = node.params["dimensions"]
+  ins = tuple(None if i in gone else f for i, f in enumerate(names_of(node.ins[0].shape)))
+  sizes = {f: n for f, n in zip(ins, node.ins[0].shape, strict=True) if f is not None}
+  return Spec((ins,), (tuple(sizes),), sizes, moves=True)
+
+
+def broadcast_in_dim(node: Any, infos: Sequence[Any]) -> Spec:
+  """``a -> b a c``: new axes are all alive."""
+  shape = node.params["shape"]
+  names = names_of(shape)
+  ins = tuple(
+    names[at] if n == shape[at] else None
+    for n, at in zip(node.ins[0].shape, node.params["broadcast_dimensions"], strict=True)
+  )
+  return Spec(
+    ins=(ins, *((),) * (len(node.ins) - 1)),
+    outs=(names,),
+    sizes=dict(zip(names, shape, strict=True)),
+    moves=True,
+    bind=_bind_with_sizes("shape"),
+  )
+
+
+def iota(node: Any, infos: Sequence[Any]) -> Spec:
+  """``-> a b``: the counted axis is whole."""
+  shape = node.params["shape"]
+  names = names_of(shape)
+  return Spec(
+    ins=((),) * len(node.ins),
+    outs=(names,),
+    sizes=dict(zip(names, shape, strict=True)),
+    whole=frozenset({names[node.params["dimension"]]}),
+    bind=_bind_with_sizes("shape"),
+  )
+
+
+def _bind_with_sizes(param: str) -> Any:
+  def bind(node: Any, arrays: Sequence[Any], sizes: dict[Factor, Any]) -> list[Any]:
+    shape = tuple(sizes[f"d{i}"] for i in range(len(node.params[param])))
+    # A dynamic shape's operands are not needed once the sizes are known from the arrays.
+    return compat.bind(node.eqn, arrays, {**node.params, param: shape})
+
+  return bind
+
+
+def concatenate(node: Any, infos: Sequence[Any]) -> Spec:
+  """``b x, b y -> b (x + y)``."""
+  axis = node.params["dimension"]
+  names = names_of(node.outs[0].shape)
+  parts = tuple(f"x{i}" for i in range(len(node.ins)))
+  return Spec(
+    ins=tuple((*names[:axis], part, *names[axis + 1 :]) for part in parts),
+    outs=((*names[:axis], Sum(parts), *names[axis + 1 :]),),
+    sizes={
+      **{f: n for i, (f, n) in enumerate(zip(names, node.outs[0].shape, strict=True)) if i != axis},
+      **{part: value.shape[axis] for part, value in zip(parts, node.ins, strict=True)},
+    },
+  )
+
+
+def split(node: Any, infos: Sequence[Any]) -> Spec:
+  """``b (x + y) -> b x, b y``."""
+  axis = node.params["axis"]
+  names = names_of(node.ins[0].shape)
+  parts = tuple(f"x{i}" for i in range(len(node.outs)))
+  return Spec(
+    ins=((*names[:axis], Sum(parts), *names[axis + 1 :]),),
+    outs=tuple((*names[:axis], part, *names[axis + 1 :]) for part in parts),
+    sizes={
+      **{f: n for i, (f, n) in enumerate(zip(names, node.ins[0].shape, strict=True)) if i != axis},
+      **{part: int(n) for part, n in zip(parts, node.params["sizes"], strict=True)},
+    },
+    bind=lambda node, arrays, sizes: compat.bind(
+      node.eqn, arrays, {**node.params, "sizes": tuple(sizes[part] for part in parts)}
+    ),
+  )
+
+
+def slice_(node: Any, infos: Sequence[Any]) -> Spec:
+  """``(a picked) -> a``."""
+  bounds = zip(
+    node.params["start_indices"],
+    node.params["limit_indices"],
+    node.params["strides"] or (1,) * len(node.ins[0].shape),
+    strict=True,
+  )
+  picks = [
+    None if start == 0 and limit == n and stride == 1 else np.arange(int(start), int(limit), int(stride))
+    for (start, limit, stride), n in zip(bounds, node.ins[0].shape, strict=True)
+  ]
+  return picked(node, picks)
+
+
+def rev(node: Any, infos: Sequence[Any]) -> Spec:
+  """``a -> a reversed``."""
+  shape = node.ins[0].shape
+  turned = node.params["dimensions"]
+  return picked(node, [np.arange(n)[::-1] if i in turned else None for i, n in enumerate(shape)])
+
+
+def pad(node: Any, infos: Sequence[Any]) -> Spec:
+  """``a -> (0 + a + 0)``, with zeros inside too, or cut off where padding is negative."""
+  configs = node.params["padding_config"]
+  if infos[1].const is None or infos[1].const != 0:
+    return _pad_with_values(node, configs)
+  picks: list[np.ndarray | None] = []
+  for n, (low, high, interior) in zip(node.ins[0].shape, configs, strict=True):
+    if (low, high, interior) == (0, 0, 0):
+      picks.append(None)
+      continue
+    spread = np.full(max(n + (n - 1) * interior, 0), -1)
+    spread[:: interior + 1] = np.arange(n)
+    index = np.pad(spread, (max(low, 0), max(high, 0)), constant_values=-1)
+    picks.append(index[max(-low, 0) : index.size - max(-high, 0)])
+  return picked(node, picks)
+
+
+def _pad_with_values(node: Any, configs: Sequence[Any]) -> Spec:
+  """Padding that is not zero makes every entry alive; padded axes are whole."""
+  padded = [tuple(config) != (0, 0, 0) for config in configs]
+  ins = tuple(f"s{i}" if p else f"d{i}" for i, p in enumerate(padded))
+  outs = tuple(f"t{i}" if p else f"d{i}" for i, p in enumerate(padded))
+  sizes = {
+    **dict(zip(ins, node.ins[0].shape, strict=True)),
+    **dict(zip(outs, node.outs[0].shape, strict=True)),
+  }
+  return Spec(
+    ins=(ins, ()),
+    outs=(outs,),
+    sizes=sizes,
+    alive=frozenset(outs),
+    whole=frozenset(f for f in sizes if not f.startswith("d")),
+    opaque="padding with something other than zero",
+  )
+
+
+def picked(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
+  """A static selection along each axis of operand 0, None for all of it; -1 gives zeros."""
+  names = names_of(node.ins[0].shape)
+  outs: tuple[Axis, ...] = tuple(
+    f if index is None else Pick(f, index) for f, index in zip(names, picks, strict=True)
+  )
+  return Spec(
+    ins=(names, *((None,) * len(value.shape) for value in node.ins[1:])),
+    outs=(outs,),
+    sizes=dict(zip(names, node.ins[0].shape, strict=True)),
+    neutral=frozenset(range(1, len(node.ins))),
+    moves=all(index is None or (index >= 0).all() for index in picks),
+    bind=lambda node, arrays, sizes: [arrays[0]],  # where nothing is picked, everything is taken
+  )
+
+
+def _register() -> None:
+  register_rule("transpose", transpose)
+  register_rule("squeeze", squeeze)
+  register_rule("broadcast_in_dim", broadcast_in_dim)
+  register_rule("iota", iota)
+  register_rule("concatenate", concatenate)
+  register_rule("split", split)
+  register_rule("slice", slice_)
+  register_rule("rev", rev)
+  register_rule("pad", pad)
+
+
+_register()

@@ -1,0 +1,159 @@
+"""Gates of a circuit below both of whose inputs the same features lie, and what is critical to them.
+
+Most circuits have none: then nothing here is computed. Else, for the gates in question, those features are
+looked at one by one: a *pair* is a gate and a feature that lies below it, and it is known to be critical or not
+from the pairs of that feature and the gate's two inputs. Pairs are found once, on the host.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from fisherprune_jax._graph.layers import Layers, put
+
+FIRST = 2  # the gates of false and true come before those of the features
+NONE = 0
+"""The pair that stands for "this feature does not lie below"; from 1 on come the features' own."""
+
+
+class Sharing:
+  """The pairs that a circuit needs.
+
+  Args:
+    features: how many features there are.
+    left: one input of each gate.
+    right: the other one.
+    both: whether both inputs are needed.
+    suspects: which gates may have a feature below both inputs.
+    bounds: where the layers of gates begin, and the end.
+
+  Attributes:
+    left: the inputs as given, but that of the two the right one has fewer features below where weights are cut.
+    right: likewise.
+    cut: the gates that hand no weight to their right input.
+    found: whether there are any such gates.
+  """
+
+  def __init__(
+    self,
+    features: int,
+    left: np.ndarray,
+    right: np.ndarray,
+    both: np.ndarray,
+    suspects: np.ndarray,
+    bounds: Any,
+  ) -> None:
+    self.left, self.right, self.both = left, right, both
+    self.cut = np.zeros(left.size, bool)
+    self.found = False
+    self._start = FIRST + features
+    if suspects.any():
+      pairs = _Pairs(self._start, left, right, suspects, bounds)
+      self._finish(pairs, suspects)
+
+  def _finish(self, pairs: "_Pairs", suspects: np.ndarray) -> None:
+    gate = pairs.gate - self._start
+    below = np.stack([pairs.left, pairs.right])
+    twice = (below != NONE).all(axis=0) & suspects[gate]
+    shared = np.zeros(self.left.size, bool)
+    shared[gate[twice]] = True
+    self.cut = shared & self.both
+    # Cut the input with fewer features below, as each of them needs a pair.
+    counts = np.stack([np.bincount(gate, side != NONE, self.left.size) for side in below])
+    swap = self.cut & (counts[1] > counts[0])
+    self.left, self.right = np.where(swap, self.right, self.left), np.where(swap, self.left, self.right)
+    below = np.where(swap[gate], below[::-1], below)
+    wanted = twice | (self.cut[gate] & (below[1] != NONE))
+    self.found = bool(wanted.any())
+    self._extras = (pairs.gate[wanted], pairs.feature[wanted], self.both[gate[wanted]], *below[:, wanted])
+    self._keep_needed(pairs, below, wanted)
+
+  def _keep_needed(self, pairs: "_Pairs", below: np.ndarray, wanted: np.ndarray) -> None:
+    """Drops the pairs that nothing hangs on, and numbers the others anew."""
+    own = self._start - FIRST + 1  # the number of the first pair that is not a feature's own
+    needed = np.zeros(own + pairs.gate.size, bool)
+    needed[below[:, wanted]] = True
+    for low, high in reversed(pairs.spans):
+      needed[below[:, low:high][:, needed[own + low : own + high]]] = True
+    kept = np.flatnonzero(needed[own:])
+    moved = np.zeros(needed.size, np.int64)
+    moved[:own] = np.arange(own)
+    moved[own + kept] = own + np.arange(kept.size)
+    gate, (left, right) = pairs.gate[kept] - self._start, moved[below[:, kept]]
+    self._layers = Layers(
+      np.searchsorted(kept, [*(low for low, _ in pairs.spans), pairs.gate.size]),
+      pairs.gate[kept], left, right, self.left[gate], self.right[gate], self.both[gate],
+    )  # fmt: skip
+    gates, features, both, *sides = self._extras
+    self._extras = (gates, features, both, *(moved[side] for side in sides))
+    self._size = kept.size
+
+  def extras(self, live: Any, xp: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+    """Gates, features, and whether the feature takes the gate's weight beyond what is handed on."""
+    gates, features, both, left, right = self._extras
+    own = xp.concatenate([xp.zeros(1, bool), live[FIRST : self._start]])
+    state = xp.concatenate([own, xp.zeros(self._size + self._layers.padding, bool)])
+
+    def step(state: Any, at: Any, gate: Any, x: Any, y: Any, a: Any, b: Any, both: Any) -> Any:
+      of_either = state[x] | state[y]
+      of_all_alive = (state[x] | ~live[a]) & (state[y] | ~live[b])
+      return put(xp, state, at, live[gate] & xp.where(both, of_either, of_all_alive))
+
+    state = self._layers.run(xp, step, state, self._start - FIRST + 1)
+    return gates, features, state[right] & xp.where(both, ~state[left], state[left])
+
+
+class _Pairs:
+  """All pairs of some gates, and of what lies below them.
+
+  Attributes:
+    gate: of each pair.
+    feature: likewise.
+    left: the pair of the same feature and the gate's left input, ``NONE`` if it does not lie there.
+    right: likewise.
+    spans: the layers of pairs.
+  """
+
+  def __init__(
+    self, start: int, left: np.ndarray, right: np.ndarray, suspects: np.ndarray, bounds: Any
+  ) -> None:
+    self._features = start - FIRST
+    self._known = 1 + self._features
+    self._feature = np.arange(-1, self._features)  # by pair, with room for more
+    self._first = np.zeros(start + left.size, np.int64)  # by gate, its first pair
+    self._count = np.zeros(start + left.size, np.int64)
+    self._first[FIRST:start] = 1 + np.arange(self._features)
+    self._count[FIRST:start] = 1
+    wanted = np.concatenate([np.zeros(start, bool), suspects])
+    layers = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
+    for low, high in reversed(layers):
+      there = wanted[start + low : start + high]
+      wanted[left[low:high][there]] = wanted[right[low:high][there]] = True
+    self.spans: list[tuple[int, int]] = []
+    found = [self._layer(low, left, right, start, wanted[start + low : start + high]) for low, high in layers]
+    self.gate, self.feature, self.left, self.right = map(np.concatenate, zip(*found, strict=True))
+
+  def _layer(self, low: int, left: np.ndarray, right: np.ndarray, start: int, wanted: np.ndarray) -> Any:
+    gates = low + np.flatnonzero(wanted)
+    codes, sides = [], []
+    for inputs in (left[gates], right[gates]):
+      count = self._count[inputs]
+      offsets = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+      sides.append(np.repeat(self._first[inputs], count) + offsets)
+      codes.append(np.repeat(start + gates, count) * self._features + self._feature[sides[-1]])
+    found, place = np.unique(np.concatenate(codes), return_inverse=True)
+    below = np.full((2, found.size), NONE)
+    below[0, place[: codes[0].size]], below[1, place[codes[0].size :]] = sides
+    gate, feature = np.divmod(found, max(self._features, 1))
+    self._count[start + gates] = np.bincount(gate - start - low, minlength=wanted.size)[gates - low]
+    self._first[start + gates] = self._known + np.searchsorted(gate, start + gates)
+    self._append(feature)
+    return gate, feature, *below
+
+  def _append(self, feature: np.ndarray) -> None:
+    end = self._known + feature.size
+    if end > self._feature.size:
+      self._feature = np.concatenate([self._feature, np.zeros(end, np.int64)])  # at least twice the room
+    self._feature[self._known : end] = feature
+    self.spans.append((self._known - 1 - self._features, end - 1 - self._features))
+    self._known = end

@@ -1,0 +1,180 @@
+"""One fact per primitive: how the axes of its operands relate to the axes of its results.
+
+A ``Spec`` names the *factors* of one application, as in ``b m k, b k n -> b m n``. An axis is one factor, or
+
+- ``None``: unlinked to any other axis (a size-1 axis that broadcasts);
+- ``Prod(("h", "w", "c"))``: several factors merged, row-major (reshape, grouped convolution);
+- ``Sum(("a", "b"))``: several factors end to end (concatenate, split);
+- ``Pick("a", index)``: a static selection of a factor's entries (slice, pad, reverse).
+
+From it liveness, cost and execution follow; no rule states any of them itself.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fisherprune_jax._graph import sets
+from fisherprune_jax._graph.sets import Set
+
+Factor = str
+
+
+@dataclass(frozen=True)
+class Prod:
+  """Factors merged into one axis, row-major."""
+
+  parts: tuple[Factor, ...]
+
+
+@dataclass(frozen=True)
+class Sum:
+  """Factors laid end to end along one axis."""
+
+  parts: tuple[Factor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Pick:
+  """Entry ``index[i]`` of a factor at position ``i``; -1 is a zero of the primitive's own making."""
+
+  factor: Factor
+  index: np.ndarray
+
+
+Axis = Factor | Prod | Sum | Pick | None
+Axes = tuple[Axis, ...]
+
+
+class Flops(NamedTuple):
+  """``scale * prod(outer) * max(2 K - 1, 0)``, ``K = terms * prod(inner)``; without ``inner`` no last factor.
+
+  ``pads``: it counts only where taps that fall on padding count (True), or only where they do not (False).
+  """
+
+  outer: tuple[Factor, ...]
+  inner: tuple[Factor, ...] | None = None
+  scale: int = 1
+  terms: int = 1
+  pads: bool | None = None
+
+
+class Counting(NamedTuple):
+  """What is counted: the primitives of these names (None: all), with taps that fall on padding or without."""
+
+  primitives: frozenset[str] | None = None
+  pad_taps: bool = True
+
+  def names(self, primitive: str) -> bool:
+    """Whether a primitive counts."""
+    return self.primitives is None or primitive in self.primitives
+
+  def takes(self, flops: Flops) -> bool:
+    """Whether a count of one that does counts."""
+    return flops.pads in (None, self.pad_taps)
+
+
+@dataclass(frozen=True)
+class Spec:
+  """How one application of a primitive relates axes.
+
+  Attributes:
+    ins: per operand, its axes.
+    outs: per result, its axes.
+    sizes: the full size of every factor.
+    kills: operands of which a zero alone makes the result zero, as in a product.
+    neutral: operands whose zeros say nothing about the result (constants, predicates).
+    alive: factors along which the result is non-zero whatever the operands are.
+    whole: factors of which every entry must be there for the primitive to be right.
+    flops: what one application costs.
+    counted: whether ``flops`` says so; False where nobody knows what it costs.
+    moves: whether the result holds the values of operand 0, moved or cast but never computed with.
+    opaque: why a dead entry has to stay, for the report; empty where nothing has to.
+    same_as: the operand that the result equals on live entries (the other one is a mask of ones there).
+    sees: operands of which the sign of a zero shows in the result, in more than the sign of a zero.
+    blind: operands of which the sign of a zero does not show at all; of the others it becomes that of a zero.
+    weak: summed factors of which the node could do without (for a diagnosis alone; no rule says so).
+    bind: ``bind(node, arrays, sizes)`` applies the primitive to live entries; None applies it as traced.
+  """
+
+  ins: tuple[Axes, ...]
+  outs: tuple[Axes, ...]
+  sizes: dict[Factor, Any]
+  kills: frozenset[int] = frozenset()
+  neutral: frozenset[int] = frozenset()
+  alive: frozenset[Factor] = frozenset()
+  whole: frozenset[Factor] = frozenset()
+  flops: tuple[Flops, ...] = ()
+  counted: bool = True
+  moves: bool = False
+  opaque: str = ""
+  same_as: int | None = None
+  sees: frozenset[int] = frozenset()
+  blind: frozenset[int] = frozenset()
+  weak: frozenset[Factor] = frozenset()
+  bind: Callable[..., Any] | None = field(default=None, compare=False)
+
+
+def names_of(shape: Sequence[Any]) -> tuple[Factor, ...]:
+  """A factor for each axis: ``d0 d1 ...``."""
+  return tuple(f"d{i}" for i in range(len(shape)))
+
+
+def factors_of(axis: Axis) -> tuple[Factor, ...]:
+  """The factors that an axis is made of."""
+  if axis is None:
+    return ()
+  if isinstance(axis, Pick):
+    return (axis.factor,)
+  return (axis,) if isinstance(axis, str) else axis.parts
+
+
+def compose(axis: Axis, factors: dict[Factor, Set], size: Any) -> Set:
+  """The set of an axis from the sets of its factors."""
+  if axis is None:
+    return sets.everything(size)
+  if isinstance(axis, str):
+    return factors[axis]
+  if isinstance(axis, Pick):
+    return sets.take(factors[axis.factor], axis.index)
+  combine = sets.outer if isinstance(axis, Prod) else sets.concat
+  return combine([factors[part] for part in axis.parts])
+
+
+def project(axis: Axis, whole: Set, factor: Factor, sizes: dict[Factor, Any]) -> Set:
+  """The smallest set of one factor of an axis that the axis's set allows."""
+  if isinstance(axis, str):
+    return whole
+  if isinstance(axis, Pick):
+    return sets.any_of(whole, axis.index, sizes[factor])  # what any position shows
+  assert axis is not None
+  at = axis.parts.index(factor)
+  if isinstance(axis, Prod):
+    return sets.split(whole, [sizes[part] for part in axis.parts])[at]
+  start = sum(sizes[part] for part in axis.parts[:at])
+  return sets.take(whole, np.arange(start, start + sizes[factor]))
+
+
+SpecRule = Callable[[Any, Sequence[Any]], Spec | None]
+"""``rule(node, infos) -> Spec``, or None for what it does not cover; ``infos`` are the operands' ``Info``."""
+
+_registry: dict[str, SpecRule] = {}
+
+
+def register_rule(primitive: Any, rule: SpecRule) -> None:
+  """Teaches the engine a primitive: ``rule(node, infos)`` returns the ``Spec`` of one application.
+
+  Args:
+    primitive: a JAX primitive, or its name.
+    rule: called once for every application found in a traced program; may return None for one that it
+      does not cover. ``node`` has ``ins`` and ``outs`` (with ``shape``), ``params`` and ``name``; ``infos``
+      tell what is known of each operand.
+  """
+  _registry[getattr(primitive, "name", primitive)] = rule
+
+
+def rule_for(name: str) -> SpecRule | None:
+  """The rule registered for a primitive, if any."""
+  return _registry.get(name)

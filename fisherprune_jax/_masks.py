@@ -1,0 +1,163 @@
+"""Trees of masks: one 0/1 vector per group of prunable features, or a stack of such vectors."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+COLLECTION = "masks"
+"""The Flax collection that masks live in."""
+
+
+def per_example(masks: Any, batch_size: int) -> Any:
+  r"""Gives every mask an example axis before its feature axis: ``(..., C) -> (..., B, C)``.
+
+  The gradient of a loss with respect to these masks has one row per example:
+
+  .. math:: g_{nk} = \partial \textstyle\sum_i loss_i / \partial mask_{nk}
+
+  Args:
+    masks: a tree of masks, each ``(C,)`` or a stack ``(L, C)`` as ``nn.scan`` makes it.
+    batch_size: the number of examples B.
+
+  Returns:
+    A tree of the same structure and dtypes, with leaves ``(..., B, C)``.
+
+  Raises:
+    ValueError: if a mask is a scalar.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> fp.per_example({"mask": jnp.ones(3)}, batch_size=2)["mask"].shape
+  (2, 3)
+  """
+
+  def expand(mask: Any) -> jax.Array:
+    mask = jnp.asarray(mask)
+    if mask.ndim == 0:
+      raise ValueError("A mask must have a feature axis, got a scalar.")
+    return jnp.broadcast_to(mask[..., None, :], (*mask.shape[:-1], batch_size, mask.shape[-1]))
+
+  return jax.tree.map(expand, masks)
+
+
+def apply_mask(x: jax.Array, mask: jax.Array, axis: int = -1, batch_axis: int | None = 0) -> jax.Array:
+  r"""Multiplies an array by a mask along one axis, or by one mask for each example.
+
+  .. math:: y_{n \ldots c \ldots} = mask_{(n)c} \, x_{n \ldots c \ldots}
+
+  This is the product that ``fp.Mask`` takes, for models of no framework. Do not write ``x * mask``: per-example masks
+  ``(B, C)`` broadcast against the last two axes of ``x``, which is silently wrong where another axis happens to be as
+  long as the batch. For the same reason ``batch_axis`` has to be right: with ``x`` of shape ``(T, B, C)`` and
+  T equal to B a wrong one cannot be seen.
+
+  Args:
+    x: any array with a feature axis.
+    mask: ``(C,)``, or ``(B, C)`` as :func:`per_example` makes it.
+    axis: the feature axis of ``x``.
+    batch_axis: the example axis of ``x``; None if it has none, in a model that is written for one example and mapped.
+
+  Returns:
+    An array like ``x``: the product is taken in float32 (or wider) and cast back.
+
+  Raises:
+    ValueError: if ``x`` lacks an axis, or its sizes differ from the mask's.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> x = jnp.arange(1.0, 9.0).reshape(2, 2, 2)  # time, examples, features
+  >>> fp.apply_mask(x, jnp.array([[1.0, 0.0], [0.0, 1.0]]), batch_axis=1)
+  Array([[[1., 0.],
+          [0., 4.]],
+  <BLANKLINE>
+         [[5., 0.],
+          [0., 8.]]], dtype=float32)
+  """
+  mask = jnp.asarray(mask)
+  axis, batch_axis = axes_of(x, axis, batch_axis)
+  places = (axis,) if mask.ndim == 1 or batch_axis is None else (batch_axis, axis)
+  expected = tuple(x.shape[place] for place in places)
+  if mask.shape != expected:
+    one = " Map a model for one example over its masks too: jax.vmap(one, in_axes=(-2, 0))(masks, x)."
+    several = " Where examples are folded into an axis with others, unfold them first: x.reshape(B, -1, C)."
+    raise ValueError(
+      f"A mask for an input of shape {x.shape} must have shape {expected} (features along axis {axis}, "
+      f"examples along axis {batch_axis}), got {mask.shape}. Check Mask's axis and batch_axis, and "
+      f"that the masks are those of this model.{one if batch_axis is None else several}"
+    )
+  if places[0] > axis:
+    mask = mask.T
+  shape = [n if i in places else 1 for i, n in enumerate(x.shape)]
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  return (x.astype(dtype) * mask.astype(dtype).reshape(shape)).astype(x.dtype)
+
+
+def axes_of(x: jax.Array, axis: int, batch_axis: int | None) -> tuple[int, int | None]:
+  """The feature axis and the example axis of an input, counted from the front."""
+  found = _axis_of(x, axis, "axis"), None if batch_axis is None else _axis_of(x, batch_axis, "batch_axis")
+  if found[0] == found[1]:
+    raise ValueError(
+      f"Mask needs a feature axis apart from the example axis, got axis={axis} and batch_axis={batch_axis} for an "
+      f"input of shape {x.shape}. In a model that is written for one example say batch_axis=None, and map it over "
+      "masks and examples together: jax.vmap(one, in_axes=(-2, 0))(masks, x)."
+    )
+  return found
+
+
+def _axis_of(x: jax.Array, axis: int, name: str) -> int:
+  if not -x.ndim <= axis < x.ndim:
+    raise ValueError(f"Mask's {name} must be an axis of its input, got {axis} for shape {x.shape}.")
+  return axis % x.ndim
+
+
+def named_rows(tree: Any) -> list[tuple[str, Any]]:
+  """Every mask vector of a tree with its name: a stack ``(L, C)`` at ``layers`` is ``layers[0]``, ``layers[1]``, ...
+
+  >>> import jax.numpy as jnp
+  >>> [name for name, _ in named_rows({"conv": {"mask": jnp.ones(2)}, "layers": jnp.ones((2, 3))})]
+  ['conv', 'layers[0]', 'layers[1]']
+  """
+  found = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/mask") or "mask"
+    for row in np.ndindex(leaf.shape[:-1]):
+      found.append((name + "".join(f"[{i}]" for i in row), leaf[row]))
+  return found
+
+
+def redate(pruned_at: Any, masks: Any, step: Any) -> Any:
+  """The history that fits given masks: what is alive was never pruned, and what is newly dead went at ``step``.
+
+  >>> import jax.numpy as jnp
+  >>> redate(jnp.array([-1, -1, 5, 5]), jnp.array([1.0, 0.0, 1.0, 0.0]), 7)
+  Array([-1,  7, -1,  5], dtype=int32)
+  """
+
+  def of_leaf(at: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.where(mask > 0, -1, jnp.where(at < 0, step, at)).astype(jnp.int32)
+
+  return jax.tree.map(of_leaf, pruned_at, masks)
+
+
+def flatten(tree: Any) -> jax.Array:
+  """All entries of a tree of masks as one vector, in the order that ties are broken in."""
+  return jnp.concatenate([jnp.reshape(leaf, -1) for leaf in jax.tree.leaves(tree)])
+
+
+def unflatten(vector: jax.Array, tree: Any) -> Any:
+  """The inverse of ``flatten``, in the shapes of ``tree``."""
+  leaves, start = [], 0
+  for leaf in jax.tree.leaves(tree):
+    leaves.append(_part(vector, start, leaf.shape))
+    start += leaf.size
+  return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
+# Where it starts is an argument: outside ``jit``, one program serves all leaves of a shape. XLA needs 10 ms for each
+# result of a program, and large networks have a thousand masks.
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _part(vector: jax.Array, start: int, shape: tuple[int, ...]) -> jax.Array:
+  return jax.lax.dynamic_slice_in_dim(vector, start, math.prod(shape)).reshape(shape)

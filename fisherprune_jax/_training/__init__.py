@@ -1,0 +1,1 @@
+"""Pruning while training: gradients, signals, choices, the transformation and its state."""

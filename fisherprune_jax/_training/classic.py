@@ -1,0 +1,44 @@
+"""The classic optimizer as one call."""
+
+from typing import Any
+
+import optax
+
+from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._training.transform import fisher_prune
+
+
+def pruning_sgd(
+  learning_rate: optax.ScalarOrSchedule,
+  cost: CostModel,
+  momentum: float | None = 0.9,
+  nesterov: bool = False,
+  update_params: optax.GradientTransformation | None = None,
+  **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+  r"""Momentum SGD that prunes: the classic Fisher-pruning optimizer.
+
+  .. math:: a \leftarrow momentum \cdot a + g, \quad w \leftarrow w - learning\_rate \cdot a
+
+  Args:
+    learning_rate: a number or a schedule.
+    cost: what the network costs, in FLOPs per example.
+    momentum: of the SGD.
+    nesterov: whether the momentum is Nesterov's.
+    update_params: any transformation to use in place of the SGD.
+    **options: those of :func:`fisher_prune`.
+
+  Returns:
+    ``optax.chain(sgd, fisher_prune(cost, **options))``.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> cost = fp.CostModel.from_functions(
+  ...   {"m": jnp.ones(2)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
+  >>> tx = fp.pruning_sgd(0.5, cost, prune_every=10)
+  >>> updates, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), mask_grads={"m": jnp.ones((4, 2))})
+  >>> updates
+  Array([-0.5], dtype=float32)
+  """
+  train = optax.sgd(learning_rate, momentum, nesterov) if update_params is None else update_params
+  return optax.chain(train, fisher_prune(cost, **options))

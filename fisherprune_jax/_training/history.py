@@ -1,0 +1,70 @@
+"""When each feature went: the state remembers it, and everything over time derives from it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._masks import named_rows
+from fisherprune_jax._training.finding import get_state
+
+
+class Pruned(NamedTuple):
+  """A feature that went: the step (from 1), the name of its mask, its index."""
+
+  step: int
+  mask: str
+  feature: int
+
+
+def history(opt_state: Any, name: str | None = None) -> list[Pruned]:
+  """What was pruned, in order: ``(step, mask, feature)``.
+
+  Features that went at the same step are in the order of the masks; one that was put back with :func:`set_masks` is
+  not among them, one that was never there went at step 0. It is read from the state on the device, so
+  it survives checkpoints; call it outside ``jit``.
+
+  Args:
+    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
+    name: which pruning, where there are several; see :func:`get_state`.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> cost = fp.CostModel.from_functions(
+  ...   {"m": jnp.ones(3)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
+  >>> tx = fp.fisher_prune(cost, prune_every=1)
+  >>> state = tx.init({})
+  >>> for _ in range(2):
+  ...   _, state = tx.update({}, state, mask_grads={"m": jnp.array([[3.0, 1.0, 2.0]])})
+  >>> fp.history(state)
+  [Pruned(step=1, mask='m', feature=1), Pruned(step=2, mask='m', feature=2)]
+  """
+  rows = named_rows(jax.tree.map(np.asarray, get_state(opt_state, name).pruned_at))
+  found = [
+    Pruned(int(at[feature]), mask, int(feature)) for mask, at in rows for feature in np.flatnonzero(at >= 0)
+  ]
+  return sorted(found, key=lambda pruned: pruned.step)  # stable: the order of the masks within a step
+
+
+def masks_at(opt_state: Any, step: int, name: str | None = None) -> Any:
+  """The masks as they were after a step: a replay of the past; jit-able.
+
+  A feature that was put back with :func:`set_masks` counts as alive all the time.
+
+  Args:
+    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
+    step: a step from 0 (the masks at the start) on.
+    name: which pruning, where there are several; see :func:`get_state`.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> cost = fp.CostModel.from_functions(
+  ...   {"m": jnp.ones(3)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
+  >>> tx = fp.fisher_prune(cost, prune_every=1)
+  >>> _, state = tx.update({}, tx.init({}), mask_grads={"m": jnp.array([[3.0, 1.0, 2.0]])})
+  >>> fp.masks_at(state, 0)["m"], fp.masks_at(state, 1)["m"]
+  (Array([1., 1., 1.], dtype=float32), Array([1., 0., 1.], dtype=float32))
+  """
+  pruned_at = get_state(opt_state, name).pruned_at
+  return jax.tree.map(lambda at: jnp.asarray((at < 0) | (at > step), jnp.float32), pruned_at)

@@ -1,0 +1,66 @@
+"""Hyperparameters that can be set between steps."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+
+from fisherprune_jax._training.transform import fisher_prune
+
+STATIC = (
+  "cost",
+  "prune_every",
+  "burn_in",
+  "method",
+  "debias",
+  "features_per_prune",
+  "min_features",
+  "axis_name",
+  "masks",
+  "name",
+)
+
+
+def inject_hyperparams(
+  inner_factory: Callable[..., Any] = fisher_prune, static_args: Any = (), **options: Any
+) -> Callable[..., Any]:
+  """``optax.inject_hyperparams`` for :func:`fisher_prune`, with the right arguments held static.
+
+  Optax takes any callable argument for a schedule (the cost model too), makes integers tracers and gives numbers
+  the updates' dtype, in which a target of 250,123 FLOPs can be infinite. This wrapper names the static
+  arguments and keeps hyperparameters in float32.
+
+  Args:
+    inner_factory: :func:`fisher_prune`, or a factory with the same arguments.
+    static_args: names of more arguments that are not hyperparameters.
+    **options: those of ``optax.inject_hyperparams``.
+
+  Returns:
+    A factory whose state has ``hyperparams`` that can be set between steps.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> cost = fp.CostModel.from_functions(
+  ...   {"m": jnp.ones(2)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
+  >>> tx = fp.inject_hyperparams(fp.fisher_prune)(cost, flops_target=250_123.0)
+  >>> float(tx.init({}).hyperparams["flops_target"])
+  250123.0
+  """
+  extra = (static_args,) if isinstance(static_args, str) else tuple(static_args)
+  options.setdefault("hyperparam_dtype", jnp.float32)
+  known = inspect.signature(inner_factory).parameters
+
+  def factory(*args: Any, **kwargs: Any) -> Any:
+    weight = ("flops_weight",) if isinstance(kwargs.get("flops_weight", "auto"), str) else ()
+    static = (*(option for option in (*STATIC, *weight) if option in known), *extra)
+    wrapped = optax.inject_hyperparams(inner_factory, static_args=static, **options)
+    # Optax would make an integer an int32, which cannot hold three billion FLOPs.
+    return wrapped(*args, **{k: v if k in static else _float(v) for k, v in kwargs.items()})
+
+  return factory
+
+
+def _float(value: Any) -> Any:
+  return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

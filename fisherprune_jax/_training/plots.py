@@ -1,0 +1,66 @@
+"""Pictures of what happened; needs matplotlib, which is an extra."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._masks import named_rows
+from fisherprune_jax._training.finding import get_state
+from fisherprune_jax._training.history import history, masks_at
+
+
+def plot_history(
+  opt_state: Any, cost: CostModel, flops_target: float | None = None, name: str | None = None
+) -> Any:
+  """Cost and widths over the steps, one above the other.
+
+  Args:
+    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
+    cost: the cost model that it was pruned by.
+    flops_target: FLOPs per example, drawn as a line.
+    name: which pruning, where there are several; see :func:`get_state`.
+
+  Returns:
+    A ``matplotlib.figure.Figure``; ``figure.savefig("history.png")`` writes it.
+
+  Raises:
+    ImportError: without matplotlib.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> cost = fp.CostModel.from_functions(
+  ...   {"m": jnp.ones(2)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
+  >>> [ax.get_ylabel() for ax in fp.plot_history(fp.fisher_prune(cost).init({}), cost).axes]
+  ['FLOPs per example', 'features alive']
+  """
+  try:
+    from matplotlib.figure import Figure
+  except ImportError as error:
+    raise ImportError(
+      "plot_history needs matplotlib, which is missing: pip install 'fisherprune-jax[plots]'"
+    ) from error
+  last = int(get_state(opt_state, name).step)
+  steps = sorted({0, *(pruned.step for pruned in history(opt_state, name)), last})
+  masks = [masks_at(opt_state, step, name) for step in steps]
+  figure = Figure(figsize=(9, 6), layout="constrained")
+  top, bottom = figure.subplots(2, sharex=True)
+  top.plot(steps, [float(cost(m)) for m in masks], drawstyle="steps-post", label="cost")
+  if flops_target is not None:
+    top.axhline(flops_target, color="C3", linestyle="--", linewidth=1, label="target")
+    top.legend(frameon=False)
+  top.set(ylabel="FLOPs per example", ylim=(0, None))
+  alive = [
+    {mask: float(np.mean(row)) for mask, row in named_rows(jax.tree.map(np.asarray, m))} for m in masks
+  ]
+  for mask in alive[0]:
+    bottom.plot(steps, [shares[mask] for shares in alive], drawstyle="steps-post", label=mask)
+  bottom.set(xlabel="step", ylabel="features alive", ylim=(0, 1.02))
+  bottom.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
+  if len(alive[0]) <= 12:  # a legend of every layer of a deep network would hide the picture
+    bottom.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+  for ax in (top, bottom):
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+  return figure

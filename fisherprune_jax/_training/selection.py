@@ -1,0 +1,73 @@
+"""Which feature goes next."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fisherprune_jax._masks import flatten, unflatten
+
+EPSILON = 1e-6
+"""Added to a feature's cost before dividing by it, as the classic optimizer does."""
+
+
+class Choice(NamedTuple):
+  """Masks after a choice; ``chosen`` is one at the feature that went, ``found`` whether there was one."""
+
+  masks: Any
+  chosen: Any
+  found: jax.Array
+
+
+def rank(signals: Any, costs: Any, flops_weight: Any) -> Any:
+  r"""The score by which features are ranked; the smallest goes first.
+
+  .. math:: signal / (cost + 10^{-6}) \quad\text{or}\quad signal - w \cdot cost
+
+  Args:
+    signals: a tree of signals, in nats.
+    costs: a tree of the FLOPs that go with each feature.
+    flops_weight: ``"auto"`` for the ratio, or w in nats per FLOP.
+  """
+  if isinstance(flops_weight, str):
+    return jax.tree.map(lambda s, c: s / (c + EPSILON), signals, costs)
+  return jax.tree.map(lambda s, c: s - flops_weight * c, signals, costs)
+
+
+def prune_one(masks: Any, scores: Any, min_features: int) -> Choice:
+  """Switches off the live feature with the smallest score, if some mask can spare one.
+
+  Ties go to the first mask in tree order, then to the lowest index. A score that is not finite never goes.
+
+  Args:
+    masks: a tree of masks ``(..., C)``.
+    scores: a tree like it.
+    min_features: how many features each mask (each row of a stack) keeps.
+  """
+
+  def eligible(mask: jax.Array, score: jax.Array) -> jax.Array:
+    spare = jnp.sum(mask, axis=-1, keepdims=True) > min_features
+    return (mask > 0) & spare & jnp.isfinite(score)
+
+  can_go = flatten(jax.tree.map(eligible, masks, scores))
+  ranked = jnp.where(can_go, flatten(scores), jnp.inf)
+  found = jnp.any(can_go)
+  # Where all that can go is finite, argmin takes the first of the smallest: the tie rule.
+  hit = (jnp.arange(ranked.size) == jnp.argmin(ranked)) & found
+  chosen = unflatten(hit, masks)
+  return Choice(jax.tree.map(lambda m, c: jnp.where(c, jnp.zeros_like(m), m), masks, chosen), chosen, found)
+
+
+def repeat_while(
+  go_on: Callable[[Any], jax.Array], step: Callable[[Any], Any], state: Any, times: int
+) -> Any:
+  """Applies ``step`` at most ``times`` times, as long as ``go_on(state)``."""
+
+  def body(carry: Any) -> Any:
+    n, inner = carry
+    return n + 1, step(inner)
+
+  return jax.lax.while_loop(lambda carry: (carry[0] < times) & go_on(carry[1]), body, (jnp.int32(0), state))[
+    1
+  ]

@@ -1,0 +1,100 @@
+"""The pruning state: what it holds, how it begins, and how it follows masks that somebody else puts in."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._masks import redate
+
+
+class FisherPruneState(NamedTuple):
+  """State of :func:`fisher_prune`.
+
+  Attributes:
+    step: how many updates there were, int32.
+    scores: running mean of the signals, in nats, not bias-corrected (``fp.signals`` is), float32.
+    masks: the masks, float32 0/1.
+    pruned_at: the step at which each feature went, -1 while alive, int32; 0 if it was never there.
+    cost: the cost of the masks, float32; NaN from ``fp.set_masks`` to the next update, which takes it anew.
+    shares: for every mask, what its live features cost if each were the only one to go, over ``cost``; float32.
+    decay_product: product of the decays applied so far, float32; 1 before the first counted batch.
+    counted: how many batches changed the scores, int32.
+    skipped: how many batches did not, because a gradient was not finite, or a weight or decay out of range; int32.
+    exhausted: whether the last attempt to prune found nothing left that may go.
+  """
+
+  step: jax.Array
+  scores: Any
+  masks: Any
+  pruned_at: Any
+  cost: jax.Array
+  shares: Any
+  decay_product: jax.Array
+  counted: jax.Array
+  skipped: jax.Array
+  exhausted: jax.Array
+
+
+def start(cost: CostModel, masks: Any) -> FisherPruneState:
+  """The state before the first step."""
+  total = cost.dense if masks is None else cost(masks)
+  masks = jax.tree.map(lambda m: jnp.array(m, jnp.float32), cost.masks if masks is None else masks)
+  alive = jax.tree.map(lambda m: jnp.full(m.shape, -1, jnp.int32), masks)
+  return FisherPruneState(
+    step=jnp.zeros([], jnp.int32),
+    scores=jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks),
+    masks=masks,
+    pruned_at=redate(alive, masks, 0),
+    cost=jnp.asarray(total, jnp.float32),
+    shares=shares_of(cost, masks, total),
+    decay_product=jnp.ones([], jnp.float32),
+    counted=jnp.zeros([], jnp.int32),
+    skipped=jnp.zeros([], jnp.int32),
+    exhausted=jnp.zeros([], bool),
+  )
+
+
+def corrected(state: FisherPruneState) -> Any:
+  """The running mean over what its weights add up to; zero before the first counted batch."""
+  weight = 1 - state.decay_product
+  return jax.tree.map(lambda s: s / jnp.where(weight > 0, weight, 1), state.scores)
+
+
+def follow_edits(state: FisherPruneState) -> tuple[FisherPruneState, jax.Array]:
+  """Brings the history up to masks that were put into the state by hand; whether there were any."""
+  masks = jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), state.masks)
+  pruned_at = redate(state.pruned_at, masks, state.step)
+  changed = differ(pruned_at, state.pruned_at) | jnp.isnan(state.cost)  # as fp.set_masks leaves it
+  return state._replace(masks=masks, pruned_at=pruned_at), changed
+
+
+def with_masks(state: FisherPruneState, masks: Any, cost: CostModel | None) -> FisherPruneState:
+  """The state with other masks; without ``cost``, what it costs is unknown (NaN) until the next update."""
+  masks = jax.tree.map(lambda m: jnp.array(m, jnp.float32), masks)
+  total = jnp.float32(jnp.nan) if cost is None else jnp.asarray(cost(masks), jnp.float32)
+  unknown = jax.tree.map(lambda s: jnp.full_like(s, jnp.nan), state.shares)
+  return state._replace(
+    masks=masks,
+    pruned_at=redate(state.pruned_at, masks, state.step),
+    cost=total,
+    shares=unknown if cost is None else shares_of(cost, masks, total),
+    exhausted=jnp.zeros([], bool),
+  )
+
+
+def make_inert(state: FisherPruneState, path: Any = ()) -> FisherPruneState:
+  """The state of a network without masks: nothing is left to prune."""
+  return state._replace(scores={}, masks={}, pruned_at={}, shares={})
+
+
+def shares_of(cost: CostModel, masks: Any, total: Any) -> Any:
+  """For every mask, the drops in cost of its features, over the cost; 0 where there is no cost."""
+  drops = jax.tree.map(lambda drop: jnp.sum(drop, axis=-1), cost.per_feature(masks))
+  return jax.tree.map(lambda drop: jnp.where(total > 0, drop / jnp.where(total > 0, total, 1), 0.0), drops)
+
+
+def differ(a: Any, b: Any) -> jax.Array:
+  """Whether two trees of one structure and shapes differ anywhere."""
+  return jnp.any(jnp.stack(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.any(x != y), a, b))))

@@ -1,0 +1,119 @@
+"""The pruning state for people and for loggers."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fisherprune_jax._masks import named_rows
+from fisherprune_jax._tables import align
+from fisherprune_jax._training.finding import get_state, signals
+from fisherprune_jax._training.state import FisherPruneState
+
+Stats = dict[str, jax.Array]
+
+
+def summary(opt_state: Any, name: str | None = None) -> str:
+  """A table: every mask's live features, the range of their signals, and its share of the cost.
+
+  The share is what the live features would save if each were the only one to go, over the cost: shares of masks
+  that feed each other overlap, and need not add up to one.
+
+  Args:
+    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
+    name: which pruning, where there are several; see :func:`get_state`.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> cost = fp.CostModel.from_functions(
+  ...   {"m": jnp.ones(2)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
+  >>> tx = fp.fisher_prune(cost, prune_every=1)
+  >>> _, state = tx.update({}, tx.init({}), mask_grads={"m": jnp.array([[2.0, 4.0]])})
+  >>> print(fp.summary(state))
+  mask  alive  signal, nats  cost share
+  m       1/2  8e+00..8e+00     100.0 %
+  step 1, cost 1
+  """
+  state = get_state(opt_state, name)
+  rows = [
+    (
+      mask,
+      f"{int(stats['alive'])}/{size}",
+      f"{float(stats['signal_min']):.0e}..{float(stats['signal_max']):.0e}",
+      f"{100 * float(stats['cost_share']):.1f} %",
+    )
+    for mask, size, stats in _stats(state)
+  ]
+  cost = "unknown until the next update" if math.isnan(state.cost) else f"{float(state.cost):,.0f}"
+  notes = [f"step {int(state.step):,}, cost {cost}"]
+  if int(state.skipped):
+    notes.append(
+      f"{int(state.skipped):,} batches skipped, because a mask gradient was not finite or a weight or decay "
+      "out of range"
+    )
+  if bool(state.exhausted):
+    notes.append("nothing left that may go")
+  header = ("mask", "alive", "signal, nats", "cost share")
+  return "\n".join([*align([header, *rows]), "; ".join(notes)])
+
+
+def scalars(opt_state: Any, name: str | None = None) -> Stats:
+  """A flat dictionary for any logger; jit-able, so a train step can return it among its metrics.
+
+  ``jax.device_get(fp.scalars(opt_state))`` fetches all of them at once.
+
+  Args:
+    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
+    name: which pruning, where there are several; see :func:`get_state`.
+
+  Returns:
+    Scalar arrays: ``pruning/step``, ``cost``, ``alive``, ``skipped``, ``exhausted``, and for every mask
+    ``pruning/<mask>/alive``, ``signal_min``, ``signal_max`` (of what is alive, in nats) and ``cost_share``. With a
+    ``name``, ``pruning/<name>/...``.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> cost = fp.CostModel.from_functions(
+  ...   {"m": jnp.ones(2)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
+  >>> {name: float(x) for name, x in fp.scalars(fp.fisher_prune(cost).init({})).items()}["pruning/m/alive"]
+  2.0
+  """
+  state = get_state(opt_state, name)
+  stats = _stats(state)
+  total = {
+    "step": state.step,
+    "cost": state.cost,
+    "alive": sum((s["alive"] for _, _, s in stats), jnp.zeros([])),
+    "skipped": state.skipped,
+    "exhausted": state.exhausted.astype(jnp.int32),
+  }
+  each = {f"{mask}/{key}": value for mask, _, row in stats for key, value in row.items()}
+  prefix = "pruning" if name is None else f"pruning/{name}"
+  return {f"{prefix}/{key}": value for key, value in {**total, **each}.items()}
+
+
+def _stats(state: FisherPruneState) -> list[tuple[str, int, Stats]]:
+  """Name, size and statistics of every mask, row by row for stacks."""
+  columns = [
+    named_rows(tree)
+    for tree in (state.masks, signals(state), jax.tree.map(lambda s: s[..., None], state.shares))
+  ]
+  return [
+    (name, mask.size, _stats_of(mask, signal, share[0]))
+    for (name, mask), (_, signal), (_, share) in zip(*columns, strict=True)
+  ]
+
+
+def _stats_of(mask: jax.Array, signal: jax.Array, share: jax.Array) -> Stats:
+  alive = jnp.sum(mask)
+
+  def of_alive(reduce: Any, start: float) -> jax.Array:
+    return jnp.where(alive > 0, reduce(jnp.where(mask > 0, signal, start)), 0.0)
+
+  return {
+    "alive": alive,
+    "signal_min": of_alive(jnp.min, jnp.inf),
+    "signal_max": of_alive(jnp.max, -jnp.inf),
+    "cost_share": share,
+  }

@@ -1,0 +1,81 @@
+"""Flax's train state, forwarding mask gradients."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import optax
+from flax import struct
+from flax.training import train_state
+
+from fisherprune_jax._masks import COLLECTION
+from fisherprune_jax._training.finding import get_masks
+
+
+class TrainState(train_state.TrainState):
+  """``flax.training.train_state.TrainState`` for a ``tx`` that :func:`fisher_prune` is a part of.
+
+  Attributes:
+    batch_stats: the batch statistics, if the model has any.
+    collections: other variable collections, by name.
+
+  >>> import jax, jax.numpy as jnp
+  >>> import flax.linen as nn
+  >>> import fisherprune_jax as fp
+  >>> model = nn.Sequential([nn.Dense(4), fp.Mask(), nn.Dense(1)])
+  >>> x = jnp.ones((2, 3))
+  >>> variables = model.init(jax.random.key(0), x)
+  >>> tx = fp.pruning_sgd(0.1, fp.cost_model(model.apply, variables, x))
+  >>> state = fp.TrainState.create(apply_fn=model.apply, params=variables["params"], tx=tx)
+  >>> def loss_fn(params, masks, x):
+  ...   return jnp.mean(model.apply({"params": params, "masks": masks}, x))
+  >>> _, (grads, mask_grads) = fp.value_and_grads(loss_fn)(state.params, state.masks, x)
+  >>> int(state.apply_gradients(grads=grads, mask_grads=mask_grads).step)
+  1
+  """
+
+  batch_stats: Any = None
+  collections: Mapping[str, Any] = struct.field(default_factory=dict)
+
+  @classmethod
+  def create(cls, *, apply_fn: Any, params: Any, tx: Any, **fields: Any) -> "TrainState":
+    """A train state with a fresh optimizer state; see ``flax.training.train_state.TrainState.create``.
+
+    Args:
+      apply_fn: what is called with ``variables``, such as ``model.apply``.
+      params: the parameters.
+      tx: the transformation.
+      **fields: other fields, such as ``batch_stats``.
+
+    Raises:
+      ValueError: for masks among the ``collections``: they live in the optimizer state.
+    """
+    if COLLECTION in (fields.get("collections") or {}):
+      raise ValueError(
+        f"collections must be other collections than {COLLECTION!r}, which live in the optimizer state, got "
+        f"{sorted(fields['collections'])}. To start from masks of yours, use fp.fisher_prune(..., masks=...)."
+      )
+    return super().create(apply_fn=apply_fn, params=params, tx=tx, **fields)
+
+  @property
+  def masks(self) -> Any:
+    """The masks as they stand."""
+    return get_masks(self.opt_state)
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """What ``apply_fn`` takes: parameters, masks and, where there are any, other collections."""
+    stats = {} if self.batch_stats is None else {"batch_stats": self.batch_stats}
+    return {"params": self.params, COLLECTION: self.masks, **stats, **self.collections}
+
+  def apply_gradients(self, *, grads: Any, mask_grads: Any = None, **kwargs: Any) -> "TrainState":
+    """One step of ``tx``; ``example_weights`` is forwarded to it too, other keywords replace fields.
+
+    Args:
+      grads: gradients of the parameters.
+      mask_grads: per-example gradients of the masks, from :func:`value_and_grads`.
+      **kwargs: new values of other fields, such as ``batch_stats``.
+    """
+    weights = {key: kwargs.pop(key) for key in ("example_weights",) if key in kwargs}
+    updates, opt_state = self.tx.update(grads, self.opt_state, self.params, mask_grads=mask_grads, **weights)
+    params = optax.apply_updates(self.params, updates)
+    return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)

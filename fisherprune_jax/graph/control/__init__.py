@@ -1,7 +1,0 @@
-"""Primitives that run programs. Importing this package registers them."""
-
-from fisherprune_jax.graph.control import branches as branches
-from fisherprune_jax.graph.control import calls as calls
-from fisherprune_jax.graph.control import custom as custom
-from fisherprune_jax.graph.control import loops as loops
-from fisherprune_jax.graph.control import solves as solves

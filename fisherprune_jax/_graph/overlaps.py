@@ -7,7 +7,7 @@ times what remains when it is taken off, so that little is lost to rounding ther
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ import numpy as np
 
 from fisherprune_jax._graph.circuit import Circuit
 from fisherprune_jax._graph.sets import Set
+
+Scalar: TypeAlias = np.floating | jax.Array
+"""A number, or a vector of them side by side."""
 
 
 class Monomial(NamedTuple):
@@ -77,13 +80,38 @@ class Overlaps:
       values: ``(monomials, factors)``, the sizes of the factors.
     """
     flat = jnp.concatenate([drops.reshape(-1), jnp.zeros(1, drops.dtype)])  # the last for place -1
-    value, drop, excess = jnp.float32(1), jnp.float32(0), jnp.float32(0)
-    for v, place in zip(values[self.monomial].T, self._places.T, strict=True):
-      d = flat[place]
-      excess = excess * v + drop * d
-      drop = drop * v + (value - drop) * d
-      value = value * v
-    return self._scale * excess
+    factors = zip(values[self.monomial].T, (flat[place] for place in self._places.T), strict=True)
+    return self._scale * product_drop(factors).excess
+
+
+class ProductDrop(NamedTuple):
+  """A product whose factors drop all at once.
+
+  Attributes:
+    value: the product before.
+    drop: by how much it drops.
+    excess: by how much less than the sum over factors of what it would lose with that one alone.
+  """
+
+  value: Scalar
+  drop: Scalar
+  excess: Scalar
+
+
+def product_drop(factors: Iterable[tuple[Scalar, Scalar]]) -> ProductDrop:
+  """The product of some values, each of which drops by something; nothing is lost to cancellation.
+
+  Args:
+    factors: of each its value, and by how much it drops: at most by all of it.
+  """
+  value: Scalar = np.float32(1)
+  drop: Scalar = np.float32(0)
+  excess: Scalar = np.float32(0)
+  for v, d in factors:
+    excess = excess * v + drop * d
+    drop = drop * v + (value - drop) * d
+    value = value * v
+  return ProductDrop(value, drop, excess)
 
 
 def _in_several(factors: Iterable[Set]) -> int:

@@ -198,13 +198,5 @@ def _monomials(sums: Sequence[Iterable[Term]]) -> Iterator[Monomial]:
         add(at, t.scale, t.outer)
       elif t.terms:
         add(at, 2 * t.scale * t.terms, (*t.outer, *t.inner))
-        add(at, -t.scale, (*t.outer, sets.intersection(*map(_nonempty, t.inner))))
+        add(at, -t.scale, (*t.outer, sets.intersection(*map(sets.nonempty, t.inner))))
   return (Monomial(at, scale, factors) for (at, factors), scale in found.items() if scale and factors)
-
-
-def _nonempty(s: Set) -> Set:
-  """One position, in the set if any position is in ``s``."""
-  if s.kind in (sets.OUTER, sets.CONCAT):
-    combine = sets.intersection if s.kind == sets.OUTER else sets.union
-    return combine(*map(_nonempty, s.parts))
-  return sets.any_of(s, np.zeros(s.size), 1)

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from fisherprune_jax._graph.gates import FEATURES
 from fisherprune_jax._graph.layers import Layers, put
 
-FIRST = 2  # the gates of false and true come before those of the features
 NONE = 0
 """The pair that stands for "this feature does not lie below"; from 1 on come the features' own."""
 
@@ -46,7 +46,7 @@ class Sharing:
     self.left, self.right, self.both = left, right, both
     self.cut = np.zeros(left.size, bool)
     self.found = False
-    self._start = FIRST + features
+    self._start = FEATURES + features
     if suspects.any():
       pairs = _Pairs(self._start, left, right, suspects, bounds)
       self._finish(pairs, suspects)
@@ -70,7 +70,7 @@ class Sharing:
 
   def _keep_needed(self, pairs: "_Pairs", below: np.ndarray, wanted: np.ndarray) -> None:
     """Drops the pairs that nothing hangs on, and numbers the others anew."""
-    own = self._start - FIRST + 1  # the number of the first pair that is not a feature's own
+    own = self._start - FEATURES + 1  # the number of the first pair that is not a feature's own
     needed = np.zeros(own + pairs.gate.size, bool)
     needed[below[:, wanted]] = True
     for low, high in reversed(pairs.spans):
@@ -91,7 +91,7 @@ class Sharing:
   def extras(self, live: Any, xp: Any) -> tuple[np.ndarray, np.ndarray, Any]:
     """Gates, features, and whether the feature takes the gate's weight beyond what is handed on."""
     gates, features, both, left, right = self._extras
-    own = xp.concatenate([xp.zeros(1, bool), live[FIRST : self._start]])
+    own = xp.concatenate([xp.zeros(1, bool), live[FEATURES : self._start]])
     state = xp.concatenate([own, xp.zeros(self._size + self._layers.padding, bool)])
 
     def step(state: Any, at: Any, gate: Any, x: Any, y: Any, a: Any, b: Any, both: Any) -> Any:
@@ -99,7 +99,7 @@ class Sharing:
       of_all_alive = (state[x] | ~live[a]) & (state[y] | ~live[b])
       return put(xp, state, at, live[gate] & xp.where(both, of_either, of_all_alive))
 
-    state = self._layers.run(xp, step, state, self._start - FIRST + 1)
+    state = self._layers.run(xp, step, state, self._start - FEATURES + 1)
     return gates, features, state[right] & xp.where(both, ~state[left], state[left])
 
 
@@ -117,13 +117,13 @@ class _Pairs:
   def __init__(
     self, start: int, left: np.ndarray, right: np.ndarray, suspects: np.ndarray, bounds: Any
   ) -> None:
-    self._features = start - FIRST
+    self._features = start - FEATURES
     self._known = 1 + self._features
     self._feature = np.arange(-1, self._features)  # by pair, with room for more
     self._first = np.zeros(start + left.size, np.int64)  # by gate, its first pair
     self._count = np.zeros(start + left.size, np.int64)
-    self._first[FIRST:start] = 1 + np.arange(self._features)
-    self._count[FIRST:start] = 1
+    self._first[FEATURES:start] = 1 + np.arange(self._features)
+    self._count[FEATURES:start] = 1
     wanted = np.concatenate([np.zeros(start, bool), suspects])
     layers = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
     for low, high in reversed(layers):

@@ -4,7 +4,7 @@ Sets bring their own (``Set.gates``) by the few operations of a ``Builder``.
 """
 
 from collections.abc import Hashable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,26 @@ FALSE, TRUE, FEATURES = 0, 1, 2
 
 Gates = tuple[np.ndarray, bool]
 """The gate of each position of a set, and whether no feature is found at two of them, or twice at one."""
+
+
+class Wiring(NamedTuple):
+  """The gates behind the features, layer by layer: each layer needs the ones before.
+
+  Attributes:
+    left: one input of each gate.
+    right: the other one.
+    every: whether both inputs are needed: an *and*.
+    shared: whether features may be below both inputs.
+    bounds: where layers begin, and the end.
+    places: for every gate, features too, by the number that it had while the circuit was built: which it is now.
+  """
+
+  left: np.ndarray
+  right: np.ndarray
+  every: np.ndarray
+  shared: np.ndarray
+  bounds: np.ndarray
+  places: np.ndarray
 
 
 class Builder:
@@ -75,13 +95,18 @@ class Builder:
     out[groups] = gates
     return out
 
-  def finish(self) -> tuple[np.ndarray, ...]:
-    """Per gate its inputs, whether it is an *and*, whether features may be below both inputs, and its layer."""
+  def finish(self) -> Wiring:
+    """All gates, sorted into layers."""
     layer, at = np.zeros(self.size, np.int64), self._start
     for _, _, left, right in self._made:
       layer[at : at + left.size] = 1 + np.maximum(layer[left], layer[right])
       at += left.size
     sizes = [left.size for _, _, left, _ in self._made]
-    both, shared = (np.repeat(np.array([made[i] for made in self._made], bool), sizes) for i in (0, 1))
+    every, shared = (np.repeat(np.array([made[i] for made in self._made], bool), sizes) for i in (0, 1))
     left, right = (np.concatenate([np.zeros(0, int), *(made[i] for made in self._made)]) for i in (2, 3))
-    return left, right, both, shared, layer[self._start :]
+    order = np.argsort(layer[self._start :], kind="stable")
+    places = np.arange(self.size)
+    places[self._start + order] = self._start + np.arange(order.size)
+    layer = layer[self._start + order]
+    bounds = np.searchsorted(layer, np.arange(1, layer.max(initial=0) + 2))
+    return Wiring(places[left[order]], places[right[order]], every[order], shared[order], bounds, places)

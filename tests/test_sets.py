@@ -1,5 +1,6 @@
 """Sets against a plain reading of them, and critical features against switching each feature off."""
 
+import functools
 import random
 
 import jax.numpy as jnp
@@ -241,6 +242,123 @@ def test_expressions_as_deep_as_a_network_need_no_recursion():
   assert not drops(stream, masks, ("write", 17)).any()
   assert len(repr(stream)) < 1_000_000
   assert hash(stream) == hash(stream)
+
+
+def test_streams_that_are_cut_alike_combine_however_deep_they_are():
+  """The streams of two towers of ShuffleNet units, added."""
+
+  def tower(name):
+    stream = sets.leaf((name, "in"), 8)
+    for at in range(1000):
+      left, right = sets.take(stream, range(4)), sets.take(stream, range(4, 8))
+      units = [left, sets.intersection(right, sets.leaf((name, at), 4))]
+      stream = sets.take(sets.concat(units), np.arange(8).reshape(2, 4).T.reshape(-1))
+    return stream
+
+  a, b = tower("a"), tower("b")
+  rng = np.random.default_rng(0)
+  masks = {key: rng.random(8 if key[1] == "in" else 4) < 0.9995 for key in a.leaves | b.leaves}
+  ev = Evaluation(masks)
+  assert 0 < ev.bits(a).sum() < 8
+  np.testing.assert_array_equal(ev.bits(sets.union(a, b)), ev.bits(a) | ev.bits(b))
+  np.testing.assert_array_equal(ev.bits(sets.intersection(a, b)), ev.bits(a) & ev.bits(b))
+
+
+def by_what_it_hangs_on(s, masks):
+  """The bits of a set by the third reading alone."""
+
+  @functools.cache
+  def is_in(s, position):
+    if isinstance(s, sets.Leaf):
+      return bool(masks[s.data][position])
+    every, places = s.hangs_on(position)
+    return (all if every else any)(is_in(*place) for place in places)
+
+  return [is_in(s, position) for position in range(s.size)]
+
+
+def by_its_gates(s, masks):
+  """The bits of a set by the second reading alone."""
+  circuit = Circuit([s], {key: mask.size for key, mask in masks.items()})
+  features = np.concatenate([np.zeros(0, bool), *(mask != 0 for mask in masks.values())])
+  return circuit.live(features, np)[circuit.gates[s]]
+
+
+@pytest.mark.parametrize("seed", range(150))
+def test_the_three_readings_of_a_set_say_the_same(seed):
+  rng = random.Random(seed)
+  pool: dict[int, list[sets.Set]] = {}
+  for _ in range(3):
+    entangled_set(rng, rng.randrange(1, 6), rng.randrange(1, 9), 3, pool)
+  for s in [*(s for found in pool.values() for s in found), sets.weak(3)]:
+    masks = {key: np.array([rng.random() < 0.6 for _ in range(key[0])], float) for key in s.leaves}
+    bits = Evaluation(masks).bits(s)
+    np.testing.assert_array_equal(by_its_gates(s, masks), bits)
+    np.testing.assert_array_equal(by_what_it_hangs_on(s, masks), bits)
+    if seed % 30 == 0:
+      on_device = {key: jnp.asarray(mask) for key, mask in masks.items()}
+      np.testing.assert_array_equal(Evaluation(on_device, jnp).bits(s), bits)
+
+
+class Rolled(sets.Set):
+  """Another set with its positions moved on by one: a kind that the library does not have."""
+
+  __slots__ = ()
+
+  def bits(self, ev):
+    return ev.xp.roll(ev.bits(self.parts[0]), 1)
+
+  def gates(self, builder):
+    found, once = builder.of(self.parts[0])
+    return np.roll(found, 1), once
+
+  def hangs_on(self, position):
+    return True, [(self.parts[0], (position - 1) % self.size)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_another_kind_is_another_class_and_nothing_else(seed):
+  rng = random.Random(seed)
+  n = rng.randrange(1, 9)
+  base = random_set(rng, 3, n)
+  s = expression.make(Rolled, n, [base])
+  assert s is expression.make(Rolled, n, [base])
+  other, index = random_set(rng, 3, n), [rng.randrange(-1, n) for _ in range(n)]
+  made = [
+    sets.union(s, sets.take(s, index)),
+    sets.outer([s, sets.intersection(other, s)]),
+    sets.concat([s, other]),
+    *sets.split(sets.outer([s, other]), (n, n)),
+    *sets.split(s, (1, n)),
+    sets.nonempty(s),
+    s,
+  ]
+  masks = {
+    key: np.array([rng.random() < 0.7 for _ in range(key[1])], float) for key in s.leaves | other.leaves
+  }
+  ev = Evaluation(masks)
+  np.testing.assert_array_equal(ev.bits(s), np.roll(ev.bits(base), 1))
+  for found in made:
+    bits = ev.bits(found)
+    np.testing.assert_array_equal(by_its_gates(found, masks), bits)
+    np.testing.assert_array_equal(by_what_it_hangs_on(found, masks), bits)
+    for key in found.leaves:
+      for k, drop in enumerate(drops(found, masks, key)):
+        fewer = {**masks, key: np.where(np.arange(key[1]) == k, 0, masks[key])}
+        assert drop == ev.count(found) - Evaluation(fewer).count(found)
+
+
+def test_a_kind_without_a_reading_says_so():
+  class Silent(sets.Set):
+    __slots__ = ()
+
+  s = expression.make(Silent, 3)
+  with pytest.raises(NotImplementedError, match="Silent"):
+    Evaluation({}).bits(s)
+  with pytest.raises(NotImplementedError, match="Silent"):
+    Circuit([s], {})
+  with pytest.raises(NotImplementedError, match="Silent"):
+    s.hangs_on(0)
 
 
 def test_sets_that_are_gone_leave_nothing_behind():

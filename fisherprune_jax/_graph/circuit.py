@@ -59,7 +59,7 @@ import jax
 import numpy as np
 
 from fisherprune_jax._graph.gates import FEATURES, Builder
-from fisherprune_jax._graph.layers import Array, Layers, columns_at, put
+from fisherprune_jax._graph.layers import Array, Layers, Same, columns_at, put
 from fisherprune_jax._graph.sets import Set, in_order, keys_of
 from fisherprune_jax._graph.sharing import Sharing
 
@@ -100,18 +100,18 @@ class Circuit:
     keys = keys_of(support)
     return np.concatenate([np.zeros(0, int), *(self.first[k] + np.arange(self._masks[k]) for k in keys)])
 
-  def live(self, features: Array, xp: ModuleType) -> Any:
+  def live(self, features: Same, xp: ModuleType) -> Same:
     """Which gates are alive, from which features are."""
     room = xp.zeros(self.size - self._start + self._layers.padding, bool)
     state = xp.concatenate([xp.asarray([False, True]), features, room])
 
-    def step(state: Any, at: Any, left: Any, right: Any, every: Any, cut: Any) -> Array:
+    def step(state: Array, at: int, left: Array, right: Array, every: Array, cut: Array) -> Array:
       a, b = state[left], state[right]
       return put(state, at, xp.where(every, a & b, a | b))
 
     return self._layers.run(step, state, self._start)
 
-  def drops(self, live: Any, weights: Array, xp: ModuleType) -> Any:
+  def drops(self, live: Same, weights: Same, xp: ModuleType) -> Same:
     """What each feature takes with it.
 
     Args:
@@ -125,7 +125,7 @@ class Circuit:
     room = xp.zeros((weights.shape[0], self._layers.padding), weights.dtype)
     state = xp.concatenate([weights * live[: self.size], room], axis=1)
 
-    def step(state: Any, at: Any, left: Any, right: Any, every: Any, cut: Any) -> Array:
+    def step(state: Array, at: int, left: Array, right: Array, every: Array, cut: Array) -> Array:
       a, b = live[left], live[right]
       mine = columns_at(state, at, left.size)
       state = _add(state, left, mine * xp.where(every, a & b, a & ~b))
@@ -139,7 +139,7 @@ class Circuit:
     return found * live[FEATURES : self._start]
 
 
-def _add(lanes: Array, columns: np.ndarray, values: Any) -> Array:
+def _add(lanes: Array, columns: Array, values: Array) -> Array:
   """Adds to columns, some of which may be named several times."""
   if isinstance(lanes, jax.Array):
     return lanes.at[:, columns].add(values)

@@ -22,7 +22,7 @@ class Evaluation:
     self.masks: dict[Hashable, Bits] = {key: mask != 0 for key, mask in masks.items()}
     self._bits: dict[Set, Bits] = {}
 
-  def bits(self, s: Set) -> Any:
+  def bits(self, s: Set) -> Bits:
     """One boolean per position: whether it is in the set."""
     if s not in self._bits:
       for part in in_order([s], self._bits):  # one by one: expressions are as deep as the network

@@ -1,7 +1,7 @@
 """Running a step over arrays that are cut into layers, each of which needs the ones before."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -9,7 +9,9 @@ from jax import lax
 
 Array: TypeAlias = np.ndarray | jax.Array
 """On the host, where steps may write in place, or on the device, under ``jit`` as a rule."""
-Step = Callable[..., Array]
+Same = TypeVar("Same", np.ndarray, jax.Array)
+"""One of the two throughout."""
+Step = Callable[..., Any]
 """``step(state, at, *items) -> state``: ``items`` of some neighbours, the first of which is number ``at``."""
 
 
@@ -31,18 +33,21 @@ class Layers:
     # The mean width, rounded up: no more chunks than twice the layers, at most half of it padding.
     self.padding = -(-total // max(count, 1))
 
-  def run(self, step: Step, state: Array, first: int, reverse: bool = False) -> Any:
+  def run(self, step: Step, state: Same, first: int, reverse: bool = False) -> Same:
     """Applies ``step`` to all layers, from the last one if ``reverse``; item 0 has number ``first``."""
     if not self.bounds[-1]:
       return state
-    if not isinstance(state, jax.Array):
-      spans = list(zip(self.bounds[:-1], self.bounds[1:], strict=True))
-      for low, high in reversed(spans) if reverse else spans:
-        state = step(state, first + low, *(item[low:high] for item in self.items))
-      return state
+    if isinstance(state, jax.Array):
+      return self._in_a_loop(step, state, first, reverse)
+    spans = list(zip(self.bounds[:-1], self.bounds[1:], strict=True))
+    for low, high in reversed(spans) if reverse else spans:
+      state = step(state, first + low, *(item[low:high] for item in self.items))
+    return state
+
+  def _in_a_loop(self, step: Step, state: jax.Array, first: int, reverse: bool) -> jax.Array:
     starts, chunks = self._chunks()
 
-    def turn(state: jax.Array, each: Any) -> tuple[Array, None]:
+    def turn(state: jax.Array, each: tuple[Any, ...]) -> tuple[jax.Array, None]:
       return step(state, *each), None
 
     return lax.scan(turn, state, (np.int32(first) + starts, *chunks), reverse=reverse)[0]
@@ -57,7 +62,7 @@ class Layers:
     return starts, [np.where(inside, item[places], np.zeros((), item.dtype)) for item in self.items]
 
 
-def put(state: Array, at: Any, values: Array) -> Array:
+def put(state: Array, at: int | jax.Array, values: Array) -> Array:
   """Writes neighbours into a vector, from number ``at`` on."""
   if isinstance(state, jax.Array):
     return lax.dynamic_update_slice(state, values, (at,))
@@ -65,7 +70,7 @@ def put(state: Array, at: Any, values: Array) -> Array:
   return state
 
 
-def columns_at(state: Array, at: Any, width: int) -> Array:
+def columns_at(state: Array, at: int | jax.Array, width: int) -> Array:
   """The columns of some neighbours, from number ``at`` on."""
   if isinstance(state, jax.Array):
     return lax.dynamic_slice_in_dim(state, at, width, axis=1)

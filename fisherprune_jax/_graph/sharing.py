@@ -7,12 +7,11 @@ from the pairs of that feature and the gate's two inputs. Pairs are found once, 
 
 from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
 from fisherprune_jax._graph.gates import FEATURES, Wiring
-from fisherprune_jax._graph.layers import Layers, put
+from fisherprune_jax._graph.layers import Array, Layers, put
 
 NONE = 0
 """The pair that stands for "this feature does not lie below"; from 1 on come the features' own."""
@@ -77,13 +76,15 @@ class Sharing:
     self._extras = (gates, features, every, *(moved[side] for side in sides))
     self._size = kept.size
 
-  def extras(self, live: Any, xp: ModuleType) -> tuple[np.ndarray, np.ndarray, Any]:
+  def extras(self, live: Array, xp: ModuleType) -> tuple[np.ndarray, np.ndarray, Array]:
     """Gates, features, and whether the feature takes the gate's weight beyond what is handed on."""
     gates, features, every, left, right = self._extras
     own = xp.concatenate([xp.zeros(1, bool), live[FEATURES : self._start]])
     state = xp.concatenate([own, xp.zeros(self._size + self._layers.padding, bool)])
 
-    def step(state: Any, at: Any, gate: Any, x: Any, y: Any, a: Any, b: Any, every: Any) -> Any:
+    def step(
+      state: Array, at: int, gate: Array, x: Array, y: Array, a: Array, b: Array, every: Array
+    ) -> Array:
       of_either = state[x] | state[y]
       of_all_alive = (state[x] | ~live[a]) & (state[y] | ~live[b])
       return put(state, at, live[gate] & xp.where(every, of_either, of_all_alive))

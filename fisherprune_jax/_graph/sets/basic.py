@@ -113,7 +113,7 @@ class Fixed(Set):
   def known_at(self, positions: np.ndarray) -> np.ndarray:
     return self.data[positions]
 
-  def combined(self, kind: "type[Junction]", other: Set) -> Set:
+  def combined(self, kind: "type[Junction]", other: Set, parts: Sequence[Set]) -> Set:
     return fixed(kind.of_bits(self.data, other.data))
 
 

@@ -99,8 +99,18 @@ class Set:
 
   # What a kind has to say when something is made of it; None: nothing of its own.
 
-  def combined(self, kind: "type[Junction]", other: "Set") -> "Set | None":
-    """The union or intersection with another set of its own kind, if that is of this kind again."""
+  def sides(self, kind: "type[Junction]", other: "Set") -> "Sequence[tuple[Set, Set]]":
+    """Its parts beside those of another of its own kind that is cut alike; none if it is not."""
+    return ()
+
+  def combined(self, kind: "type[Junction]", other: "Set", parts: "Sequence[Set]") -> "Set | None":
+    """The union or intersection with another of its own kind, if that is of this kind again.
+
+    Args:
+      kind: which of the two.
+      other: the other one.
+      parts: what the two ``sides`` are combined.
+    """
     return None
 
   def below(self, index: np.ndarray) -> "tuple[Set, np.ndarray] | None":

@@ -6,7 +6,7 @@ expression per block. But what is equal up to order and nesting is one object al
 looking further that one set is within another, and what two have in common.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fisherprune_jax._graph.sets.basic import Weak
@@ -99,7 +99,28 @@ def _fold(kind: type[Junction], sets: Iterable[Set]) -> Set:
 
 
 def combine(kind: type[Junction], a: Set, b: Set) -> Set:
-  """The union or intersection of two sets."""
+  """The union or intersection of two sets; of two that are cut alike, part by part."""
+  found: dict[tuple[Set, Set], Set] = {}
+  pending = [(a, b)]
+  while pending:  # no recursion: two streams that are cut alike are so as deep as the network
+    pair = pending[-1]
+    sides = _sides(kind, *pair)
+    if missing := [side for side in sides if side not in found]:
+      pending += reversed(missing)
+    else:
+      found[pair] = _combined(kind, *pair, [found[side] for side in sides])
+      pending.pop()
+  return found[a, b]
+
+
+def _sides(kind: type[Junction], a: Set, b: Set) -> Sequence[tuple[Set, Set]]:
+  """The parts of two sets that are to be combined first."""
+  sides = a.sides(kind, b) if type(a) is type(b) else ()
+  return () if sides and (_is_within(a, b) or _is_within(b, a)) else sides
+
+
+def _combined(kind: type[Junction], a: Set, b: Set, parts: Sequence[Set]) -> Set:
+  """Two sets combined, of which the parts are if they are cut alike."""
   if isinstance(a, Weak):
     return a.beside(kind, b)
   if isinstance(b, Weak):
@@ -107,8 +128,13 @@ def combine(kind: type[Junction], a: Set, b: Set) -> Set:
   for small, big in ((a, b), (b, a)):
     if _is_within(small, big):
       return small if kind.every else big
-  if type(a) is type(b) and (found := a.combined(kind, b)):
+  if type(a) is type(b) and (found := a.combined(kind, b, parts)):
     return found
+  return _by_atoms(kind, a, b)
+
+
+def _by_atoms(kind: type[Junction], a: Set, b: Set) -> Set:
+  """Two sets as one expression of two parts, if nothing in it is said twice."""
   atoms = a.atoms(kind) | b.atoms(kind)
   duals = a.dual_atoms(kind) | b.dual_atoms(kind)
   if duals & atoms:

@@ -9,7 +9,7 @@ import numpy as np
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.sets.basic import Fixed, everything, fixed, nothing, weak
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
-from fisherprune_jax._graph.sets.junctions import Junction, combine, intersection, union
+from fisherprune_jax._graph.sets.junctions import Junction, intersection, union
 from fisherprune_jax._graph.sets.picking import any_of, any_over
 
 if TYPE_CHECKING:
@@ -40,9 +40,11 @@ class Concat(Set):
   def pieces(self) -> tuple[Set, ...]:
     return self.parts
 
-  def combined(self, kind: type[Junction], other: Set) -> Set | None:
-    pairs = _pairs(self, other)
-    return concat([combine(kind, p, q) for p, q in pairs]) if pairs else None
+  def sides(self, kind: type[Junction], other: Set) -> list[tuple[Set, Set]]:
+    return _pairs(self, other)
+
+  def combined(self, kind: type[Junction], other: Set, parts: Sequence[Set]) -> Set | None:
+    return concat(parts) if parts else None
 
   def below(self, index: np.ndarray) -> tuple[Set, np.ndarray] | None:
     there = index >= 0
@@ -96,11 +98,14 @@ class Outer(Set):
   def factors(self) -> tuple[Set, ...]:
     return self.parts
 
-  def combined(self, kind: type[Junction], other: Set) -> Set | None:
+  def sides(self, kind: type[Junction], other: Set) -> list[tuple[Set, Set]]:
     pairs = _pairs(self, other)
-    if not pairs or (not kind.every and sum(p is not q for p, q in pairs) > 1):
-      return None  # a union of products is a product only where they differ in one factor
-    return outer([combine(kind, p, q) for p, q in pairs])
+    if not kind.every and sum(p is not q for p, q in pairs) > 1:
+      return []  # a union of products is a product only where they differ in one factor
+    return pairs
+
+  def combined(self, kind: type[Junction], other: Set, parts: Sequence[Set]) -> Set | None:
+    return outer(parts) if parts else None
 
   def split(self, sizes: Sequence[int]) -> list[Set] | None:
     """Adjacent factors in groups that have the given sizes, if they can be grouped so."""
@@ -130,11 +135,10 @@ class Outer(Set):
     return intersection(*map(nonempty, self.parts))
 
 
-def _pairs(a: Set, b: Set) -> list[tuple[Set, Set]] | None:
-  """The parts side by side, if they are as many and of the same sizes."""
-  if [p.size for p in a.parts] != [p.size for p in b.parts]:
-    return None
-  return list(zip(a.parts, b.parts, strict=True))
+def _pairs(a: Set, b: Set) -> list[tuple[Set, Set]]:
+  """The parts side by side, if they are as many and of the same sizes; else none."""
+  alike = [p.size for p in a.parts] == [p.size for p in b.parts]
+  return list(zip(a.parts, b.parts, strict=True)) if alike else []
 
 
 def concat(sets: Sequence[Set]) -> Set:

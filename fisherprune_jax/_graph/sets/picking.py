@@ -8,11 +8,11 @@ import numpy as np
 from fisherprune_jax._graph.gates import FALSE
 from fisherprune_jax._graph.sets.basic import Weak, Whole, fixed
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
-from fisherprune_jax._graph.sets.junctions import Junction, combine
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.evaluate import Evaluation
   from fisherprune_jax._graph.gates import Builder, Gates
+  from fisherprune_jax._graph.sets.junctions import Junction
 
 
 class Take(Set):
@@ -31,10 +31,12 @@ class Take(Set):
   def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
     return False, [(self.parts[0], int(self.data[position]))] if self.data[position] >= 0 else []
 
-  def combined(self, kind: type[Junction], other: Set) -> Set | None:
+  def sides(self, kind: "type[Junction]", other: Set) -> list[tuple[Set, Set]]:
     (a,), (b,) = self.parts, other.parts
-    alike = a.size == b.size and np.array_equal(self.data, other.data)
-    return take(combine(kind, a, b), self.data) if alike else None
+    return [(a, b)] if a.size == b.size and np.array_equal(self.data, other.data) else []
+
+  def combined(self, kind: "type[Junction]", other: Set, parts: Sequence[Set]) -> Set | None:
+    return take(parts[0], self.data) if parts else None
 
   def below(self, index: np.ndarray) -> tuple[Set, np.ndarray]:
     return self.parts[0], np.where(index >= 0, self.data[index], -1)

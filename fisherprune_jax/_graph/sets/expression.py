@@ -1,9 +1,9 @@
 """What every set is: an expression, interned, so that equal ones are one object, with its readings.
 
-A kind of set is one class. It has to give three *readings* of itself, each from those of its parts: its bits for
-given masks, its gates in a circuit, and what a position of it hangs on. What it has to say when something is
-made of it (that a part of a part is a part, that two that are cut alike combine part by part) it says in the
-methods that return None here; the constructors ask for them before they make anything new.
+A kind of set is one class. It gives three *readings* of itself, each from those of its parts: its bits for given
+masks, its gates in a circuit, and what a position of it hangs on. What else is particular to it (that a part of a
+part is a part, say, or that two of it that are cut alike combine part by part) it says in the methods that have
+nothing to say here; the constructors ask these before they make anything new.
 """
 
 import operator
@@ -41,7 +41,7 @@ class Set:
     support: the masks that it depends on, as bits.
     number: a small number of its own, used again once it is gone: the bit that it is among the atoms of others.
     is_all: whether it holds every position.
-    is_weak: whether that is only until somebody says more (``weak``).
+    is_weak: whether it holds every position only until somebody says more (``weak``).
   """
 
   __slots__ = ("__weakref__", "data", "number", "parts", "serial", "size", "support")

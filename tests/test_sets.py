@@ -24,6 +24,11 @@ def drops(s, masks, key, xp=np):
   return found[circuit.first[key] :][: masks[key].size].astype(np.int32)
 
 
+def contains(big, small):
+  """Whether a set is a subset of another for all masks, as far as the expressions show it."""
+  return sets.intersection(big, small) is small
+
+
 def random_set(rng: random.Random, depth: int, n: int) -> sets.Set:
   """A random expression of ``n`` positions over masks ``("m", size, which)``."""
   kind = rng.choice(["leaf", "and", "or", "take", "concat", "outer", "any"]) if depth and n else "leaf"
@@ -100,8 +105,8 @@ def test_equal_expressions_are_one_object():
   assert sets.union(a, sets.intersection(a, b)) is a
   assert sets.intersection(a, sets.union(a, b)) is a
   assert sets.take(sets.concat([a, b]), [3, 4, 5]) is b
-  assert sets.contains(sets.union(a, b), a)
-  assert not sets.contains(a, sets.union(a, b))
+  assert contains(sets.union(a, b), a)
+  assert not contains(a, sets.union(a, b))
 
 
 def test_product_drop_loses_nothing_to_cancellation():
@@ -203,7 +208,7 @@ def test_nesting_and_order_make_no_difference():
   stream = sets.union(a, b)
   assert sets.union(stream, sets.intersection(stream, c)) is stream
   assert sets.intersection(stream, sets.union(d, stream)) is stream
-  assert sets.contains(sets.union(stream, c), sets.intersection(a, d))
+  assert contains(sets.union(stream, c), sets.intersection(a, d))
 
 
 def test_what_was_cut_and_laid_together_is_the_same_again():

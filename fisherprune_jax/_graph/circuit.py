@@ -5,9 +5,10 @@ sets take, lay out or repeat the positions of others, gates are shared and nothi
 from it takes time in proportion to the gates, and its program is of one size whatever the network is.
 
 **What features take with them.** A gate is a monotone function of the features: switching one off never brings
-a gate to life. A feature is *critical* to a gate if the gate is alive and would not be without that feature
-(it is a critical, or pivotal, variable of the function, at the point that the masks are). Write C(g) for the
-features critical to a live gate g. Then
+a gate to life. A feature is *critical* to a gate if the gate is alive and would not be without that feature:
+a critical variable of a monotone function, at the point that the masks are (in the theory of reliability, a
+critical component of a coherent system: Birnbaum 1969). Write C(g) for the features critical to a live gate g.
+Then
 
     C(feature)  =  the feature itself
     C(a and b)  =  C(a) | C(b)         both are alive, and either's going is enough

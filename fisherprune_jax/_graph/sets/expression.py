@@ -6,11 +6,9 @@ part is a part, say, or that two of it that are cut alike combine part by part) 
 nothing to say here; the constructors ask these before they make anything new.
 """
 
-import operator
 import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
-from functools import reduce
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import jax
@@ -90,7 +88,10 @@ class Set:
     return (self,)
 
   def _masks_below(self) -> int:
-    return reduce(operator.or_, (part.support for part in self.parts), 0)
+    found = 0
+    for part in self.parts:
+      found |= part.support
+    return found
 
   @property
   def leaves(self) -> frozenset[Hashable]:

@@ -84,11 +84,6 @@ def union(*sets: Set) -> Set:
   return _fold(Or, sets)
 
 
-def contains(big: Set, small: Set) -> bool:
-  """Whether ``small`` is a subset of ``big`` for all masks, as far as the expressions show it."""
-  return intersection(big, small) is small
-
-
 def _fold(kind: type[Junction], sets: Iterable[Set]) -> Set:
   """Neighbours first, so that many sets nest no deeper than they have to."""
   found = list(dict.fromkeys(sets))

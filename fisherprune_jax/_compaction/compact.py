@@ -25,7 +25,7 @@ from fisherprune_jax._graph.blockers import (
 )
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
-from fisherprune_jax._graph.liveness import MaskPolicy
+from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.traced import Traced, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, vectors_of
 from fisherprune_jax._training.checks import check_compact

@@ -11,7 +11,7 @@ from fisherprune_jax._compaction.kept import Kept, keep
 from fisherprune_jax._compaction.rounding import round_up, widths_of
 from fisherprune_jax._errors import describe
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.liveness import MaskPolicy
+from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.traced import Analysis, Traced
 from fisherprune_jax._graph.variables import VariableTree, leaves_from, vectors_of
 

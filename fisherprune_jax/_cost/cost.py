@@ -16,8 +16,8 @@ from fisherprune_jax._graph import flops
 from fisherprune_jax._graph.blockers import check_read, check_strict, sample_masks, warn_of_unknown
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
-from fisherprune_jax._graph.liveness import Meter
 from fisherprune_jax._graph.prices import Prices
+from fisherprune_jax._graph.structured import Meter, costs_of
 from fisherprune_jax._graph.traced import Analysis, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, sizes_of, vectors_of
 from fisherprune_jax._masks import flatten, unflatten
@@ -232,7 +232,7 @@ def cost_model(
 
 def cost_of(analysis: Analysis, masks: Any, examples: int, meter: Meter) -> CostModel:
   """The cost model of an analysed function."""
-  costs = list(analysis.live.costs(analysis.program, meter))
+  costs = list(costs_of(analysis.program, analysis.live, meter))
   terms = flops.collect(cost.term for cost in costs)
   # Made when it is asked for: who wants the count of given masks alone can do without.
   prices = functools.cache(lambda: Prices(terms, sizes_of(jax.tree.leaves(masks))))

@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.liveness import Liveness, links
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import WEAK, Set
 from fisherprune_jax._graph.spec import Axes, Axis, Factor, Spec, compose, factors_of, names_of
+from fisherprune_jax._graph.structured import links
 
 Place = tuple[Value, int]
 """One axis of one value."""

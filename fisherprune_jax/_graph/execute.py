@@ -16,11 +16,12 @@ from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.align import align, select, sources
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Box, Info, box_of, whole_box
-from fisherprune_jax._graph.liveness import STRUCTURED, Liveness, analyse
+from fisherprune_jax._graph.liveness import Liveness, analyse
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.rules import spec_of
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec
+from fisherprune_jax._graph.structured import STRUCTURED
 
 Arrays = dict[Value, Any]
 

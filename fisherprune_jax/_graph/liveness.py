@@ -6,14 +6,12 @@ axis. An entry that is not stored is zero, or nobody asks for it; so showing it 
 that is all that execution relies on.
 """
 
-import enum
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
 
-from fisherprune_jax._graph import flops, signs, together
+from fisherprune_jax._graph import signs, together
 from fisherprune_jax._graph.facts import (
   Box,
   Factors,
@@ -28,94 +26,13 @@ from fisherprune_jax._graph.facts import (
   results,
   whole_box,
 )
+from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.spec import Spec
+from fisherprune_jax._graph.structured import STRUCTURED, links
 from fisherprune_jax._graph.together import Together
 
 Rules = Callable[[Node, Sequence[Info]], Spec]
-
-
-class MaskPolicy(enum.Enum):
-  """What becomes of masks in the compact program."""
-
-  DROP = "drop"
-  """Nothing is multiplied by them: they are one on all that is left."""
-  MULTIPLY = "multiply"
-  """Multiplied, by the masks that the program was made with: some dead features stay."""
-  KEEP = "keep"
-  """Multiplied, by masks among the variables: pruning can go on."""
-
-  @property
-  def multiplies(self) -> bool:
-    """Whether the program multiplies by masks."""
-    return self is not MaskPolicy.DROP
-
-
-class Cost(NamedTuple):
-  """What one node costs; ``node`` says where it is, ``label`` what it is called in a breakdown.
-
-  Where nobody knows what it costs, ``counted`` is False, and the term is zero.
-  """
-
-  node: Node
-  label: str
-  term: Any
-  counted: bool = True
-
-
-Pairs = list[tuple[Value, Value]]
-
-
-class Link(NamedTuple):
-  """How the values of a program are tied to those of the node that runs it.
-
-  Attributes:
-    program: the program.
-    ins: operands of the node, each with the input that it is given as.
-    outs: results of the node, each with the output that gives it.
-    turns: inputs, each with the output of one turn that gives it to the next.
-  """
-
-  program: Program
-  ins: Pairs
-  outs: Pairs
-  turns: Pairs
-
-
-class Meter(Protocol):
-  """What one node costs, in some unit."""
-
-  @property
-  def unit(self) -> str:
-    """What it counts, for tables."""
-
-  def __call__(self, node: Node, live: "Liveness") -> Iterable[flops.Term] | None:
-    """What a node that runs no program costs; None where nobody knows."""
-
-  def of_scalar(self, primitive: str) -> Iterable[flops.Term]:
-    """What a primitive costs on one number, which the compact program has beside those that were traced."""
-
-
-class Structured(Protocol):
-  """A primitive that runs programs: calls, conditionals, loops."""
-
-  def forward(self, node: Node, infos: Sequence[Info], live: "Liveness") -> list[Info] | None:
-    """What is known of the results; None where the primitive has to be kept whole."""
-
-  def backward(self, node: Node, live: "Liveness") -> None:
-    """Asks for what is needed of the operands."""
-
-  def costs(self, node: Node, live: "Liveness", meter: "Meter") -> Iterator[Cost]:
-    """What it costs."""
-
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
-    """Its results, and the entries that they hold."""
-
-  def links(self, node: Node, live: "Liveness") -> list[Link]:
-    """The programs that it runs, and how their values are tied to its own."""
-
-
-STRUCTURED: dict[str, Structured] = {}
 
 
 @dataclass
@@ -258,18 +175,6 @@ class Liveness:
       meet(box, asked[row]) if row in asked else empty_box(value.shape[1:]) for row, box in enumerate(boxes)
     ]
 
-  def costs(self, program: Program, meter: "Meter") -> Iterator[Cost]:
-    """What the nodes of a program cost; nothing where results depend on the variables alone."""
-    for node in program.nodes:
-      if not any(out in self.asked and self.infos[out].varies for out in node.outs):
-        continue
-      if node in self.subs:
-        yield from STRUCTURED[node.name].costs(node, self, meter)
-      elif (terms := meter(node, self)) is None:
-        yield Cost(node, node.name, flops.Term(0, ()), counted=False)
-      else:
-        yield from (Cost(node, node.name, term) for term in terms)
-
 
 def analyse(
   program: Program,
@@ -296,8 +201,3 @@ def analyse(
     live.forward(program, inputs)
   live.backward(program, asked)
   return live
-
-
-def links(node: Node, live: Liveness) -> list[Link]:
-  """How the programs that a node runs are tied to it; none if it runs none."""
-  return STRUCTURED[node.name].links(node, live) if node in live.subs else []

@@ -10,7 +10,8 @@ import jax
 from fisherprune_jax._graph import control as control
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.facts import Box, Info, join, whole_box
-from fisherprune_jax._graph.liveness import Liveness, MaskPolicy, Rules
+from fisherprune_jax._graph.liveness import Liveness, Rules
+from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of
 from fisherprune_jax._graph.updates import analyse

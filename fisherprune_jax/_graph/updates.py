@@ -10,7 +10,8 @@ from typing import Any
 
 from fisherprune_jax._graph import liveness, sets
 from fisherprune_jax._graph.facts import Box, Info, whole_box
-from fisherprune_jax._graph.liveness import Liveness, MaskPolicy
+from fisherprune_jax._graph.liveness import Liveness
+from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 

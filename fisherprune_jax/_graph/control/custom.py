@@ -15,7 +15,7 @@ in the analysis, and its own rule is analysed when a second derivative gets ther
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,13 @@ import numpy as np
 
 from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.facts import Box, Info, empty_box, join, nonzero_box, whole_box
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness, Meter
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
 from fisherprune_jax._graph.together import Together, union
+
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.execute import Arrays, Run
 
 Call = Callable[..., Any]
 Where = tuple[Box, Together]
@@ -98,9 +102,9 @@ class Custom:
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """What the body costs."""
-    return live.costs(live.subs[node][0], meter)
+    return costs_of(live.subs[node][0], live, meter)
 
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The call, of a body and of a rule that run on live entries."""
     body, *rules = run.live.subs[node]
     held = [run.live.stored(value) for value in node.ins]

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -20,9 +20,13 @@ from fisherprune_jax._graph.facts import (
   nonzero_box,
   whole_box,
 )
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness, Meter, Pairs
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, Pairs, costs_of
 from fisherprune_jax._graph.together import Together
+
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.execute import Arrays, Run
 
 MOST_PASSES = 8
 """Passes over a loop's body before carried values that still grow are taken as a whole."""
@@ -72,10 +76,10 @@ class Scan:
     if stacks.has_stack(node, live):
       yield from stacks.costs(node, live, meter)
       return
-    for cost in live.costs(live.subs[node][0], meter):
+    for cost in costs_of(live.subs[node][0], live, meter):
       yield cost._replace(term=cost.term._replace(scale=cost.term.scale * node.params["length"]))
 
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The same loop around a smaller body."""
     if stacks.has_stack(node, run.live):
       return stacks.execute(run, node, arrays)
@@ -154,10 +158,10 @@ class While:
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """One turn counts: how many there will be is not known."""
     for part in live.subs[node]:
-      for cost in live.costs(part, meter):
+      for cost in costs_of(part, live, meter):
         yield cost._replace(label=f"{cost.label} (one turn of a while loop)")
 
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The same loop around a smaller body."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = run.live.subs[node]

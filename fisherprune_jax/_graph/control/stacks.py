@@ -2,14 +2,18 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.facts import Box, Info, join, whole_box
-from fisherprune_jax._graph.liveness import Cost, Link, Liveness, Meter
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.structured import Cost, Link, Meter, costs_of
+
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.execute import Arrays, Run
 
 
 def has_stack(node: Node, live: Liveness) -> bool:
@@ -57,10 +61,10 @@ def backward(node: Node, live: Liveness) -> None:
 def costs(node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
   """Every layer with its own widths."""
   for body in live.subs[node]:
-    yield from live.costs(body, meter)
+    yield from costs_of(body, live, meter)
 
 
-def execute(run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+def execute(run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
   """The turns one after the other."""
   consts, carry = compat.scan_counts(node.params)
   boxes = [

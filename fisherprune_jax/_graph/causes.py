@@ -145,10 +145,10 @@ class Causes:
   def _layers(self, value: Value, axis: int) -> list[tuple[Set, Set]]:
     """What is stored along an axis in both analyses, of each layer if it is a stack of them."""
     both = (self._live, self._free)
-    rows = [live.rows(value) for live in both]
-    if not axis or rows == [None, None]:
+    layers = [live.layers(value) for live in both]
+    if not axis or layers == [None, None]:
       return [(self._live.stored(value)[axis], self._free.stored(value)[axis])]
-    boxes = [r or [live.stored(value)[1:]] * value.shape[0] for r, live in zip(rows, both, strict=True)]
+    boxes = [r or [live.stored(value)[1:]] * value.shape[0] for r, live in zip(layers, both, strict=True)]
     return [(kept[axis - 1], allowed[axis - 1]) for kept, allowed in zip(*boxes, strict=True)]
 
   def works_on_dead(self, node: Node) -> bool:

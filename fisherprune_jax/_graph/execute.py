@@ -37,15 +37,15 @@ class Stack:
   array: Any
   boxes: list[Box]
 
-  def row(self, row: int, ev: Evaluation) -> Any:
+  def layer(self, layer: int, ev: Evaluation) -> Any:
     """One layer, without its padding."""
-    sizes = [_live_size(ev, s) for s in self.boxes[row]]
-    return lax.slice(_entry(self.array, row), (0,) * len(sizes), sizes)
+    sizes = [_live_size(ev, s) for s in self.boxes[layer]]
+    return lax.slice(_entry(self.array, layer), (0,) * len(sizes), sizes)
 
-  def show(self, box: Box, ev: Evaluation) -> Any:
+  def read(self, box: Box, ev: Evaluation) -> Any:
     """All layers at the entries of ``box``."""
-    rows = [align(self.row(row, ev), held, box[1:], ev) for row, held in enumerate(self.boxes)]
-    return align(jnp.stack(rows), (*whole_box((len(rows),)), *box[1:]), box, ev)
+    layers = [align(self.layer(layer, ev), held, box[1:], ev) for layer, held in enumerate(self.boxes)]
+    return align(jnp.stack(layers), (*whole_box((len(layers),)), *box[1:]), box, ev)
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Run:
   def _given(self, x: Any, held: Held, value: Value) -> Any:
     if isinstance(held, list):
       stack = Stack(x, held)
-      return stack if self.live.rows(value) is not None else stack.show(self.live.stored(value), self.ev)
+      return stack if self.live.layers(value) is not None else stack.read(self.live.stored(value), self.ev)
     return align(x, held, self.live.stored(value), self.ev)
 
   def run(self, program: Program, inputs: Sequence[Any], wanted: Sequence[Box]) -> list[Any]:
@@ -91,9 +91,9 @@ class Run:
     for node in program.nodes:
       if self.live.runs(node):
         _execute(self, node, arrays)
-    return [self.show(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
+    return [self.read(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
 
-  def show(self, arrays: Arrays, value: Value, box: Box) -> Any:
+  def read(self, arrays: Arrays, value: Value, box: Box) -> Any:
     """An array at the entries of ``box``; zeros (none, mostly) of one that nothing asks for."""
     if value.literal is not None:
       return align(jnp.asarray(value.literal, value.aval.dtype), whole_box(value.shape), box, self.ev)
@@ -101,22 +101,22 @@ class Run:
       return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
     return align(arrays[value], self.live.stored(value), box, self.ev)
 
-  def show_row(self, arrays: Arrays, value: Value, row: int, box: Box) -> Any:
+  def read_layer(self, arrays: Arrays, value: Value, layer: int, box: Box) -> Any:
     """One entry of an array along its leading axis, at the entries of ``box``."""
     if value not in self.live.asked:
       return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
     array = arrays[value]
     if isinstance(array, Stack):
-      return align(array.row(row, self.ev), array.boxes[row], box, self.ev)
-    return align(_entry(array, row), self.live.stored(value)[1:], box, self.ev)
+      return align(array.layer(layer, self.ev), array.boxes[layer], box, self.ev)
+    return align(_entry(array, layer), self.live.stored(value)[1:], box, self.ev)
 
   def again(self, program: Program, inputs: Sequence[Info], asked: Sequence[Box]) -> "Run":
     """A run of another program, under the same masks."""
     return Run(program, analyse(program, inputs, asked, spec_of, self.live.policy), self.ev)
 
 
-def _entry(array: Any, row: int) -> Any:
-  return lax.index_in_dim(array, row, keepdims=False)
+def _entry(array: Any, layer: int) -> Any:
+  return lax.index_in_dim(array, layer, keepdims=False)
 
 
 def _execute(run: Run, node: Node, arrays: Arrays) -> None:
@@ -138,9 +138,9 @@ def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequenc
   boxes = [box(axes, out) for axes, out in zip(spec.outs, node.outs, strict=True)]
   if spec.same_as is not None and not run.live.policy.multiplies:
     kept = node.ins[spec.same_as]
-    return [run.show(arrays, kept, box(spec.ins[spec.same_as], kept))], boxes
+    return [run.read(arrays, kept, box(spec.ins[spec.same_as], kept))], boxes
   operands = [
-    run.show(arrays, value, box(axes, value)) for value, axes in zip(node.ins, spec.ins, strict=True)
+    run.read(arrays, value, box(axes, value)) for value, axes in zip(node.ins, spec.ins, strict=True)
   ]
   if spec.outs and any(isinstance(axis, Pick) for axis in spec.outs[0]):
     return [_pick(run, spec, factors, operands[0], boxes[0])], boxes

@@ -51,7 +51,7 @@ class Liveness:
   factors: dict[Node, Factors] = field(default_factory=dict)
   subs: dict[Node, list[Program]] = field(default_factory=dict)
   asked_together: dict[Value, Together] = field(default_factory=dict)
-  asked_rows: dict[Value, dict[int, Box]] = field(default_factory=dict)
+  asked_layers: dict[Value, dict[int, Box]] = field(default_factory=dict)
   asked_whole: set[Value] = field(default_factory=set)
 
   def forward(self, program: Program, inputs: Sequence[Info]) -> list[Info]:
@@ -150,10 +150,10 @@ class Liveness:
     self.asked_whole.add(value)
     self._add(value, box, merged)
 
-  def ask_row(self, value: Value, row: int, box: Box) -> None:
+  def ask_layer(self, value: Value, layer: int, box: Box) -> None:
     """Adds to what is asked of one entry along the leading axis of an array."""
-    rows = self.asked_rows.setdefault(value, {})
-    rows[row] = join(rows[row], box) if row in rows else box
+    layers = self.asked_layers.setdefault(value, {})
+    layers[layer] = join(layers[layer], box) if layer in layers else box
     self._add(value, (*whole_box(value.shape[:1]), *box))
 
   def _add(self, value: Value, box: Box, merged: Together = MappingProxyType({})) -> None:
@@ -165,14 +165,17 @@ class Liveness:
     before = self.asked[value], self.asked_together[value]
     self.asked[value], self.asked_together[value] = join_merged(before, (box, merged))
 
-  def rows(self, value: Value) -> list[Box] | None:
+  def layers(self, value: Value) -> list[Box] | None:
     """What is stored of each entry along the leading axis, if entries are all that anybody asks for."""
-    if value not in self.asked_rows or value in self.asked_whole:
+    if value not in self.asked_layers or value in self.asked_whole:
       return None
-    info, asked = self.infos[value], self.asked_rows[value]
-    boxes = [info.box[1:] if info.rows is None else info.rows[row].box for row in range(value.shape[0])]
+    info, asked = self.infos[value], self.asked_layers[value]
+    boxes = [
+      info.box[1:] if info.layers is None else info.layers[layer].box for layer in range(value.shape[0])
+    ]
     return [
-      meet(box, asked[row]) if row in asked else empty_box(value.shape[1:]) for row, box in enumerate(boxes)
+      meet(box, asked[layer]) if layer in asked else empty_box(value.shape[1:])
+      for layer, box in enumerate(boxes)
     ]
 
 

@@ -128,7 +128,9 @@ def _variable_infos(values: Sequence[Value], flags: Sequence[bool], ranks: Seque
 def _mask_info(position: int, shape: tuple[int, ...], rank: int) -> Info:
   if len(shape) > rank:
     return _with_examples(_mask_info(position, (*shape[:-2], shape[-1]), rank), shape[-2])
-  leaves = [Info((sets.leaf((position, row), shape[-1]),), mask=True) for row in range(math.prod(shape[:-1]))]
+  leaves = [
+    Info((sets.leaf((position, layer), shape[-1]),), mask=True) for layer in range(math.prod(shape[:-1]))
+  ]
   for size in reversed(shape[:-1]):
     leaves = [_stack_of(leaves[start : start + size]) for start in range(0, len(leaves), size)]
   (info,) = leaves
@@ -137,9 +139,9 @@ def _mask_info(position: int, shape: tuple[int, ...], rank: int) -> Info:
 
 def _with_examples(info: Info, size: int) -> Info:
   """The same mask for each of several examples."""
-  rows = info.rows and tuple(_with_examples(row, size) for row in info.rows)
-  return info._replace(box=(*info.box[:-1], *whole_box((size,)), info.box[-1]), rows=rows)
+  layers = info.layers and tuple(_with_examples(layer, size) for layer in info.layers)
+  return info._replace(box=(*info.box[:-1], *whole_box((size,)), info.box[-1]), layers=layers)
 
 
-def _stack_of(rows: list[Info]) -> Info:
-  return Info((*whole_box((len(rows),)), *join(*(row.box for row in rows))), rows=tuple(rows))
+def _stack_of(layers: list[Info]) -> Info:
+  return Info((*whole_box((len(layers),)), *join(*(layer.box for layer in layers))), layers=tuple(layers))

@@ -12,7 +12,7 @@ import numpy as np
 Path = tuple[Any, ...]
 MaskSelector = str | Callable[[Path], bool]
 Key = tuple[int, int]
-"""A mask vector: the position of its leaf among the mask leaves, and its row if the leaf is a stack."""
+"""A mask vector: the position of its leaf among the mask leaves, and its layer if the leaf is a stack."""
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,23 @@ class VariableTree:
 def vectors_of(leaves: Sequence[Any], xp: Any) -> dict[Key, Any]:
   """Mask leaves as vectors by key, on the host or under ``jit``."""
   return {
-    (position, row): vector
+    (position, layer): vector
     for position, leaf in enumerate(leaves)
-    for row, vector in enumerate(xp.reshape(xp.asarray(leaf), (math.prod(leaf.shape[:-1]), leaf.shape[-1])))
+    for layer, vector in enumerate(xp.reshape(xp.asarray(leaf), (math.prod(leaf.shape[:-1]), leaf.shape[-1])))
   }
 
 
 def sizes_of(leaves: Sequence[Any]) -> dict[Key, int]:
   """How many features each mask vector has."""
   shapes = [leaf.shape for leaf in leaves]
-  return {(at, row): shape[-1] for at, shape in enumerate(shapes) for row in range(math.prod(shape[:-1]))}
+  return {(at, layer): shape[-1] for at, shape in enumerate(shapes) for layer in range(math.prod(shape[:-1]))}
 
 
-def leaves_from(rows: dict[Key, Any], leaves: Sequence[Any]) -> list[Any]:
+def leaves_from(vectors: dict[Key, Any], leaves: Sequence[Any]) -> list[Any]:
   """The inverse of ``vectors_of``: vectors by key as mask leaves, on the host."""
   count = [math.prod(leaf.shape[:-1]) for leaf in leaves]
   return [
-    np.reshape([rows[position, row] for row in range(n)], leaf.shape)
+    np.reshape([vectors[position, layer] for layer in range(n)], leaf.shape)
     for position, (n, leaf) in enumerate(zip(count, leaves, strict=True))
   ]
 

@@ -52,12 +52,12 @@ class Cond:
     """The chosen branch, on what it needs of the operands."""
     boxes = [run.live.stored(out) for out in node.outs]
     held = [run.live.stored(value) for value in node.ins[1:]]
-    operands = [run.show(arrays, value, box) for value, box in zip(node.ins[1:], held, strict=True)]
+    operands = [run.read(arrays, value, box) for value, box in zip(node.ins[1:], held, strict=True)]
 
     def runner(branch: program.Program) -> Callable[..., list[Any]]:
       return lambda *xs: run.call(branch, xs, held, boxes)
 
-    index = run.show(arrays, node.ins[0], ())
+    index = run.read(arrays, node.ins[0], ())
     branches = [runner(branch) for branch in run.live.subs[node]]
     if len(branches) == 2:
       return lax.cond(index.astype(bool), branches[1], branches[0], *operands), boxes

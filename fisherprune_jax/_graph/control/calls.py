@@ -40,7 +40,7 @@ class Checkpoint:
     """The call, of a body that runs on live entries."""
     (body,) = run.live.subs[node]
     inputs = [
-      run.show(arrays, value, run.live.stored(inner))
+      run.read(arrays, value, run.live.stored(inner))
       for value, inner in zip(node.ins, body.inputs, strict=True)
     ]
     boxes = [run.live.stored(out) for out in node.outs]

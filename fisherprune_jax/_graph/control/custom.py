@@ -117,7 +117,7 @@ class Custom:
       return lambda *xs: late(xs, given, wanted)
 
     call = self.call(Thin(node, held, boxes, lambda *xs: run.call(body, xs, held, boxes), rule))
-    return call(*(run.show(arrays, v, box) for v, box in zip(node.ins, held, strict=True))), boxes
+    return call(*(run.read(arrays, v, box) for v, box in zip(node.ins, held, strict=True))), boxes
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
     """Body and rule read the operands; all but a reverse rule give the results."""
@@ -203,7 +203,7 @@ class CustomVjp(Custom):
     forwards, backwards = rules
     values = live.forward(forwards, infos)
     live.forward(backwards, [*infos, *(Info(whole_box(v.shape), varies=True) for v in _floats(node.outs))])
-    alone = replace(live, asked={}, factors={}, asked_together={}, asked_rows={}, asked_whole=set())
+    alone = replace(live, asked={}, factors={}, asked_together={}, asked_layers={}, asked_whole=set())
     wanted = _keep(infos, node.ins)
     alone.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
     inputs = backwards.inputs[len(node.ins) :]

@@ -38,7 +38,7 @@ class Scan:
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
     """Carried values can be non-zero where they are at first, or after any turn."""
     consts, carry = compat.scan_counts(node.params)
-    if any(info.rows is not None for info in infos[consts + carry :]):
+    if any(info.layers is not None for info in infos[consts + carry :]):
       return stacks.forward(node, infos, live)
     (body,) = live.programs(
       node, functools.partial(program.build, node.params["jaxpr"], (*node.callers, node.eqn))
@@ -89,7 +89,7 @@ class Scan:
     inner = [*outer[: consts + carry], *(box[1:] for box in outer[consts + carry :])]
     kept = inner[consts : consts + carry]
     boxes = [_stack(run.live.stored(out)[1:], out.shape) for out in node.outs[carry:]]  # every turn writes
-    inputs = [run.show(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
+    inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
 
     def turn(carried: list[Any], each: list[Any]) -> tuple[list[Any], list[Any]]:
       wanted = [*kept, *(box[1:] for box in boxes)]
@@ -167,7 +167,7 @@ class While:
     cond, body = run.live.subs[node]
     held = self._held(node, run.live)
     kept, each = held[first + consts :], whole_box(cond.outputs[0].shape)
-    inputs = [run.show(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
+    inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
 
     def go_on(carried: list[Any]) -> Any:
       return run.call(cond, [*inputs[:first], *carried], [*held[:first], *kept], [each])[0]

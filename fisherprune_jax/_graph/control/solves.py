@@ -45,7 +45,7 @@ class LinearSolve:
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The solve, as it was traced."""
-    operands = [run.show(arrays, value, whole_box(value.shape)) for value in node.ins]
+    operands = [run.read(arrays, value, whole_box(value.shape)) for value in node.ins]
     return compat.bind(node.eqn, operands), [whole_box(out.shape) for out in node.outs]
 
   def links(self, node: Node, live: Liveness) -> list[Link]:

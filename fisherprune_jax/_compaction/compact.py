@@ -31,13 +31,14 @@ from fisherprune_jax._graph.model import (
   MaskSelector,
   Model,
   VariableTree,
+  keystr,
   leaves_of,
   rows_of,
   signature,
   trace_model,
 )
 from fisherprune_jax._graph.program import Value
-from fisherprune_jax._training.checks import check_compact
+from fisherprune_jax._masks import check_switches
 from fisherprune_jax._training.state import make_inert
 
 
@@ -295,7 +296,7 @@ def compact(
   (2, 3)
   """
   tree = VariableTree(variables, masks)
-  check_compact(tree, round_to)
+  _check(tree, round_to)
   return Compact(
     apply_fn,
     tree,
@@ -306,3 +307,17 @@ def compact(
     round_to=round_to,
     strict=strict,
   )
+
+
+def _check(tree: VariableTree, round_to: int) -> None:
+  """Raises unless the masks are arrays of 0 and 1, and widths can be rounded so."""
+  if round_to < 1:
+    raise ValueError(f"round_to must be at least 1, got {round_to}. 8 suits most hardware; 1 rounds nothing.")
+  for path, leaf in tree.paths:
+    if tree.is_mask(path):
+      if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
+        raise TypeError(
+          f"compact needs concrete masks, got {describe(leaf)} at {keystr(path)}. Call it outside jit: shapes "
+          "depend on the masks."
+        )
+      check_switches(path, leaf)

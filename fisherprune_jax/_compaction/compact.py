@@ -15,6 +15,7 @@ from fisherprune_jax._compaction.plan import make_plan
 from fisherprune_jax._compaction.runner import Runner
 from fisherprune_jax._cost.cost import cost_of
 from fisherprune_jax._cost.meters import Flops
+from fisherprune_jax._errors import describe, path_name
 from fisherprune_jax._graph.blockers import (
   Blocker,
   Stays,
@@ -28,7 +29,7 @@ from fisherprune_jax._graph.examples import batch_size
 from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.traced import Traced, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, vectors_of
-from fisherprune_jax._training.checks import check_compact
+from fisherprune_jax._masks import check_switches
 from fisherprune_jax._training.state import make_inert
 
 METER = Flops()
@@ -214,7 +215,7 @@ def compact(
   (2, 3)
   """
   tree = VariableTree(variables, masks)
-  check_compact(tree, round_to)
+  _check(tree, round_to)
   return Compact(
     apply_fn,
     tree,
@@ -225,3 +226,17 @@ def compact(
     round_to=round_to,
     strict=strict,
   )
+
+
+def _check(tree: VariableTree, round_to: int) -> None:
+  """Raises unless the masks are arrays of 0 and 1, and widths can be rounded so."""
+  if round_to < 1:
+    raise ValueError(f"round_to must be at least 1, got {round_to}. 8 suits most hardware; 1 rounds nothing.")
+  for path, leaf in tree.paths:
+    if tree.is_mask(path):
+      if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
+        raise TypeError(
+          f"compact needs concrete masks, got {describe(leaf)} at {path_name(path)}. Call it outside jit: shapes "
+          "depend on the masks."
+        )
+      check_switches(path, leaf)

@@ -12,8 +12,7 @@ import numpy as np
 
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.parts import Part, find_part, shapes_by_path
-from fisherprune_jax._errors import describe, is_known, require_same_tree
-from fisherprune_jax._graph.variables import Path, keystr
+from fisherprune_jax._errors import Path, describe, is_known, path_name, require_same_tree
 from fisherprune_jax._training.state import FisherPruneState
 
 Keys = tuple[str, ...]
@@ -154,7 +153,7 @@ def _leaves_by_keys(tree: Any) -> Iterator[tuple[Keys, Any]]:
 
 
 def _keys(path: Path) -> Keys:
-  return tuple(keystr((key,)) for key in path)
+  return tuple(path_name((key,)) for key in path)
 
 
 def _owners(paths: Collection[Keys], by_path: Mapping[Keys, Kept]) -> dict[Keys, Owner | None]:

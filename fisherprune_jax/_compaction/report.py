@@ -9,8 +9,8 @@ import numpy as np
 
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.plan import Plan
+from fisherprune_jax._errors import path_name
 from fisherprune_jax._graph.blockers import Stays, lines
-from fisherprune_jax._graph.variables import keystr
 from fisherprune_jax._tables import align
 
 Line = tuple[str, str, str, str]
@@ -33,7 +33,7 @@ def table(plan: Plan, cost: float, dense: float, stays: Stays) -> str:
 def _leaves(plan: Plan) -> Iterator[tuple[str, Any, Kept, bool]]:
   """Every variable: its name, its shape or value, what is kept of it, and whether it is a mask."""
   for (path, leaf), kept in zip(plan.tree.paths, jax.tree.leaves(plan.kept), strict=True):
-    yield keystr(path), leaf, kept, plan.tree.is_mask(path)
+    yield path_name(path), leaf, kept, plan.tree.is_mask(path)
 
 
 def _mask_line(name: str, mask: Any) -> Line:

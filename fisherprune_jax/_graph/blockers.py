@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fisherprune_jax._errors import path_name
 from fisherprune_jax._graph import flops
 from fisherprune_jax._graph.causes import Causes, in_nobodys_way, is_in_the_way
 from fisherprune_jax._graph.evaluate import Evaluation
@@ -18,7 +19,7 @@ from fisherprune_jax._graph.rules import spec_of, unknown
 from fisherprune_jax._graph.spec import Spec
 from fisherprune_jax._graph.structured import Meter, costs_of
 from fisherprune_jax._graph.traced import Analysis
-from fisherprune_jax._graph.variables import VariableTree, keystr, vectors_of
+from fisherprune_jax._graph.variables import VariableTree, vectors_of
 
 _announced: set[str] = set()
 _lock = threading.Lock()
@@ -103,7 +104,7 @@ def _causes(
   for (path, _), value in zip(tree.paths, analysis.variables, strict=True):
     for axis in range(0 if tree.is_mask(path) else len(value.shape)):
       if stay := causes.of(value, axis):
-        held = Held(keystr(path), axis, stay.kept, stay.allowed)
+        held = Held(path_name(path), axis, stay.kept, stay.allowed)
         found.setdefault(_describe(analysis, stay.cause), []).append(held)
   return found
 
@@ -152,7 +153,7 @@ def check_read(analysis: Analysis, tree: VariableTree) -> None:
   """Raises if nothing reads a mask: it was made for another function than the one that is called."""
   read = {value for node in analysis.program.nodes for value in node.ins} | {*analysis.program.outputs}
   unread = [
-    keystr(path)
+    path_name(path)
     for (path, _), value in zip(tree.paths, analysis.variables, strict=True)
     if tree.is_mask(path)
     and value not in read
@@ -198,7 +199,7 @@ def not_covered(path: Any, analysis: Analysis, first: Analysis) -> str:
   """What is wrong with a program, for other arguments, that needs more of a variable than the first one did."""
   need = (
     "A compact network must need no more of its variables for these arguments than for those it was built with, got "
-    f"a use of removed entries of {keystr(path)}."
+    f"a use of removed entries of {path_name(path)}."
   )
   if strange := _without_rule(analysis) - _without_rule(first):
     return (

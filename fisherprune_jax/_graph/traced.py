@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from fisherprune_jax._errors import path_name
 from fisherprune_jax._graph import control as control
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.facts import Box, Info, join, whole_box
@@ -15,7 +16,7 @@ from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of
 from fisherprune_jax._graph.updates import analyse
-from fisherprune_jax._graph.variables import VariableTree, abstract, keystr
+from fisherprune_jax._graph.variables import VariableTree, abstract
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,13 +102,13 @@ def _places(updates: Callable[[Any], Any], out_tree: Any, tree: VariableTree) ->
   structure = jax.tree.structure(out_tree)
   shapes = [leaf.shape for leaf in jax.tree.leaves(out_tree)]
   picked = updates(jax.tree.unflatten(structure, range(structure.num_leaves)))
-  places = {keystr(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
+  places = {path_name(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
   found = {}
   for path, out in jax.tree_util.tree_leaves_with_path(picked):
-    at, shape = places.get(keystr(path), (None, None))
+    at, shape = places.get(path_name(path), (None, None))
     if at is None or shapes[out] != shape:
       raise ValueError(
-        f"updates must pick from the output what replaces entries of `variables`, got {keystr(path)} of shape "
+        f"updates must pick from the output what replaces entries of `variables`, got {path_name(path)} of shape "
         f"{shapes[out]}, where the variables have {shape or 'no such entry'}. With mutable=['batch_stats'], "
         "say updates=lambda out: out[1]."
       )

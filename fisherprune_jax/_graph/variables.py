@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Path = tuple[Any, ...]
+from fisherprune_jax._errors import Path, path_name
+
 MaskSelector = str | Callable[[Path], bool]
 Key = tuple[int, int]
 """A mask vector: the position of its leaf among the mask leaves, and its layer if the leaf is a stack."""
@@ -31,7 +32,7 @@ class VariableTree:
       )
     for path, leaf in self.paths:
       if self.is_mask(path) and not len(leaf.shape):
-        raise ValueError(f"A mask must have a feature axis, got a scalar at {keystr(path)}.")
+        raise ValueError(f"A mask must have a feature axis, got a scalar at {path_name(path)}.")
 
   @property
   def paths(self) -> list[tuple[Path, Any]]:
@@ -116,8 +117,3 @@ def signature(tree: Any) -> Any:
   """What a trace depends on: structure, shapes and dtypes."""
   shapes = abstract(tree)
   return jax.tree.structure(shapes), tuple((x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(shapes))
-
-
-def keystr(path: Path) -> str:
-  """A tree path for people, as ``params/Dense_0/kernel``."""
-  return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax import export
 
 from fisherprune_jax._compaction import exporting, report
@@ -31,6 +32,7 @@ from fisherprune_jax._graph.traced import Traced, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, vectors_of
 from fisherprune_jax._masks import check_switches
 from fisherprune_jax._training.state import make_inert
+from fisherprune_jax._types import ApplyFn, BatchAxes, Picker, PyTree
 
 METER = Flops()
 """What ``Compact.cost`` and the report count."""
@@ -48,13 +50,13 @@ class Compact:
 
   def __init__(
     self,
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     tree: VariableTree,
-    args: Sequence[Any],
+    args: Sequence[PyTree],
     *,
-    batch_axes: Any,
+    batch_axes: BatchAxes,
     keep_masks: bool,
-    updates: Callable[[Any], Any] | None,
+    updates: Picker | None,
     round_to: int,
     strict: bool,
   ) -> None:
@@ -87,7 +89,7 @@ class Compact:
     """Where dead entries had to stay, why, and how many FLOPs that keeps."""
     return self._stays.blockers
 
-  def __call__(self, variables: Any, *args: Any) -> Any:
+  def __call__(self, variables: PyTree, *args: PyTree) -> PyTree:
     """The outputs of ``apply_fn(full_variables, *args)``, from the compact ``variables``.
 
     Works at any batch size, and under ``jit``, ``grad`` and ``vmap``.
@@ -98,11 +100,13 @@ class Compact:
     """
     return self._runner(variables, args)
 
-  def shrink(self, tree: Any) -> Any:
+  def shrink(self, tree: PyTree) -> PyTree:
     """Slices any tree shaped like the parameters, like all variables, or like another collection of them."""
     return self._plan.shrink(tree)
 
-  def shrink_opt_state(self, tx: Any, opt_state: Any, of: Callable[[Any], Any] | None = None) -> Any:
+  def shrink_opt_state(
+    self, tx: optax.GradientTransformation, opt_state: PyTree, of: Picker | None = None
+  ) -> PyTree:
     """Slices what an optimizer remembers of the parameters, so that training goes on where it was.
 
     Args:
@@ -126,7 +130,7 @@ class Compact:
     return report.table(self._plan, self.cost, self._cost_model.dense, self._stays)
 
   def export(
-    self, *args: Any, platforms: Sequence[str] | None = None, batch: str | None = "batch"
+    self, *args: PyTree, platforms: Sequence[str] | None = None, batch: str | None = "batch"
   ) -> export.Exported:
     """``args -> outputs`` as StableHLO, with the weights inside and a symbolic batch size.
 
@@ -159,17 +163,17 @@ def _check_traced(traced: Traced, tree: VariableTree, keep_masks: bool, strict: 
   check_read(analysis, tree)
   warn_of_unknown(analysis, tree.mask_leaves, examples, METER)
   if strict:
-    check_strict(analysis, tree, [Evaluation(vectors_of(tree.mask_leaves, np))], examples, METER)
+    check_strict(analysis, tree, [Evaluation(vectors_of(tree.mask_leaves))], examples, METER)
 
 
 def compact(
-  apply_fn: Callable[..., Any],
-  variables: Any,
-  *args: Any,
+  apply_fn: ApplyFn,
+  variables: PyTree,
+  *args: PyTree,
   masks: MaskSelector = "masks",
-  batch_axes: Any = 0,
+  batch_axes: BatchAxes = 0,
   keep_masks: bool = False,
-  updates: Callable[[Any], Any] | None = None,
+  updates: Picker | None = None,
   round_to: int = 1,
   strict: bool = False,
 ) -> Compact:

@@ -1,6 +1,7 @@
 """Slicing what is shaped like the variables: parameters, gradients, averages; for optimizer states see opt_states."""
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Box
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Value
+from fisherprune_jax._types import Array
 
 Index = tuple[np.ndarray | None, ...]
 """Per axis the positions that are kept, or None for all of them."""
@@ -58,7 +60,7 @@ class Kept:
     mine, others = ((k.index[1:],) * count if k.layers is None else k.layers for k in (self, other))
     return all(all(map(_within, a, b, self.shape[1:])) for a, b in zip(others, mine, strict=True))
 
-  def per_example(self, leaf: Any) -> "Kept":
+  def per_example(self, leaf: Array) -> "Kept":
     """The same for a mask that comes with an example axis before its features."""
     if np.ndim(leaf) != len(self.shape) + 1:
       return self
@@ -71,7 +73,7 @@ class Kept:
       return None
     return Kept((self.shape[axis],), (self.index[axis],))
 
-  def slice(self, leaf: Any) -> jax.Array:
+  def slice(self, leaf: Array) -> jax.Array:
     """The kept entries of a leaf of the full shape."""
     if np.shape(leaf) != self.shape:
       raise ValueError(
@@ -81,7 +83,7 @@ class Kept:
     # On the host nothing has to be compiled, which takes longer than all the rest.
     return _put_like(leaf, self._cut(np.asarray(leaf), np)) if _is_at_hand(leaf) else self._cut(leaf, jnp)
 
-  def _cut(self, leaf: Any, xp: Any) -> Any:
+  def _cut(self, leaf: Array, xp: ModuleType) -> Any:
     if self.layers is None:
       return _slice(leaf, self.index, xp)
     widest = self.compact_shape[1:]
@@ -116,14 +118,14 @@ def _box_of(shape: tuple[int, ...], index: Index) -> Box:
   return tuple(sets.everything(n) if i is None else sets.fixed(np.isin(np.arange(n), i)) for n, i in sizes)
 
 
-def _slice(leaf: Any, index: Index, xp: Any) -> Any:
+def _slice(leaf: Array, index: Index, xp: ModuleType) -> Any:
   for axis, positions in enumerate(index):
     if positions is not None:
       leaf = xp.take(leaf, positions, axis=axis)
   return xp.array(leaf)  # a copy where nothing went: whoever donates the one keeps the other
 
 
-def _is_at_hand(leaf: Any) -> bool:
+def _is_at_hand(leaf: Array) -> bool:
   """Whether an array can be read here as it is: a value, on one device, of a type that NumPy knows."""
   if not isinstance(leaf, jax.Array):
     return isinstance(leaf, np.ndarray)
@@ -131,7 +133,6 @@ def _is_at_hand(leaf: Any) -> bool:
   return known and len(leaf.sharding.device_set) == 1 and leaf.is_fully_addressable
 
 
-def _put_like(leaf: Any, array: np.ndarray) -> jax.Array:
+def _put_like(leaf: Array, array: np.ndarray) -> jax.Array:
   """An array as JAX holds it, where the leaf is if that was said (or else wherever arrays go)."""
-  committed = isinstance(leaf, jax.Array) and leaf.committed
-  return jax.device_put(array, leaf.sharding if committed else None)
+  return jax.device_put(array, leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from fisherprune_jax._errors import path_name
+from fisherprune_jax._errors import path_name, same_structure
 
 Part = Callable[[Any], Any]
 """Picks the part from a tree like the variables."""
@@ -60,7 +60,7 @@ def _fit(part: Any, opt_state: Any, init: Callable[[Any], Any]) -> int:
   except Exception:  # an ``init`` of anybody's: labels of other parameters, say, raise what they like
     return 0
   same = shapes_by_path(state) == shapes_by_path(opt_state)
-  return same + (same and jax.tree.structure(state) == jax.tree.structure(opt_state))
+  return same + (same and same_structure(state, opt_state))
 
 
 def _tiers(full: Any, given: Mapping[Keys, Any]) -> Iterator[list[tuple[str, Part]]]:

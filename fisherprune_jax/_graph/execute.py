@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -22,8 +23,10 @@ from fisherprune_jax._graph.rules import spec_of
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec
 from fisherprune_jax._graph.structured import STRUCTURED
+from fisherprune_jax._types import Size
 
 Arrays = dict[Value, Any]
+"""What is stored of each value: an array, or a ``Stack``."""
 
 
 Held = Box | list[Box]
@@ -34,15 +37,15 @@ Held = Box | list[Box]
 class Stack:
   """Layers of different widths in one array: each holds its entries in front, and zeros behind."""
 
-  array: Any
+  array: jax.Array
   boxes: list[Box]
 
-  def layer(self, layer: int, ev: Evaluation) -> Any:
+  def layer(self, layer: int, ev: Evaluation) -> jax.Array:
     """One layer, without its padding."""
     sizes = [_live_size(ev, s) for s in self.boxes[layer]]
     return lax.slice(_entry(self.array, layer), (0,) * len(sizes), sizes)
 
-  def read(self, box: Box, ev: Evaluation) -> Any:
+  def read(self, box: Box, ev: Evaluation) -> jax.Array:
     """All layers at the entries of ``box``."""
     layers = [align(self.layer(layer, ev), held, box[1:], ev) for layer, held in enumerate(self.boxes)]
     return align(jnp.stack(layers), (*whole_box((len(layers),)), *box[1:]), box, ev)
@@ -76,7 +79,7 @@ class Run:
     ]
     return self.run(program, inputs, wanted)
 
-  def _given(self, x: Any, held: Held, value: Value) -> Any:
+  def _given(self, x: jax.Array, held: Held, value: Value) -> "Stack | jax.Array":
     if isinstance(held, list):
       stack = Stack(x, held)
       return stack if self.live.layers(value) is not None else stack.read(self.live.stored(value), self.ev)
@@ -93,7 +96,7 @@ class Run:
         _execute(self, node, arrays)
     return [self.read(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
 
-  def read(self, arrays: Arrays, value: Value, box: Box) -> Any:
+  def read(self, arrays: Arrays, value: Value, box: Box) -> jax.Array:
     """An array at the entries of ``box``; zeros (none, mostly) of one that nothing asks for."""
     if value.literal is not None:
       return align(jnp.asarray(value.literal, value.aval.dtype), whole_box(value.shape), box, self.ev)
@@ -101,7 +104,7 @@ class Run:
       return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
     return align(arrays[value], self.live.stored(value), box, self.ev)
 
-  def read_layer(self, arrays: Arrays, value: Value, layer: int, box: Box) -> Any:
+  def read_layer(self, arrays: Arrays, value: Value, layer: int, box: Box) -> jax.Array:
     """One entry of an array along its leading axis, at the entries of ``box``."""
     if value not in self.live.asked:
       return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
@@ -115,7 +118,7 @@ class Run:
     return Run(program, analyse(program, inputs, asked, spec_of, self.live.policy), self.ev)
 
 
-def _entry(array: Any, layer: int) -> Any:
+def _entry(array: jax.Array, layer: int) -> jax.Array:
   return lax.index_in_dim(array, layer, keepdims=False)
 
 
@@ -149,12 +152,12 @@ def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequenc
   return spec.bind(node, operands, {f: _live_size(run.ev, s) for f, s in factors.items()}), boxes
 
 
-def _live_size(ev: Evaluation, s: Set) -> Any:
+def _live_size(ev: Evaluation, s: Set) -> Size:
   index = ev.index(s)
   return s.size if index is None else index.size
 
 
-def _pick(run: Run, spec: Spec, factors: dict[Factor, Set], array: Any, box: Box) -> Any:
+def _pick(run: Run, spec: Spec, factors: dict[Factor, Set], array: jax.Array, box: Box) -> jax.Array:
   """Selects along the picked axes, from the live entries of the factor to those of the result."""
   for axis, (picked, wanted) in enumerate(zip(spec.outs[0], box, strict=True)):
     if isinstance(picked, Pick):

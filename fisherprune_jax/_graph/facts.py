@@ -13,6 +13,7 @@ from fisherprune_jax._graph.program import Node, Value
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec, compose, factors_of, project
 from fisherprune_jax._graph.together import Together
+from fisherprune_jax._types import Shape
 
 Box = tuple[Set, ...]
 Factors = dict[Factor, Set]
@@ -52,17 +53,17 @@ class Info(NamedTuple):
     return any(s.support for s in self.box)
 
 
-def whole_box(shape: Sequence[Any]) -> Box:
+def whole_box(shape: Shape) -> Box:
   """The box that holds everything."""
   return tuple(sets.everything(n) for n in shape)
 
 
-def weak_box(shape: Sequence[Any]) -> Box:
+def weak_box(shape: Shape) -> Box:
   """The box of what could do without."""
   return tuple(map(sets.weak, shape))
 
 
-def empty_box(shape: Sequence[Any]) -> Box:
+def empty_box(shape: Shape) -> Box:
   """The box that holds nothing (along an axis of symbolic size, everything)."""
   return tuple(sets.nothing(n) if compat.is_static_size(n) else sets.everything(n) for n in shape)
 
@@ -94,7 +95,7 @@ def nonzero_box(info: Info) -> Box:
   return empty_box([s.size for s in info.box]) if info.is_zero else info.box
 
 
-def box_of(axes: Axes, factors: Factors, shape: Sequence[Any]) -> Box:
+def box_of(axes: Axes, factors: Factors, shape: Shape) -> Box:
   """The box of an array from the sets of its factors."""
   return tuple(compose(axis, factors, n) for axis, n in zip(axes, shape, strict=True))
 

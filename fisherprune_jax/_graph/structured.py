@@ -20,7 +20,7 @@ class Cost(NamedTuple):
 
   node: Node
   label: str
-  term: Any
+  term: flops.Term | flops.Dearest
   counted: bool = True
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 
@@ -17,6 +16,7 @@ from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of
 from fisherprune_jax._graph.updates import analyse
 from fisherprune_jax._graph.variables import VariableTree, abstract
+from fisherprune_jax._types import ApplyFn, Picker, PyTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Traced:
   program: Program
   variables: list[Value]
   infos: list[Info]
-  out_tree: Any
+  out_tree: PyTree
   updates: dict[int, int]
   _analyses: dict[MaskPolicy, "Analysis"] = field(default_factory=dict)
 
@@ -78,10 +78,10 @@ class Analysis:
 
 
 def trace_apply(
-  apply_fn: Callable[..., Any],
+  apply_fn: ApplyFn,
   tree: VariableTree,
-  args: Sequence[Any],
-  updates: Callable[[Any], Any] | None = None,
+  args: Sequence[PyTree],
+  updates: Picker | None = None,
   ranks: Sequence[int] | None = None,
 ) -> Traced:
   """Traces ``apply_fn(variables, *args)``.
@@ -97,11 +97,10 @@ def trace_apply(
   return Traced(program, values, infos, out_tree, _places(updates, out_tree, tree) if updates else {})
 
 
-def _places(updates: Callable[[Any], Any], out_tree: Any, tree: VariableTree) -> dict[int, int]:
+def _places(updates: Picker, out_tree: PyTree, tree: VariableTree) -> dict[int, int]:
   """Which leaf of the output replaces which leaf of the variables."""
-  structure = jax.tree.structure(out_tree)
   shapes = [leaf.shape for leaf in jax.tree.leaves(out_tree)]
-  picked = updates(jax.tree.unflatten(structure, range(structure.num_leaves)))
+  picked = updates(jax.tree.unflatten(jax.tree.structure(out_tree), range(len(shapes))))
   places = {path_name(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
   found = {}
   for path, out in jax.tree_util.tree_leaves_with_path(picked):

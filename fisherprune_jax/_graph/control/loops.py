@@ -10,6 +10,7 @@ from jax import lax
 from fisherprune_jax._graph import compat, program, together
 from fisherprune_jax._graph.align import align
 from fisherprune_jax._graph.control import stacks
+from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import (
   Box,
   Info,
@@ -24,6 +25,7 @@ from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, Pairs, costs_of
 from fisherprune_jax._graph.together import Together
+from fisherprune_jax._types import Shape
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
@@ -224,7 +226,9 @@ def _pairs(outer: Sequence[Value], inner: Sequence[Value]) -> Pairs:
   return list(zip(outer, inner, strict=True))
 
 
-def _where(go_on: Any, each: Box, after: list[Any], before: list[Any], kept: list[Box], ev: Any) -> list[Any]:
+def _where(
+  go_on: Any, each: Box, after: list[Any], before: list[Any], kept: list[Box], ev: Evaluation
+) -> list[Any]:
   """What a turn changes, of the examples that go on; they lie along the leading axes."""
   chosen = []
   for new, old, box in zip(after, before, kept, strict=True):
@@ -233,7 +237,7 @@ def _where(go_on: Any, each: Box, after: list[Any], before: list[Any], kept: lis
   return chosen
 
 
-def _stack(box: Box, shape: Sequence[Any]) -> Box:
+def _stack(box: Box, shape: Shape) -> Box:
   """The box of an array whose leading axis is the turns."""
   return (*whole_box(shape[:1]), *box)
 

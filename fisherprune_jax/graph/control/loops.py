@@ -248,12 +248,17 @@ def _forward(
   carried = [Info(nonzero_box(i), varies=i.varies, together={} if i.is_zero else i.together) for i in init]
   for _ in range(MOST_PASSES):
     outs = live.forward(body, [*consts, *carried, *each])
-    grown = list(map(either, carried, outs))
-    if grown == carried or not again:  # sets are interned, so equal ones are the same object
+    grown = list(map(either if again else _as_carried, carried, outs))
+    if grown == carried:  # sets are interned, so equal ones are the same object
       return carried, outs
     carried = grown
   carried = [Info(whole_box(_shape(info)), varies=info.varies) for info in carried]
   return carried, live.forward(body, [*consts, *carried, *each])
+
+
+def _as_carried(before: Info, after: Info) -> Info:
+  """What is known before the only turn: it counts as a loop all the same, of which one turn hangs on another."""
+  return before._replace(varies=before.varies or after.varies)
 
 
 def _shape(info: Info) -> list[Any]:

@@ -12,8 +12,9 @@ from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.facts import Box, Info, results, whole_box
 from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
 from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.rules.opaque import opaque
-from fisherprune_jax._graph.spec import Counting, Spec, register_rule
+from fisherprune_jax._graph.spec import Counting, Spec
 
 
 class LinearSolve:
@@ -66,5 +67,5 @@ def kept_whole(node: Node, infos: Sequence[Info]) -> Spec:
   return opaque(node, f"{node.name} of masked entries")
 
 
-register_rule("custom_linear_solve", kept_whole)
+built_in("custom_linear_solve", kept_whole)
 STRUCTURED["custom_linear_solve"] = LinearSolve()

@@ -6,7 +6,7 @@ operand that one names is looked up once, when it is made; the error names the r
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -27,6 +27,12 @@ OF_FACTORS = ("alive", "whole", "weak")
 """What it says of factors."""
 
 
+class Said(str):
+  """A value in words, that is not to be quoted."""
+
+  __slots__ = ()
+
+
 class Fault(NamedTuple):
   """What a rule must do, what it did, and what to do about it."""
 
@@ -42,19 +48,19 @@ def ask(rule: SpecRule, node: Node, infos: Sequence[Info]) -> Spec | None:
   except compat.UndecidedSize:
     raise  # the fault of a symbol, not of the rule: an export says so
   except Exception as error:
-    said = f"{type(error).__name__}: {error}"
-    _refuse(rule, node, Fault("must return a Spec or None", said, "It raised that."), error)
+    said = Said(f"{type(error).__name__}: {error}, which it raised")
+    raise _refusal(rule, node, Fault("must return a Spec or None", said)) from error
   if spec is None:
     return None
-  for fault in _faults(spec, node):
-    _refuse(rule, node, fault)
+  if fault := _fault(spec, node):
+    raise _refusal(rule, node, fault)
   return _guarded(rule, spec) if is_taught(node.name) else spec
 
 
-def _refuse(rule: SpecRule, node: Node, fault: Fault, error: Exception | None = None) -> None:
+def _refusal(rule: SpecRule, node: Node, fault: Fault) -> ValueError:
   where = f"The rule {_name_of(rule)} for the primitive `{node.name}` ({node.source})"
-  got = fault.value if isinstance(fault.value, str) else repr(fault.value)
-  raise ValueError(f"{where} {fault.requirement}, got {got}. {fault.remedy}".rstrip()) from error
+  got = fault.value if isinstance(fault.value, Said) else repr(fault.value)
+  return ValueError(f"{where} {fault.requirement}, got {got}. {fault.remedy}".rstrip())
 
 
 def _name_of(rule: Any) -> str:
@@ -65,94 +71,100 @@ def _name_of(rule: Any) -> str:
   return f"{named.__module__}.{named.__qualname__}"
 
 
-def _faults(spec: Any, node: Node) -> Iterator[Fault]:
-  """What is wrong with a ``Spec``, the first cause first; what comes after a fault may be a consequence of it."""
+def _fault(spec: Any, node: Node) -> Fault | None:
+  """What is wrong with a ``Spec`` first of all; this runs for every node of a network, so the usual comes first."""
   if not isinstance(spec, Spec):
-    yield Fault(
+    return Fault(
       "must return a Spec or None", spec, "fp.rules.Spec makes one; None says that no rule is known."
     )
-  yield from _of_sizes(spec.sizes)
-  yield from _of_arrays("ins", "operand", spec.ins, node.ins, spec.sizes)
-  yield from _of_arrays("outs", "result", spec.outs, node.outs, spec.sizes)
-  yield from _of_picks(spec)
-  yield from _of_names(spec)
-  yield from _of_flops(spec)
-  yield from _of_moves(spec)
+  return (
+    _in_sizes(spec.sizes)
+    or _in_arrays("ins", "operand", spec.ins, node.ins, spec.sizes)
+    or _in_arrays("outs", "result", spec.outs, node.outs, spec.sizes)
+    or _in_factors(spec)
+    or _in_numbers(spec)
+    or _in_flops(spec)
+    or _in_moves(spec)
+    or _in_words(spec)
+  )
 
 
-def _of_sizes(sizes: Any) -> Iterator[Fault]:
+def _in_sizes(sizes: Any) -> Fault | None:
   if not isinstance(sizes, dict):
-    yield Fault("must give `sizes` as a dictionary from factors to their sizes", sizes)
+    return Fault("must give `sizes` as a dictionary from factors to their sizes", sizes)
   for factor, size in sizes.items():
-    if type(factor) is not str or not compat.is_size(size):
-      yield Fault(
+    if type(factor) is not str or (type(size) is not int and not compat.is_size(size)) or size < 0:
+      return Fault(
         "must give `sizes` as whole numbers by the names of factors",
         {factor: size},
         "Take them from node.ins[i].shape and node.outs[i].shape.",
       )
+  return None
 
 
-def _of_arrays(
-  field: str, what: str, all_axes: Any, values: Sequence[Value], sizes: Sizes
-) -> Iterator[Fault]:
-  """Faults of the axes of all operands, or of all results."""
-  if not isinstance(all_axes, tuple) or len(all_axes) != len(values):
+def _in_arrays(field: str, what: str, all_axes: Any, values: Sequence[Value], sizes: Sizes) -> Fault | None:
+  """A fault of the axes of some operand, or of some result."""
+  if type(all_axes) is not tuple or len(all_axes) != len(values):
     remedy = "A tuple of one is written with a comma: (axes,)." if len(values) == 1 else ""
-    yield Fault(
+    return Fault(
       f"must give `{field}` one tuple of axes for each {what}, {len(values)} in all", all_axes, remedy
     )
-  for at, (axes, value) in enumerate(zip(all_axes, values, strict=True)):
-    shape = value.shape
-    if not isinstance(axes, tuple) or len(axes) != len(shape):
-      yield Fault(
+  for at, value in enumerate(values):
+    axes, shape = all_axes[at], value.shape
+    if type(axes) is not tuple or len(axes) != len(shape):
+      return Fault(
         f"must name an axis for each of the {len(shape)} axes of {what} {at}, of shape {shape}",
         axes,
         "An axis is a factor, Prod, Sum, Pick or None.",
       )
     for axis, n in zip(axes, shape, strict=True):
-      # The usual case first: this runs for every axis of every array of a network.
-      if axis is not None and not (type(axis) is str and axis in sizes and sizes[axis] == n):
-        yield from _of_axis(axis, n, f"an axis of {what} {at}", sizes)
+      if axis is None or (type(axis) is str and axis in sizes and sizes[axis] == n):
+        continue
+      if fault := _in_axis(axis, n, f"an axis of {what} {at}", sizes):
+        return fault
+  return None
 
 
-def _of_axis(axis: Any, n: Size, where: str, sizes: Sizes) -> Iterator[Fault]:
+def _in_axis(axis: Any, n: Size, where: str, sizes: Sizes) -> Fault | None:
   if not isinstance(axis, str | Prod | Sum | Pick):
-    yield Fault(f"must make {where} of a factor, Prod, Sum, Pick or None", axis)
-  if isinstance(axis, Prod | Sum):
-    yield from _of_parts(axis, where)
-  unknown = [f for f in factors_of(axis) if f not in sizes]
-  if unknown:
-    yield Fault(
+    return Fault(f"must make {where} of a factor, Prod, Sum, Pick or None", axis)
+  if isinstance(axis, Prod | Sum) and (fault := _in_parts(axis, where)):
+    return fault
+  if unknown := [f for f in factors_of(axis) if f not in sizes]:
+    return Fault(
       f"must give the size of every factor, those of {where} too", unknown, "Put them into `sizes`."
     )
-  if isinstance(axis, Pick):
-    yield from _of_index(axis, where, sizes)
+  if isinstance(axis, Pick) and (fault := _in_index(axis, where, sizes)):
+    return fault
   if compat.differ(size := _size(axis, sizes), n):
-    yield Fault(
+    return Fault(
       f"must give {where} its size, {n}",
-      f"{axis!r} of size {size}",
+      Said(f"{axis!r} of size {size}"),
       "Take sizes from node.ins[i].shape and node.outs[i].shape; an axis of size 1 that broadcasts is None.",
     )
+  return None
 
 
-def _of_parts(axis: Prod | Sum, where: str) -> Iterator[Fault]:
+def _in_parts(axis: Prod | Sum, where: str) -> Fault | None:
   parts = axis.parts
   if not (isinstance(parts, tuple) and parts and all(isinstance(f, str) for f in parts)):
-    yield Fault(f"must make {where} of a tuple of factors", axis, 'As in Prod(("h", "w")).')
+    return Fault(f"must make {where} of a tuple of factors", axis, 'As in Prod(("h", "w")).')
   if len({*parts}) < len(parts):
-    yield Fault(f"must use a factor once in {where}", axis, "Give each part a factor of its own.")
+    return Fault(f"must use a factor once in {where}", axis, "Give each part a factor of its own.")
+  return None
 
 
-def _of_index(axis: Pick, where: str, sizes: Sizes) -> Iterator[Fault]:
+def _in_index(axis: Pick, where: str, sizes: Sizes) -> Fault | None:
   index, size = axis.index, sizes[axis.factor]
   if not (isinstance(index, np.ndarray) and index.ndim == 1 and np.issubdtype(index.dtype, np.integer)):
-    yield Fault(f"must pick {where} by a NumPy vector of integers", index)
+    return Fault(f"must pick {where} by a NumPy vector of integers", index)
   largest = size if compat.is_static_size(size) else math.inf
   if index.size and not (index.min() >= -1 and index.max() < largest):
-    yield Fault(
+    return Fault(
       f"must pick {where} among the {size} entries of {axis.factor!r}, or -1 for a zero",
-      f"positions {index.min()} to {index.max()}",
+      Said(f"positions {index.min()} to {index.max()}"),
     )
+  return None
 
 
 def _size(axis: Axis, sizes: Sizes) -> Size:
@@ -162,81 +174,92 @@ def _size(axis: Axis, sizes: Sizes) -> Size:
   return sum(numbers) if isinstance(axis, Sum) else math.prod(numbers)
 
 
-def _of_picks(spec: Spec) -> Iterator[Fault]:
+def _in_factors(spec: Spec) -> Fault | None:
+  """What is said of factors that there are not, and factors that no axis has."""
+  known = spec.sizes.keys()
+  for field in OF_FACTORS:
+    found = getattr(spec, field)
+    if found and not (isinstance(found, AbstractSet) and found <= known):
+      return Fault(
+        f"must say `{field}` as a set of factors that `sizes` has", found, f"Those are {[*known]}."
+      )
+  axes = {axis for axes in (*spec.ins, *spec.outs) for axis in axes if axis is not None}
+  if axes == known:
+    return None  # every axis is one factor, and every factor is an axis
+  on_axes = {f for axis in axes for f in factors_of(axis)}
+  if strays := [f for f in known if f not in on_axes and f not in spec.whole]:
+    return Fault(
+      "must have every factor on an axis", strays, "What only counts is the `scale` or `terms` of a Flops."
+    )
+  return _in_picks(spec) if any(isinstance(axis, Pick) for axis in axes) else None
+
+
+def _in_picks(spec: Spec) -> Fault | None:
   """A result that is picked is taken from operand 0 along its axes, whatever the primitive does."""
   if any(isinstance(axis, Pick) for axes in spec.ins for axis in axes):
-    yield Fault(
+    return Fault(
       "must use Pick in a result alone", spec.ins, "The operand has the factor, the result picks from it."
     )
-  if not any(isinstance(axis, Pick) for axes in spec.outs for axis in axes):
-    return
   plain = tuple(axis.factor if isinstance(axis, Pick) else axis for axis in spec.outs[0])
   if len(spec.outs) > 1 or not spec.ins or plain != spec.ins[0]:
-    yield Fault(
+    return Fault(
       "must use Pick in the one result of a primitive that selects from operand 0 along axes in the same order",
-      f"{spec.ins} -> {spec.outs}",
+      Said(f"{spec.ins} -> {spec.outs}"),
       "Transposed, merged or split as well, the axes have to be whole.",
     )
+  if spec.moves and any(isinstance(axis, Pick) and (axis.index < 0).any() for axis in spec.outs[0]):
+    return Fault("must not say `moves` where a Pick puts zeros in", True, "The zeros are not operand 0's.")
+  return None
 
 
-def _of_names(spec: Spec) -> Iterator[Fault]:
-  """What is said of operands and factors that there are not, and of factors that no axis has."""
-  operands = range(len(spec.ins))
+def _in_numbers(spec: Spec) -> Fault | None:
+  """What is said of operands that there are not."""
+  count = len(spec.ins)
   for field in OF_OPERANDS:
     found = getattr(spec, field)
     if found and not (
-      isinstance(found, AbstractSet) and all(type(i) is int and i in operands for i in found)
+      isinstance(found, AbstractSet) and all(type(i) is int and 0 <= i < count for i in found)
     ):
-      yield Fault(
-        f"must say `{field}` as a set of numbers of its {len(operands)} operands", found, "Counted from 0."
+      return Fault(
+        f"must say `{field}` as a set of numbers of its {count} operands", found, "Counted from 0."
       )
-  for field in OF_FACTORS:
-    found = getattr(spec, field)
-    if found and not (isinstance(found, AbstractSet) and found <= spec.sizes.keys()):
-      yield Fault(
-        f"must say `{field}` as a set of factors that `sizes` has", found, f"Those are {[*spec.sizes]}."
-      )
-  on_axes = {f for axes in (*spec.ins, *spec.outs) for axis in axes for f in factors_of(axis)}
-  if strays := [f for f in spec.sizes if f not in on_axes and f not in spec.whole]:
-    yield Fault(
-      "must have every factor on an axis", strays, "What only counts is the `scale` or `terms` of a Flops."
-    )
+  return None
 
 
-def _of_flops(spec: Spec) -> Iterator[Fault]:
-  counts = spec.flops
-  if not isinstance(counts, tuple) or not all(isinstance(count, Flops) for count in counts):
-    yield Fault(
+def _in_flops(spec: Spec) -> Fault | None:
+  counts, known = spec.flops, spec.sizes.keys()
+  if type(counts) is not tuple or not all(type(count) is Flops for count in counts):
+    return Fault(
       "must give `flops` as a tuple of Flops", counts, "One is written with a comma: (Flops(axes),)."
     )
   for count in counts:
     named = (count.outer, () if count.inner is None else count.inner)
-    if not all(isinstance(factors, tuple) and spec.sizes.keys() >= {*factors} for factors in named):
-      yield Fault("must count by tuples of factors that `sizes` has", count, f"Those are {[*spec.sizes]}.")
+    if not all(type(factors) is tuple and all(f in known for f in factors) for factors in named):
+      return Fault("must count by tuples of factors that `sizes` has", count, f"Those are {[*known]}.")
     if not (compat.is_size(count.scale) and compat.is_size(count.terms)):
-      yield Fault("must count with whole numbers for `scale` and `terms`", count)
+      return Fault("must count with whole numbers for `scale` and `terms`", count)
+  return None
 
 
-def _of_moves(spec: Spec) -> Iterator[Fault]:
+def _in_moves(spec: Spec) -> Fault | None:
   if spec.moves and (len(spec.outs) != 1 or not spec.ins):
-    yield Fault(
-      "must say `moves` of a primitive with an operand and one result", f"{spec.ins} -> {spec.outs}"
-    )
-  if spec.moves and any(isinstance(axis, Pick) and (axis.index < 0).any() for axis in spec.outs[0]):
-    yield Fault("must not say `moves` where a Pick puts zeros in", True, "The zeros are not operand 0's.")
-  if spec.same_as is not None and (
-    type(spec.same_as) is not int
-    or not 0 <= spec.same_as < len(spec.ins)
-    or spec.outs != (spec.ins[spec.same_as],)
+    arrays = Said(f"{spec.ins} -> {spec.outs}")
+    return Fault("must say `moves` of a primitive with an operand and one result", arrays)
+  same = spec.same_as
+  if same is not None and not (
+    type(same) is int and 0 <= same < len(spec.ins) and spec.outs == (spec.ins[same],)
   ):
-    yield Fault(
-      "must say `same_as` of an operand with the axes of the one result",
-      f"{spec.same_as!r} of {spec.ins} -> {spec.outs}",
-    )
+    got = Said(f"{same!r} of {spec.ins} -> {spec.outs}")
+    return Fault("must say `same_as` of an operand with the axes of the one result", got)
+  return None
+
+
+def _in_words(spec: Spec) -> Fault | None:
   if not isinstance(spec.opaque, str):
-    yield Fault("must give `opaque` as a reason in words", spec.opaque)
+    return Fault("must give `opaque` as a reason in words", spec.opaque)
   if spec.bind is not None and not callable(spec.bind):
-    yield Fault("must give `bind` as a function bind(node, arrays, sizes)", spec.bind)
+    return Fault("must give `bind` as a function bind(node, arrays, sizes)", spec.bind)
+  return None
 
 
 def _guarded(rule: SpecRule, spec: Spec) -> Spec:
@@ -250,7 +273,9 @@ def _guarded(rule: SpecRule, spec: Spec) -> Spec:
     shapes = [np.shape(x) for x in found] if isinstance(found, list | tuple) else found
     if not isinstance(shapes, list) or len(shapes) != len(wanted) or any(map(_apart, shapes, wanted)):
       remedy = "A parameter that holds a size has to follow it: `bind` applies the primitive with other ones."
-      _refuse(rule, node, Fault(f"must give results of the live shapes {wanted}, in a list", shapes, remedy))
+      raise _refusal(
+        rule, node, Fault(f"must give results of the live shapes {wanted}, in a list", shapes, remedy)
+      )
     return found
 
   return replace(spec, bind=guarded)

@@ -15,7 +15,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 COMPAT = ROOT / "_graph" / "compat.py"
 
 STOREYS = [
-  {"_errors", "_tables", "_masks"},
+  {"_errors", "_masks", "_tables", "_types"},
   {"_graph"},
   {"_cost"},
   {"_training"},

@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.compat import Size
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node, Value
 from fisherprune_jax._graph.registry import SpecRule, is_taught
 from fisherprune_jax._graph.spec import Axes, Axis, Factor, Flops, Pick, Prod, Sizes, Spec, Sum, factors_of
+from fisherprune_jax._types import Size
 
 OF_OPERANDS = ("kills", "neutral", "sees", "blind")
 """What a ``Spec`` says of operands, by their numbers."""

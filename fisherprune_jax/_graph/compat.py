@@ -16,10 +16,10 @@ from jax._src.core import InconclusiveDimensionOperation, get_axis_env, is_symbo
 from jax._src.debugging import DebugEffect, OrderedDebugEffect
 from jax.extend import core
 
+from fisherprune_jax._types import Size
+
 Literal = core.Literal
 Primitive = core.Primitive
-Size = Any
-"""The size of an axis: an ``int``, or a symbol of a shape-polymorphic trace (of which JAX has no public type)."""
 UndecidedSize = InconclusiveDimensionOperation
 _LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("flax", "jax", "optax", "fisherprune_jax"))
 

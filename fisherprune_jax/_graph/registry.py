@@ -7,9 +7,9 @@ from typing import Any
 from fisherprune_jax._errors import require
 from fisherprune_jax._graph.compat import Primitive
 from fisherprune_jax._graph.facts import Info
-from fisherprune_jax._graph.liveness import STRUCTURED
 from fisherprune_jax._graph.program import INLINED, Node
 from fisherprune_jax._graph.spec import Spec
+from fisherprune_jax._graph.structured import STRUCTURED
 
 SpecRule = Callable[[Node, Sequence[Info]], Spec | None]
 """``rule(node, infos) -> Spec``, or None for what it does not cover; ``infos`` are the operands' ``Info``."""

@@ -18,9 +18,9 @@ import jax
 import numpy as np
 
 from fisherprune_jax._graph import sets
-from fisherprune_jax._graph.compat import Size
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._types import Size
 
 Factor = str
 
@@ -65,21 +65,6 @@ class Flops(NamedTuple):
   scale: int = 1
   terms: int = 1
   pads: bool | None = None
-
-
-class Counting(NamedTuple):
-  """What is counted: the primitives of these names (None: all), with taps that fall on padding or without."""
-
-  primitives: frozenset[str] | None = None
-  pad_taps: bool = True
-
-  def names(self, primitive: str) -> bool:
-    """Whether a primitive counts."""
-    return self.primitives is None or primitive in self.primitives
-
-  def takes(self, flops: Flops) -> bool:
-    """Whether a count of one that does counts."""
-    return flops.pads in (None, self.pad_taps)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.compat import Size
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
@@ -17,6 +16,7 @@ from fisherprune_jax._graph.rules.naming import sized
 from fisherprune_jax._graph.rules.taps import Slide, histogram, meets_all
 from fisherprune_jax._graph.rules.weights import inner_product
 from fisherprune_jax._graph.spec import Axes, Axis, Factor, Flops, Prod, Sizes, Spec, factors_of
+from fisherprune_jax._types import Size
 
 BOTH = frozenset({0, 1})
 

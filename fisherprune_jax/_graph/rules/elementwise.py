@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from fisherprune_jax._graph.compat import Size
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
@@ -17,6 +16,7 @@ from fisherprune_jax._graph.rules.naming import sized
 from fisherprune_jax._graph.rules.probing import Zeros, probe
 from fisherprune_jax._graph.rules.weights import weight
 from fisherprune_jax._graph.spec import Axes, Factor, Flops, Spec, names_of
+from fisherprune_jax._types import Size
 
 COMPUTES = """
   abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz

@@ -7,13 +7,13 @@ import numpy as np
 from jax import lax
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.compat import Size
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.rules.movement import picked
 from fisherprune_jax._graph.rules.naming import mixed_of, side, sized
 from fisherprune_jax._graph.spec import Bind, Factor, Sizes, Spec
+from fisherprune_jax._types import Size
 
 
 def gather(node: Node, infos: Sequence[Info]) -> Spec:

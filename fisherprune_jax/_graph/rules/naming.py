@@ -6,8 +6,8 @@ letter of a factor tells whether a rule may let an entry go.
 
 from collections.abc import Iterable, Sequence
 
-from fisherprune_jax._graph.compat import Size
 from fisherprune_jax._graph.spec import Axes, Factor, Sizes
+from fisherprune_jax._types import Size
 
 SHARED = "d"
 """The letter of the names that ``spec.names_of`` gives."""

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from fisherprune_jax._graph.checking import ask
-from fisherprune_jax._graph.compat import Size
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in, rule_for
 from fisherprune_jax._graph.spec import Axes, Flops, Spec
+from fisherprune_jax._types import Size
 
 # Random bits depend on the whole shape; drawing them costs one operation per number.
 RANDOM = """

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.compat import Size
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
@@ -13,6 +12,7 @@ from fisherprune_jax._graph.rules.naming import mixed_of, side, sized
 from fisherprune_jax._graph.rules.taps import Slide, meets_all, met
 from fisherprune_jax._graph.rules.weights import weight
 from fisherprune_jax._graph.spec import Factor, Flops, Spec, names_of
+from fisherprune_jax._types import Size
 
 # Zeros add nothing to these; the others have to see them.
 SUMS = ["reduce_sum", "reduce_or", "reduce_xor"]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.compat import Size
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.spec import Axis, Factor, Prod, Sizes, Spec
+from fisherprune_jax._types import Size
 
 
 @dataclass

@@ -5,6 +5,13 @@ A primitive that no rule knows is kept whole, and not counted; a warning says so
 non-zero, which are asked for, what is left of every array, and what it costs follow from that. Register it with
 :func:`fisherprune_jax.register_rule` before anything that uses the primitive is traced.
 
+A :class:`Spec` names the *factors* of one application, as in ``b m k, b k n -> b m n``. An axis is one factor, or
+
+- ``None``: linked to no other axis, and whole (a size-1 axis that broadcasts);
+- ``Prod(("h", "w", "c"))``: several factors merged, row-major (a reshape, groups);
+- ``Sum(("a", "b"))``: several factors end to end (concatenation);
+- ``Pick("a", index)``: in a result, some entries of an axis of operand 0 (a slice, a reversal).
+
 **A primitive that works entry by entry** needs nothing more than to be told so. Whether it keeps zeros is not written
 down: :func:`elementwise` applies it to zeros and looks, so it must have an implementation.
 

@@ -109,7 +109,12 @@ class Spec:
 
 
 def names_of(shape: Sequence[Size]) -> tuple[Factor, ...]:
-  """A factor for each axis: ``d0 d1 ...``."""
+  """A factor for each axis of a shape: ``d0 d1 ...``.
+
+  >>> import fisherprune_jax as fp
+  >>> fp.rules.names_of((5, 4))
+  ('d0', 'd1')
+  """
   return tuple(f"d{i}" for i in range(len(shape)))
 
 

@@ -38,7 +38,18 @@ PREDICATES = {"select_n": frozenset({0})}
 
 
 def elementwise(node: Node, infos: Sequence[Info]) -> Spec:
-  """Axis by axis; an operand's size-1 axis (or missing axes) broadcasts."""
+  """The rule of a primitive that works entry by entry: a result's entry is of the operands' at the same place.
+
+  A size-1 axis of an operand broadcasts, and so does a scalar. Whether zeros stay zero, and whether the sign of a zero
+  shows, the primitive is asked by applying it, so it must have an implementation. It costs 1 per entry.
+
+  Args:
+    node: the application.
+    infos: what is known of its operands.
+
+  Returns:
+    Its ``Spec``.
+  """
   shape = node.outs[0].shape
   ins = tuple(_axes(value.shape, shape) for value in node.ins)
   names = names_of(shape)

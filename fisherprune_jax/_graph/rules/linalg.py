@@ -12,10 +12,11 @@ from typing import Any
 
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.facts import Info
-from fisherprune_jax._graph.program import Node, Value
+from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import SpecRule, built_in
+from fisherprune_jax._graph.rules.naming import apart, sizes_in
 from fisherprune_jax._graph.rules.weights import is_complex
-from fisherprune_jax._graph.spec import Axes, Flops, Sizes, Spec
+from fisherprune_jax._graph.spec import Flops, Spec
 
 THIRD = Fraction(1, 3)
 Count = Callable[..., Any]
@@ -76,17 +77,11 @@ def _solve(node: Node, core: int, at: int, flops: int) -> Spec:
 def _batched(node: Node, core: int, flops: int, alive: bool) -> Spec:
   """The leading axes, all but ``core`` of the first operand, are elementwise, the others whole."""
   batch = tuple(f"b{i}" for i in range(len(node.ins[0].shape) - core))
-  sizes: Sizes = {}
-
-  def axes(letter: str, values: Sequence[Value]) -> tuple[Axes, ...]:
-    named = []
-    for at, value in enumerate(values):
-      own = tuple(f"{letter}{at}.{k}" for k in range(len(value.shape) - len(batch)))
-      sizes.update(zip((*batch, *own), value.shape, strict=True))
-      named.append((*batch, *own))
-    return tuple(named)
-
-  ins, outs = axes("i", node.ins), axes("o", node.outs)
+  ins, outs = (
+    tuple((*batch, *own) for own in apart(letter, values, len(batch)))
+    for letter, values in (("i", node.ins), ("o", node.outs))
+  )
+  sizes = sizes_in(node, ins, outs)
   return Spec(
     ins=ins,
     outs=outs,

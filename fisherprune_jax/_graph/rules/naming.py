@@ -6,8 +6,9 @@ letter of a factor tells whether a rule may let an entry go.
 
 from collections.abc import Iterable, Sequence
 
+from fisherprune_jax._graph.program import Node, Value
 from fisherprune_jax._graph.spec import Axes, Factor, Sizes
-from fisherprune_jax._types import Size
+from fisherprune_jax._types import Shape
 
 SHARED = "d"
 """The letter of the names that ``spec.names_of`` gives."""
@@ -23,8 +24,30 @@ def mixed_of(factors: Iterable[Factor]) -> frozenset[Factor]:
   return frozenset(f for f in factors if not f.startswith(SHARED))
 
 
-def sized(*arrays: tuple[Axes, Sequence[Size]]) -> Sizes:
-  """The sizes of the factors that axes are, from the shapes of the arrays that have them; ``None`` has no size."""
+def apart(letter: str, arrays: Sequence[Value], start: int = 0) -> tuple[tuple[Factor, ...], ...]:
+  """Factors of its own for each axis of each array, from axis ``start`` on: ``i0.0 i0.1, i1.0 ..``."""
+  return tuple(tuple(f"{letter}{at}.{k}" for k in range(len(v.shape) - start)) for at, v in enumerate(arrays))
+
+
+def sized(*arrays: tuple[Axes, Shape]) -> Sizes:
+  """The sizes of factors, from the shapes of arrays that have them along an axis.
+
+  Args:
+    *arrays: axes, and the shape of an array with these. What is no single factor (``None``, ``Prod``, ...) is left out.
+
+  Returns:
+    What ``Spec`` calls ``sizes``: the size of each factor.
+
+  >>> import fisherprune_jax as fp
+  >>> fp.rules.sized((("n", "k"), (5, 4)), (("k", None), (4, 1)))
+  {'n': 5, 'k': 4}
+  """
   return {
     axis: n for axes, shape in arrays for axis, n in zip(axes, shape, strict=True) if isinstance(axis, str)
   }
+
+
+def sizes_in(node: Node, ins: Sequence[Axes], outs: Sequence[Axes]) -> Sizes:
+  """The same of all operands and results of a node."""
+  arrays = zip((*ins, *outs), (*node.ins, *node.outs), strict=True)
+  return sized(*((axes, value.shape) for axes, value in arrays))

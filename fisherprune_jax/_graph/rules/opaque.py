@@ -6,8 +6,8 @@ from fisherprune_jax._graph.checking import ask
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in, rule_for
-from fisherprune_jax._graph.spec import Axes, Flops, Spec
-from fisherprune_jax._types import Size
+from fisherprune_jax._graph.rules.naming import apart, sizes_in
+from fisherprune_jax._graph.spec import Flops, Spec
 
 # Random bits depend on the whole shape; drawing them costs one operation per number.
 RANDOM = """
@@ -23,11 +23,21 @@ SILENT = """
 
 
 def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = (), counted: bool = True) -> Spec:
-  """Every entry of every operand is needed, to the sign of its zeros, and every entry of the results is alive."""
-  ins = _axes("i", [value.shape for value in node.ins])
-  outs = _axes("o", [value.shape for value in node.outs])
-  named = zip([f for axes in (*ins, *outs) for f in axes], _sizes(node), strict=True)
-  sizes = {str(f): n for f, n in named}
+  """A primitive that is kept whole: every operand is needed, every entry of the results may be non-zero.
+
+  The signs of the operands' zeros may show as well.
+
+  Args:
+    node: the application.
+    reason: why, for the report; empty where there is nothing to say.
+    flops: what it costs. The axes of result i are the factors ``oi.0 oi.1 ..``, those of operand i ``ii.0 ..``.
+    counted: False where nobody knows what it costs.
+
+  Returns:
+    Its ``Spec``.
+  """
+  ins, outs = apart("i", node.ins), apart("o", node.outs)
+  sizes = sizes_in(node, ins, outs)
   return Spec(
     ins,
     outs,
@@ -40,18 +50,9 @@ def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = (), counted: bool
   )
 
 
-def _axes(side: str, shapes: Sequence[Sequence[Size]]) -> tuple[Axes, ...]:
-  return tuple(tuple(f"{side}{i}.{k}" for k in range(len(shape))) for i, shape in enumerate(shapes))
-
-
-def _sizes(node: Node) -> list[Size]:
-  return [n for value in (*node.ins, *node.outs) for n in value.shape]
-
-
 def random(node: Node, infos: Sequence[Info]) -> Spec:
   """Drawn whole and then selected from, so that the numbers stay those of the masked network."""
-  draws = tuple(Flops(tuple(map(str, axes))) for axes in opaque(node, "").outs)
-  return opaque(node, "", draws)
+  return opaque(node, "", tuple(map(Flops, apart("o", node.outs))))
 
 
 def spec_of(node: Node, infos: Sequence[Info]) -> Spec:

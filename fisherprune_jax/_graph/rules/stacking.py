@@ -6,7 +6,7 @@ from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
-from fisherprune_jax._graph.rules.naming import sized
+from fisherprune_jax._graph.rules.naming import apart, sized, sizes_in
 from fisherprune_jax._graph.spec import Axis, Prod, Spec, names_of
 
 
@@ -58,11 +58,11 @@ def tile(node: Node, infos: Sequence[Info]) -> Spec | None:
 
 def pairwise(node: Node, infos: Sequence[Info]) -> Spec:
   """``a, b c -> a, b c``: each operand passes through on its own."""
-  names = tuple(tuple(f"x{i}.{k}" for k in range(len(v.shape))) for i, v in enumerate(node.ins))
+  names = apart("x", node.ins)
   return Spec(
     ins=names,
     outs=names,
-    sizes=sized(*((axes, v.shape) for axes, v in zip(names, node.ins, strict=True))),
+    sizes=sizes_in(node, names, names),
     moves=len(node.ins) == 1,
   )
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
-from fisherprune_jax._graph.rules.naming import mixed_of, side, sized
+from fisherprune_jax._graph.rules.naming import mixed_of, side, sized, sizes_in
 from fisherprune_jax._graph.rules.reduction import spans
 from fisherprune_jax._graph.rules.weights import weight
 from fisherprune_jax._graph.spec import Factor, Flops, Spec
@@ -73,12 +73,11 @@ def select_and(node: Node, infos: Sequence[Info]) -> Spec:
   entries, places = side("s", spanned), side("t", spanned)
   scatters = node.name.startswith("select_and_scatter")
   ins, outs = ((places, entries), entries) if scatters else ((entries, entries), places)
-  arrays = zip((*ins, outs), (*node.ins, *node.outs), strict=True)
   window = math.prod(node.params["window_dimensions"])
   return Spec(
     ins=ins,
     outs=(outs,),
-    sizes=sized(*((axes, value.shape) for axes, value in arrays)),
+    sizes=sizes_in(node, ins, (outs,)),
     neutral=frozenset({1}),
     whole=mixed_of((*entries, *places)),
     flops=(Flops(places, scale=window),),

@@ -26,6 +26,9 @@ def public_names():
   for name, value in vars(fp.nnx).items():
     if not name.startswith("_") and getattr(value, "__module__", None) == fp.nnx.__name__:
       yield f"fisherprune_jax.nnx.{name}"
+  for name in vars(fp.rules):
+    if not name.startswith("_") and not hasattr(fp, name):
+      yield f"fisherprune_jax.rules.{name}"
 
 
 def documented_names():

@@ -2,30 +2,34 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
+import jax
 import numpy as np
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.spec import Axis, Factor, Pick, Spec, Sum, names_of, register_rule
+from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import built_in
+from fisherprune_jax._graph.rules.naming import sized
+from fisherprune_jax._graph.spec import Axis, Bind, Pick, Sizes, Spec, Sum, names_of
 
 
-def transpose(node: Any, infos: Sequence[Any]) -> Spec:
+def transpose(node: Node, infos: Sequence[Info]) -> Spec:
   """``a b -> b a``."""
   names = names_of(node.ins[0].shape)
   out = tuple(names[axis] for axis in node.params["permutation"])
-  return Spec((names,), (out,), dict(zip(names, node.ins[0].shape, strict=True)), moves=True)
+  return Spec((names,), (out,), sized((names, node.ins[0].shape)), moves=True)
 
 
-def squeeze(node: Any, infos: Sequence[Any]) -> Spec:
+def squeeze(node: Node, infos: Sequence[Info]) -> Spec:
   """``a 1 b -> a b``."""
   gone = node.params["dimensions"]
   ins = tuple(None if i in gone else f for i, f in enumerate(names_of(node.ins[0].shape)))
-  sizes = {f: n for f, n in zip(ins, node.ins[0].shape, strict=True) if f is not None}
+  sizes = sized((ins, node.ins[0].shape))
   return Spec((ins,), (tuple(sizes),), sizes, moves=True)
 
 
-def broadcast_in_dim(node: Any, infos: Sequence[Any]) -> Spec:
+def broadcast_in_dim(node: Node, infos: Sequence[Info]) -> Spec:
   """``a -> b a c``: new axes are all alive."""
   shape = node.params["shape"]
   names = names_of(shape)
@@ -36,27 +40,27 @@ def broadcast_in_dim(node: Any, infos: Sequence[Any]) -> Spec:
   return Spec(
     ins=(ins, *((),) * (len(node.ins) - 1)),
     outs=(names,),
-    sizes=dict(zip(names, shape, strict=True)),
+    sizes=sized((names, shape)),
     moves=True,
     bind=_bind_with_sizes("shape"),
   )
 
 
-def iota(node: Any, infos: Sequence[Any]) -> Spec:
+def iota(node: Node, infos: Sequence[Info]) -> Spec:
   """``-> a b``: the counted axis is whole."""
   shape = node.params["shape"]
   names = names_of(shape)
   return Spec(
     ins=((),) * len(node.ins),
     outs=(names,),
-    sizes=dict(zip(names, shape, strict=True)),
+    sizes=sized((names, shape)),
     whole=frozenset({names[node.params["dimension"]]}),
     bind=_bind_with_sizes("shape"),
   )
 
 
-def _bind_with_sizes(param: str) -> Any:
-  def bind(node: Any, arrays: Sequence[Any], sizes: dict[Factor, Any]) -> list[Any]:
+def _bind_with_sizes(param: str) -> Bind:
+  def bind(node: Node, arrays: Sequence[jax.Array], sizes: Sizes) -> list[jax.Array]:
     shape = tuple(sizes[f"d{i}"] for i in range(len(node.params[param])))
     # A dynamic shape's operands are not needed once the sizes are known from the arrays.
     return compat.bind(node.eqn, arrays, {**node.params, param: shape})
@@ -64,7 +68,7 @@ def _bind_with_sizes(param: str) -> Any:
   return bind
 
 
-def concatenate(node: Any, infos: Sequence[Any]) -> Spec:
+def concatenate(node: Node, infos: Sequence[Info]) -> Spec:
   """``b x, b y -> b (x + y)``."""
   axis = node.params["dimension"]
   names = names_of(node.outs[0].shape)
@@ -79,7 +83,7 @@ def concatenate(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def split(node: Any, infos: Sequence[Any]) -> Spec:
+def split(node: Node, infos: Sequence[Info]) -> Spec:
   """``b (x + y) -> b x, b y``."""
   axis = node.params["axis"]
   names = names_of(node.ins[0].shape)
@@ -97,7 +101,7 @@ def split(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def slice_(node: Any, infos: Sequence[Any]) -> Spec:
+def slice_(node: Node, infos: Sequence[Info]) -> Spec:
   """``(a picked) -> a``."""
   bounds = zip(
     node.params["start_indices"],
@@ -112,14 +116,14 @@ def slice_(node: Any, infos: Sequence[Any]) -> Spec:
   return picked(node, picks)
 
 
-def rev(node: Any, infos: Sequence[Any]) -> Spec:
+def rev(node: Node, infos: Sequence[Info]) -> Spec:
   """``a -> a reversed``."""
   shape = node.ins[0].shape
   turned = node.params["dimensions"]
   return picked(node, [np.arange(n)[::-1] if i in turned else None for i, n in enumerate(shape)])
 
 
-def pad(node: Any, infos: Sequence[Any]) -> Spec:
+def pad(node: Node, infos: Sequence[Info]) -> Spec:
   """``a -> (v + a + v)``, with values inside too, or cut off where padding is negative."""
   picks: list[np.ndarray | None] = []
   for n, (low, high, interior) in zip(node.ins[0].shape, node.params["padding_config"], strict=True):
@@ -134,7 +138,7 @@ def pad(node: Any, infos: Sequence[Any]) -> Spec:
   return picked(node, picks) if zeros else _filled(node, picks)
 
 
-def _filled(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
+def _filled(node: Node, picks: Sequence[np.ndarray | None]) -> Spec:
   """A selection with something other than zeros where nothing is picked: alive is also what lies beside that."""
   spec = picked(node, picks)
   fills = [i for i, index in enumerate(picks) if index is not None and (index < 0).any()]
@@ -148,7 +152,7 @@ def _filled(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
   )
 
 
-def picked(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
+def picked(node: Node, picks: Sequence[np.ndarray | None]) -> Spec:
   """A static selection along each axis of operand 0, None for all of it; -1 gives zeros."""
   names = names_of(node.ins[0].shape)
   outs: tuple[Axis, ...] = tuple(
@@ -157,7 +161,7 @@ def picked(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
   return Spec(
     ins=(names, *((None,) * len(value.shape) for value in node.ins[1:])),
     outs=(outs,),
-    sizes=dict(zip(names, node.ins[0].shape, strict=True)),
+    sizes=sized((names, node.ins[0].shape)),
     neutral=frozenset(range(1, len(node.ins))),
     moves=all(index is None or (index >= 0).all() for index in picks),
     bind=lambda node, arrays, sizes: [arrays[0]],  # where nothing is picked, everything is taken
@@ -165,15 +169,15 @@ def picked(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
 
 
 def _register() -> None:
-  register_rule("transpose", transpose)
-  register_rule("squeeze", squeeze)
-  register_rule("broadcast_in_dim", broadcast_in_dim)
-  register_rule("iota", iota)
-  register_rule("concatenate", concatenate)
-  register_rule("split", split)
-  register_rule("slice", slice_)
-  register_rule("rev", rev)
-  register_rule("pad", pad)
+  built_in("transpose", transpose)
+  built_in("squeeze", squeeze)
+  built_in("broadcast_in_dim", broadcast_in_dim)
+  built_in("iota", iota)
+  built_in("concatenate", concatenate)
+  built_in("split", split)
+  built_in("slice", slice_)
+  built_in("rev", rev)
+  built_in("pad", pad)
 
 
 _register()

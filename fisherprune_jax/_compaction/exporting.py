@@ -8,7 +8,7 @@ from jax import export as jax_export
 
 from fisherprune_jax._graph.compat import UndecidedSize
 from fisherprune_jax._graph.examples import map_with_axes
-from fisherprune_jax._graph.model import abstract
+from fisherprune_jax._graph.variables import abstract
 
 
 def export(

@@ -13,7 +13,7 @@ import numpy as np
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.parts import Part, find_part, shapes_by_path
 from fisherprune_jax._errors import describe, is_known, require_same_tree
-from fisherprune_jax._graph.model import Path, keystr
+from fisherprune_jax._graph.variables import Path, keystr
 from fisherprune_jax._training.state import FisherPruneState
 
 Keys = tuple[str, ...]

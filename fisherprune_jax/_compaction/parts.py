@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from fisherprune_jax._graph.model import keystr
+from fisherprune_jax._graph.variables import keystr
 
 Part = Callable[[Any], Any]
 """Picks the part from a tree like the variables."""

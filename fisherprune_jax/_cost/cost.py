@@ -16,9 +16,10 @@ from fisherprune_jax._graph.blockers import check_read, check_strict, sample_mas
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
 from fisherprune_jax._graph.liveness import EVERYTHING
-from fisherprune_jax._graph.model import MaskSelector, Model, VariableTree, rows_of, sizes_of, trace_model
 from fisherprune_jax._graph.prices import Prices
 from fisherprune_jax._graph.spec import Counting
+from fisherprune_jax._graph.traced import Analysis, trace_apply
+from fisherprune_jax._graph.variables import MaskSelector, VariableTree, sizes_of, vectors_of
 from fisherprune_jax._masks import flatten, unflatten
 
 
@@ -219,18 +220,18 @@ def cost_model(
   """
   tree = VariableTree(variables, masks)
   examples = batch_size(args, batch_axes)
-  model = trace_model(apply_fn, tree, args)
-  check_read(model, tree)
-  warn_of_unknown(model, tree.mask_leaves, examples)
+  analysis = trace_apply(apply_fn, tree, args).analyse()
+  check_read(analysis, tree)
+  warn_of_unknown(analysis, tree.mask_leaves, examples)
   if strict:
-    check_strict(model, tree, sample_masks(tree.mask_leaves), examples)
+    check_strict(analysis, tree, sample_masks(tree.mask_leaves), examples)
   names = None if primitives is None else frozenset(primitives)
-  return cost_of(model, tree.mask_tree, examples, Counting(names, pad_taps))
+  return cost_of(analysis, tree.mask_tree, examples, Counting(names, pad_taps))
 
 
-def cost_of(model: Model, masks: Any, examples: int, counted: Counting = EVERYTHING) -> CostModel:
-  """The cost model of a traced model."""
-  costs = list(model.live.costs(model.program, counted))
+def cost_of(analysis: Analysis, masks: Any, examples: int, counted: Counting = EVERYTHING) -> CostModel:
+  """The cost model of an analysed function."""
+  costs = list(analysis.live.costs(analysis.program, counted))
   terms = flops.collect(cost.term for cost in costs)
   # Made when it is asked for: who wants the count of given masks alone can do without.
   prices = functools.cache(lambda: Prices(terms, sizes_of(jax.tree.leaves(masks))))
@@ -269,7 +270,7 @@ def cost_of(model: Model, masks: Any, examples: int, counted: Counting = EVERYTH
 
 
 def _evaluation(masks: Any) -> Evaluation:
-  return Evaluation(rows_of(jax.tree.leaves(masks), np))
+  return Evaluation(vectors_of(jax.tree.leaves(masks), np))
 
 
 def _alive(masks: Any) -> jax.Array:

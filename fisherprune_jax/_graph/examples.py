@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from fisherprune_jax._errors import describe, require
-from fisherprune_jax._graph.model import abstract
+from fisherprune_jax._graph.variables import abstract
 
 
 def map_with_axes(function: Callable[[Any, int | None], Any], args: Any, batch_axes: Any) -> Any:

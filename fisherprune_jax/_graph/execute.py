@@ -111,7 +111,7 @@ class Run:
 
   def again(self, program: Program, inputs: Sequence[Info], asked: Sequence[Box]) -> "Run":
     """A run of another program, under the same masks."""
-    return Run(program, analyse(program, inputs, asked, spec_of, self.live.drop_masks), self.ev)
+    return Run(program, analyse(program, inputs, asked, spec_of, self.live.policy), self.ev)
 
 
 def _entry(array: Any, row: int) -> Any:
@@ -135,7 +135,7 @@ def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequenc
     return box_of(axes, factors, value.shape)
 
   boxes = [box(axes, out) for axes, out in zip(spec.outs, node.outs, strict=True)]
-  if spec.same_as is not None and run.live.drop_masks:
+  if spec.same_as is not None and not run.live.policy.multiplies:
     kept = node.ins[spec.same_as]
     return [run.show(arrays, kept, box(spec.ins[spec.same_as], kept))], boxes
   operands = [

@@ -6,6 +6,7 @@ axis. An entry that is not stored is zero, or nobody asks for it; so showing it 
 that is all that execution relies on.
 """
 
+import enum
 from collections.abc import Callable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -32,6 +33,24 @@ from fisherprune_jax._graph.spec import Counting, Spec
 from fisherprune_jax._graph.together import Together
 
 Rules = Callable[[Node, Sequence[Info]], Spec]
+
+
+class MaskPolicy(enum.Enum):
+  """What becomes of masks in the compact program."""
+
+  DROP = "drop"
+  """Nothing is multiplied by them: they are one on all that is left."""
+  MULTIPLY = "multiply"
+  """Multiplied, by the masks that the program was made with: some dead features stay."""
+  KEEP = "keep"
+  """Multiplied, by masks among the variables: pruning can go on."""
+
+  @property
+  def multiplies(self) -> bool:
+    """Whether the program multiplies by masks."""
+    return self is not MaskPolicy.DROP
+
+
 EVERYTHING = Counting()
 
 
@@ -96,7 +115,7 @@ class Liveness:
   """
 
   rules: Rules
-  drop_masks: bool = True
+  policy: MaskPolicy = MaskPolicy.DROP
   signed: AbstractSet[Value] = frozenset()
   infos: dict[Value, Info] = field(default_factory=dict)
   asked: dict[Value, Box] = field(default_factory=dict)
@@ -166,7 +185,7 @@ class Liveness:
     ]
     tied = together.backward(spec, results, factors)
     for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
-      if spec.same_as in (None, operand) or not self.drop_masks:
+      if spec.same_as in (None, operand) or self.policy.multiplies:
         self.ask(value, *together.laid(spec, tied, axes, box_of(axes, factors, value.shape)))
 
   def boxes(self, values: Sequence[Value]) -> list[Box | None]:
@@ -247,7 +266,7 @@ def analyse(
   inputs: Sequence[Info],
   asked: Sequence[Box | None],
   rules: Rules,
-  drop_masks: bool = True,
+  policy: MaskPolicy = MaskPolicy.DROP,
   subs: dict[Node, list[Program]] | None = None,
 ) -> Liveness:
   """Runs both passes.
@@ -257,10 +276,10 @@ def analyse(
     inputs: what is known of each input.
     asked: what is asked of each output; None if nothing is.
     rules: ``rules(node, infos)`` gives the ``Spec`` of a node that runs no program.
-    drop_masks: whether multiplying by a mask is left out, as it changes no live entry.
+    policy: what becomes of masks.
     subs: the programs that nodes run, where another analysis has built them: then both speak of the same values.
   """
-  live = Liveness(rules, drop_masks, subs=dict(subs or {}))
+  live = Liveness(rules, policy, subs=dict(subs or {}))
   live.forward(program, inputs)
   live.signed = signs.shown(program, live.specs, lambda node: links(node, live))
   if live.signed:

@@ -10,7 +10,7 @@ import numpy as np
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._errors import describe, is_known, is_number, is_traced, require, require_same_tree
 from fisherprune_jax._graph.compat import unaccounted_axes, varying_axes
-from fisherprune_jax._graph.model import Path, VariableTree, keystr
+from fisherprune_jax._graph.variables import Path, VariableTree, keystr
 
 METHODS = ("fisher",)
 

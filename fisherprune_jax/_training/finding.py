@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._graph.model import keystr
+from fisherprune_jax._graph.variables import keystr
 from fisherprune_jax._training.checks import check_masks
 from fisherprune_jax._training.state import FisherPruneState, corrected, with_masks
 

@@ -8,46 +8,46 @@ somebody else asks for; what is asked there is what the output gets.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fisherprune_jax._graph import sets
+from fisherprune_jax._graph import liveness, sets
 from fisherprune_jax._graph.facts import Box, Info, whole_box
-from fisherprune_jax._graph.liveness import Liveness, analyse
+from fisherprune_jax._graph.liveness import Liveness, MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 
-Links = dict[int, int]
+Updates = dict[int, int]
 """Which output (by position) replaces which input."""
 
 
-def analyse_linked(
+def analyse(
   program: Program,
   infos: Sequence[Info],
-  links: Links,
+  updates: Updates,
   rules: Callable[[Node, Sequence[Info]], Any],
-  drop_masks: bool,
+  policy: MaskPolicy,
   asked_of: Callable[[Value], Box] = lambda value: whole_box(value.shape),
   subs: dict[Node, list[Program]] | None = None,
 ) -> tuple[Liveness, dict[int, Box]]:
-  """Finds what is live if linked outputs ask for nothing of their own, and others for what ``asked_of`` says.
+  """Finds what is live if outputs that replace variables ask for nothing of their own, and others for what ``asked_of`` says.
 
   Returns:
-    The liveness, and for every linked output what it shows: what is stored of its input.
+    The liveness, and for every such output the entries that come back: what is stored of its input.
   """
 
   def run(boxes: dict[int, Box | None]) -> Liveness:
     asked = [boxes[at] if at in boxes else asked_of(value) for at, value in enumerate(program.outputs)]
-    return analyse(program, infos, asked, rules, drop_masks, subs)
+    return liveness.analyse(program, infos, asked, rules, policy, subs)
 
-  live = run(dict.fromkeys(links))
-  if not links:
+  live = run(dict.fromkeys(updates))
+  if not updates:
     return live, {}
   sources = _sources(program)
-  shown = {at: _asked_of_producers(program.outputs[at], live, sources) for at in links}
+  returned = {at: _asked_of_producers(program.outputs[at], live, sources) for at in updates}
   while True:
-    live = run(dict(shown))
-    grown = {at: _join(box, live, program.inputs[links[at]]) for at, box in shown.items()}
-    if grown == shown:  # sets are interned, so equal ones are the same object
-      return live, shown
-    shown = grown
+    live = run(dict(returned))
+    grown = {at: _join(box, live, program.inputs[updates[at]]) for at, box in returned.items()}
+    if grown == returned:  # sets are interned, so equal ones are the same object
+      return live, returned
+    returned = grown
 
 
 def _join(box: Box, live: Liveness, value: Value) -> Box:

@@ -14,6 +14,7 @@ from fisherprune_jax._compaction.opt_states import shrink_opt_state, shrink_prun
 from fisherprune_jax._compaction.plan import make_plan
 from fisherprune_jax._compaction.runner import Runner
 from fisherprune_jax._cost.cost import cost_of
+from fisherprune_jax._cost.meters import Flops
 from fisherprune_jax._graph.blockers import (
   Blocker,
   Stays,
@@ -29,6 +30,9 @@ from fisherprune_jax._graph.traced import Traced, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, vectors_of
 from fisherprune_jax._training.checks import check_compact
 from fisherprune_jax._training.state import make_inert
+
+METER = Flops()
+"""What ``Compact.cost`` and the report count."""
 
 
 class Compact:
@@ -67,7 +71,7 @@ class Compact:
     )
     self._analysis = traced.analyse(self._plan.policy)
     self._runner = Runner(apply_fn, self._plan, traced, args)
-    self._cost_model = cost_of(self._analysis, tree.mask_tree, examples)
+    self._cost_model = cost_of(self._analysis, tree.mask_tree, examples, METER)
     self.masks, self.updates = self._plan.masks, updates
     self.cost: float = self._cost_model.exact(self.masks) / examples
     self.variables = self._plan.present(jax.tree.map(Kept.slice, self._plan.kept, tree.variables))
@@ -75,7 +79,7 @@ class Compact:
   @functools.cached_property
   def _stays(self) -> Stays:
     plan = self._plan
-    return what_stays(self._analysis, plan.tree, plan.ev, plan.examples)
+    return what_stays(self._analysis, plan.tree, plan.ev, plan.examples, METER)
 
   @property
   def blockers(self) -> list[Blocker]:
@@ -152,9 +156,9 @@ def _check_traced(traced: Traced, tree: VariableTree, keep_masks: bool, strict: 
   """Says what is wrong with a function, or unknown of it."""
   analysis = traced.analyse(MaskPolicy.KEEP if keep_masks else MaskPolicy.DROP)
   check_read(analysis, tree)
-  warn_of_unknown(analysis, tree.mask_leaves, examples)
+  warn_of_unknown(analysis, tree.mask_leaves, examples, METER)
   if strict:
-    check_strict(analysis, tree, [Evaluation(vectors_of(tree.mask_leaves, np))], examples)
+    check_strict(analysis, tree, [Evaluation(vectors_of(tree.mask_leaves, np))], examples, METER)
 
 
 def compact(

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._cost.budget import Whole
+from fisherprune_jax._cost.meters import Flops
 from fisherprune_jax._errors import require_same_tree
 from fisherprune_jax._graph import exact as whole_numbers
 from fisherprune_jax._graph import flops
 from fisherprune_jax._graph.blockers import check_read, check_strict, sample_masks, warn_of_unknown
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
-from fisherprune_jax._graph.liveness import EVERYTHING
+from fisherprune_jax._graph.liveness import Meter
 from fisherprune_jax._graph.prices import Prices
-from fisherprune_jax._graph.spec import Counting
 from fisherprune_jax._graph.traced import Analysis, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, sizes_of, vectors_of
 from fisherprune_jax._masks import flatten, unflatten
@@ -222,16 +222,17 @@ def cost_model(
   examples = batch_size(args, batch_axes)
   analysis = trace_apply(apply_fn, tree, args).analyse()
   check_read(analysis, tree)
-  warn_of_unknown(analysis, tree.mask_leaves, examples)
+  names, everything = None if primitives is None else frozenset(primitives), Flops()
+  warn_of_unknown(analysis, tree.mask_leaves, examples, everything)
   if strict:
-    check_strict(analysis, tree, sample_masks(tree.mask_leaves), examples)
-  names = None if primitives is None else frozenset(primitives)
-  return cost_of(analysis, tree.mask_tree, examples, Counting(names, pad_taps))
+    check_strict(analysis, tree, sample_masks(tree.mask_leaves), examples, everything)
+  meter = everything._replace(primitives=names, pad_taps=pad_taps)
+  return cost_of(analysis, tree.mask_tree, examples, meter)
 
 
-def cost_of(analysis: Analysis, masks: Any, examples: int, counted: Counting = EVERYTHING) -> CostModel:
+def cost_of(analysis: Analysis, masks: Any, examples: int, meter: Meter) -> CostModel:
   """The cost model of an analysed function."""
-  costs = list(analysis.live.costs(analysis.program, counted))
+  costs = list(analysis.live.costs(analysis.program, meter))
   terms = flops.collect(cost.term for cost in costs)
   # Made when it is asked for: who wants the count of given masks alone can do without.
   prices = functools.cache(lambda: Prices(terms, sizes_of(jax.tree.leaves(masks))))

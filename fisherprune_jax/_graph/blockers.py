@@ -12,7 +12,7 @@ from fisherprune_jax._graph import flops
 from fisherprune_jax._graph.causes import Causes, in_nobodys_way, is_in_the_way
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Info, weak_box, whole_box
-from fisherprune_jax._graph.liveness import Liveness
+from fisherprune_jax._graph.liveness import Liveness, Meter
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.rules import spec_of, unknown
 from fisherprune_jax._graph.spec import Spec
@@ -73,23 +73,23 @@ class Stays(NamedTuple):
   flops: float
 
 
-def what_stays(analysis: Analysis, tree: VariableTree, ev: Evaluation, examples: int) -> Stays:
+def what_stays(analysis: Analysis, tree: VariableTree, ev: Evaluation, examples: int, meter: Meter) -> Stays:
   """Every use that keeps entries of a variable, or FLOPs, which masks would let go."""
   found = _causes(analysis, tree, ev)
   lines = {cause[2] for cause in found}
-  left = {where: _left_by(analysis, {where}, ev, examples) for where in lines}
+  left = {where: _left_by(analysis, {where}, ev, examples, meter) for where in lines}
   all_of_them = [Blocker(*cause[:3], left[cause[2]], cause[3], tuple(held)) for cause, held in found.items()]
   chosen = [blocker for blocker in all_of_them if blocker.holds or blocker.flops]
   told = {blocker.where for blocker in chosen}
   if len(told) > 1:
-    return Stays(chosen, _left_by(analysis, told, ev, examples))
+    return Stays(chosen, _left_by(analysis, told, ev, examples, meter))
   return Stays(chosen, sum(left[where] for where in told))
 
 
-def _left_by(analysis: Analysis, lines: Set[str], ev: Evaluation, examples: int) -> float:
+def _left_by(analysis: Analysis, lines: Set[str], ev: Evaluation, examples: int, meter: Meter) -> float:
   """FLOPs per example that would go too if no use on these source lines kept anything."""
   free = _without(analysis, lambda node: node.source in lines, OUTPUTS in lines)
-  return max(_cost(analysis, analysis.live, ev) - _cost(analysis, free, ev), 0) / examples
+  return max(_cost(analysis, analysis.live, ev, meter) - _cost(analysis, free, ev, meter), 0) / examples
 
 
 def _causes(
@@ -128,13 +128,17 @@ def _without(analysis: Analysis, chosen: Callable[[Node], bool], outputs: bool) 
   return analysis.by_rules(rules, lambda value: box(value.shape))
 
 
-def _cost(analysis: Analysis, live: Liveness, ev: Evaluation) -> int:
-  return flops.total([cost.term for cost in live.costs(analysis.program)], ev)
+def _cost(analysis: Analysis, live: Liveness, ev: Evaluation, meter: Meter) -> int:
+  return flops.total([cost.term for cost in live.costs(analysis.program, meter)], ev)
 
 
-def check_strict(analysis: Analysis, tree: VariableTree, states: Sequence[Evaluation], examples: int) -> None:
+def check_strict(
+  analysis: Analysis, tree: VariableTree, states: Sequence[Evaluation], examples: int, meter: Meter
+) -> None:
   """Raises if dead entries stay under any of these masks."""
-  found = next(filter(None, (what_stays(analysis, tree, ev, examples).blockers for ev in states)), None)
+  found = next(
+    filter(None, (what_stays(analysis, tree, ev, examples, meter).blockers for ev in states)), None
+  )
   if found:
     text = "\n".join(line for blocker in found for line in lines(blocker))
     raise ValueError(
@@ -168,7 +172,7 @@ def lines(blocker: Blocker) -> list[str]:
   return [f"  {blocker.reason}{layer} ({blocker.where}){cost}", *axes]
 
 
-def warn_of_unknown(analysis: Analysis, masks: Sequence[Any], examples: int) -> None:
+def warn_of_unknown(analysis: Analysis, masks: Sequence[Any], examples: int, meter: Meter) -> None:
   """Says once per primitive that no rule knows it: it is not counted, and may keep others from going."""
   live = analysis.live
   for node in live.factors:
@@ -176,7 +180,7 @@ def warn_of_unknown(analysis: Analysis, masks: Sequence[Any], examples: int) -> 
     if live.specs[node].opaque != unknown(name) or name in _announced:
       continue
     free, ev = _without(analysis, functools.partial(_is_called, name), False), sample_masks(masks)[0]
-    left = (_cost(analysis, live, ev) - _cost(analysis, free, ev)) / examples
+    left = (_cost(analysis, live, ev, meter) - _cost(analysis, free, ev, meter)) / examples
     if left <= 0 and not any(live.info(out).varies for out in node.outs):
       continue  # it is in nobody's way, and there is nothing to count
     if not _is_news(name):

@@ -7,7 +7,7 @@ that is all that execution relies on.
 """
 
 import enum
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -29,7 +29,7 @@ from fisherprune_jax._graph.facts import (
   whole_box,
 )
 from fisherprune_jax._graph.program import Node, Program, Value
-from fisherprune_jax._graph.spec import Counting, Spec
+from fisherprune_jax._graph.spec import Spec
 from fisherprune_jax._graph.together import Together
 
 Rules = Callable[[Node, Sequence[Info]], Spec]
@@ -49,9 +49,6 @@ class MaskPolicy(enum.Enum):
   def multiplies(self) -> bool:
     """Whether the program multiplies by masks."""
     return self is not MaskPolicy.DROP
-
-
-EVERYTHING = Counting()
 
 
 class Cost(NamedTuple):
@@ -85,6 +82,20 @@ class Link(NamedTuple):
   turns: Pairs
 
 
+class Meter(Protocol):
+  """What one node costs, in some unit."""
+
+  @property
+  def unit(self) -> str:
+    """What it counts, for tables."""
+
+  def __call__(self, node: Node, live: "Liveness") -> Iterable[flops.Term] | None:
+    """What a node that runs no program costs; None where nobody knows."""
+
+  def of_scalar(self, primitive: str) -> Iterable[flops.Term]:
+    """What a primitive costs on one number, which the compact program has beside those that were traced."""
+
+
 class Structured(Protocol):
   """A primitive that runs programs: calls, conditionals, loops."""
 
@@ -94,7 +105,7 @@ class Structured(Protocol):
   def backward(self, node: Node, live: "Liveness") -> None:
     """Asks for what is needed of the operands."""
 
-  def costs(self, node: Node, live: "Liveness", counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: "Liveness", meter: "Meter") -> Iterator[Cost]:
     """What it costs."""
 
   def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
@@ -247,18 +258,17 @@ class Liveness:
       meet(box, asked[row]) if row in asked else empty_box(value.shape[1:]) for row, box in enumerate(boxes)
     ]
 
-  def costs(self, program: Program, counted: Counting = EVERYTHING) -> Iterator[Cost]:
+  def costs(self, program: Program, meter: "Meter") -> Iterator[Cost]:
     """What the nodes of a program cost; nothing where results depend on the variables alone."""
     for node in program.nodes:
       if not any(out in self.asked and self.infos[out].varies for out in node.outs):
         continue
       if node in self.subs:
-        yield from STRUCTURED[node.name].costs(node, self, counted)
-      elif counted.names(node.name):
-        if not self.specs[node].counted:
-          yield Cost(node, node.name, flops.Term(0, ()), counted=False)
-        for count in filter(counted.takes, self.specs[node].flops):
-          yield Cost(node, node.name, flops.term(count, self.factors[node]))
+        yield from STRUCTURED[node.name].costs(node, self, meter)
+      elif (terms := meter(node, self)) is None:
+        yield Cost(node, node.name, flops.Term(0, ()), counted=False)
+      else:
+        yield from (Cost(node, node.name, term) for term in terms)
 
 
 def analyse(

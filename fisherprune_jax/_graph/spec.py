@@ -61,21 +61,6 @@ class Flops(NamedTuple):
   pads: bool | None = None
 
 
-class Counting(NamedTuple):
-  """What is counted: the primitives of these names (None: all), with taps that fall on padding or without."""
-
-  primitives: frozenset[str] | None = None
-  pad_taps: bool = True
-
-  def names(self, primitive: str) -> bool:
-    """Whether a primitive counts."""
-    return self.primitives is None or primitive in self.primitives
-
-  def takes(self, flops: Flops) -> bool:
-    """Whether a count of one that does counts."""
-    return flops.pads in (None, self.pad_taps)
-
-
 @dataclass(frozen=True)
 class Spec:
   """How one application of a primitive relates axes.

@@ -8,9 +8,8 @@ from jax import lax
 
 from fisherprune_jax._graph import flops, program
 from fisherprune_jax._graph.facts import Box, Info, either, whole_box
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness, Meter
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.spec import Counting
 
 
 class Cond:
@@ -33,13 +32,15 @@ class Cond:
       live.backward(branch, live.boxes(node.outs), live.merged(node.outs))
       live.pass_on(node.ins[1:], branch.inputs)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """The dearest branch."""
-    costs = [list(live.costs(branch, counted)) for branch in live.subs[node]]
+    costs = [list(live.costs(branch, meter)) for branch in live.subs[node]]
     branches = [tuple(cost.term for cost in found if cost.counted) for found in costs]
     yield from (cost for found in costs for cost in found if not cost.counted)
-    if len(branches) > 2 and counted.names("clamp"):
-      yield Cost(node, "clamp", flops.Term(1, ()))  # lax.switch makes sure of its index
+    if len(branches) > 2:
+      yield from (
+        Cost(node, "clamp", term) for term in meter.of_scalar("clamp")
+      )  # lax.switch makes sure of its index
     if any(branches):
       yield Cost(node, "cond (its dearest branch)", flops.Dearest(tuple(branches)))
 

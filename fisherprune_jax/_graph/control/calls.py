@@ -8,9 +8,8 @@ import jax
 
 from fisherprune_jax._graph import program
 from fisherprune_jax._graph.facts import Box, Info
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness, Meter
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.spec import Counting
 
 
 class Checkpoint:
@@ -29,9 +28,9 @@ class Checkpoint:
     live.backward(body, asked, live.merged(node.outs))
     live.pass_on(node.ins, body.inputs)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """What the body costs."""
-    return live.costs(live.subs[node][0], counted)
+    return live.costs(live.subs[node][0], meter)
 
   def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
     """The call, of a body that runs on live entries."""

@@ -23,9 +23,8 @@ import numpy as np
 
 from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.facts import Box, Info, empty_box, join, nonzero_box, whole_box
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness, Meter
 from fisherprune_jax._graph.program import Node, Program, Value
-from fisherprune_jax._graph.spec import Counting
 from fisherprune_jax._graph.together import Together, union
 
 Call = Callable[..., Any]
@@ -97,9 +96,9 @@ class Custom:
     for part in live.subs[node]:
       live.pass_on(node.ins, part.inputs)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """What the body costs."""
-    return live.costs(live.subs[node][0], counted)
+    return live.costs(live.subs[node][0], meter)
 
   def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
     """The call, of a body and of a rule that run on live entries."""

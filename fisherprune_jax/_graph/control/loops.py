@@ -20,9 +20,8 @@ from fisherprune_jax._graph.facts import (
   nonzero_box,
   whole_box,
 )
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness, Pairs
+from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness, Meter, Pairs
 from fisherprune_jax._graph.program import Node, Program, Value
-from fisherprune_jax._graph.spec import Counting
 from fisherprune_jax._graph.together import Together
 
 MOST_PASSES = 8
@@ -68,12 +67,12 @@ class Scan:
     for value, box, tied in zip(node.ins, self._held(node, body, live), wanted, strict=True):
       live.ask(value, box, tied)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """Every turn counts."""
     if stacks.has_stack(node, live):
-      yield from stacks.costs(node, live, counted)
+      yield from stacks.costs(node, live, meter)
       return
-    for cost in live.costs(live.subs[node][0], counted):
+    for cost in live.costs(live.subs[node][0], meter):
       yield cost._replace(term=cost.term._replace(scale=cost.term.scale * node.params["length"]))
 
   def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
@@ -152,10 +151,10 @@ class While:
     for value, box in zip(node.ins, self._held(node, live), strict=True):
       live.ask(value, box)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """One turn counts: how many there will be is not known."""
     for part in live.subs[node]:
-      for cost in live.costs(part, counted):
+      for cost in live.costs(part, meter):
         yield cost._replace(label=f"{cost.label} (one turn of a while loop)")
 
   def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:

@@ -10,10 +10,10 @@ from typing import Any
 
 from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.facts import Box, Info, results, whole_box
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness, Meter
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.rules.opaque import opaque
-from fisherprune_jax._graph.spec import Counting, Spec, register_rule
+from fisherprune_jax._graph.spec import Spec, register_rule
 
 
 class LinearSolve:
@@ -35,9 +35,9 @@ class LinearSolve:
     live.backward(body, [whole_box(out.shape) for out in body.outputs])
     live.backward_spec(node)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """What solving costs."""
-    return live.costs(live.subs[node][0], counted)
+    return live.costs(live.subs[node][0], meter)
 
   def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
     """The solve, as it was traced."""

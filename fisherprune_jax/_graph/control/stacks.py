@@ -8,9 +8,8 @@ import jax.numpy as jnp
 
 from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.facts import Box, Info, join, whole_box
-from fisherprune_jax._graph.liveness import Cost, Link, Liveness
+from fisherprune_jax._graph.liveness import Cost, Link, Liveness, Meter
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.spec import Counting
 
 
 def has_stack(node: Node, live: Liveness) -> bool:
@@ -55,10 +54,10 @@ def backward(node: Node, live: Liveness) -> None:
       live.ask(value, box)
 
 
-def costs(node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+def costs(node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
   """Every layer with its own widths."""
   for body in live.subs[node]:
-    yield from live.costs(body, counted)
+    yield from live.costs(body, meter)
 
 
 def execute(run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:

@@ -12,6 +12,7 @@ from fisherprune_jax._graph.spec import register_rule as register_rule
 from fisherprune_jax._masks import apply_mask as apply_mask
 from fisherprune_jax._masks import per_example as per_example
 from fisherprune_jax._training.classic import pruning_sgd as pruning_sgd
+from fisherprune_jax._training.criterion import Criterion as Criterion
 from fisherprune_jax._training.finding import get_masks as get_masks
 from fisherprune_jax._training.finding import get_state as get_state
 from fisherprune_jax._training.finding import set_masks as set_masks

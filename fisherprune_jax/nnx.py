@@ -11,9 +11,8 @@ from fisherprune_jax._compaction import compact as compaction
 from fisherprune_jax._compaction.parts import at_paths
 from fisherprune_jax._cost import cost
 from fisherprune_jax._errors import describe
-from fisherprune_jax._masks import COLLECTION, apply_mask
+from fisherprune_jax._masks import COLLECTION, apply_mask, check_same_masks
 from fisherprune_jax._training import gradients
-from fisherprune_jax._training.checks import check_same_masks
 from fisherprune_jax._training.finding import get_masks, set_masks
 
 Call = Callable[..., Any]
@@ -292,5 +291,6 @@ def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any, Any]:
   """Its graph, its masks as a nested dictionary of arrays, its parameters, and everything else."""
   if not isinstance(model, nnx.Module):
     raise TypeError(f"model must be an nnx.Module, got {describe(model)}.")
-  graph, masks, params, state = nnx.split(model, MaskVariable, wrt, ...)
+  graph, *states = nnx.split(model, MaskVariable, wrt, ...)
+  masks, params, state = states
   return graph, nnx.to_pure_dict(masks), params, state

@@ -15,10 +15,10 @@ from jax._src.lax.windowed_reductions import _select_and_scatter
 
 import fisherprune_jax as fp
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.liveness import STRUCTURED
 from fisherprune_jax._graph.program import INLINED
 from fisherprune_jax._graph.rules import elementwise, opaque
 from fisherprune_jax._graph.spec import _registry, rule_for
+from fisherprune_jax._graph.structured import STRUCTURED
 from tests.counting import count
 from tests.models import CASES
 

@@ -18,6 +18,7 @@ from fisherprune_jax._cost.cost import cost_of
 from fisherprune_jax._cost.meters import Flops
 from fisherprune_jax._graph import flops, sets
 from fisherprune_jax._graph.prices import Prices
+from fisherprune_jax._graph.structured import costs_of
 from fisherprune_jax._graph.traced import trace_apply
 from fisherprune_jax._graph.variables import VariableTree, sizes_of
 from tests.fuzz import time_limit
@@ -50,7 +51,7 @@ def sizes(family, n):
   apply, variables, x = growth.network(family, n)
   tree = VariableTree(variables, "masks")
   model = trace_apply(apply, tree, (x,)).analyse()
-  terms = flops.collect(cost.term for cost in model.live.costs(model.program, Flops()))
+  terms = flops.collect(cost.term for cost in costs_of(model.program, model.live, Flops()))
   prices = Prices(terms, sizes_of(tree.mask_leaves))
   boxes = [model.live.stored(value) for node in model.program.nodes for value in node.outs]
   found = sets.in_order(s for box in boxes for s in box)

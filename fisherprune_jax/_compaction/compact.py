@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from jax import export
 
 from fisherprune_jax._compaction import exporting, report
@@ -15,6 +16,7 @@ from fisherprune_jax._compaction.plan import make_plan
 from fisherprune_jax._compaction.runner import Runner
 from fisherprune_jax._cost.cost import cost_of
 from fisherprune_jax._cost.meters import Flops
+from fisherprune_jax._errors import describe, path_name
 from fisherprune_jax._graph.blockers import (
   Blocker,
   Stays,
@@ -25,11 +27,12 @@ from fisherprune_jax._graph.blockers import (
 )
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
-from fisherprune_jax._graph.liveness import MaskPolicy
+from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.traced import Traced, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, vectors_of
-from fisherprune_jax._training.checks import check_compact
+from fisherprune_jax._masks import check_switches
 from fisherprune_jax._training.state import make_inert
+from fisherprune_jax._types import ApplyFn, BatchAxes, Picker, PyTree
 
 METER = Flops()
 """What ``Compact.cost`` and the report count."""
@@ -47,13 +50,13 @@ class Compact:
 
   def __init__(
     self,
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     tree: VariableTree,
-    args: Sequence[Any],
+    args: Sequence[PyTree],
     *,
-    batch_axes: Any,
+    batch_axes: BatchAxes,
     keep_masks: bool,
-    updates: Callable[[Any], Any] | None,
+    updates: Picker | None,
     round_to: int,
     strict: bool,
   ) -> None:
@@ -86,7 +89,7 @@ class Compact:
     """Where dead entries had to stay, why, and how many FLOPs that keeps."""
     return self._stays.blockers
 
-  def __call__(self, variables: Any, *args: Any) -> Any:
+  def __call__(self, variables: PyTree, *args: PyTree) -> PyTree:
     """The outputs of ``apply_fn(full_variables, *args)``, from the compact ``variables``.
 
     Works at any batch size, and under ``jit``, ``grad`` and ``vmap``.
@@ -97,11 +100,13 @@ class Compact:
     """
     return self._runner(variables, args)
 
-  def shrink(self, tree: Any) -> Any:
+  def shrink(self, tree: PyTree) -> PyTree:
     """Slices any tree shaped like the parameters, like all variables, or like another collection of them."""
     return self._plan.shrink(tree)
 
-  def shrink_opt_state(self, tx: Any, opt_state: Any, of: Callable[[Any], Any] | None = None) -> Any:
+  def shrink_opt_state(
+    self, tx: optax.GradientTransformation, opt_state: PyTree, of: Picker | None = None
+  ) -> PyTree:
     """Slices what an optimizer remembers of the parameters, so that training goes on where it was.
 
     Args:
@@ -125,7 +130,7 @@ class Compact:
     return report.table(self._plan, self.cost, self._cost_model.dense, self._stays)
 
   def export(
-    self, *args: Any, platforms: Sequence[str] | None = None, batch: str | None = "batch"
+    self, *args: PyTree, platforms: Sequence[str] | None = None, batch: str | None = "batch"
   ) -> export.Exported:
     """``args -> outputs`` as StableHLO, with the weights inside and a symbolic batch size.
 
@@ -158,17 +163,17 @@ def _check_traced(traced: Traced, tree: VariableTree, keep_masks: bool, strict: 
   check_read(analysis, tree)
   warn_of_unknown(analysis, tree.mask_leaves, examples, METER)
   if strict:
-    check_strict(analysis, tree, [Evaluation(vectors_of(tree.mask_leaves, np))], examples, METER)
+    check_strict(analysis, tree, [Evaluation(vectors_of(tree.mask_leaves))], examples, METER)
 
 
 def compact(
-  apply_fn: Callable[..., Any],
-  variables: Any,
-  *args: Any,
+  apply_fn: ApplyFn,
+  variables: PyTree,
+  *args: PyTree,
   masks: MaskSelector = "masks",
-  batch_axes: Any = 0,
+  batch_axes: BatchAxes = 0,
   keep_masks: bool = False,
-  updates: Callable[[Any], Any] | None = None,
+  updates: Picker | None = None,
   round_to: int = 1,
   strict: bool = False,
 ) -> Compact:
@@ -214,7 +219,7 @@ def compact(
   (2, 3)
   """
   tree = VariableTree(variables, masks)
-  check_compact(tree, round_to)
+  _check(tree, round_to)
   return Compact(
     apply_fn,
     tree,
@@ -225,3 +230,17 @@ def compact(
     round_to=round_to,
     strict=strict,
   )
+
+
+def _check(tree: VariableTree, round_to: int) -> None:
+  """Raises unless the masks are arrays of 0 and 1, and widths can be rounded so."""
+  if round_to < 1:
+    raise ValueError(f"round_to must be at least 1, got {round_to}. 8 suits most hardware; 1 rounds nothing.")
+  for path, leaf in tree.paths:
+    if tree.is_mask(path):
+      if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
+        raise TypeError(
+          f"compact needs concrete masks, got {describe(leaf)} at {path_name(path)}. Call it outside jit: shapes "
+          "depend on the masks."
+        )
+      check_switches(path, leaf)

@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
 
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.plan import Plan
+from fisherprune_jax._errors import path_name
 from fisherprune_jax._graph.blockers import Stays, lines
-from fisherprune_jax._graph.variables import keystr
 from fisherprune_jax._tables import align
+from fisherprune_jax._types import Array
 
 Line = tuple[str, str, str, str]
 
@@ -30,13 +30,13 @@ def table(plan: Plan, cost: float, dense: float, stays: Stays) -> str:
   return "\n".join([*body, *_what_stays(stays)])
 
 
-def _leaves(plan: Plan) -> Iterator[tuple[str, Any, Kept, bool]]:
+def _leaves(plan: Plan) -> Iterator[tuple[str, Array, Kept, bool]]:
   """Every variable: its name, its shape or value, what is kept of it, and whether it is a mask."""
   for (path, leaf), kept in zip(plan.tree.paths, jax.tree.leaves(plan.kept), strict=True):
-    yield keystr(path), leaf, kept, plan.tree.is_mask(path)
+    yield path_name(path), leaf, kept, plan.tree.is_mask(path)
 
 
-def _mask_line(name: str, mask: Any) -> Line:
+def _mask_line(name: str, mask: Array) -> Line:
   return name, f"{np.size(mask)}", f"{int(np.sum(mask))}", _share(np.sum(mask), np.size(mask))
 
 
@@ -60,5 +60,5 @@ def _times(shape: tuple[int, ...]) -> str:
   return "x".join(map(str, shape)) or "1"
 
 
-def _share(part: Any, whole: Any) -> str:
+def _share(part: float, whole: float) -> str:
   return f"{100 * float(part) / float(whole):.1f} %" if whole else "-"

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,12 @@ from fisherprune_jax._graph import flops
 from fisherprune_jax._graph.blockers import check_read, check_strict, sample_masks, warn_of_unknown
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
-from fisherprune_jax._graph.liveness import Meter
 from fisherprune_jax._graph.prices import Prices
+from fisherprune_jax._graph.structured import Meter, costs_of
 from fisherprune_jax._graph.traced import Analysis, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, sizes_of, vectors_of
 from fisherprune_jax._masks import flatten, unflatten
+from fisherprune_jax._types import ApplyFn, Array, BatchAxes, Masks, PyTree
 
 
 class NotCounted(float):
@@ -63,11 +64,11 @@ class CostModel:
 
   def __init__(
     self,
-    masks: Any,
-    total: Callable[[Any], jax.Array],
-    per_feature: Callable[[Any], Any],
-    exact: Callable[[Any], Any] | None = None,
-    breakdown: Callable[[Any], list[Row]] | None = None,
+    masks: Masks,
+    total: Callable[[Masks], jax.Array],
+    per_feature: Callable[[Masks], Masks],
+    exact: Callable[[Masks], Masks] | None = None,
+    breakdown: Callable[[Masks], list[Row]] | None = None,
     dense: float | None = None,
     whole: Whole | None = None,
   ) -> None:
@@ -82,7 +83,7 @@ class CostModel:
 
   @classmethod
   def from_functions(
-    cls, masks: Any, total: Callable[[Any], Any], per_feature: Callable[[Any], Any]
+    cls, masks: Masks, total: Callable[[Masks], Masks], per_feature: Callable[[Masks], Masks]
   ) -> "CostModel":
     """A cost model of your own.
 
@@ -105,24 +106,24 @@ class CostModel:
     """
     return cls(masks, lambda m: jnp.asarray(total(m), jnp.float32), jax.jit(per_feature))
 
-  def __call__(self, masks: Any) -> jax.Array:
+  def __call__(self, masks: Masks) -> jax.Array:
     """The cost per example under ``masks``, a float32 scalar; jit-able."""
     self._check(masks)
     return self._total(masks)
 
-  def per_feature(self, masks: Any) -> Any:
+  def per_feature(self, masks: Masks) -> Masks:
     """The drop in cost per example if one feature also went: a float32 tree like ``masks``; jit-able."""
     self._check(masks)
     return self._per_feature(masks)
 
-  def exact(self, masks: Any) -> int:
+  def exact(self, masks: Masks) -> int:
     """The cost of one traced batch, as an integer computed on the host."""
     self._check(masks)
     if self._exact is None:
       return round(float(self._total(masks)))
     return self._exact(masks)
 
-  def exceeds(self, masks: Any, target: Any) -> jax.Array:
+  def exceeds(self, masks: Masks, target: float | Array) -> jax.Array:
     """Whether the cost is above a target per example, a boolean scalar; jit-able.
 
     It is decided on whole numbers, the FLOPs of the traced batch and the target times its examples, which
@@ -147,12 +148,12 @@ class CostModel:
       return self._total(masks) > target
     return self._whole.exceeds(masks, target)
 
-  def breakdown(self, masks: Any) -> list[Row]:
+  def breakdown(self, masks: Masks) -> list[Row]:
     """Where the FLOPs are: one row per source line and primitive, dense and under ``masks``."""
     self._check(masks)
     return [] if self._breakdown is None else self._breakdown(masks)
 
-  def _check(self, masks: Any) -> None:
+  def _check(self, masks: Masks) -> None:
     if isinstance(masks, int | np.integer) or (hasattr(masks, "ndim") and masks.ndim == 0):
       raise TypeError(
         "A cost model takes a tree of masks, got a scalar. If this came from optax.inject_hyperparams, which "
@@ -172,11 +173,11 @@ class CostModel:
 
 
 def cost_model(
-  apply_fn: Callable[..., Any],
-  variables: Any,
-  *args: Any,
+  apply_fn: ApplyFn,
+  variables: PyTree,
+  *args: PyTree,
   masks: MaskSelector = "masks",
-  batch_axes: Any = 0,
+  batch_axes: BatchAxes = 0,
   primitives: Sequence[str] | None = None,
   pad_taps: bool = True,
   strict: bool = False,
@@ -230,29 +231,29 @@ def cost_model(
   return cost_of(analysis, tree.mask_tree, examples, meter)
 
 
-def cost_of(analysis: Analysis, masks: Any, examples: int, meter: Meter) -> CostModel:
+def cost_of(analysis: Analysis, masks: Masks, examples: int, meter: Meter) -> CostModel:
   """The cost model of an analysed function."""
-  costs = list(analysis.live.costs(analysis.program, meter))
+  costs = list(costs_of(analysis.program, analysis.live, meter))
   terms = flops.collect(cost.term for cost in costs)
   # Made when it is asked for: who wants the count of given masks alone can do without.
   prices = functools.cache(lambda: Prices(terms, sizes_of(jax.tree.leaves(masks))))
 
-  def total(masks: Any) -> jax.Array:
+  def total(masks: Masks) -> jax.Array:
     return prices().total(_alive(masks)) / examples
 
   drops = jax.jit(lambda masks: prices().drops(_alive(masks)) / examples)
 
-  def per_feature(masks: Any) -> Any:
+  def per_feature(masks: Masks) -> Masks:
     return unflatten(drops(masks), masks)
 
-  def exact(masks: Any) -> int:
+  def exact(masks: Masks) -> int:
     return flops.total(terms, _evaluation(masks))
 
-  def digits(masks: Any) -> whole_numbers.Digits:
+  def digits(masks: Masks) -> whole_numbers.Digits:
     sizes = functools.partial(prices().sizes, _alive(masks))
     return whole_numbers.total(terms, sizes, whole_numbers.digits_for(dense))
 
-  def breakdown(masks: Any) -> list[Row]:
+  def breakdown(masks: Masks) -> list[Row]:
     ones = jax.tree.map(lambda m: np.ones(m.shape), masks)
     states = [_evaluation(ones), _evaluation(masks)]
     rows: dict[tuple[str, str], list[float]] = {}
@@ -270,9 +271,9 @@ def cost_of(analysis: Analysis, masks: Any, examples: int, meter: Meter) -> Cost
   return CostModel(masks, total, per_feature, exact, breakdown, dense / examples, whole)
 
 
-def _evaluation(masks: Any) -> Evaluation:
-  return Evaluation(vectors_of(jax.tree.leaves(masks), np))
+def _evaluation(masks: Masks) -> Evaluation:
+  return Evaluation(vectors_of(jax.tree.leaves(masks)))
 
 
-def _alive(masks: Any) -> jax.Array:
+def _alive(masks: Masks) -> jax.Array:
   return flatten(masks) != 0

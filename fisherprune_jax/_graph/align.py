@@ -1,16 +1,16 @@
 """Bringing an array from the entries that it holds to the entries that are wanted."""
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Box
+from fisherprune_jax._types import Size
 
 
-def align(array: Any, held: Box, wanted: Box, ev: Evaluation) -> Any:
+def align(array: jax.Array, held: Box, wanted: Box, ev: Evaluation) -> jax.Array:
   """Selects what is wanted of what is held, axis by axis, and shows zeros for the rest."""
   for axis, (have, want) in enumerate(zip(held, wanted, strict=True)):
     if have is not want:
@@ -20,7 +20,7 @@ def align(array: Any, held: Box, wanted: Box, ev: Evaluation) -> Any:
   return array
 
 
-def sources(have: np.ndarray | None, want: np.ndarray | None, size: Any) -> np.ndarray | None:
+def sources(have: np.ndarray | None, want: np.ndarray | None, size: Size) -> np.ndarray | None:
   """For each wanted position where it lies among the held ones, -1 if nowhere; None if they are the same."""
   if have is None and want is None:
     return None
@@ -33,7 +33,7 @@ def sources(have: np.ndarray | None, want: np.ndarray | None, size: Any) -> np.n
   return place[want]
 
 
-def select(array: Any, axis: int, source: np.ndarray) -> Any:
+def select(array: jax.Array, axis: int, source: np.ndarray) -> jax.Array:
   """The entries at ``source``, -1 giving zero: a slice or a pad where the pattern is even, else a gather."""
   there = np.flatnonzero(source >= 0)
   if there.size == source.size and (stride := _even(source)):
@@ -48,7 +48,7 @@ def select(array: Any, axis: int, source: np.ndarray) -> Any:
   return _gather(array, axis, np.where(source >= 0, source, array.shape[axis]))
 
 
-def _gather(array: Any, axis: int, index: np.ndarray) -> Any:
+def _gather(array: jax.Array, axis: int, index: np.ndarray) -> jax.Array:
   """Entries by static positions; those beyond the end are zero."""
   others = tuple(at for at in range(array.ndim) if at != axis)
   return lax.gather(

@@ -4,20 +4,23 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence, Set
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from fisherprune_jax._errors import Path, path_name
 from fisherprune_jax._graph import flops
 from fisherprune_jax._graph.causes import Causes, in_nobodys_way, is_in_the_way
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Info, weak_box, whole_box
-from fisherprune_jax._graph.liveness import Liveness, Meter
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.rules import spec_of, unknown
 from fisherprune_jax._graph.spec import Spec
+from fisherprune_jax._graph.structured import Meter, costs_of
 from fisherprune_jax._graph.traced import Analysis
-from fisherprune_jax._graph.variables import VariableTree, keystr, vectors_of
+from fisherprune_jax._graph.variables import VariableTree, vectors_of
+from fisherprune_jax._types import Array
 
 _announced: set[str] = set()
 _lock = threading.Lock()
@@ -102,7 +105,7 @@ def _causes(
   for (path, _), value in zip(tree.paths, analysis.variables, strict=True):
     for axis in range(0 if tree.is_mask(path) else len(value.shape)):
       if stay := causes.of(value, axis):
-        held = Held(keystr(path), axis, stay.kept, stay.allowed)
+        held = Held(path_name(path), axis, stay.kept, stay.allowed)
         found.setdefault(_describe(analysis, stay.cause), []).append(held)
   return found
 
@@ -129,7 +132,7 @@ def _without(analysis: Analysis, chosen: Callable[[Node], bool], outputs: bool) 
 
 
 def _cost(analysis: Analysis, live: Liveness, ev: Evaluation, meter: Meter) -> int:
-  return flops.total([cost.term for cost in live.costs(analysis.program, meter)], ev)
+  return flops.total([cost.term for cost in costs_of(analysis.program, live, meter)], ev)
 
 
 def check_strict(
@@ -151,7 +154,7 @@ def check_read(analysis: Analysis, tree: VariableTree) -> None:
   """Raises if nothing reads a mask: it was made for another function than the one that is called."""
   read = {value for node in analysis.program.nodes for value in node.ins} | {*analysis.program.outputs}
   unread = [
-    keystr(path)
+    path_name(path)
     for (path, _), value in zip(tree.paths, analysis.variables, strict=True)
     if tree.is_mask(path)
     and value not in read
@@ -172,7 +175,7 @@ def lines(blocker: Blocker) -> list[str]:
   return [f"  {blocker.reason}{layer} ({blocker.where}){cost}", *axes]
 
 
-def warn_of_unknown(analysis: Analysis, masks: Sequence[Any], examples: int, meter: Meter) -> None:
+def warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, meter: Meter) -> None:
   """Says once per primitive that no rule knows it: it is not counted, and may keep others from going."""
   live = analysis.live
   for node in live.factors:
@@ -193,11 +196,11 @@ def warn_of_unknown(analysis: Analysis, masks: Sequence[Any], examples: int, met
     )
 
 
-def not_covered(path: Any, analysis: Analysis, first: Analysis) -> str:
+def not_covered(path: Path, analysis: Analysis, first: Analysis) -> str:
   """What is wrong with a program, for other arguments, that needs more of a variable than the first one did."""
   need = (
     "A compact network must need no more of its variables for these arguments than for those it was built with, got "
-    f"a use of removed entries of {keystr(path)}."
+    f"a use of removed entries of {path_name(path)}."
   )
   if strange := _without_rule(analysis) - _without_rule(first):
     return (
@@ -226,9 +229,9 @@ def _is_called(name: str, node: Node) -> bool:
   return node.name == name
 
 
-def sample_masks(masks: Sequence[Any]) -> list[Evaluation]:
+def sample_masks(masks: Sequence[Array]) -> list[Evaluation]:
   """Some masks: of one feature each, as small as a network gets, of all but that one, and two at random."""
   rng = np.random.default_rng(0)
   first = [np.ones(m.shape) * (np.arange(m.shape[-1]) == 0) for m in masks]
   states = [first, [1 - m for m in first], *([rng.random(m.shape) < 0.5 for m in masks] for _ in range(2))]
-  return [Evaluation(vectors_of([np.asarray(m, np.float32) for m in state], np)) for state in states]
+  return [Evaluation(vectors_of([np.asarray(m, np.float32) for m in state])) for state in states]

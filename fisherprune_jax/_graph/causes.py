@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.liveness import Liveness, links
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import WEAK, Set
 from fisherprune_jax._graph.spec import Axes, Axis, Factor, Spec, compose, factors_of, names_of
+from fisherprune_jax._graph.structured import links
 
 Place = tuple[Value, int]
 """One axis of one value."""
@@ -144,10 +145,10 @@ class Causes:
   def _layers(self, value: Value, axis: int) -> list[tuple[Set, Set]]:
     """What is stored along an axis in both analyses, of each layer if it is a stack of them."""
     both = (self._live, self._free)
-    rows = [live.rows(value) for live in both]
-    if not axis or rows == [None, None]:
+    layers = [live.layers(value) for live in both]
+    if not axis or layers == [None, None]:
       return [(self._live.stored(value)[axis], self._free.stored(value)[axis])]
-    boxes = [r or [live.stored(value)[1:]] * value.shape[0] for r, live in zip(rows, both, strict=True)]
+    boxes = [r or [live.stored(value)[1:]] * value.shape[0] for r, live in zip(layers, both, strict=True)]
     return [(kept[axis - 1], allowed[axis - 1]) for kept, allowed in zip(*boxes, strict=True)]
 
   def works_on_dead(self, node: Node) -> bool:

@@ -13,6 +13,7 @@ from fisherprune_jax._graph.program import Node, Value
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec, compose, factors_of, project
 from fisherprune_jax._graph.together import Together
+from fisherprune_jax._types import Shape
 
 Box = tuple[Set, ...]
 Factors = dict[Factor, Set]
@@ -29,7 +30,7 @@ class Info(NamedTuple):
     mask: whether its entries are one wherever ``box`` allows them to be non-zero.
     varies: whether it depends on the arguments, not on the variables alone.
     known: its value, if it is a small array of integers that no input decides.
-    rows: what is known of each entry along the leading axis, where they differ: a stack of masks.
+    layers: what is known of each entry along the leading axis, where they differ: a stack of masks.
     together: where it can be non-zero by several axes merged, where that is less than ``box`` says.
   """
 
@@ -38,7 +39,7 @@ class Info(NamedTuple):
   mask: bool = False
   varies: bool = False
   known: np.ndarray | None = None
-  rows: "tuple[Info, ...] | None" = None
+  layers: "tuple[Info, ...] | None" = None
   together: Together = MappingProxyType({})
 
   @property
@@ -52,17 +53,17 @@ class Info(NamedTuple):
     return any(s.support for s in self.box)
 
 
-def whole_box(shape: Sequence[Any]) -> Box:
+def whole_box(shape: Shape) -> Box:
   """The box that holds everything."""
   return tuple(sets.everything(n) for n in shape)
 
 
-def weak_box(shape: Sequence[Any]) -> Box:
+def weak_box(shape: Shape) -> Box:
   """The box of what could do without."""
   return tuple(map(sets.weak, shape))
 
 
-def empty_box(shape: Sequence[Any]) -> Box:
+def empty_box(shape: Shape) -> Box:
   """The box that holds nothing (along an axis of symbolic size, everything)."""
   return tuple(sets.nothing(n) if compat.is_static_size(n) else sets.everything(n) for n in shape)
 
@@ -94,7 +95,7 @@ def nonzero_box(info: Info) -> Box:
   return empty_box([s.size for s in info.box]) if info.is_zero else info.box
 
 
-def box_of(axes: Axes, factors: Factors, shape: Sequence[Any]) -> Box:
+def box_of(axes: Axes, factors: Factors, shape: Shape) -> Box:
   """The box of an array from the sets of its factors."""
   return tuple(compose(axis, factors, n) for axis, n in zip(axes, shape, strict=True))
 
@@ -113,8 +114,8 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
     together.laid(spec, tied, axes, box_of(axes, factors, out.shape))
     for axes, out in zip(spec.outs, node.outs, strict=True)
   ]
-  if (row := _row_taken(spec, infos)) is not None:
-    return [row]
+  if (layer := _layer_taken(spec, infos)) is not None:
+    return [layer]
   known = _fold(node, infos)
   if spec.moves:
     first = infos[0]
@@ -124,16 +125,16 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
   return [Info(box, mask=mask, varies=varies, known=known, together=axes) for box, axes in found]
 
 
-def _row_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
+def _layer_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
   """What is known of one entry of a stack, where a slice takes just that."""
-  rows = infos[0].rows if infos else None
-  if rows is None or not spec.outs or spec.alive or len(spec.outs[0]) != len(infos[0].box):
+  layers = infos[0].layers if infos else None
+  if layers is None or not spec.outs or spec.alive or len(spec.outs[0]) != len(infos[0].box):
     return None
   first, *rest = spec.outs[0]
   if not isinstance(first, Pick) or first.index.size != 1 or any(isinstance(axis, Pick) for axis in rest):
     return None
-  row = rows[int(first.index[0])]
-  return row._replace(box=(*whole_box((1,)), *row.box), varies=infos[0].varies, rows=None)
+  layer = layers[int(first.index[0])]
+  return layer._replace(box=(*whole_box((1,)), *layer.box), varies=infos[0].varies, layers=None)
 
 
 def _known(x: Any) -> np.ndarray | None:

@@ -6,14 +6,12 @@ axis. An entry that is not stored is zero, or nobody asks for it; so showing it 
 that is all that execution relies on.
 """
 
-import enum
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
 
-from fisherprune_jax._graph import flops, signs, together
+from fisherprune_jax._graph import signs, together
 from fisherprune_jax._graph.facts import (
   Box,
   Factors,
@@ -28,94 +26,13 @@ from fisherprune_jax._graph.facts import (
   results,
   whole_box,
 )
+from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.spec import Spec
+from fisherprune_jax._graph.structured import STRUCTURED, links
 from fisherprune_jax._graph.together import Together
 
 Rules = Callable[[Node, Sequence[Info]], Spec]
-
-
-class MaskPolicy(enum.Enum):
-  """What becomes of masks in the compact program."""
-
-  DROP = "drop"
-  """Nothing is multiplied by them: they are one on all that is left."""
-  MULTIPLY = "multiply"
-  """Multiplied, by the masks that the program was made with: some dead features stay."""
-  KEEP = "keep"
-  """Multiplied, by masks among the variables: pruning can go on."""
-
-  @property
-  def multiplies(self) -> bool:
-    """Whether the program multiplies by masks."""
-    return self is not MaskPolicy.DROP
-
-
-class Cost(NamedTuple):
-  """What one node costs; ``node`` says where it is, ``label`` what it is called in a breakdown.
-
-  Where nobody knows what it costs, ``counted`` is False, and the term is zero.
-  """
-
-  node: Node
-  label: str
-  term: Any
-  counted: bool = True
-
-
-Pairs = list[tuple[Value, Value]]
-
-
-class Link(NamedTuple):
-  """How the values of a program are tied to those of the node that runs it.
-
-  Attributes:
-    program: the program.
-    ins: operands of the node, each with the input that it is given as.
-    outs: results of the node, each with the output that gives it.
-    turns: inputs, each with the output of one turn that gives it to the next.
-  """
-
-  program: Program
-  ins: Pairs
-  outs: Pairs
-  turns: Pairs
-
-
-class Meter(Protocol):
-  """What one node costs, in some unit."""
-
-  @property
-  def unit(self) -> str:
-    """What it counts, for tables."""
-
-  def __call__(self, node: Node, live: "Liveness") -> Iterable[flops.Term] | None:
-    """What a node that runs no program costs; None where nobody knows."""
-
-  def of_scalar(self, primitive: str) -> Iterable[flops.Term]:
-    """What a primitive costs on one number, which the compact program has beside those that were traced."""
-
-
-class Structured(Protocol):
-  """A primitive that runs programs: calls, conditionals, loops."""
-
-  def forward(self, node: Node, infos: Sequence[Info], live: "Liveness") -> list[Info] | None:
-    """What is known of the results; None where the primitive has to be kept whole."""
-
-  def backward(self, node: Node, live: "Liveness") -> None:
-    """Asks for what is needed of the operands."""
-
-  def costs(self, node: Node, live: "Liveness", meter: "Meter") -> Iterator[Cost]:
-    """What it costs."""
-
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
-    """Its results, and the entries that they hold."""
-
-  def links(self, node: Node, live: "Liveness") -> list[Link]:
-    """The programs that it runs, and how their values are tied to its own."""
-
-
-STRUCTURED: dict[str, Structured] = {}
 
 
 @dataclass
@@ -134,7 +51,7 @@ class Liveness:
   factors: dict[Node, Factors] = field(default_factory=dict)
   subs: dict[Node, list[Program]] = field(default_factory=dict)
   asked_together: dict[Value, Together] = field(default_factory=dict)
-  asked_rows: dict[Value, dict[int, Box]] = field(default_factory=dict)
+  asked_layers: dict[Value, dict[int, Box]] = field(default_factory=dict)
   asked_whole: set[Value] = field(default_factory=set)
 
   def forward(self, program: Program, inputs: Sequence[Info]) -> list[Info]:
@@ -233,10 +150,10 @@ class Liveness:
     self.asked_whole.add(value)
     self._add(value, box, merged)
 
-  def ask_row(self, value: Value, row: int, box: Box) -> None:
+  def ask_layer(self, value: Value, layer: int, box: Box) -> None:
     """Adds to what is asked of one entry along the leading axis of an array."""
-    rows = self.asked_rows.setdefault(value, {})
-    rows[row] = join(rows[row], box) if row in rows else box
+    layers = self.asked_layers.setdefault(value, {})
+    layers[layer] = join(layers[layer], box) if layer in layers else box
     self._add(value, (*whole_box(value.shape[:1]), *box))
 
   def _add(self, value: Value, box: Box, merged: Together = MappingProxyType({})) -> None:
@@ -248,27 +165,18 @@ class Liveness:
     before = self.asked[value], self.asked_together[value]
     self.asked[value], self.asked_together[value] = join_merged(before, (box, merged))
 
-  def rows(self, value: Value) -> list[Box] | None:
+  def layers(self, value: Value) -> list[Box] | None:
     """What is stored of each entry along the leading axis, if entries are all that anybody asks for."""
-    if value not in self.asked_rows or value in self.asked_whole:
+    if value not in self.asked_layers or value in self.asked_whole:
       return None
-    info, asked = self.infos[value], self.asked_rows[value]
-    boxes = [info.box[1:] if info.rows is None else info.rows[row].box for row in range(value.shape[0])]
-    return [
-      meet(box, asked[row]) if row in asked else empty_box(value.shape[1:]) for row, box in enumerate(boxes)
+    info, asked = self.infos[value], self.asked_layers[value]
+    boxes = [
+      info.box[1:] if info.layers is None else info.layers[layer].box for layer in range(value.shape[0])
     ]
-
-  def costs(self, program: Program, meter: "Meter") -> Iterator[Cost]:
-    """What the nodes of a program cost; nothing where results depend on the variables alone."""
-    for node in program.nodes:
-      if not any(out in self.asked and self.infos[out].varies for out in node.outs):
-        continue
-      if node in self.subs:
-        yield from STRUCTURED[node.name].costs(node, self, meter)
-      elif (terms := meter(node, self)) is None:
-        yield Cost(node, node.name, flops.Term(0, ()), counted=False)
-      else:
-        yield from (Cost(node, node.name, term) for term in terms)
+    return [
+      meet(box, asked[layer]) if layer in asked else empty_box(value.shape[1:])
+      for layer, box in enumerate(boxes)
+    ]
 
 
 def analyse(
@@ -296,8 +204,3 @@ def analyse(
     live.forward(program, inputs)
   live.backward(program, asked)
   return live
-
-
-def links(node: Node, live: Liveness) -> list[Link]:
-  """How the programs that a node runs are tied to it; none if it runs none."""
-  return STRUCTURED[node.name].links(node, live) if node in live.subs else []

@@ -3,18 +3,20 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 
+from fisherprune_jax._errors import path_name
 from fisherprune_jax._graph import control as control
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.facts import Box, Info, join, whole_box
-from fisherprune_jax._graph.liveness import Liveness, MaskPolicy, Rules
+from fisherprune_jax._graph.liveness import Liveness, Rules
+from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of
 from fisherprune_jax._graph.updates import analyse
-from fisherprune_jax._graph.variables import VariableTree, abstract, keystr
+from fisherprune_jax._graph.variables import VariableTree, abstract
+from fisherprune_jax._types import ApplyFn, Picker, PyTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +34,7 @@ class Traced:
   program: Program
   variables: list[Value]
   infos: list[Info]
-  out_tree: Any
+  out_tree: PyTree
   updates: dict[int, int]
   _analyses: dict[MaskPolicy, "Analysis"] = field(default_factory=dict)
 
@@ -76,10 +78,10 @@ class Analysis:
 
 
 def trace_apply(
-  apply_fn: Callable[..., Any],
+  apply_fn: ApplyFn,
   tree: VariableTree,
-  args: Sequence[Any],
-  updates: Callable[[Any], Any] | None = None,
+  args: Sequence[PyTree],
+  updates: Picker | None = None,
   ranks: Sequence[int] | None = None,
 ) -> Traced:
   """Traces ``apply_fn(variables, *args)``.
@@ -95,18 +97,17 @@ def trace_apply(
   return Traced(program, values, infos, out_tree, _places(updates, out_tree, tree) if updates else {})
 
 
-def _places(updates: Callable[[Any], Any], out_tree: Any, tree: VariableTree) -> dict[int, int]:
+def _places(updates: Picker, out_tree: PyTree, tree: VariableTree) -> dict[int, int]:
   """Which leaf of the output replaces which leaf of the variables."""
-  structure = jax.tree.structure(out_tree)
   shapes = [leaf.shape for leaf in jax.tree.leaves(out_tree)]
-  picked = updates(jax.tree.unflatten(structure, range(structure.num_leaves)))
-  places = {keystr(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
+  picked = updates(jax.tree.unflatten(jax.tree.structure(out_tree), range(len(shapes))))
+  places = {path_name(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
   found = {}
   for path, out in jax.tree_util.tree_leaves_with_path(picked):
-    at, shape = places.get(keystr(path), (None, None))
+    at, shape = places.get(path_name(path), (None, None))
     if at is None or shapes[out] != shape:
       raise ValueError(
-        f"updates must pick from the output what replaces entries of `variables`, got {keystr(path)} of shape "
+        f"updates must pick from the output what replaces entries of `variables`, got {path_name(path)} of shape "
         f"{shapes[out]}, where the variables have {shape or 'no such entry'}. With mutable=['batch_stats'], "
         "say updates=lambda out: out[1]."
       )
@@ -127,7 +128,9 @@ def _variable_infos(values: Sequence[Value], flags: Sequence[bool], ranks: Seque
 def _mask_info(position: int, shape: tuple[int, ...], rank: int) -> Info:
   if len(shape) > rank:
     return _with_examples(_mask_info(position, (*shape[:-2], shape[-1]), rank), shape[-2])
-  leaves = [Info((sets.leaf((position, row), shape[-1]),), mask=True) for row in range(math.prod(shape[:-1]))]
+  leaves = [
+    Info((sets.leaf((position, layer), shape[-1]),), mask=True) for layer in range(math.prod(shape[:-1]))
+  ]
   for size in reversed(shape[:-1]):
     leaves = [_stack_of(leaves[start : start + size]) for start in range(0, len(leaves), size)]
   (info,) = leaves
@@ -136,9 +139,9 @@ def _mask_info(position: int, shape: tuple[int, ...], rank: int) -> Info:
 
 def _with_examples(info: Info, size: int) -> Info:
   """The same mask for each of several examples."""
-  rows = info.rows and tuple(_with_examples(row, size) for row in info.rows)
-  return info._replace(box=(*info.box[:-1], *whole_box((size,)), info.box[-1]), rows=rows)
+  layers = info.layers and tuple(_with_examples(layer, size) for layer in info.layers)
+  return info._replace(box=(*info.box[:-1], *whole_box((size,)), info.box[-1]), layers=layers)
 
 
-def _stack_of(rows: list[Info]) -> Info:
-  return Info((*whole_box((len(rows),)), *join(*(row.box for row in rows))), rows=tuple(rows))
+def _stack_of(layers: list[Info]) -> Info:
+  return Info((*whole_box((len(layers),)), *join(*(layer.box for layer in layers))), layers=tuple(layers))

@@ -6,14 +6,16 @@ somebody else asks for; what is asked there is what the output gets.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from fisherprune_jax._graph import liveness, sets
 from fisherprune_jax._graph.facts import Box, Info, whole_box
-from fisherprune_jax._graph.liveness import Liveness, MaskPolicy
+from fisherprune_jax._graph.liveness import Liveness, Rules
+from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 
+Sources = dict[Value, list[tuple[Node, int]]]
+"""For each value the nodes that compute it, and as which of their results."""
 Updates = dict[int, int]
 """Which output (by position) replaces which input."""
 
@@ -22,7 +24,7 @@ def analyse(
   program: Program,
   infos: Sequence[Info],
   updates: Updates,
-  rules: Callable[[Node, Sequence[Info]], Any],
+  rules: Rules,
   policy: MaskPolicy,
   asked_of: Callable[[Value], Box] = lambda value: whole_box(value.shape),
   subs: dict[Node, list[Program]] | None = None,
@@ -56,20 +58,20 @@ def _join(box: Box, live: Liveness, value: Value) -> Box:
   return tuple(map(sets.union, box, live.stored(value)))
 
 
-def _sources(program: Program) -> dict[Value, list[tuple[Node, int]]]:
+def _sources(program: Program) -> Sources:
   """For each value the node that computes it, and as which of its results."""
-  found: dict[Value, list[tuple[Node, int]]] = {}
+  found: Sources = {}
   for node in program.nodes:
     for at, out in enumerate(node.outs):
       found.setdefault(out, []).append((node, at))
   return found
 
 
-def _asked_of_producers(value: Value, live: Liveness, sources: Any) -> Box:
+def _asked_of_producers(value: Value, live: Liveness, sources: Sources) -> Box:
   return tuple(_follow(value, axis, live, sources) for axis in range(len(value.shape)))
 
 
-def _follow(value: Value, axis: int, live: Liveness, sources: Any) -> Set:
+def _follow(value: Value, axis: int, live: Liveness, sources: Sources) -> Set:
   """What is asked, along one axis of a value, of the nearest producers that somebody asks for."""
   pending, seen, found = [(value, axis)], set(), []
   while pending:
@@ -84,7 +86,7 @@ def _follow(value: Value, axis: int, live: Liveness, sources: Any) -> Set:
   return sets.union(*found) if found else sets.everything(value.shape[axis])
 
 
-def _back(value: Value, axis: int, live: Liveness, sources: Any) -> list[tuple[Value, int]]:
+def _back(value: Value, axis: int, live: Liveness, sources: Sources) -> list[tuple[Value, int]]:
   """The operands' axes that an axis of a value comes from unchanged."""
   out = []
   for node, at in sources.get(value, []):

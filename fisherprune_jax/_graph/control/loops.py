@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -10,6 +10,7 @@ from jax import lax
 from fisherprune_jax._graph import compat, program, together
 from fisherprune_jax._graph.align import align
 from fisherprune_jax._graph.control import stacks
+from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import (
   Box,
   Info,
@@ -20,9 +21,14 @@ from fisherprune_jax._graph.facts import (
   nonzero_box,
   whole_box,
 )
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness, Meter, Pairs
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, Pairs, costs_of
 from fisherprune_jax._graph.together import Together
+from fisherprune_jax._types import Shape
+
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.execute import Arrays, Run
 
 MOST_PASSES = 8
 """Passes over a loop's body before carried values that still grow are taken as a whole."""
@@ -34,7 +40,7 @@ class Scan:
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
     """Carried values can be non-zero where they are at first, or after any turn."""
     consts, carry = compat.scan_counts(node.params)
-    if any(info.rows is not None for info in infos[consts + carry :]):
+    if any(info.layers is not None for info in infos[consts + carry :]):
       return stacks.forward(node, infos, live)
     (body,) = live.programs(
       node, functools.partial(program.build, node.params["jaxpr"], (*node.callers, node.eqn))
@@ -72,10 +78,10 @@ class Scan:
     if stacks.has_stack(node, live):
       yield from stacks.costs(node, live, meter)
       return
-    for cost in live.costs(live.subs[node][0], meter):
+    for cost in costs_of(live.subs[node][0], live, meter):
       yield cost._replace(term=cost.term._replace(scale=cost.term.scale * node.params["length"]))
 
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The same loop around a smaller body."""
     if stacks.has_stack(node, run.live):
       return stacks.execute(run, node, arrays)
@@ -85,7 +91,7 @@ class Scan:
     inner = [*outer[: consts + carry], *(box[1:] for box in outer[consts + carry :])]
     kept = inner[consts : consts + carry]
     boxes = [_stack(run.live.stored(out)[1:], out.shape) for out in node.outs[carry:]]  # every turn writes
-    inputs = [run.show(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
+    inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
 
     def turn(carried: list[Any], each: list[Any]) -> tuple[list[Any], list[Any]]:
       wanted = [*kept, *(box[1:] for box in boxes)]
@@ -154,16 +160,16 @@ class While:
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """One turn counts: how many there will be is not known."""
     for part in live.subs[node]:
-      for cost in live.costs(part, meter):
+      for cost in costs_of(part, live, meter):
         yield cost._replace(label=f"{cost.label} (one turn of a while loop)")
 
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The same loop around a smaller body."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = run.live.subs[node]
     held = self._held(node, run.live)
     kept, each = held[first + consts :], whole_box(cond.outputs[0].shape)
-    inputs = [run.show(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
+    inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
 
     def go_on(carried: list[Any]) -> Any:
       return run.call(cond, [*inputs[:first], *carried], [*held[:first], *kept], [each])[0]
@@ -220,7 +226,9 @@ def _pairs(outer: Sequence[Value], inner: Sequence[Value]) -> Pairs:
   return list(zip(outer, inner, strict=True))
 
 
-def _where(go_on: Any, each: Box, after: list[Any], before: list[Any], kept: list[Box], ev: Any) -> list[Any]:
+def _where(
+  go_on: Any, each: Box, after: list[Any], before: list[Any], kept: list[Box], ev: Evaluation
+) -> list[Any]:
   """What a turn changes, of the examples that go on; they lie along the leading axes."""
   chosen = []
   for new, old, box in zip(after, before, kept, strict=True):
@@ -229,7 +237,7 @@ def _where(go_on: Any, each: Box, after: list[Any], before: list[Any], kept: lis
   return chosen
 
 
-def _stack(box: Box, shape: Sequence[Any]) -> Box:
+def _stack(box: Box, shape: Shape) -> Box:
   """The box of an array whose leading axis is the turns."""
   return (*whole_box(shape[:1]), *box)
 

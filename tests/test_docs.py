@@ -147,3 +147,14 @@ def test_the_page_on_the_inside_names_what_there_is():
   assert {name for name in named if not any(file.endswith(f"/{name}") for file in files)} == set()
   source = "\n".join(path.read_text() for path in paths if path.suffix == ".py")
   assert {word for word in words if not re.search(rf"\b{word}\b", source)} == set()
+
+
+def test_the_page_on_the_inside_lists_the_engine():
+  table = (
+    (DOCS / "design.md").read_text().split("| files | what they are about |\n|---|---|\n")[1].split("\n\n")[0]
+  )
+  listed = re.findall(r"`(\w+)/?`", "\n".join(row.split("|")[1] for row in table.splitlines()))
+  there = [
+    path.stem for path in (Path(fp.__file__).parent / "_graph").iterdir() if not path.stem.startswith("_")
+  ]
+  assert sorted(listed) == sorted(there)

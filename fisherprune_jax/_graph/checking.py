@@ -233,8 +233,8 @@ def _in_flops(spec: Spec) -> Fault | None:
       "must give `flops` as a tuple of Flops", counts, "One is written with a comma: (Flops(axes),)."
     )
   for count in counts:
-    named = (count.outer, () if count.inner is None else count.inner)
-    if not all(type(factors) is tuple and all(f in known for f in factors) for factors in named):
+    outer, inner = count.outer, count.inner or ()
+    if type(outer) is not tuple or type(inner) is not tuple or not known >= {*outer, *inner}:
       return Fault("must count by tuples of factors that `sizes` has", count, f"Those are {[*known]}.")
     if not (compat.is_size(count.scale) and compat.is_size(count.terms)):
       return Fault("must count with whole numbers for `scale` and `terms`", count)

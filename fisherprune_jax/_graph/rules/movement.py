@@ -1,7 +1,6 @@
 """Data movement: axes are renamed, laid end to end or picked from; nothing is computed."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -140,7 +139,7 @@ def pad(node: Node, infos: Sequence[Info]) -> Spec:
   return picked(node, picks)
 
 
-def _pad_with_values(node: Node, configs: Sequence[Any]) -> Spec:
+def _pad_with_values(node: Node, configs: Sequence[tuple[int, int, int]]) -> Spec:
   """Padding that is not zero makes every entry alive; padded axes are whole."""
   padded = [tuple(config) != (0, 0, 0) for config in configs]
   ins, outs = side("s", padded), side("t", padded)

@@ -14,8 +14,10 @@ class Mask(nn.Module):
 
   The vector is the variable ``mask`` of collection ``"masks"``: float32, ones at first. It may come with an
   example axis, ``(B, C)`` beside ``(C,)``, as :func:`per_example` makes it. Where ``apply`` is given no such
-  collection at all, the layer is the identity. The product is taken in float32 (or wider) and cast back,
-  because in bfloat16 the gradient of the mask would lose 3 %.
+  collection at all, the layer is the identity; one mask that is missing from a collection is an error. (Flax hands a
+  lifted module, as by ``nn.scan``, its own part of the collections alone: a missing mask is seen there if the module
+  has another one.) The product is taken in float32 (or wider) and cast back, because in bfloat16 the gradient of the
+  mask would lose 3 %.
 
   Attributes:
     axis: the feature axis of the input.

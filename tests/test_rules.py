@@ -407,6 +407,7 @@ def test_a_taught_selection_shrinks_exactly():
   ("changes", "message"),
   [
     ({"outs": (("d0", Pick("d1", np.arange(-1, 5))),)}, "not say `moves` where a Pick puts zeros in"),
+    ({"outs": (("d0", Pick("d1", INDEX, filled=True)),)}, "a number for operand 1 where a Pick is `filled`"),
     ({"outs": (("d0", Pick("d0", np.array([0] * 6))),)}, "selects from operand 0 along axes in the same"),
     ({"outs": ((Pick("d0", np.arange(5)[::-1]), None),)}, "selects from operand 0 along axes in the same"),
   ],

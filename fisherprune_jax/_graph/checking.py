@@ -207,8 +207,10 @@ def _in_picks(spec: Spec) -> Fault | None:
       Said(f"{spec.ins} -> {spec.outs}"),
       "Transposed, merged or split as well, the axes have to be whole.",
     )
+  if any(isinstance(axis, Pick) and axis.filled for axis in spec.outs[0]) and spec.ins[1:2] != ((),):
+    return Fault("must have a number for operand 1 where a Pick is `filled` by it", Said(f"{spec.ins}"))
   if spec.moves and any(isinstance(axis, Pick) and (axis.index < 0).any() for axis in spec.outs[0]):
-    return Fault("must not say `moves` where a Pick puts zeros in", True, "The zeros are not operand 0's.")
+    return Fault("must not say `moves` where a Pick puts zeros in", True, "Those are not operand 0's.")
   return None
 
 

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Factor, Flops
@@ -39,7 +38,7 @@ def term(flops: Flops, factors: dict[Factor, Set]) -> Term:
 
 def _split_constants(number: int, found: Iterable[Set]) -> tuple[int, tuple[Set, ...]]:
   rest = []
-  for s in (part for whole in found for part in (whole.parts if whole.kind == sets.OUTER else (whole,))):
+  for s in (part for whole in found for part in whole.factors):
     if s.is_all:
       number *= s.size
     else:

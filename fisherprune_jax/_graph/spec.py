@@ -41,10 +41,11 @@ class Sum:
 
 @dataclass(frozen=True, eq=False)
 class Pick:
-  """Entry ``index[i]`` of a factor at position ``i``; -1 is a zero of the primitive's own making."""
+  """Entry ``index[i]`` of a factor at position ``i``; -1 is a zero of the primitive's own making, or operand 1 if ``filled``."""
 
   factor: Factor
   index: np.ndarray
+  filled: bool = False
 
 
 Axis = Factor | Prod | Sum | Pick | None
@@ -134,7 +135,8 @@ def compose(axis: Axis, factors: dict[Factor, Set], size: Size) -> Set:
   if isinstance(axis, str):
     return factors[axis]
   if isinstance(axis, Pick):
-    return sets.take(factors[axis.factor], axis.index)
+    picked = sets.take(factors[axis.factor], axis.index)
+    return sets.union(picked, sets.fixed(axis.index < 0)) if axis.filled else picked
   combine = sets.outer if isinstance(axis, Prod) else sets.concat
   return combine([factors[part] for part in axis.parts])
 

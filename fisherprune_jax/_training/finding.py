@@ -78,6 +78,10 @@ def set_masks(
   >>> state = fp.set_masks(state, {"m": jnp.array([0.0, 1.0, 1.0])}, cost=cost)
   >>> fp.get_state(state).pruned_at["m"], float(fp.get_state(state).cost)
   (Array([ 1, -1, -1], dtype=int32), 2.0)
+
+  References:
+    Han et al., `DSD: Dense-sparse-dense training for deep neural networks
+    <https://arxiv.org/abs/1607.04381>`_, 2017, puts back what was pruned
   """
   keys = _where(opt_state, name)
   state = get_state(opt_state, name)
@@ -176,5 +180,12 @@ def signals(opt_state: optax.OptState, name: str | None = None) -> Masks:
   >>> _, state = tx.update({}, tx.init({}), mask_grads={"m": jnp.array([[2.0, 4.0]])})
   >>> [round(float(s), 4) for s in fp.signals(state)["m"]]
   [2.0, 8.0]
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+
+    Kingma and Ba, `Adam: A method for stochastic optimization <https://arxiv.org/abs/1412.6980>`_, 2015, section 3:
+    the correction of the bias
   """
   return corrected(get_state(opt_state, name))

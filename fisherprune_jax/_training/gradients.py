@@ -48,6 +48,10 @@ def value_and_grads(
   >>> g["m"]
   Array([[1., 2.],
          [3., 4.]], dtype=float32)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
   """
   if not (
     reduction in ("mean", "sum")

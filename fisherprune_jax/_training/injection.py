@@ -35,6 +35,9 @@ def inject_hyperparams(
   >>> tx = fp.inject_hyperparams(fp.fisher_prune)(cost, flops_target=250_123.0)
   >>> float(tx.init({}).hyperparams["flops_target"])
   250123.0
+
+  References:
+    Optax, `Optimizer schedules <https://optax.readthedocs.io/en/latest/api/optimizer_schedules.html>`_
   """
   extra = (static_args,) if isinstance(static_args, str) else tuple(static_args)
   options.setdefault("hyperparam_dtype", jnp.float32)

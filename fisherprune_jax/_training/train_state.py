@@ -32,6 +32,9 @@ class TrainState(train_state.TrainState):
   >>> _, (grads, mask_grads) = fp.value_and_grads(loss_fn)(state.params, state.masks, x)
   >>> int(state.apply_gradients(grads=grads, mask_grads=mask_grads).step)
   1
+
+  References:
+    Flax, `Train state <https://flax.readthedocs.io/en/stable/api_reference/flax.training.html>`_
   """
 
   batch_stats: PyTree = None

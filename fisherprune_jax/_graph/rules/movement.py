@@ -1,6 +1,7 @@
 """Data movement: axes are renamed, laid end to end or picked from; nothing is computed."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
-from fisherprune_jax._graph.rules.naming import mixed_of, side, sized
+from fisherprune_jax._graph.rules.naming import sized
 from fisherprune_jax._graph.spec import Axis, Bind, Pick, Sizes, Spec, Sum, names_of
 
 
@@ -123,12 +124,9 @@ def rev(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def pad(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a -> (0 + a + 0)``, with zeros inside too, or cut off where padding is negative."""
-  configs = node.params["padding_config"]
-  if infos[1].const is None or infos[1].const != 0:
-    return _pad_with_values(node, configs)
+  """``a -> (v + a + v)``, with values inside too, or cut off where padding is negative."""
   picks: list[np.ndarray | None] = []
-  for n, (low, high, interior) in zip(node.ins[0].shape, configs, strict=True):
+  for n, (low, high, interior) in zip(node.ins[0].shape, node.params["padding_config"], strict=True):
     if (low, high, interior) == (0, 0, 0):
       picks.append(None)
       continue
@@ -136,20 +134,21 @@ def pad(node: Node, infos: Sequence[Info]) -> Spec:
     spread[:: interior + 1] = np.arange(n)
     index = np.pad(spread, (max(low, 0), max(high, 0)), constant_values=-1)
     picks.append(index[max(-low, 0) : index.size - max(-high, 0)])
-  return picked(node, picks)
+  zeros = infos[1].const is not None and infos[1].const == 0
+  return picked(node, picks) if zeros else _filled(node, picks)
 
 
-def _pad_with_values(node: Node, configs: Sequence[tuple[int, int, int]]) -> Spec:
-  """Padding that is not zero makes every entry alive; padded axes are whole."""
-  padded = [tuple(config) != (0, 0, 0) for config in configs]
-  ins, outs = side("s", padded), side("t", padded)
-  return Spec(
-    ins=(ins, ()),
-    outs=(outs,),
-    sizes=sized((ins, node.ins[0].shape), (outs, node.outs[0].shape)),
-    alive=frozenset(outs),
-    whole=mixed_of((*ins, *outs)),
-    opaque="padding with something other than zero",
+def _filled(node: Node, picks: Sequence[np.ndarray | None]) -> Spec:
+  """A selection with something other than zeros where nothing is picked: alive is also what lies beside that."""
+  spec = picked(node, picks)
+  fills = [i for i, index in enumerate(picks) if index is not None and (index < 0).any()]
+  outs = (replace(axis, filled=True) if isinstance(axis, Pick) else axis for axis in spec.outs[0])
+  return replace(
+    spec,
+    ins=(spec.ins[0], ()),
+    outs=(tuple(outs),),
+    alive=frozenset(f for i, f in enumerate(names_of(node.ins[0].shape)) if {*fills} - {i}),
+    opaque="padding with something other than zero" if fills else "",
   )
 
 

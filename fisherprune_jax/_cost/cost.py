@@ -218,6 +218,14 @@ def cost_model(
   >>> cost = fp.cost_model(model.apply, variables, x)
   >>> cost.dense  # 8 (2*4 - 1) + 8 for the bias, 3 (2*8 - 1) + 3
   112.0
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+
+    Golub and Van Loan, *Matrix Computations*, for the counts of linear algebra
+
+    JAX, `The jaxpr language <https://docs.jax.dev/en/latest/jaxpr.html>`_
   """
   tree = VariableTree(variables, masks)
   examples = batch_size(args, batch_axes)

@@ -163,6 +163,11 @@ def _is_exact(spec: Spec, factors: Factors, info: Info) -> bool:
   return all(compose(axis, factors, s.size) is s for axis, s in zip(spec.ins[0], info.box, strict=True))
 
 
+# The soundness lemma, first half: outside of the boxes that follow from this, an array is zero, whatever the variables
+# and the arguments are. By induction along the program, as a rule promises of every factor that is neither `alive`
+# nor `whole`: where all operands that have it are zero, but for `neutral` ones, so is the result; and where one that
+# `kills` is zero, whatever the others are. An array that is a constant zero adds nothing to what others make possible.
+# docs/design.md has the whole argument, and where it ends: rules for derivatives, signs of zero, NaN and infinity.
 def _can_be_nonzero(factor: Factor, spec: Spec, infos: Sequence[Info]) -> Set:
   everything = sets.everything(spec.sizes[factor])
   if factor in spec.whole:
@@ -179,6 +184,11 @@ def _can_be_nonzero(factor: Factor, spec: Spec, infos: Sequence[Info]) -> Set:
   return sets.intersection(base, *(s for operand, s in seen if operand in spec.kills))
 
 
+# The second half: what is stored of the results hangs on the operands at the entries that follow from this alone. A
+# factor of a result is needed where the result is stored. One that no result has is summed over: there a term is zero
+# unless all operands that have the factor can be non-zero, so those entries are enough. An entry that is not stored is
+# then outside of the first half's box, and zero, or nobody asks for it: shown as zero, an array is what it was for
+# everyone who reads it.
 def needed(
   node: Node, spec: Spec, box: Callable[[Value], Box], stored: Callable[[Value], Box | None]
 ) -> Factors:

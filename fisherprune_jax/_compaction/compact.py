@@ -15,7 +15,7 @@ from fisherprune_jax._compaction.opt_states import shrink_opt_state, shrink_prun
 from fisherprune_jax._compaction.plan import make_plan
 from fisherprune_jax._compaction.runner import Runner
 from fisherprune_jax._cost.cost import cost_of
-from fisherprune_jax._cost.meters import Flops
+from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._errors import describe, path_name
 from fisherprune_jax._graph.blockers import (
   Blocker,
@@ -34,7 +34,7 @@ from fisherprune_jax._masks import check_switches
 from fisherprune_jax._training.state import make_inert
 from fisherprune_jax._types import ApplyFn, BatchAxes, Picker, PyTree
 
-METER = Flops()
+METER = FlopsMeter()
 """What ``Compact.cost`` and the report count."""
 
 

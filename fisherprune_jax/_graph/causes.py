@@ -156,7 +156,7 @@ class Causes:
     spec, factors = self._live.specs.get(node), self._live.factors.get(node)
     if spec is None or factors is None or not spec.opaque:
       return False
-    offered = [(v, axes, self._live.info(v).box) for v, axes in zip(node.ins, spec.ins, strict=True)]
+    offered = [(v, axes, self._live.info(v).possible) for v, axes in zip(node.ins, spec.ins, strict=True)]
     results = zip(node.outs, spec.outs, strict=True)
     wanted = [(v, axes, self._live.asked[v]) for v, axes in results if v in self._live.asked]
     return any(
@@ -181,7 +181,7 @@ class Causes:
     value, axis = place
     if value.literal is not None:
       return False
-    return self._more(*(live.info(value).box[axis] for live in (self._live, self._free)))
+    return self._more(*(live.info(value).possible[axis] for live in (self._live, self._free)))
 
   def _forwards(self, start: Place) -> Node | None:
     """The nearest node behind a place that asks for more of it than it need."""

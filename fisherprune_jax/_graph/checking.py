@@ -189,7 +189,7 @@ def _in_factors(spec: Spec) -> Fault | None:
   on_axes = {f for axis in axes for f in factors_of(axis)}
   if strays := [f for f in known if f not in on_axes and f not in spec.whole]:
     return Fault(
-      "must have every factor on an axis", strays, "What only counts is the `scale` or `terms` of a Flops."
+      "must have every factor on an axis", strays, "What only counts is the `scale` or `taps` of a Flops."
     )
   return _in_picks(spec) if any(isinstance(axis, Pick) for axis in axes) else None
 
@@ -238,8 +238,8 @@ def _in_flops(spec: Spec) -> Fault | None:
     outer, inner = count.outer, count.inner or ()
     if type(outer) is not tuple or type(inner) is not tuple or not known >= {*outer, *inner}:
       return Fault("must count by tuples of factors that `sizes` has", count, f"Those are {[*known]}.")
-    if not (compat.is_size(count.scale) and compat.is_size(count.terms)):
-      return Fault("must count with whole numbers for `scale` and `terms`", count)
+    if not (compat.is_size(count.scale) and compat.is_size(count.taps)):
+      return Fault("must count with whole numbers for `scale` and `taps`", count)
   return None
 
 

@@ -56,7 +56,7 @@ Bind = Callable[[Node, Sequence[jax.Array], Sizes], Sequence[jax.Array]]
 
 
 class Flops(NamedTuple):
-  """``scale * prod(outer) * max(2 K - 1, 0)``, ``K = terms * prod(inner)``; without ``inner`` no last factor.
+  """``scale * prod(outer) * max(2 K - 1, 0)``, ``K = taps * prod(inner)``; without ``inner`` no last factor.
 
   ``pads``: it counts only where taps that fall on padding count (True), or only where they do not (False).
   """
@@ -64,7 +64,7 @@ class Flops(NamedTuple):
   outer: tuple[Factor, ...]
   inner: tuple[Factor, ...] | None = None
   scale: int = 1
-  terms: int = 1
+  taps: int = 1
   pads: bool | None = None
 
 

@@ -48,7 +48,7 @@ def _as_carried(before: Info, after: Info) -> Info:
 
 
 def _shape(info: Info) -> list[Any]:
-  return [s.size for s in info.box]
+  return [s.size for s in info.possible]
 
 
 def backward(

@@ -38,7 +38,7 @@ class Scan:
       node, functools.partial(program.build, node.params["jaxpr"], (*node.callers, node.eqn))
     )
     each = [
-      Info(info.box[1:], varies=info.varies, together=together.in_a_turn(info.together))
+      Info(info.possible[1:], varies=info.varies, together=together.in_a_turn(info.together))
       for info in infos[consts + carry :]
     ]
     before, outs = fixpoint.forward(
@@ -46,7 +46,7 @@ class Scan:
     )
     carried = outs[:carry] if _runs(node) else before
     stacked = [
-      Info(_stack(out.box, v.shape), varies=out.varies, together=together.in_all_turns(out.together))
+      Info(_stack(out.possible, v.shape), varies=out.varies, together=together.in_all_turns(out.together))
       for v, out in zip(node.outs[carry:], outs[carry:], strict=True)
     ]
     return [*carried, *stacked]

@@ -63,7 +63,7 @@ def _constants(node: Node) -> tuple[int, int]:
 
 
 def _shape(info: Info) -> list[Any]:
-  return [s.size for s in info.box]
+  return [s.size for s in info.possible]
 
 
 def kept_whole(node: Node, infos: Sequence[Info]) -> Spec:

@@ -107,7 +107,7 @@ def _opaque(
 
 def _kills(node: Node, infos: Sequence[Info]) -> frozenset[int]:
   # 0 / 0 is not zero: a numerator's zeros count only over a denominator that has none of its own.
-  if node.name == "div" and not (infos[1].const is None and all(s.is_all for s in infos[1].box)):
+  if node.name == "div" and not (infos[1].const is None and all(s.is_all for s in infos[1].possible)):
     return frozenset()
   return PRODUCTS.get(node.name, frozenset())
 
@@ -119,7 +119,7 @@ def _same_as(node: Node, infos: Sequence[Info]) -> int | None:
   operand = 0 if infos[1].mask else 1
   # A mask of one feature may broadcast: then its zero is not one along an axis that both have.
   mask = 1 - operand
-  sizes = zip(infos[mask].box, node.ins[mask].shape, node.outs[0].shape, strict=False)
+  sizes = zip(infos[mask].possible, node.ins[mask].shape, node.outs[0].shape, strict=False)
   shows = all(s.is_all or n == m for s, n, m in sizes)
   return operand if shows and node.ins[operand].aval.shape == node.outs[0].aval.shape else None
 

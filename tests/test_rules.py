@@ -315,7 +315,7 @@ WRONG = {
   "flops_of_no_factor": (says(flops=(Flops(("n", "z")),)), "by tuples of factors that `sizes` has"),
   "flops_within_no_factor": (says(flops=(Flops(("n",), ("z",)),)), "by tuples of factors that `sizes` has"),
   "flops_of_text": (says(flops=(Flops("nm"),)), "by tuples of factors that `sizes` has"),
-  "flops_in_fractions": (says(flops=(Flops(("n",), scale=0.5),)), "whole numbers for `scale` and `terms`"),
+  "flops_in_fractions": (says(flops=(Flops(("n",), scale=0.5),)), "whole numbers for `scale` and `taps`"),
   "same_as_no_operand": (says(same_as=2), "`same_as` of an operand with the axes of the one result, got 2"),
   "same_as_another_shape": (
     says(same_as=1),
@@ -407,6 +407,7 @@ def test_a_taught_selection_shrinks_exactly():
   ("changes", "message"),
   [
     ({"outs": (("d0", Pick("d1", np.arange(-1, 5))),)}, "not say `moves` where a Pick puts zeros in"),
+    ({"outs": (("d0", Pick("d1", INDEX, filled=True)),)}, "a number for operand 1 where a Pick is `filled`"),
     ({"outs": (("d0", Pick("d0", np.array([0] * 6))),)}, "selects from operand 0 along axes in the same"),
     ({"outs": ((Pick("d0", np.arange(5)[::-1]), None),)}, "selects from operand 0 along axes in the same"),
   ],

@@ -207,8 +207,10 @@ def _in_picks(spec: Spec) -> Fault | None:
       Said(f"{spec.ins} -> {spec.outs}"),
       "Transposed, merged or split as well, the axes have to be whole.",
     )
+  if any(isinstance(axis, Pick) and axis.filled for axis in spec.outs[0]) and spec.ins[1:2] != ((),):
+    return Fault("must have a number for operand 1 where a Pick is `filled` by it", Said(f"{spec.ins}"))
   if spec.moves and any(isinstance(axis, Pick) and (axis.index < 0).any() for axis in spec.outs[0]):
-    return Fault("must not say `moves` where a Pick puts zeros in", True, "The zeros are not operand 0's.")
+    return Fault("must not say `moves` where a Pick puts zeros in", True, "Those are not operand 0's.")
   return None
 
 
@@ -233,8 +235,8 @@ def _in_flops(spec: Spec) -> Fault | None:
       "must give `flops` as a tuple of Flops", counts, "One is written with a comma: (Flops(axes),)."
     )
   for count in counts:
-    named = (count.outer, () if count.inner is None else count.inner)
-    if not all(type(factors) is tuple and all(f in known for f in factors) for factors in named):
+    outer, inner = count.outer, count.inner or ()
+    if type(outer) is not tuple or type(inner) is not tuple or not known >= {*outer, *inner}:
       return Fault("must count by tuples of factors that `sizes` has", count, f"Those are {[*known]}.")
     if not (compat.is_size(count.scale) and compat.is_size(count.taps)):
       return Fault("must count with whole numbers for `scale` and `taps`", count)

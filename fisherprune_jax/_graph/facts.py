@@ -152,9 +152,10 @@ def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:
   integers = jnp.issubdtype(out.aval.dtype, jnp.integer) or out.aval.dtype == bool
   if not infos and node.name != "iota":
     return None  # such as the value of a symbolic size
-  if not small or not integers or any(info.known is None for info in infos):
+  known = [info.known for info in infos if info.known is not None]
+  if not small or not integers or len(known) < len(infos):
     return None
-  return compat.evaluate(node.eqn, [info.known for info in infos])
+  return compat.evaluate(node.eqn, known)
 
 
 def _is_exact(spec: Spec, factors: Factors, info: Info) -> bool:

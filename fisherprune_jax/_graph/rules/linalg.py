@@ -8,9 +8,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.compat import Params
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import SpecRule, built_in
@@ -19,7 +19,8 @@ from fisherprune_jax._graph.rules.weights import is_complex
 from fisherprune_jax._graph.spec import Flops, Spec
 
 THIRD = Fraction(1, 3)
-Count = Callable[..., Any]
+Number = int | Fraction
+Count = Callable[[int, int, Params], Number]
 
 
 def fft(node: Node, infos: Sequence[Info]) -> Spec:
@@ -104,7 +105,7 @@ def permutation(node: Node, infos: Sequence[Info]) -> Spec:
   return _batched(node, 1, 0, alive=True)
 
 
-def _of_matrices(node: Node, count: Callable[[], Any]) -> int:
+def _of_matrices(node: Node, count: Callable[[], Number]) -> int:
   """A count as a whole number; none where sizes are symbols, as in an export, which counts nothing."""
   sizes = [n for value in node.ins for n in value.shape]
   if not all(map(compat.is_static_size, sizes)):
@@ -112,29 +113,29 @@ def _of_matrices(node: Node, count: Callable[[], Any]) -> int:
   return round(count() * (4 if is_complex(node.ins[0]) else 1))
 
 
-def _lu(m: int, n: int, params: Any) -> Any:
+def _lu(m: int, n: int, params: Params) -> Number:
   k = min(m, n)
   return k * k * (max(m, n) - k * THIRD)
 
 
-def _qr(m: int, n: int, params: Any) -> Any:
+def _qr(m: int, n: int, params: Params) -> Number:
   return 2 * _lu(m, n, params)
 
 
-def _q(m: int, n: int, params: Any) -> Any:
+def _q(m: int, n: int, params: Params) -> Number:
   return 2 * n * n * (m - n * THIRD)
 
 
-def _eigh(m: int, n: int, params: Any) -> Any:
+def _eigh(m: int, n: int, params: Params) -> Number:
   return 9 * n**3  # reduced to a tridiagonal matrix, then QR steps, with eigenvectors
 
 
-def _eig(m: int, n: int, params: Any) -> Any:
+def _eig(m: int, n: int, params: Params) -> Number:
   vectors = params["compute_left_eigenvectors"] or params["compute_right_eigenvectors"]
   return (25 if vectors else 10) * n**3
 
 
-def _svd(m: int, n: int, params: Any) -> Any:
+def _svd(m: int, n: int, params: Params) -> Number:
   large, small = max(m, n), min(m, n)
   if not params["compute_uv"]:
     return 4 * large * small**2 - 4 * THIRD * small**3

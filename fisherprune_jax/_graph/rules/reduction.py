@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.compat import Params
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
@@ -157,7 +157,7 @@ def _of_windows(node: Node, outs: Sequence[Factor], scale: int) -> tuple[Flops, 
   return (Flops(tuple(outs), scale=scale * taps, pads=True), Flops(free, scale=scale * exact, pads=False))
 
 
-def spans(params: dict[str, Any], axis: int) -> bool:
+def spans(params: Params, axis: int) -> bool:
   """Whether a window reaches over more than one entry along an axis, or changes its size."""
   plain = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
   return any(name in params and params[name][axis] != 1 for name in plain) or tuple(

@@ -36,6 +36,10 @@ def per_example(masks: Masks, batch_size: int) -> MaskGrads:
   >>> import fisherprune_jax as fp
   >>> fp.per_example({"mask": jnp.ones(3)}, batch_size=2)["mask"].shape
   (2, 3)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
   """
 
   def expand(mask: jax.typing.ArrayLike) -> jax.Array:
@@ -78,6 +82,10 @@ def apply_mask(x: jax.Array, mask: jax.Array, axis: int = -1, batch_axis: int | 
   <BLANKLINE>
          [[5., 0.],
           [0., 8.]]], dtype=float32)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
   """
   mask = jnp.asarray(mask)
   axis, batch_axis = axes_of(x, axis, batch_axis)

@@ -32,6 +32,13 @@ class Mask(nn.Module):
   >>> import fisherprune_jax as fp
   >>> fp.Mask().apply({"masks": {"mask": jnp.array([1.0, 0.0])}}, jnp.array([[3.0, 4.0]]))
   Array([[3., 0.]], dtype=float32)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+
+    Flax, `Module <https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/module.html>`_: variables and
+    their collections
   """
 
   axis: int = -1

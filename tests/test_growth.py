@@ -15,10 +15,11 @@ import pytest
 import fisherprune_jax as fp
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._cost.cost import cost_of
-from fisherprune_jax._cost.meters import Flops
-from fisherprune_jax._graph import flops, sets
+from fisherprune_jax._cost.meters import FlopsMeter
+from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.prices import Prices
 from fisherprune_jax._graph.structured import costs_of
+from fisherprune_jax._graph.terms import collect
 from fisherprune_jax._graph.traced import trace_apply
 from fisherprune_jax._graph.variables import VariableTree, sizes_of
 from tests.fuzz import time_limit
@@ -51,7 +52,7 @@ def sizes(family, n):
   apply, variables, x = growth.network(family, n)
   tree = VariableTree(variables, "masks")
   model = trace_apply(apply, tree, (x,)).analyse()
-  terms = flops.collect(cost.term for cost in costs_of(model.program, model.live, Flops()))
+  terms = collect(cost.term for cost in costs_of(model.program, model.live, FlopsMeter()))
   prices = Prices(terms, sizes_of(tree.mask_leaves))
   boxes = [model.live.stored(value) for node in model.program.nodes for value in node.outs]
   found = sets.in_order(s for box in boxes for s in box)

@@ -15,7 +15,7 @@ from fisherprune_jax._compaction.opt_states import shrink_opt_state, shrink_prun
 from fisherprune_jax._compaction.plan import make_plan
 from fisherprune_jax._compaction.runner import Runner
 from fisherprune_jax._cost.cost import cost_of
-from fisherprune_jax._cost.meters import Flops
+from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._errors import describe, path_name
 from fisherprune_jax._graph.blockers import (
   Blocker,
@@ -34,7 +34,7 @@ from fisherprune_jax._masks import check_switches
 from fisherprune_jax._training.state import make_inert
 from fisherprune_jax._types import ApplyFn, BatchAxes, Picker, PyTree
 
-METER = Flops()
+METER = FlopsMeter()
 """What ``Compact.cost`` and the report count."""
 
 
@@ -117,6 +117,10 @@ class Compact:
     Returns:
       The state for the compact parameters. The pruning state in it becomes inert (``mask_grads=None`` is
       accepted from then on), unless masks were kept.
+
+    References:
+      Shazeer and Stern, `Adafactor: adaptive learning rates with sublinear memory cost
+      <https://arxiv.org/abs/1804.04235>`_, 2018: the statistics that are factored, and start anew
     """
     plan = self._plan
     pruning: Callable[..., Any] = make_inert
@@ -147,6 +151,11 @@ class Compact:
 
     Raises:
       ValueError: if the function computes with its batch size so that a symbol does not do.
+
+    References:
+      JAX, `jax.export <https://docs.jax.dev/en/latest/jax.export.html>`_
+
+      JAX, `Shape polymorphism <https://docs.jax.dev/en/latest/export/shape_poly.html>`_
     """
     return exporting.export(self, args, self._plan.batch_axes, platforms, batch)
 
@@ -217,6 +226,12 @@ def compact(
   {'bias': (2,), 'kernel': (5, 2)}
   >>> small(small.variables, x).shape
   (2, 3)
+
+  References:
+    Shardy, `Propagation <https://openxla.org/shardy/propagation>`_: the factors by which operands and results of a
+    primitive are related
+
+    JAX, `The jaxpr language <https://docs.jax.dev/en/latest/jaxpr.html>`_
   """
   tree = VariableTree(variables, masks)
   _check(tree, round_to)

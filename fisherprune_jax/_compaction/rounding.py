@@ -1,6 +1,6 @@
 """Keeping a few dead features, for widths that hardware likes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,13 +8,12 @@ import numpy as np
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Value
-from fisherprune_jax._graph.sets import ALL, AND, ANY, CONCAT, FIXED, LEAF, OR, OUTER, TAKE, Set
+from fisherprune_jax._graph.sets import Leaf, Place, Set
 
-Rows = dict[Any, np.ndarray]
-Features = list[tuple[Any, int]]
-"""Features by mask and position."""
-Place = tuple[Set, int]
-"""A position of a set."""
+Masks = dict[Any, np.ndarray]
+"""One vector by key."""
+Feature = tuple[Any, int]
+"""A feature by mask and position."""
 
 
 def widths_of(values: Iterable[Value], live: Liveness) -> list[Set]:
@@ -25,7 +24,7 @@ def widths_of(values: Iterable[Value], live: Liveness) -> list[Set]:
   return list(dict.fromkeys(s for box in boxes for s in box if s.support))
 
 
-def round_up(masks: Rows, widths: Iterable[Set], multiple: int) -> Rows:
+def round_up(masks: Mapping[Any, np.ndarray], widths: Iterable[Set], multiple: int) -> Masks:
   """Switches on just enough features for every width to be a multiple of a number, or whole.
 
   Args:
@@ -36,22 +35,23 @@ def round_up(masks: Rows, widths: Iterable[Set], multiple: int) -> Rows:
   Returns:
     Masks that keep everything that the given ones keep, and a little more.
   """
-  masks = {key: np.array(mask) != 0 for key, mask in masks.items()}
+  grown = {key: np.array(mask) != 0 for key, mask in masks.items()}
+  all_on = Evaluation({key: np.ones_like(mask) for key, mask in grown.items()})
   pending = list(widths)
-  while any(_grow(s, masks, pending, multiple) for s in pending):
+  while any(_grow(s, grown, pending, multiple, all_on) for s in pending):
     pass  # what one width gained may have unsettled another: a union, say
-  return {key: mask.astype(np.float32) for key, mask in masks.items()}
+  return {key: mask.astype(np.float32) for key, mask in grown.items()}
 
 
-def _grow(s: Set, masks: Rows, widths: list[Set], multiple: int) -> bool:
+def _grow(s: Set, masks: Masks, widths: list[Set], multiple: int, all_on: Evaluation) -> bool:
   """Switches on features, in place, until one width is a multiple; returns whether any was."""
   ev = Evaluation(masks)
   if not _missing(ev, s, multiple):
     return False
   grew = False
-  for at in _by_preference(ev, s, widths):
-    features = _features(s, at)
-    for key, feature in features or []:
+  for position in _by_preference(ev, s, widths):
+    features = _features(s, position, all_on)
+    for key, feature in features:
       masks[key][feature] = True
     grew = grew or bool(features)
     if not _missing(Evaluation(masks), s, multiple):
@@ -72,67 +72,28 @@ def _by_preference(ev: Evaluation, s: Set, widths: list[Set]) -> list[int]:
   return dead[np.argsort(-shared[dead], kind="stable")].tolist()
 
 
-def _features(s: Set, at: int) -> Features | None:
-  """Features that bring one position into a set; None if nothing can."""
-  found: dict[Place, Features | None] = {}
-  pending = [(s, at)]
-  while pending:  # no recursion: expressions are as deep as the network
-    here = pending[-1]
-    if here[0].kind == LEAF:
-      found[here] = [(here[0].data, here[1])]
-    elif (missing := _settle(here, found)) is not None:
-      pending.append(missing)
-      continue
-    pending.pop()
-  return found[s, at]
+def _features(s: Set, position: int, all_on: Evaluation) -> list[Feature]:
+  """Features that bring one position into a set; none if nothing can.
+
+  What cannot be there with every feature switched on cannot be there at all. So where a position hangs on any of
+  several, the first that can is chosen once and for all, and no choice is taken back.
+  """
+  if not _is_in((s, position), all_on):
+    return []
+  found: list[Feature] = []
+  pending: list[Place] = [(s, position)]
+  seen = {*pending}
+  while pending:
+    here, at = pending.pop()
+    if isinstance(here, Leaf):
+      found.append((here.data, at))
+    every, places = here.hangs_on(at)
+    chosen = places if every else [next(place for place in places if _is_in(place, all_on))]
+    pending += [place for place in chosen if place not in seen]
+    seen.update(chosen)
+  return found
 
 
-def _settle(here: Place, found: dict[Place, Features | None]) -> Place | None:
-  """Works one position out from those that it hangs on; returns one that has to be worked out before, if any."""
-  every, places = _PLACES[here[0].kind](*here)
-  features: Features | None = [] if every else None
-  for place in places:
-    if place not in found:
-      return place
-    one = found[place]
-    if (one is None) == every:  # one that cannot be, of all; one that can be, of any
-      features = one
-      break
-    if every:
-      features = [*(features or []), *(one or [])]
-  found[here] = features
-  return None
-
-
-def _of_take(s: Set, at: int) -> tuple[bool, list[Place]]:
-  return False, [(s.parts[0], int(s.data[at]))] if s.data[at] >= 0 else []
-
-
-def _of_concat(s: Set, at: int) -> tuple[bool, list[Place]]:
-  for part in s.parts:
-    if at < part.size:
-      return True, [(part, at)]
-    at -= part.size
-  raise IndexError(at)
-
-
-def _of_outer(s: Set, at: int) -> tuple[bool, list[Place]]:
-  places = np.unravel_index(at, [part.size for part in s.parts])
-  return True, [(part, int(place)) for part, place in zip(s.parts, places, strict=True)]
-
-
-def _of_any(s: Set, at: int) -> tuple[bool, list[Place]]:
-  return False, [(s.parts[0], place) for place in np.flatnonzero(s.data == at).tolist()]
-
-
-_PLACES: dict[str, Callable[[Set, int], tuple[bool, list[Place]]]] = {
-  ALL: lambda s, at: (True, []),
-  FIXED: lambda s, at: (bool(s.data[at]), []),
-  AND: lambda s, at: (True, [(part, at) for part in s.parts]),
-  OR: lambda s, at: (False, [(part, at) for part in s.parts]),
-  TAKE: _of_take,
-  CONCAT: _of_concat,
-  OUTER: _of_outer,
-  ANY: _of_any,
-}
-"""What a position hangs on: whether every one of some positions has to be in its set, or any of them."""
+def _is_in(place: Place, ev: Evaluation) -> bool:
+  s, position = place
+  return bool(ev.bits(s)[position])

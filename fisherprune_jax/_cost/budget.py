@@ -16,7 +16,7 @@ BEHIND = 2
 """Digits behind the point of a target that is an array: its last one is 2 ** -32 FLOPs."""
 
 
-class Whole(NamedTuple):
+class ExactCost(NamedTuple):
   """A cost in whole numbers.
 
   Attributes:

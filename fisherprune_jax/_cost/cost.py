@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._cost.budget import Whole
-from fisherprune_jax._cost.meters import Flops
+from fisherprune_jax._cost.budget import ExactCost
+from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._errors import require_same_tree
 from fisherprune_jax._graph import exact as whole_numbers
-from fisherprune_jax._graph import flops
 from fisherprune_jax._graph.blockers import check_read, check_strict, sample_masks, warn_of_unknown
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
 from fisherprune_jax._graph.prices import Prices
 from fisherprune_jax._graph.structured import Meter, costs_of
+from fisherprune_jax._graph.terms import collect, total
 from fisherprune_jax._graph.traced import Analysis, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, sizes_of, vectors_of
 from fisherprune_jax._masks import flatten, unflatten
@@ -70,7 +70,7 @@ class CostModel:
     exact: Callable[[Masks], Masks] | None = None,
     breakdown: Callable[[Masks], list[Row]] | None = None,
     dense: float | None = None,
-    whole: Whole | None = None,
+    exact_cost: ExactCost | None = None,
   ) -> None:
     with jax.ensure_compile_time_eval():  # it may be made inside a function that is traced
       self.masks = jax.tree.map(lambda m: jnp.ones(m.shape, jnp.float32), masks)
@@ -79,7 +79,7 @@ class CostModel:
     self._per_feature = per_feature
     self._exact = exact
     self._breakdown = breakdown
-    self._whole = None if whole is None else whole._replace(digits=jax.jit(whole.digits))
+    self._exact_cost = None if exact_cost is None else exact_cost._replace(digits=jax.jit(exact_cost.digits))
 
   @classmethod
   def from_functions(
@@ -144,9 +144,9 @@ class CostModel:
     (True, False)
     """
     self._check(masks)
-    if self._whole is None:
+    if self._exact_cost is None:
       return self._total(masks) > target
-    return self._whole.exceeds(masks, target)
+    return self._exact_cost.exceeds(masks, target)
 
   def breakdown(self, masks: Masks) -> list[Row]:
     """Where the FLOPs are: one row per source line and primitive, dense and under ``masks``."""
@@ -218,12 +218,20 @@ def cost_model(
   >>> cost = fp.cost_model(model.apply, variables, x)
   >>> cost.dense  # 8 (2*4 - 1) + 8 for the bias, 3 (2*8 - 1) + 3
   112.0
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+
+    Golub and Van Loan, *Matrix Computations*, for the counts of linear algebra
+
+    JAX, `The jaxpr language <https://docs.jax.dev/en/latest/jaxpr.html>`_
   """
   tree = VariableTree(variables, masks)
   examples = batch_size(args, batch_axes)
   analysis = trace_apply(apply_fn, tree, args).analyse()
   check_read(analysis, tree)
-  names, everything = None if primitives is None else frozenset(primitives), Flops()
+  names, everything = None if primitives is None else frozenset(primitives), FlopsMeter()
   warn_of_unknown(analysis, tree.mask_leaves, examples, everything)
   if strict:
     check_strict(analysis, tree, sample_masks(tree.mask_leaves), examples, everything)
@@ -234,11 +242,11 @@ def cost_model(
 def cost_of(analysis: Analysis, masks: Masks, examples: int, meter: Meter) -> CostModel:
   """The cost model of an analysed function."""
   costs = list(costs_of(analysis.program, analysis.live, meter))
-  terms = flops.collect(cost.term for cost in costs)
+  terms = collect(cost.term for cost in costs)
   # Made when it is asked for: who wants the count of given masks alone can do without.
   prices = functools.cache(lambda: Prices(terms, sizes_of(jax.tree.leaves(masks))))
 
-  def total(masks: Masks) -> jax.Array:
+  def per_example(masks: Masks) -> jax.Array:
     return prices().total(_alive(masks)) / examples
 
   drops = jax.jit(lambda masks: prices().drops(_alive(masks)) / examples)
@@ -247,7 +255,7 @@ def cost_of(analysis: Analysis, masks: Masks, examples: int, meter: Meter) -> Co
     return unflatten(drops(masks), masks)
 
   def exact(masks: Masks) -> int:
-    return flops.total(terms, _evaluation(masks))
+    return total(terms, _evaluation(masks))
 
   def digits(masks: Masks) -> whole_numbers.Digits:
     sizes = functools.partial(prices().sizes, _alive(masks))
@@ -263,12 +271,12 @@ def cost_of(analysis: Analysis, masks: Masks, examples: int, meter: Meter) -> Co
         continue
       row = rows.setdefault((cost.node.source, cost.label), [0.0, 0.0])
       for i, ev in enumerate(states):
-        row[i] += flops.total([cost.term], ev) / examples
+        row[i] += total([cost.term], ev) / examples
     return [Row(*where, *counts) for where, counts in rows.items()]
 
   dense = exact(jax.tree.map(lambda m: np.ones(m.shape), masks))
-  whole = Whole(digits, dense, examples)
-  return CostModel(masks, total, per_feature, exact, breakdown, dense / examples, whole)
+  exact_cost = ExactCost(digits, dense, examples)
+  return CostModel(masks, per_example, per_feature, exact, breakdown, dense / examples, exact_cost)
 
 
 def _evaluation(masks: Masks) -> Evaluation:

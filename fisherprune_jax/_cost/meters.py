@@ -7,12 +7,12 @@ it says of the nodes inside.
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from fisherprune_jax._graph.flops import Term, term
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.terms import Term, term
 
 
-class Flops(NamedTuple):
+class FlopsMeter(NamedTuple):
   """Floating-point operations, as the rules count them (``Spec.flops``).
 
   Attributes:

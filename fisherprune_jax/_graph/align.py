@@ -33,8 +33,8 @@ def sources(have: np.ndarray | None, want: np.ndarray | None, size: Size) -> np.
   return place[want]
 
 
-def select(array: jax.Array, axis: int, source: np.ndarray) -> jax.Array:
-  """The entries at ``source``, -1 giving zero: a slice or a pad where the pattern is even, else a gather."""
+def select(array: jax.Array, axis: int, source: np.ndarray, fill: jax.Array | None = None) -> jax.Array:
+  """The entries at ``source``, -1 giving ``fill`` (zero): a slice or a pad where the pattern is even, else a gather."""
   there = np.flatnonzero(source >= 0)
   if there.size == source.size and (stride := _even(source)):
     return lax.slice_in_dim(array, int(source[0]), int(source[-1]) + 1, stride, axis)
@@ -42,10 +42,15 @@ def select(array: jax.Array, axis: int, source: np.ndarray) -> jax.Array:
   if in_order and (stride := _even(there)):
     config = [(0, 0, 0)] * array.ndim
     config[axis] = (int(there[0]), int(source.size - 1 - there[-1]), stride - 1)
-    return lax.pad(array, jnp.zeros((), array.dtype), config)
+    return lax.pad(array, jnp.zeros((), array.dtype) if fill is None else fill, config)
   if not there.size:
-    return jnp.zeros((*array.shape[:axis], source.size, *array.shape[axis + 1 :]), array.dtype)
-  return _gather(array, axis, np.where(source >= 0, source, array.shape[axis]))
+    return jnp.full(
+      (*array.shape[:axis], source.size, *array.shape[axis + 1 :]), 0 if fill is None else fill, array.dtype
+    )
+  last = array.shape[axis]
+  if fill is not None:  # one more entry, to be taken where there is none
+    array = lax.pad(array, fill, [(0, int(at == axis), 0) for at in range(array.ndim)])
+  return _gather(array, axis, np.where(source >= 0, source, last))
 
 
 def _gather(array: jax.Array, axis: int, index: np.ndarray) -> jax.Array:

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from fisherprune_jax._errors import Path, path_name
-from fisherprune_jax._graph import flops
 from fisherprune_jax._graph.causes import Causes, in_nobodys_way, is_in_the_way
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Info, weak_box, whole_box
@@ -18,6 +17,7 @@ from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.rules import spec_of, unknown
 from fisherprune_jax._graph.spec import Spec
 from fisherprune_jax._graph.structured import Meter, costs_of
+from fisherprune_jax._graph.terms import total
 from fisherprune_jax._graph.traced import Analysis
 from fisherprune_jax._graph.variables import VariableTree, vectors_of
 from fisherprune_jax._types import Array
@@ -132,7 +132,7 @@ def _without(analysis: Analysis, chosen: Callable[[Node], bool], outputs: bool) 
 
 
 def _cost(analysis: Analysis, live: Liveness, ev: Evaluation, meter: Meter) -> int:
-  return flops.total([cost.term for cost in costs_of(analysis.program, live, meter)], ev)
+  return total([cost.term for cost in costs_of(analysis.program, live, meter)], ev)
 
 
 def check_strict(

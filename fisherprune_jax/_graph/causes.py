@@ -15,7 +15,7 @@ from typing import NamedTuple
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
-from fisherprune_jax._graph.sets import WEAK, Set
+from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Axis, Factor, Spec, compose, factors_of, names_of
 from fisherprune_jax._graph.structured import links
 
@@ -156,7 +156,7 @@ class Causes:
     spec, factors = self._live.specs.get(node), self._live.factors.get(node)
     if spec is None or factors is None or not spec.opaque:
       return False
-    offered = [(v, axes, self._live.info(v).box) for v, axes in zip(node.ins, spec.ins, strict=True)]
+    offered = [(v, axes, self._live.info(v).possible) for v, axes in zip(node.ins, spec.ins, strict=True)]
     results = zip(node.outs, spec.outs, strict=True)
     wanted = [(v, axes, self._live.asked[v]) for v, axes in results if v in self._live.asked]
     return any(
@@ -175,13 +175,13 @@ class Causes:
   def _asked_more(self, place: Place) -> bool:
     value, axis = place
     asked = [live.asked[value][axis] for live in (self._live, self._free) if value in live.asked]
-    return len(asked) == 2 and (asked[1].kind == WEAK or self._more(*asked))
+    return len(asked) == 2 and (asked[1].is_weak or self._more(*asked))
 
   def _possibly_more(self, place: Place) -> bool:
     value, axis = place
     if value.literal is not None:
       return False
-    return self._more(*(live.info(value).box[axis] for live in (self._live, self._free)))
+    return self._more(*(live.info(value).possible[axis] for live in (self._live, self._free)))
 
   def _forwards(self, start: Place) -> Node | None:
     """The nearest node behind a place that asks for more of it than it need."""
@@ -226,7 +226,7 @@ class Causes:
     if node not in self._live.factors:
       return False
     used, enough = compose(axis, self._live.factors[node], value.shape[at]), self._free.stored(value)[at]
-    return enough.kind == WEAK or self._more(used, enough)
+    return enough.is_weak or self._more(used, enough)
 
   def _backwards(self, place: Place) -> Node | None:
     """The node in front of a place that makes more of it possible than need be."""

@@ -1,4 +1,4 @@
-"""Every contact with JAX internals, in one place.
+"""Every contact with JAX internals, in one place: a test holds that no other module imports any.
 
 What differs between the supported versions of JAX is bridged by asking objects for what they have, so
 that nothing outside this file needs to know which version runs.
@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util
-from jax._src.core import InconclusiveDimensionOperation, get_axis_env
+from jax._src.core import InconclusiveDimensionOperation, get_axis_env, is_symbolic_dim
 from jax._src.debugging import DebugEffect, OrderedDebugEffect
 from jax.extend import core
 
+from fisherprune_jax._types import Size
+
 Literal = core.Literal
+Primitive = core.Primitive
 UndecidedSize = InconclusiveDimensionOperation
 _LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("flax", "jax", "optax", "fisherprune_jax"))
 
@@ -33,10 +36,14 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 def bind(eqn: Any, arrays: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
   """Applies an equation's primitive to ``arrays``, with its own parameters or with ``params``."""
-  params = eqn.params if params is None else params
   with eqn.ctx.manager:
-    out = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(params))
-  return list(out) if eqn.primitive.multiple_results else [out]
+    return apply(eqn.primitive, arrays, eqn.params if params is None else params)
+
+
+def apply(primitive: Any, arrays: Sequence[Any], params: dict[str, Any]) -> list[Any]:
+  """Applies a primitive to ``arrays``; one result is a list of one."""
+  out = primitive.bind(*arrays, **primitive.get_bind_params(params))
+  return list(out) if primitive.multiple_results else [out]
 
 
 def evaluate(eqn: Any, arrays: Sequence[Any]) -> np.ndarray:
@@ -82,7 +89,7 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
 
 
 def sub_jaxprs(params: dict[str, Any]) -> list[Any]:
-  """All jaxprs among an equation's parameters."""
+  """All jaxprs among an equation's parameters, closed ones with their constants (which JAX's own function drops)."""
   found = []
   for value in params.values():
     items = value if isinstance(value, tuple | list) else (value,)
@@ -106,6 +113,21 @@ def dtype_of(x: Any) -> Any:
   return dtype if isinstance(dtype, np.dtype) else np.dtype(object)
 
 
-def is_static_size(n: Any) -> bool:
+def is_static_size(n: Size) -> bool:
   """Whether an axis size is a number, not a symbol of a shape-polymorphic trace."""
   return isinstance(n, int | np.integer)
+
+
+def is_size(n: Any) -> bool:
+  """Whether ``n`` can be the size of an axis: a whole number that is not negative, or a symbol."""
+  return (n >= 0 and not isinstance(n, bool)) if is_static_size(n) else is_symbolic_dim(n)
+
+
+def differ(a: Size, b: Size) -> bool:
+  """Whether two sizes cannot be one: a number is no symbol, and two symbols are as far apart as JAX can tell."""
+  if is_static_size(a) or is_static_size(b):
+    return bool(a != b)
+  try:
+    return bool(a < b or a > b)
+  except UndecidedSize:
+    return False

@@ -8,18 +8,20 @@ right, whatever came in between.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._graph.flops import Dearest, Term
 from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.terms import Dearest, Term
 
 BITS = 16
 BASE = 1 << BITS  # also how many digits add up to less than 2 ** 32
 
-Digits = list[Any]
+Digits = Sequence[np.ndarray | jax.Array]
+"""Of one number, or of many side by side."""
 Terms = Sequence[Term | Dearest]
-Counts = Callable[[Sequence[Set]], Any]
+Counts = Callable[[Sequence[Set]], jax.Array]
 
 
 def digits_for(largest: int) -> int:
@@ -29,10 +31,10 @@ def digits_for(largest: int) -> int:
 
 def constant(number: int, digits: int) -> Digits:
   """The digits of a Python integer."""
-  return [np.uint32(number >> BITS * place & BASE - 1) for place in range(digits)]
+  return [np.asarray(number >> BITS * place & BASE - 1, np.uint32) for place in range(digits)]
 
 
-def carried(columns: Sequence[Any]) -> Digits:
+def carried(columns: Digits) -> Digits:
   """Digits from columns that may hold more than a digit (with the carry less than 2 ** 32)."""
   out, carry = [], jnp.uint32(0)
   for column in columns:
@@ -51,13 +53,13 @@ def times(a: Digits, b: Digits) -> Digits:
   """The product of two numbers, in as many digits as ``a`` has."""
   out = constant(0, len(a))
   for place, digit in enumerate(b[: len(a)]):
-    # A product of two digits leaves room for a carry, but not for another product: so one row after the other.
-    row = carried([x * digit for x in a[: len(a) - place]])
-    out = add(out, [*constant(0, place), *row])
+    # A product of two digits leaves room for a carry, but not for another product: so one after the other.
+    product = carried([x * digit for x in a[: len(a) - place]])
+    out = add(out, [*constant(0, place), *product])
   return out
 
 
-def above(a: Digits, b: Digits) -> Any:
+def above(a: Digits, b: Digits) -> jax.Array:
   """Whether the first number is larger."""
   out: Any = jnp.bool_(False)
   for x, y in zip(a, b, strict=True):  # from the lowest digit: the highest one that differs has the last word
@@ -65,7 +67,7 @@ def above(a: Digits, b: Digits) -> Any:
   return out
 
 
-def of_array(x: Any, digits: int, behind: int) -> Digits:
+def of_array(x: jax.Array, digits: int, behind: int) -> Digits:
   """A non-negative number of any type, as ``behind`` digits behind the point and ``digits`` before it."""
   if not jnp.issubdtype(x.dtype, jnp.floating):
     places = range(0, jnp.iinfo(x.dtype).bits, BITS)
@@ -82,7 +84,7 @@ def of_array(x: Any, digits: int, behind: int) -> Digits:
 
 
 def total(terms: Terms, counts: Counts, digits: int) -> Digits:
-  """The sum of terms, as ``flops.total`` gives it on the host; ``counts`` of sets gives a vector of their sizes."""
+  """The sum of terms, as ``terms.total`` gives it on the host; ``counts`` of sets gives a vector of their sizes."""
   each = list(dict.fromkeys(_plain(terms)))
   place = {term: at for at, term in enumerate(each)}
   values = _values(each, counts, digits) if each else constant(0, digits)
@@ -129,13 +131,13 @@ def _values(terms: Sequence[Term], counts: Counts, digits: int) -> Digits:
 
   def multiplied(number: Digits, factors: Sequence[tuple[Set, ...]]) -> Digits:
     for at in range(max(map(len, factors))):
-      index = np.asarray([place[row[at]] if at < len(row) else 0 for row in factors])
+      index = np.asarray([place[own[at]] if at < len(own) else 0 for own in factors])
       number = times(number, [digit[index] for digit in of_count])
     return number
 
-  inner = multiplied(_column([t.terms for t in terms], digits), [t.inner or () for t in terms])
+  inner = multiplied(_column([t.taps for t in terms], digits), [t.inner or () for t in terms])
   none = ~jnp.any(jnp.stack(inner) > 0, axis=0)
-  less = add(times(inner, [np.uint32(2)]), constant(-1, digits))  # 2 K - 1
+  less = add(times(inner, constant(2, 1)), constant(-1, digits))  # 2 K - 1
   sums = np.asarray([t.inner is not None for t in terms])
   last = [
     jnp.where(sums, jnp.where(none, np.uint32(0), x), one)

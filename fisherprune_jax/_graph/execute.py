@@ -146,7 +146,7 @@ def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequenc
     run.read(arrays, value, box(axes, value)) for value, axes in zip(node.ins, spec.ins, strict=True)
   ]
   if spec.outs and any(isinstance(axis, Pick) for axis in spec.outs[0]):
-    return [_pick(run, spec, factors, operands[0], boxes[0])], boxes
+    return [_pick(run, spec, factors, operands, boxes[0])], boxes
   if spec.bind is None:
     return compat.bind(node.eqn, operands), boxes
   return spec.bind(node, operands, {f: _live_size(run.ev, s) for f, s in factors.items()}), boxes
@@ -157,13 +157,17 @@ def _live_size(ev: Evaluation, s: Set) -> Size:
   return s.size if index is None else index.size
 
 
-def _pick(run: Run, spec: Spec, factors: dict[Factor, Set], array: jax.Array, box: Box) -> jax.Array:
+def _pick(
+  run: Run, spec: Spec, factors: dict[Factor, Set], operands: Sequence[jax.Array], box: Box
+) -> jax.Array:
   """Selects along the picked axes, from the live entries of the factor to those of the result."""
+  array = operands[0]
   for axis, (picked, wanted) in enumerate(zip(spec.outs[0], box, strict=True)):
     if isinstance(picked, Pick):
       entries = picked.index if (want := run.ev.index(wanted)) is None else picked.index[want]
       size = spec.sizes[picked.factor]
       place = sources(run.ev.index(factors[picked.factor]), None, size)
       place = np.arange(size) if place is None else place
-      array = select(array, axis, np.where(entries >= 0, place[entries], -1))
+      fill = operands[1] if picked.filled else None
+      array = select(array, axis, np.where(entries >= 0, place[entries], -1), fill)
   return array

@@ -1,11 +1,16 @@
 """Running a step over arrays that are cut into layers, each of which needs the ones before."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
+import jax
 import numpy as np
 from jax import lax
 
+Array: TypeAlias = np.ndarray | jax.Array
+"""On the host, where steps may write in place, or on the device, under ``jit`` as a rule."""
+Same = TypeVar("Same", np.ndarray, jax.Array)
+"""One of the two throughout."""
 Step = Callable[..., Any]
 """``step(state, at, *items) -> state``: ``items`` of some neighbours, the first of which is number ``at``."""
 
@@ -25,22 +30,24 @@ class Layers:
   def __init__(self, bounds: np.ndarray, *items: np.ndarray) -> None:
     self.bounds, self.items = bounds, items
     total, count = int(bounds[-1]), bounds.size - 1
-    self.padding = -(
-      -total // max(count, 1)
-    )  # no more chunks than twice the layers, at most half of it padding
+    # The mean width, rounded up: no more chunks than twice the layers, at most half of it padding.
+    self.padding = -(-total // max(count, 1))
 
-  def run(self, xp: Any, step: Step, state: Any, first: int, reverse: bool = False) -> Any:
+  def run(self, step: Step, state: Same, first: int, reverse: bool = False) -> Same:
     """Applies ``step`` to all layers, from the last one if ``reverse``; item 0 has number ``first``."""
     if not self.bounds[-1]:
       return state
-    if xp is np:
-      spans = list(zip(self.bounds[:-1], self.bounds[1:], strict=True))
-      for low, high in reversed(spans) if reverse else spans:
-        state = step(state, first + low, *(item[low:high] for item in self.items))
-      return state
+    if isinstance(state, jax.Array):
+      return self._in_a_loop(step, state, first, reverse)
+    spans = list(zip(self.bounds[:-1], self.bounds[1:], strict=True))
+    for low, high in reversed(spans) if reverse else spans:
+      state = step(state, first + low, *(item[low:high] for item in self.items))
+    return state
+
+  def _in_a_loop(self, step: Step, state: jax.Array, first: int, reverse: bool) -> jax.Array:
     starts, chunks = self._chunks()
 
-    def turn(state: Any, each: Any) -> tuple[Any, None]:
+    def turn(state: jax.Array, each: tuple[Any, ...]) -> tuple[jax.Array, None]:
       return step(state, *each), None
 
     return lax.scan(turn, state, (np.int32(first) + starts, *chunks), reverse=reverse)[0]
@@ -55,14 +62,16 @@ class Layers:
     return starts, [np.where(inside, item[places], np.zeros((), item.dtype)) for item in self.items]
 
 
-def put(xp: Any, state: Any, at: Any, values: Any) -> Any:
-  """Writes neighbours into a vector."""
-  if xp is not np:
+def put(state: Array, at: int | jax.Array, values: Array) -> Array:
+  """Writes neighbours into a vector, from number ``at`` on."""
+  if isinstance(state, jax.Array):
     return lax.dynamic_update_slice(state, values, (at,))
   state[at : at + values.size] = values
   return state
 
 
-def rows_at(xp: Any, state: Any, at: Any, width: int) -> Any:
-  """The columns of some neighbours."""
-  return state[:, at : at + width] if xp is np else lax.dynamic_slice_in_dim(state, at, width, axis=1)
+def columns_at(state: Array, at: int | jax.Array, width: int) -> Array:
+  """The columns of some neighbours, from number ``at`` on."""
+  if isinstance(state, jax.Array):
+    return lax.dynamic_slice_in_dim(state, at, width, axis=1)
+  return state[:, at : at + width]

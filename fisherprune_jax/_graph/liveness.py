@@ -103,7 +103,7 @@ class Liveness:
     """Asks for what a node needs of its operands, by how it relates axes."""
     spec = self.specs[node]
     factors = needed(
-      node, spec, lambda v: self.info(v).box, lambda v: self.stored(v) if v in self.asked else None
+      node, spec, lambda v: self.info(v).possible, lambda v: self.stored(v) if v in self.asked else None
     )
     self.factors[node] = factors
     results = [
@@ -140,7 +140,7 @@ class Liveness:
 
   def stored(self, value: Value) -> Box:
     """Per axis, the entries of an array that are kept."""
-    box = self.info(value).box
+    box = self.info(value).possible
     if value.literal is not None:
       return box
     return meet(box, self.asked[value]) if value in self.asked else empty_box(value.shape)
@@ -171,7 +171,8 @@ class Liveness:
       return None
     info, asked = self.infos[value], self.asked_layers[value]
     boxes = [
-      info.box[1:] if info.layers is None else info.layers[layer].box for layer in range(value.shape[0])
+      info.possible[1:] if info.layers is None else info.layers[layer].possible
+      for layer in range(value.shape[0])
     ]
     return [
       meet(box, asked[layer]) if layer in asked else empty_box(value.shape[1:])

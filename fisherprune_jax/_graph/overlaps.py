@@ -7,7 +7,7 @@ times what remains when it is taken off, so that little is lost to rounding ther
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ import numpy as np
 
 from fisherprune_jax._graph.circuit import Circuit
 from fisherprune_jax._graph.sets import Set
+
+Scalar: TypeAlias = np.floating | jax.Array
+"""A number, or a vector of them side by side."""
 
 
 class Monomial(NamedTuple):
@@ -25,8 +28,8 @@ class Monomial(NamedTuple):
   factors: tuple[Set, ...]
 
 
-class Rows:
-  """Rows of weights that a circuit hands down; what hangs on different masks can share one."""
+class Lanes:
+  """Lanes of weights that a circuit hands down side by side; what hangs on different masks can share one."""
 
   def __init__(self) -> None:
     self._supports: list[int] = []
@@ -37,23 +40,23 @@ class Rows:
     return len(self._supports)
 
   def new(self, support: int) -> int:
-    """A row for something that hangs on the masks of ``support``."""
-    row = next((row for row, taken in enumerate(self._supports) if not taken & support), self.count)
-    if row == self.count:
+    """A lane for something that hangs on the masks of ``support``."""
+    lane = next((lane for lane, taken in enumerate(self._supports) if not taken & support), self.count)
+    if lane == self.count:
       self._supports.append(0)
-    self._supports[row] |= support
-    return row
+    self._supports[lane] |= support
+    return lane
 
 
 class Overlaps:
   """The features in question: of entry ``i``, feature ``feature[i]`` is below several factors of ``monomial[i]``.
 
   Attributes:
-    rows: the factors whose own drops are needed, and in which row of weights each one's are found.
+    lanes: the factors whose own drops are needed, and in which lane of weights each one's are found.
   """
 
-  def __init__(self, monomials: Sequence[Monomial], circuit: Circuit, rows: Rows) -> None:
-    self.rows: dict[Set, int] = {}
+  def __init__(self, monomials: Sequence[Monomial], circuit: Circuit, lanes: Lanes) -> None:
+    self.lanes: dict[Set, int] = {}
     width = max((len(m.factors) for m in monomials), default=0)
     found = [(np.zeros(0, int), np.zeros(0, int), np.zeros((0, width), int))]
     for at, m in enumerate(monomials):
@@ -62,9 +65,9 @@ class Overlaps:
         places = np.full((features.size, width), -1)
         for column, s in enumerate(m.factors):
           if s.support & twice:
-            row = self.rows[s] if s in self.rows else self.rows.setdefault(s, rows.new(s.support))
+            lane = self.lanes[s] if s in self.lanes else self.lanes.setdefault(s, lanes.new(s.support))
             below = np.isin(features, circuit.features_of(s.support))
-            places[:, column] = np.where(below, row * circuit.features + features, -1)
+            places[:, column] = np.where(below, lane * circuit.features + features, -1)
         found.append((np.full(features.size, at), features, places))
     self.monomial, self.feature, self._places = map(np.concatenate, zip(*found, strict=True))
     self._scale = np.array([m.scale for m in monomials], np.float32)[self.monomial]
@@ -73,17 +76,42 @@ class Overlaps:
     """What first-order drops have too much, per entry.
 
     Args:
-      drops: ``(rows, features)``.
+      drops: ``(lanes, features)``.
       values: ``(monomials, factors)``, the sizes of the factors.
     """
     flat = jnp.concatenate([drops.reshape(-1), jnp.zeros(1, drops.dtype)])  # the last for place -1
-    value, drop, excess = jnp.float32(1), jnp.float32(0), jnp.float32(0)
-    for v, place in zip(values[self.monomial].T, self._places.T, strict=True):
-      d = flat[place]
-      excess = excess * v + drop * d
-      drop = drop * v + (value - drop) * d
-      value = value * v
-    return self._scale * excess
+    factors = zip(values[self.monomial].T, (flat[place] for place in self._places.T), strict=True)
+    return self._scale * product_drop(factors).excess
+
+
+class ProductDrop(NamedTuple):
+  """A product whose factors drop all at once.
+
+  Attributes:
+    value: the product before.
+    drop: by how much it drops.
+    excess: by how much less than the sum over factors of what it would lose with that one alone.
+  """
+
+  value: Scalar
+  drop: Scalar
+  excess: Scalar
+
+
+def product_drop(factors: Iterable[tuple[Scalar, Scalar]]) -> ProductDrop:
+  """The product of some values, each of which drops by something; nothing is lost to cancellation.
+
+  Args:
+    factors: of each its value, and by how much it drops: at most by all of it.
+  """
+  value: Scalar = np.float32(1)
+  drop: Scalar = np.float32(0)
+  excess: Scalar = np.float32(0)
+  for v, d in factors:
+    excess = excess * v + drop * d
+    drop = drop * v + (value - drop) * d
+    value = value * v
+  return ProductDrop(value, drop, excess)
 
 
 def _in_several(factors: Iterable[Set]) -> int:

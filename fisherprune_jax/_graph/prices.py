@@ -19,9 +19,9 @@ import numpy as np
 
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.circuit import Circuit
-from fisherprune_jax._graph.flops import Dearest, Term, Terms, collect
-from fisherprune_jax._graph.overlaps import Monomial, Overlaps, Rows
+from fisherprune_jax._graph.overlaps import Lanes, Monomial, Overlaps
 from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.terms import Dearest, Term, Terms, collect
 
 MAIN = 0
 """The sum of everything, among the sums."""
@@ -80,14 +80,14 @@ class Prices:
     self._gates = np.concatenate([np.zeros(0, int), *(self._circuit.gates[s] for s in self._roots)])
     self._ends = np.cumsum([0, *(s.size for s in self._roots)])
     self._places = self._places_of(m.factors for m in self._monomials)
-    rows = Rows()
-    self._row_of_sum = [rows.new(support) for support in self._sums.supports]
-    self._row = np.array([self._row_of_sum[m.sum] for m in self._monomials], np.int32)
+    lanes = Lanes()
+    self._lane_of_sum = [lanes.new(support) for support in self._sums.supports]
+    self._lane = np.array([self._lane_of_sum[m.sum] for m in self._monomials], np.int32)
     self._scale = np.array([m.scale for m in self._monomials], np.float32)
-    self._overlaps = Overlaps(self._monomials, self._circuit, rows)
-    self._own = np.zeros((rows.count, len(self._roots) + 1), np.float32)
-    for s, row in self._overlaps.rows.items():
-      self._own[row, self._roots[s]] = 1
+    self._overlaps = Overlaps(self._monomials, self._circuit, lanes)
+    self._own = np.zeros((lanes.count, len(self._roots) + 1), np.float32)
+    for s, lane in self._overlaps.lanes.items():
+      self._own[lane, self._roots[s]] = 1
 
   def total(self, features: jax.Array) -> jax.Array:
     """The sum of all terms, in float32."""
@@ -103,12 +103,12 @@ class Prices:
     counts = self._counts(live)
     found = self._circuit.drops(live, self._weights(counts), jnp)
     excess = self._overlaps.excess(found, counts[self._places])
-    found = found.at[self._row[self._overlaps.monomial], self._overlaps.feature].add(-excess)
+    found = found.at[self._lane[self._overlaps.monomial], self._overlaps.feature].add(-excess)
     if self._sums.groups:
       totals = self._totals(counts)
       for group in self._sums.groups:
         found = self._with_group(found, group, totals)
-    return found[self._row_of_sum[MAIN]]
+    return found[self._lane_of_sum[MAIN]]
 
   def _counts(self, live: jax.Array) -> jax.Array:
     """The size of every root, and at the end a one, in float32."""
@@ -131,9 +131,9 @@ class Prices:
     """The value of every sum."""
     outer = jnp.prod(counts[self._places_of(t.outer for t in self._terms)], axis=1)
     inner = jnp.prod(counts[self._places_of(t.inner or () for t in self._terms)], axis=1)
-    scales, terms = (np.array([t[i] for t in self._terms], np.float32) for i in (0, 3))
+    scales, taps = (np.array([t[i] for t in self._terms], np.float32) for i in (0, 3))
     plain = np.array([t.inner is None for t in self._terms], bool)
-    values = scales * outer * jnp.where(plain, 1, jnp.maximum(2 * terms * inner - 1, 0))
+    values = scales * outer * jnp.where(plain, 1, jnp.maximum(2 * taps * inner - 1, 0))
     ends = itertools.accumulate(map(len, self._sums.terms), initial=0)
     totals = [jnp.sum(values[low:high]) for low, high in itertools.pairwise(ends)]
     for group in self._sums.groups:
@@ -141,12 +141,12 @@ class Prices:
     return totals
 
   def _weights(self, counts: jax.Array) -> jax.Array:
-    """``(rows, gates)``: what each sum loses with one position of each root, at the gates of the positions.
+    """``(lanes, gates)``: what each sum loses with one position of each root, at the gates of the positions.
 
-    In the rows of ``Overlaps`` it is one: there the roots' own counts are asked for.
+    In the lanes of ``Overlaps`` it is one: there the roots' own counts are asked for.
     """
     handed = self._scale[:, None] * _products_of_others(counts[self._places])
-    of_roots = jnp.asarray(self._own).at[self._row[:, None], self._places].add(handed)
+    of_roots = jnp.asarray(self._own).at[self._lane[:, None], self._places].add(handed)
     root = np.repeat(np.arange(len(self._roots)), np.diff(self._ends))
     out = jnp.zeros((self._own.shape[0], self._circuit.size), jnp.float32)
     return out.at[:, self._gates].add(of_roots[:, root])
@@ -156,12 +156,14 @@ class Prices:
     features = self._circuit.features_of(group.support)
     of_sums = [
       np.isin(features, self._circuit.features_of(self._sums.supports[at])) for at in group.sums
-    ]  # a row may be shared with what hangs on other masks
-    falls = [found[self._row_of_sum[at], features] * own for at, own in zip(group.sums, of_sums, strict=True)]
+    ]  # a lane may be shared with what hangs on other masks
+    falls = [
+      found[self._lane_of_sum[at], features] * own for at, own in zip(group.sums, of_sums, strict=True)
+    ]
     values = jnp.stack([totals[at] for at in group.sums])
     behind = jnp.max(values) - values  # exactly zero for the largest one
     drop = jnp.min(behind[:, None] + jnp.stack(falls), axis=0)
-    return found.at[self._row_of_sum[group.parent], features].add(group.scale * drop)
+    return found.at[self._lane_of_sum[group.parent], features].add(group.scale * drop)
 
 
 def _bits(supports: Iterable[int]) -> int:
@@ -196,15 +198,7 @@ def _monomials(sums: Sequence[Iterable[Term]]) -> Iterator[Monomial]:
     for t in terms:
       if t.inner is None:
         add(at, t.scale, t.outer)
-      elif t.terms:
-        add(at, 2 * t.scale * t.terms, (*t.outer, *t.inner))
-        add(at, -t.scale, (*t.outer, sets.intersection(*map(_nonempty, t.inner))))
+      elif t.taps:
+        add(at, 2 * t.scale * t.taps, (*t.outer, *t.inner))
+        add(at, -t.scale, (*t.outer, sets.intersection(*map(sets.nonempty, t.inner))))
   return (Monomial(at, scale, factors) for (at, factors), scale in found.items() if scale and factors)
-
-
-def _nonempty(s: Set) -> Set:
-  """One position, in the set if any position is in ``s``."""
-  if s.kind in (sets.OUTER, sets.CONCAT):
-    combine = sets.intersection if s.kind == sets.OUTER else sets.union
-    return combine(*map(_nonempty, s.parts))
-  return sets.any_of(s, np.zeros(s.size), 1)

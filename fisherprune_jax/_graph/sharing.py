@@ -5,13 +5,14 @@ looked at one by one: a *pair* is a gate and a feature that lies below it, and i
 from the pairs of that feature and the gate's two inputs. Pairs are found once, on the host.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from types import ModuleType
 
 import numpy as np
 
-from fisherprune_jax._graph.layers import Layers, put
+from fisherprune_jax._graph.gates import FEATURES, Wiring
+from fisherprune_jax._graph.layers import Array, Layers, put
 
-FIRST = 2  # the gates of false and true come before those of the features
 NONE = 0
 """The pair that stands for "this feature does not lie below"; from 1 on come the features' own."""
 
@@ -20,12 +21,8 @@ class Sharing:
   """The pairs that a circuit needs.
 
   Args:
-    features: how many features there are.
-    left: one input of each gate.
-    right: the other one.
-    both: whether both inputs are needed.
-    suspects: which gates may have a feature below both inputs.
-    bounds: where the layers of gates begin, and the end.
+    start: the first gate behind the features.
+    wiring: the gates from there on.
 
   Attributes:
     left: the inputs as given, but that of the two the right one has fewer features below where weights are cut.
@@ -34,22 +31,13 @@ class Sharing:
     found: whether there are any such gates.
   """
 
-  def __init__(
-    self,
-    features: int,
-    left: np.ndarray,
-    right: np.ndarray,
-    both: np.ndarray,
-    suspects: np.ndarray,
-    bounds: Any,
-  ) -> None:
-    self.left, self.right, self.both = left, right, both
-    self.cut = np.zeros(left.size, bool)
+  def __init__(self, start: int, wiring: Wiring) -> None:
+    self.left, self.right, self._every = wiring.left, wiring.right, wiring.every
+    self.cut = np.zeros(wiring.left.size, bool)
     self.found = False
-    self._start = FIRST + features
-    if suspects.any():
-      pairs = _Pairs(self._start, left, right, suspects, bounds)
-      self._finish(pairs, suspects)
+    self._start = start
+    if wiring.shared.any():
+      self._finish(_Pairs(start, wiring), wiring.shared)
 
   def _finish(self, pairs: "_Pairs", suspects: np.ndarray) -> None:
     gate = pairs.gate - self._start
@@ -57,7 +45,7 @@ class Sharing:
     twice = (below != NONE).all(axis=0) & suspects[gate]
     shared = np.zeros(self.left.size, bool)
     shared[gate[twice]] = True
-    self.cut = shared & self.both
+    self.cut = shared & self._every
     # Cut the input with fewer features below, as each of them needs a pair.
     counts = np.stack([np.bincount(gate, side != NONE, self.left.size) for side in below])
     swap = self.cut & (counts[1] > counts[0])
@@ -65,12 +53,12 @@ class Sharing:
     below = np.where(swap[gate], below[::-1], below)
     wanted = twice | (self.cut[gate] & (below[1] != NONE))
     self.found = bool(wanted.any())
-    self._extras = (pairs.gate[wanted], pairs.feature[wanted], self.both[gate[wanted]], *below[:, wanted])
+    self._extras = (pairs.gate[wanted], pairs.feature[wanted], self._every[gate[wanted]], *below[:, wanted])
     self._keep_needed(pairs, below, wanted)
 
   def _keep_needed(self, pairs: "_Pairs", below: np.ndarray, wanted: np.ndarray) -> None:
     """Drops the pairs that nothing hangs on, and numbers the others anew."""
-    own = self._start - FIRST + 1  # the number of the first pair that is not a feature's own
+    own = self._start - FEATURES + 1  # the number of the first pair that is not a feature's own
     needed = np.zeros(own + pairs.gate.size, bool)
     needed[below[:, wanted]] = True
     for low, high in reversed(pairs.spans):
@@ -82,25 +70,27 @@ class Sharing:
     gate, (left, right) = pairs.gate[kept] - self._start, moved[below[:, kept]]
     self._layers = Layers(
       np.searchsorted(kept, [*(low for low, _ in pairs.spans), pairs.gate.size]),
-      pairs.gate[kept], left, right, self.left[gate], self.right[gate], self.both[gate],
+      pairs.gate[kept], left, right, self.left[gate], self.right[gate], self._every[gate],
     )  # fmt: skip
-    gates, features, both, *sides = self._extras
-    self._extras = (gates, features, both, *(moved[side] for side in sides))
+    gates, features, every, *sides = self._extras
+    self._extras = (gates, features, every, *(moved[side] for side in sides))
     self._size = kept.size
 
-  def extras(self, live: Any, xp: Any) -> tuple[np.ndarray, np.ndarray, Any]:
+  def extras(self, live: Array, xp: ModuleType) -> tuple[np.ndarray, np.ndarray, Array]:
     """Gates, features, and whether the feature takes the gate's weight beyond what is handed on."""
-    gates, features, both, left, right = self._extras
-    own = xp.concatenate([xp.zeros(1, bool), live[FIRST : self._start]])
+    gates, features, every, left, right = self._extras
+    own = xp.concatenate([xp.zeros(1, bool), live[FEATURES : self._start]])
     state = xp.concatenate([own, xp.zeros(self._size + self._layers.padding, bool)])
 
-    def step(state: Any, at: Any, gate: Any, x: Any, y: Any, a: Any, b: Any, both: Any) -> Any:
+    def step(
+      state: Array, at: int, gate: Array, x: Array, y: Array, a: Array, b: Array, every: Array
+    ) -> Array:
       of_either = state[x] | state[y]
       of_all_alive = (state[x] | ~live[a]) & (state[y] | ~live[b])
-      return put(xp, state, at, live[gate] & xp.where(both, of_either, of_all_alive))
+      return put(state, at, live[gate] & xp.where(every, of_either, of_all_alive))
 
-    state = self._layers.run(xp, step, state, self._start - FIRST + 1)
-    return gates, features, state[right] & xp.where(both, ~state[left], state[left])
+    state = self._layers.run(step, state, self._start - FEATURES + 1)
+    return gates, features, state[right] & xp.where(every, ~state[left], state[left])
 
 
 class _Pairs:
@@ -114,41 +104,47 @@ class _Pairs:
     spans: the layers of pairs.
   """
 
-  def __init__(
-    self, start: int, left: np.ndarray, right: np.ndarray, suspects: np.ndarray, bounds: Any
-  ) -> None:
-    self._features = start - FIRST
+  def __init__(self, start: int, wiring: Wiring) -> None:
+    self._start, self._wiring = start, wiring
+    self._features = start - FEATURES
     self._known = 1 + self._features
     self._feature = np.arange(-1, self._features)  # by pair, with room for more
-    self._first = np.zeros(start + left.size, np.int64)  # by gate, its first pair
-    self._count = np.zeros(start + left.size, np.int64)
-    self._first[FIRST:start] = 1 + np.arange(self._features)
-    self._count[FIRST:start] = 1
-    wanted = np.concatenate([np.zeros(start, bool), suspects])
-    layers = list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
-    for low, high in reversed(layers):
-      there = wanted[start + low : start + high]
-      wanted[left[low:high][there]] = wanted[right[low:high][there]] = True
+    self._first = np.zeros(start + wiring.left.size, np.int64)  # by gate, its first pair
+    self._count = np.zeros(start + wiring.left.size, np.int64)
+    self._first[FEATURES:start] = 1 + np.arange(self._features)
+    self._count[FEATURES:start] = 1
+    layers = list(zip(wiring.bounds[:-1].tolist(), wiring.bounds[1:].tolist(), strict=True))
+    wanted = self._wanted(layers)
     self.spans: list[tuple[int, int]] = []
-    found = [self._layer(low, left, right, start, wanted[start + low : start + high]) for low, high in layers]
+    found = [self._layer(low + np.flatnonzero(wanted[low:high])) for low, high in layers]
     self.gate, self.feature, self.left, self.right = map(np.concatenate, zip(*found, strict=True))
 
-  def _layer(self, low: int, left: np.ndarray, right: np.ndarray, start: int, wanted: np.ndarray) -> Any:
-    gates = low + np.flatnonzero(wanted)
+  def _wanted(self, layers: Sequence[tuple[int, int]]) -> np.ndarray:
+    """The gates whose pairs are needed: those with features below both inputs, maybe, and all below them."""
+    wanted = np.concatenate([np.zeros(self._start, bool), self._wiring.shared])
+    for low, high in reversed(layers):
+      there = wanted[self._start + low : self._start + high]
+      for side in (self._wiring.left, self._wiring.right):
+        wanted[side[low:high][there]] = True
+    return wanted[self._start :]
+
+  def _layer(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """The pairs of some gates of one layer: gate, feature, and what is left and right of it."""
+    gates = self._start + at
     codes, sides = [], []
-    for inputs in (left[gates], right[gates]):
+    for inputs in (self._wiring.left[at], self._wiring.right[at]):
       count = self._count[inputs]
       offsets = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
       sides.append(np.repeat(self._first[inputs], count) + offsets)
-      codes.append(np.repeat(start + gates, count) * self._features + self._feature[sides[-1]])
+      codes.append(np.repeat(gates, count) * self._features + self._feature[sides[-1]])
     found, place = np.unique(np.concatenate(codes), return_inverse=True)
     below = np.full((2, found.size), NONE)
     below[0, place[: codes[0].size]], below[1, place[codes[0].size :]] = sides
     gate, feature = np.divmod(found, max(self._features, 1))
-    self._count[start + gates] = np.bincount(gate - start - low, minlength=wanted.size)[gates - low]
-    self._first[start + gates] = self._known + np.searchsorted(gate, start + gates)
+    first, end = np.searchsorted(gate, gates), np.searchsorted(gate, gates, side="right")
+    self._count[gates], self._first[gates] = end - first, self._known + first
     self._append(feature)
-    return gate, feature, *below
+    return gate, feature, below[0], below[1]
 
   def _append(self, feature: np.ndarray) -> None:
     end = self._known + feature.size

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from fisherprune_jax._graph import flops
 from fisherprune_jax._graph.facts import Box, Info
 from fisherprune_jax._graph.program import Node, Program, Value
+from fisherprune_jax._graph.terms import Dearest, Term
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
@@ -20,7 +20,7 @@ class Cost(NamedTuple):
 
   node: Node
   label: str
-  term: flops.Term | flops.Dearest
+  term: Term | Dearest
   counted: bool = True
 
 
@@ -50,10 +50,10 @@ class Meter(Protocol):
   def unit(self) -> str:
     """What it counts, for tables."""
 
-  def __call__(self, node: Node, live: "Liveness") -> Iterable[flops.Term] | None:
+  def __call__(self, node: Node, live: "Liveness") -> Iterable[Term] | None:
     """What a node that runs no program costs; None where nobody knows."""
 
-  def of_scalar(self, primitive: str) -> Iterable[flops.Term]:
+  def of_scalar(self, primitive: str) -> Iterable[Term]:
     """What a primitive costs on one number, which the compact program has beside those that were traced."""
 
 
@@ -87,7 +87,7 @@ def costs_of(program: Program, live: "Liveness", meter: Meter) -> Iterator[Cost]
     if node in live.subs:
       yield from STRUCTURED[node.name].costs(node, live, meter)
     elif (terms := meter(node, live)) is None:
-      yield Cost(node, node.name, flops.Term(0, ()), counted=False)
+      yield Cost(node, node.name, Term(0, ()), counted=False)
     else:
       yield from (Cost(node, node.name, term) for term in terms)
 

@@ -34,7 +34,7 @@ def of_array(axes: Axes, box: Sequence[Set], together: Together) -> Tied:
 
 def _tells(s: Set) -> bool:
   """Whether a set of merged axes may say more than one set for each."""
-  return bool(s.support) and s.kind != sets.OUTER
+  return bool(s.support) and len(s.factors) == 1
 
 
 def forward(spec: Spec, arrays: Sequence[tuple[Sequence[Set], Together]]) -> Tied:

@@ -140,8 +140,10 @@ def _mask_info(position: int, shape: tuple[int, ...], rank: int) -> Info:
 def _with_examples(info: Info, size: int) -> Info:
   """The same mask for each of several examples."""
   layers = info.layers and tuple(_with_examples(layer, size) for layer in info.layers)
-  return info._replace(box=(*info.box[:-1], *whole_box((size,)), info.box[-1]), layers=layers)
+  return info._replace(possible=(*info.possible[:-1], *whole_box((size,)), info.possible[-1]), layers=layers)
 
 
 def _stack_of(layers: list[Info]) -> Info:
-  return Info((*whole_box((len(layers),)), *join(*(layer.box for layer in layers))), layers=tuple(layers))
+  return Info(
+    (*whole_box((len(layers),)), *join(*(layer.possible for layer in layers))), layers=tuple(layers)
+  )

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from jax import lax
 
-from fisherprune_jax._graph import flops, program
+from fisherprune_jax._graph import program
 from fisherprune_jax._graph.facts import Box, Info, either, whole_box
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
+from fisherprune_jax._graph.terms import Dearest
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
@@ -27,7 +28,7 @@ class Cond:
     varies = any(info.varies for info in infos)
     found = [live.forward(branch, infos[1:]) for branch in branches]
     outs = [functools.reduce(either, results) for results in zip(*found, strict=True)]
-    return [Info(out.box, varies=varies, together=out.together) for out in outs]
+    return [Info(out.possible, varies=varies, together=out.together) for out in outs]
 
   def backward(self, node: Node, live: Liveness) -> None:
     """Operands have to give what any branch needs."""
@@ -46,7 +47,7 @@ class Cond:
         Cost(node, "clamp", term) for term in meter.of_scalar("clamp")
       )  # lax.switch makes sure of its index
     if any(branches):
-      yield Cost(node, "cond (its dearest branch)", flops.Dearest(tuple(branches)))
+      yield Cost(node, "cond (its dearest branch)", Dearest(tuple(branches)))
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The chosen branch, on what it needs of the operands."""

@@ -79,9 +79,11 @@ class Custom:
     if not rules:
       return outs
     reached = self.reach(node, rules, infos, live)
-    found = [_join((out.box, out.together), where) for out, where in zip(outs, reached, strict=True)]
+    found = [_join((out.possible, out.together), where) for out, where in zip(outs, reached, strict=True)]
     return [
-      out._replace(together=together) if out.box == box else Info(box, varies=out.varies, together=together)
+      out._replace(together=together)
+      if out.possible == box
+      else Info(box, varies=out.varies, together=together)
       for out, (box, together) in zip(outs, found, strict=True)
     ]
 
@@ -153,7 +155,7 @@ class CustomJvp(Custom):
       Info(nonzero_box(info), varies=info.varies, together=info.together) for info in _keep(infos, node.ins)
     ]
     infos = live.forward(rules[0], [*infos, *tangents])
-    found = [(info.box, info.together) for info in infos]
+    found = [(info.possible, info.together) for info in infos]
     values, dots = found[: len(node.outs)], found[len(node.outs) :]
     return list(map(_join, values, _spread(dots, node.outs, _nowhere)))
 
@@ -208,7 +210,7 @@ class CustomVjp(Custom):
     alone.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
     inputs = backwards.inputs[len(node.ins) :]
     cotangents = list(zip(map(alone.stored, inputs), alone.merged(inputs), strict=True))
-    forwards_too = [(info.box, info.together) for info in values]
+    forwards_too = [(info.possible, info.together) for info in values]
     return list(map(_join, forwards_too, _spread(cotangents, node.outs, _nowhere)))
 
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
@@ -225,7 +227,7 @@ class CustomVjp(Custom):
     live.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
     for value, gradient in zip(_floats(node.ins), gradients, strict=True):
       if not gradient.is_zero:
-        live.ask(value, gradient.box, gradient.together)
+        live.ask(value, gradient.possible, gradient.together)
 
   def call(self, thin: Thin) -> Call:
     """The call with its reverse-mode rule."""

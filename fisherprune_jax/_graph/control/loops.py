@@ -9,29 +9,21 @@ from jax import lax
 
 from fisherprune_jax._graph import compat, program, together
 from fisherprune_jax._graph.align import align
-from fisherprune_jax._graph.control import stacks
+from fisherprune_jax._graph.control import fixpoint, stacks
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import (
   Box,
   Info,
-  either,
-  empty_box,
   join,
-  join_merged,
-  nonzero_box,
   whole_box,
 )
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, Pairs, costs_of
-from fisherprune_jax._graph.together import Together
 from fisherprune_jax._types import Shape
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
-
-MOST_PASSES = 8
-"""Passes over a loop's body before carried values that still grow are taken as a whole."""
 
 
 class Scan:
@@ -46,13 +38,15 @@ class Scan:
       node, functools.partial(program.build, node.params["jaxpr"], (*node.callers, node.eqn))
     )
     each = [
-      Info(info.box[1:], varies=info.varies, together=together.in_a_turn(info.together))
+      Info(info.possible[1:], varies=info.varies, together=together.in_a_turn(info.together))
       for info in infos[consts + carry :]
     ]
-    before, outs = _forward(body, infos[:consts], infos[consts : consts + carry], each, live, _again(node))
+    before, outs = fixpoint.forward(
+      body, infos[:consts], infos[consts : consts + carry], each, live, _again(node)
+    )
     carried = outs[:carry] if _runs(node) else before
     stacked = [
-      Info(_stack(out.box, v.shape), varies=out.varies, together=together.in_all_turns(out.together))
+      Info(_stack(out.possible, v.shape), varies=out.varies, together=together.in_all_turns(out.together))
       for v, out in zip(node.outs[carry:], outs[carry:], strict=True)
     ]
     return [*carried, *stacked]
@@ -67,7 +61,7 @@ class Scan:
     boxes, axes = live.boxes(node.outs), live.merged(node.outs)
     asked = [*boxes[:carry], *(box and box[1:] for box in boxes[carry:])]
     merged = [*axes[:carry], *map(together.in_a_turn, axes[carry:])]
-    carried = _backward(body, consts, carry, asked, merged, live, _again(node))
+    carried = fixpoint.backward(body, consts, carry, asked, merged, live, _again(node))
     inner = live.merged(body.inputs)
     wanted = [*inner[:consts], *carried, *map(together.in_all_turns, inner[consts + carry :])]
     for value, box, tied in zip(node.ins, self._held(node, body, live), wanted, strict=True):
@@ -119,7 +113,7 @@ class Scan:
     stored = [live.stored(inner) for inner in body.inputs]
     return [
       *stored[:consts],
-      *_carried(node, body, consts, carry, live),
+      *fixpoint.carried(node, body, consts, carry, live),
       *(
         _stack(box, v.shape)
         for v, box in zip(node.ins[consts + carry :], stored[consts + carry :], strict=True)
@@ -140,7 +134,7 @@ class While:
         for name in ("cond", "body")
       ),
     )
-    carried, _ = _forward(body, infos[first : first + consts], infos[first + consts :], [], live)
+    carried, _ = fixpoint.forward(body, infos[first : first + consts], infos[first + consts :], [], live)
     (go_on,) = live.forward(cond, [*infos[:first], *carried])
     return [info._replace(varies=info.varies or go_on.varies) for info in carried]
 
@@ -153,7 +147,7 @@ class While:
       join(live.stored(out), live.stored(inner)) if out in live.asked or inner in live.asked else None
       for out, inner in zip(node.outs, cond.inputs[first:], strict=True)
     ]
-    _backward(body, consts, len(node.outs), asked, [{} for _ in asked], live)
+    fixpoint.backward(body, consts, len(node.outs), asked, [{} for _ in asked], live)
     for value, box in zip(node.ins, self._held(node, live), strict=True):
       live.ask(value, box)
 
@@ -203,7 +197,7 @@ class While:
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = live.subs[node]
     of_cond = [live.stored(inner) for inner in cond.inputs]
-    carried = _carried(node, body, consts, len(node.outs), live)
+    carried = fixpoint.carried(node, body, consts, len(node.outs), live)
     return [
       *of_cond[:first],
       *(live.stored(inner) for inner in body.inputs[:consts]),
@@ -240,67 +234,6 @@ def _where(
 def _stack(box: Box, shape: Shape) -> Box:
   """The box of an array whose leading axis is the turns."""
   return (*whole_box(shape[:1]), *box)
-
-
-def _forward(
-  body: Program,
-  consts: Sequence[Info],
-  init: Sequence[Info],
-  each: Sequence[Info],
-  live: Liveness,
-  again: bool = True,
-) -> tuple[list[Info], list[Info]]:
-  """What is known of the carried values before any turn, and of the body's outputs."""
-  # A value that starts as zeros says nothing of where it can be non-zero.
-  carried = [Info(nonzero_box(i), varies=i.varies, together={} if i.is_zero else i.together) for i in init]
-  for _ in range(MOST_PASSES):
-    outs = live.forward(body, [*consts, *carried, *each])
-    grown = list(map(either, carried, outs))
-    if grown == carried or not again:  # sets are interned, so equal ones are the same object
-      return carried, outs
-    carried = grown
-  carried = [Info(whole_box(_shape(info)), varies=info.varies) for info in carried]
-  return carried, live.forward(body, [*consts, *carried, *each])
-
-
-def _shape(info: Info) -> list[Any]:
-  return [s.size for s in info.box]
-
-
-def _backward(
-  body: Program,
-  consts: int,
-  carry: int,
-  asked: list[Box | None],
-  merged: list[Together],
-  live: Liveness,
-  again: bool = True,
-) -> list[Together]:
-  """Asks for the outputs of every turn, the carried ones being the inputs of the next.
-
-  Returns what is asked of several axes merged of what the first turn is given.
-  """
-  inputs = body.inputs[consts : consts + carry]
-  for _ in range(MOST_PASSES):
-    live.backward(body, asked, merged)
-    before = list(asked), list(merged)
-    for at, inner in enumerate(inputs):
-      if inner in live.asked:
-        so_far = asked[at] or empty_box(inner.shape), merged[at]
-        asked[at], merged[at] = join_merged(so_far, (live.stored(inner), live.asked_together[inner]))
-    if (asked, merged) == before or not again:
-      return merged[:carry]
-  whole = [whole_box(inner.shape) for inner in inputs]
-  live.backward(body, [*whole, *asked[carry:]])
-  return [{}] * carry
-
-
-def _carried(node: Node, body: Program, consts: int, carry: int, live: Liveness) -> list[Box]:
-  """What is kept of the carried values between turns."""
-  return [
-    join(live.stored(inner), live.stored(after), live.stored(out))
-    for inner, after, out in zip(body.inputs[consts:][:carry], body.outputs, node.outs, strict=False)
-  ]
 
 
 STRUCTURED["scan"] = Scan()

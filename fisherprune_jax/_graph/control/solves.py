@@ -12,8 +12,9 @@ from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.facts import Box, Info, results, whole_box
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.rules.opaque import opaque
-from fisherprune_jax._graph.spec import Spec, register_rule
+from fisherprune_jax._graph.spec import Spec
 from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _constants(node: Node) -> tuple[int, int]:
 
 
 def _shape(info: Info) -> list[Any]:
-  return [s.size for s in info.box]
+  return [s.size for s in info.possible]
 
 
 def kept_whole(node: Node, infos: Sequence[Info]) -> Spec:
@@ -70,5 +71,5 @@ def kept_whole(node: Node, infos: Sequence[Info]) -> Spec:
   return opaque(node, f"{node.name} of masked entries")
 
 
-register_rule("custom_linear_solve", kept_whole)
+built_in("custom_linear_solve", kept_whole)
 STRUCTURED["custom_linear_solve"] = LinearSolve()

@@ -108,10 +108,10 @@ def _order(node: Node) -> list[int]:
 
 
 def _layer(info: Info, turn: int) -> Info:
-  return Info(info.box[1:], varies=info.varies) if info.layers is None else info.layers[turn]
+  return Info(info.possible[1:], varies=info.varies) if info.layers is None else info.layers[turn]
 
 
 def _stacked(layers: Sequence[Info]) -> Info:
   """What is known of the results of all turns, stacked."""
-  box = (*whole_box((len(layers),)), *join(*(info.box for info in layers)))
+  box = (*whole_box((len(layers),)), *join(*(info.possible for info in layers)))
   return Info(box, varies=any(info.varies for info in layers), layers=tuple(layers))

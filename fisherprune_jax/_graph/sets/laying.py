@@ -1,0 +1,187 @@
+"""Sets of merged axes: laid end to end, or a product."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.sets.basic import Fixed, everything, fixed, nothing, weak
+from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
+from fisherprune_jax._graph.sets.junctions import Junction, intersection, union
+from fisherprune_jax._graph.sets.picking import any_of, any_over
+
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.evaluate import Evaluation
+  from fisherprune_jax._graph.gates import Builder, Gates
+
+
+class Concat(Set):
+  """``concat``."""
+
+  __slots__ = ()
+
+  def bits(self, ev: "Evaluation") -> Bits:
+    return ev.xp.concatenate([ev.bits(part) for part in self.parts])
+
+  def gates(self, builder: "Builder") -> "Gates":
+    once, support = True, 0
+    for part in self.parts:
+      once = once and builder.of(part)[1] and not part.support & support
+      support |= part.support
+    return np.concatenate([builder.of(part)[0] for part in self.parts]), once
+
+  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
+    start, part = self._part_at(position)
+    return True, [(part, position - start)]
+
+  @property
+  def pieces(self) -> tuple[Set, ...]:
+    return self.parts
+
+  def sides(self, kind: type[Junction], other: Set) -> list[tuple[Set, Set]]:
+    return _pairs(self, other)
+
+  def combined(self, kind: type[Junction], other: Set, parts: Sequence[Set]) -> Set | None:
+    return concat(parts) if parts else None
+
+  def below(self, index: np.ndarray) -> tuple[Set, np.ndarray] | None:
+    there = index >= 0
+    if not there.any():
+      return None
+    start, part = self._part_at(int(index[there].min()))
+    if int(index[there].max()) >= start + part.size:
+      return None
+    return part, np.where(there, index - np.int32(start), -1)
+
+  def nonempty(self) -> Set:
+    return union(*map(nonempty, self.parts))
+
+  def _part_at(self, position: int) -> tuple[int, Set]:
+    """The part that holds a position, and where it starts."""
+    start = 0
+    for part in self.parts:
+      if position < start + part.size:
+        return start, part
+      start += part.size
+    raise IndexError(position)
+
+
+class Outer(Set):
+  """``outer``."""
+
+  __slots__ = ()
+
+  def bits(self, ev: "Evaluation") -> Bits:
+    out = ev.bits(self.parts[0])
+    for part in self.parts[1:]:
+      out = (out[:, None] & ev.bits(part)[None, :]).reshape(-1)
+    return out
+
+  def count(self, ev: "Evaluation") -> Any:
+    return math.prod(ev.count(part) for part in self.parts)
+
+  def gates(self, builder: "Builder") -> "Gates":
+    out, support = builder.of(self.parts[0])[0], self.parts[0].support
+    for part in self.parts[1:]:
+      a, b = np.broadcast_arrays(out[:, None], builder.of(part)[0][None, :])
+      out = builder.gate(True, a.reshape(-1), b.reshape(-1), bool(support & part.support))
+      support |= part.support
+    return out, False
+
+  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
+    places = np.unravel_index(position, [part.size for part in self.parts])
+    return True, [(part, int(place)) for part, place in zip(self.parts, places, strict=True)]
+
+  @property
+  def factors(self) -> tuple[Set, ...]:
+    return self.parts
+
+  def sides(self, kind: type[Junction], other: Set) -> list[tuple[Set, Set]]:
+    pairs = _pairs(self, other)
+    if not kind.every and sum(p is not q for p, q in pairs) > 1:
+      return []  # a union of products is a product only where they differ in one factor
+    return pairs
+
+  def combined(self, kind: type[Junction], other: Set, parts: Sequence[Set]) -> Set | None:
+    return outer(parts) if parts else None
+
+  def split(self, sizes: Sequence[int]) -> list[Set] | None:
+    """Adjacent factors in groups that have the given sizes, if they can be grouped so."""
+    groups, rest = [], list(self.parts)
+    for at, size in enumerate(sizes):
+      group: list[Set] = []
+      have = 1
+      while rest and have < size:
+        part = rest.pop(0)
+        if part.is_all and have * part.size > size:
+          missing = size // have
+          if size % have or part.size % missing:
+            return None  # it cannot be cut there
+          rest.insert(0, everything(part.size // missing))
+          part = everything(missing)
+        group.append(part)
+        have *= part.size
+      if at == len(sizes) - 1:
+        group += rest  # of size 1, if anything
+        have *= math.prod(p.size for p in rest)
+      if have != size:
+        return None
+      groups.append(outer(group) if group else everything(1))
+    return groups
+
+  def nonempty(self) -> Set:
+    return intersection(*map(nonempty, self.parts))
+
+
+def _pairs(a: Set, b: Set) -> list[tuple[Set, Set]]:
+  """The parts side by side, if they are as many and of the same sizes; else none."""
+  alike = [p.size for p in a.parts] == [p.size for p in b.parts]
+  return list(zip(a.parts, b.parts, strict=True)) if alike else []
+
+
+def concat(sets: Sequence[Set]) -> Set:
+  """The positions of each set in turn."""
+  parts: list[Set] = []
+  for part in (piece for s in sets for piece in s.pieces if piece.size != 0):
+    if parts and (joined := parts[-1].joined(part)):
+      parts[-1] = joined  # cut, and laid together
+    else:
+      parts.append(part)
+  size = sum(p.size for p in parts)
+  if all(p.is_all for p in parts):
+    return everything(size)
+  if all(p.is_weak for p in parts):
+    return weak(size)
+  if all(p.is_all or isinstance(p, Fixed) for p in parts):
+    return fixed(np.concatenate([p.known_at(np.arange(p.size)) for p in parts]))
+  return parts[0] if len(parts) == 1 else make(Concat, size, parts)
+
+
+def outer(sets: Sequence[Set]) -> Set:
+  """Row-major product: position ``(i, j, ...)`` is in it where each part has its own position."""
+  parts = [factor for s in sets for factor in s.factors]
+  parts = [p for p in parts if not (p.is_all and p.size == 1)]
+  size = math.prod(p.size for p in parts)
+  if any(p.is_weak for p in parts):
+    return weak(size)
+  if any(p.is_empty for p in parts):
+    return nothing(size)
+  if all(p.is_all for p in parts):
+    return everything(size)
+  return parts[0] if len(parts) == 1 else make(Outer, size, parts)
+
+
+def split(base: Set, sizes: Sequence[int]) -> list[Set]:
+  """The smallest product of sets, of the given sizes, that contains ``base``."""
+  try:
+    found = base.split(sizes)
+  except compat.UndecidedSize:  # they are symbolic, and it takes knowing which is larger
+    return [everything(n) for n in sizes]
+  return found or [any_over(base, tuple(sizes), axis) for axis in range(len(sizes))]
+
+
+def nonempty(s: Set) -> Set:
+  """One position, in the set if any position of ``s`` is."""
+  return s.nonempty() or any_of(s, np.zeros(s.size, int), 1)

@@ -1,0 +1,115 @@
+"""Sets whose positions are picked from those of another, or stand for groups of them."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fisherprune_jax._graph.gates import FALSE
+from fisherprune_jax._graph.sets.basic import Weak, Whole, fixed
+from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
+
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.evaluate import Evaluation
+  from fisherprune_jax._graph.gates import Builder, Gates
+  from fisherprune_jax._graph.sets.junctions import Junction
+
+
+class Take(Set):
+  """``take``; its data are the index."""
+
+  __slots__ = ()
+
+  def bits(self, ev: "Evaluation") -> Bits:
+    return ev.bits(self.parts[0])[self.data] & (self.data >= 0)
+
+  def gates(self, builder: "Builder") -> "Gates":
+    found, once = builder.of(self.parts[0])
+    there = self.data[self.data >= 0]
+    return np.where(self.data >= 0, found[self.data], FALSE), once and np.unique(there).size == there.size
+
+  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
+    return False, [(self.parts[0], int(self.data[position]))] if self.data[position] >= 0 else []
+
+  def sides(self, kind: "type[Junction]", other: Set) -> list[tuple[Set, Set]]:
+    (a,), (b,) = self.parts, other.parts
+    return [(a, b)] if a.size == b.size and np.array_equal(self.data, other.data) else []
+
+  def combined(self, kind: "type[Junction]", other: Set, parts: Sequence[Set]) -> Set | None:
+    return take(parts[0], self.data) if parts else None
+
+  def below(self, index: np.ndarray) -> tuple[Set, np.ndarray]:
+    return self.parts[0], np.where(index >= 0, self.data[index], -1)
+
+  def joined(self, other: Set) -> Set | None:
+    if isinstance(other, Take) and other.parts == self.parts:
+      return take(self.parts[0], np.concatenate([self.data, other.data]))
+    return None
+
+
+class AnyOf(Set):
+  """``any_of``; its data are the groups."""
+
+  __slots__ = ()
+
+  def bits(self, ev: "Evaluation") -> Bits:
+    base = ev.bits(self.parts[0])
+    if ev.xp is np:
+      hit = np.zeros(self.size + 1, bool)
+      hit[self.data[base]] = True  # what is in no group goes to the end
+      return hit[: self.size]
+    groups = np.where(self.data >= 0, self.data, self.size)
+    return ev.xp.zeros(self.size, bool).at[groups].max(base, mode="drop")
+
+  def gates(self, builder: "Builder") -> "Gates":
+    found, once = builder.of(self.parts[0])
+    there = self.data >= 0
+    return builder.any_of_each(self.data[there], found[there], self.size, shared=not once), once
+
+  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
+    return False, [(self.parts[0], place) for place in np.flatnonzero(self.data == position).tolist()]
+
+  def grouped(self, groups: np.ndarray, size: int) -> Set:
+    return any_of(self.parts[0], np.where(self.data >= 0, groups[self.data], -1), size)
+
+
+def take(base: Set, index: np.ndarray | Sequence[int]) -> Set:
+  """Position ``i`` of the result is position ``index[i]`` of ``base``; -1 is never in the set."""
+  index = np.array(index, np.int32)
+  if isinstance(base, Weak):
+    return base.resized(index.size)
+  while found := base.below(index):  # one after the other: parts are as deep as the network
+    base, index = found
+  there = index >= 0
+  if not there.any():
+    return fixed(there)
+  if (known := base.known_at(index)) is not None:
+    return fixed(there & known)
+  if index.size == base.size and np.array_equal(index, np.arange(base.size)):
+    return base
+  return make(Take, index.size, (base,), index.astype(np.int32))
+
+
+def any_of(base: Set, groups: np.ndarray | Sequence[int], size: int) -> Set:
+  """Position ``i`` is in the set where any position of ``base`` of group ``i`` is; group -1 is left out."""
+  groups = np.array(groups, np.int32)
+  if found := base.grouped(groups, size):
+    return found
+  there = np.flatnonzero(groups >= 0)
+  if (known := base.known_at(there)) is not None:
+    hit = np.zeros(size, bool)
+    hit[groups[there[known]]] = True
+    return fixed(hit)
+  if np.unique(groups[there]).size == there.size:
+    index = np.full(size, -1)
+    index[groups[there]] = there
+    return take(base, index)
+  return make(AnyOf, size, (base,), groups)
+
+
+def any_over(base: Set, shape: tuple[int, ...], keep: int) -> Set:
+  """With ``base`` seen as an array of ``shape``: where along axis ``keep`` anything is in it."""
+  if isinstance(base, Whole):
+    return base.resized(shape[keep])
+  along = np.arange(shape[keep], dtype=np.int32).reshape([-1 if a == keep else 1 for a in range(len(shape))])
+  return any_of(base, np.broadcast_to(along, shape).reshape(-1), shape[keep])

@@ -10,12 +10,15 @@ html_show_copyright = False
 html_theme = "furo"
 extensions = [
   "myst_parser",
+  "sphinx_copybutton",
   "sphinx.ext.autodoc",
   "sphinx.ext.mathjax",
   "sphinx.ext.napoleon",
   "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build"]
+copybutton_prompt_text = r">>> |\.\.\. "  # what is copied is code, without prompts and output
+copybutton_prompt_is_regexp = True
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 

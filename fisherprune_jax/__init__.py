@@ -1,6 +1,7 @@
 """Fisher pruning for JAX: prune a network to a FLOPs target while it trains, and get back the smaller one."""
 
 from fisherprune_jax import nnx as nnx
+from fisherprune_jax import rules as rules
 from fisherprune_jax._compaction.compact import Compact as Compact
 from fisherprune_jax._compaction.compact import compact as compact
 from fisherprune_jax._cost.cost import CostModel as CostModel
@@ -8,10 +9,11 @@ from fisherprune_jax._cost.cost import Row as Row
 from fisherprune_jax._cost.cost import cost_model as cost_model
 from fisherprune_jax._graph.blockers import Blocker as Blocker
 from fisherprune_jax._graph.blockers import Held as Held
-from fisherprune_jax._graph.spec import register_rule as register_rule
+from fisherprune_jax._graph.registry import register_rule as register_rule
 from fisherprune_jax._masks import apply_mask as apply_mask
 from fisherprune_jax._masks import per_example as per_example
 from fisherprune_jax._training.classic import pruning_sgd as pruning_sgd
+from fisherprune_jax._training.criterion import Criterion as Criterion
 from fisherprune_jax._training.finding import get_masks as get_masks
 from fisherprune_jax._training.finding import get_state as get_state
 from fisherprune_jax._training.finding import set_masks as set_masks

@@ -6,6 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisherprune_jax._types import PyTree
+
+Path = tuple[Any, ...]
+"""The keys on the way from the root of a tree to one of its nodes."""
+
 
 def require(condition: bool, requirement: str, value: Any, remedy: str = "") -> None:
   """Raises ``ValueError`` unless ``condition`` holds."""
@@ -39,8 +44,50 @@ def is_number(x: Any) -> bool:
   return jnp.ndim(x) == 0
 
 
-def require_same_tree(tree: Any, reference: Any, what: str, like: str, remedy: str) -> None:
-  """Raises ``ValueError`` unless two trees have one structure."""
-  found, wanted = jax.tree.structure(tree), jax.tree.structure(reference)
-  if found != wanted:
-    raise ValueError(f"{what} must have the structure of {like}, {wanted}; got {found}. {remedy}")
+def path_name(path: Path) -> str:
+  """A tree path for people, as ``params/Dense_0/kernel``."""
+  return jax.tree_util.keystr(path, simple=True, separator="/") if path else "the root"
+
+
+def require_same_tree(tree: PyTree, reference: PyTree, what: str, like: str, remedy: str) -> None:
+  """Raises ``ValueError`` unless two trees have one structure; it names the first place where they differ."""
+  if not same_structure(tree, reference):
+    raise ValueError(
+      f"{what} must have the structure of {like}, got {_first_difference(tree, reference)}. {remedy}"
+    )
+
+
+def same_structure(tree: PyTree, reference: PyTree) -> bool:
+  """Whether two trees have one structure."""
+  found: object = jax.tree.structure(tree)
+  wanted: object = jax.tree.structure(reference)
+  return found == wanted
+
+
+def _first_difference(tree: PyTree, reference: PyTree, path: Path = ()) -> str:
+  """What is seen first on the way down two trees of different structures."""
+  found, wanted = _children(tree), _children(reference)
+  missing = [key for key in wanted if key not in found]
+  added = [key for key in found if key not in wanted]
+  if type(tree) is not type(reference) and _is_node(tree) | _is_node(reference):
+    return f"{describe(tree)} in place of {describe(reference)} at {path_name(path)}"
+  if missing and added:
+    return f"nothing at {path_name((*path, missing[0]))}, but something at {path_name((*path, added[0]))}"
+  if missing or added:
+    return f"{'nothing' if missing else 'one more'} at {path_name((*path, *(missing or added)[:1]))}"
+  for key in wanted:
+    if not same_structure(found[key], wanted[key]):
+      return _first_difference(found[key], wanted[key], (*path, key))
+  return f"{describe(tree)} of another kind at {path_name(path)}"  # what a node holds beside its children
+
+
+def _children(node: PyTree) -> dict[Any, PyTree]:
+  """The children of a node by their keys; none of a leaf."""
+  if not _is_node(node):
+    return {}
+  pairs = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node)
+  return {path[0]: child for path, child in pairs}
+
+
+def _is_node(x: PyTree) -> bool:
+  return not jax.tree_util.all_leaves([x])

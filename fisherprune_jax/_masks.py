@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisherprune_jax._errors import Path, is_known, path_name, require_same_tree, same_structure
+from fisherprune_jax._types import MaskGrads, Masks
+
 COLLECTION = "masks"
 """The Flax collection that masks live in."""
 
 
-def per_example(masks: Any, batch_size: int) -> Any:
+def per_example(masks: Masks, batch_size: int) -> MaskGrads:
   r"""Gives every mask an example axis before its feature axis: ``(..., C) -> (..., B, C)``.
 
   The gradient of a loss with respect to these masks has one row per example:
@@ -33,9 +36,13 @@ def per_example(masks: Any, batch_size: int) -> Any:
   >>> import fisherprune_jax as fp
   >>> fp.per_example({"mask": jnp.ones(3)}, batch_size=2)["mask"].shape
   (2, 3)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
   """
 
-  def expand(mask: Any) -> jax.Array:
+  def expand(mask: jax.typing.ArrayLike) -> jax.Array:
     mask = jnp.asarray(mask)
     if mask.ndim == 0:
       raise ValueError("A mask must have a feature axis, got a scalar.")
@@ -75,6 +82,10 @@ def apply_mask(x: jax.Array, mask: jax.Array, axis: int = -1, batch_axis: int | 
   <BLANKLINE>
          [[5., 0.],
           [0., 8.]]], dtype=float32)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
   """
   mask = jnp.asarray(mask)
   axis, batch_axis = axes_of(x, axis, batch_axis)
@@ -113,7 +124,7 @@ def _axis_of(x: jax.Array, axis: int, name: str) -> int:
   return axis % x.ndim
 
 
-def named_rows(tree: Any) -> list[tuple[str, Any]]:
+def named_rows(tree: Masks) -> list[tuple[str, Any]]:
   """Every mask vector of a tree with its name: a stack ``(L, C)`` at ``layers`` is ``layers[0]``, ``layers[1]``, ...
 
   >>> import jax.numpy as jnp
@@ -128,7 +139,47 @@ def named_rows(tree: Any) -> list[tuple[str, Any]]:
   return found
 
 
-def redate(pruned_at: Any, masks: Any, step: Any) -> Any:
+def check_masks(masks: Masks, expected: Masks, whose: str) -> None:
+  """Raises unless ``masks`` are 0/1 masks in the tree and shapes of ``expected``; values of tracers pass."""
+  how = "Pass a tree like what fp.get_masks returns."
+  require_same_tree(masks, expected, "masks", f"the masks of {whose}", how)
+  leaves = jax.tree_util.tree_leaves_with_path(masks)
+  for (path, mask), ours in zip(leaves, jax.tree.leaves(expected), strict=True):
+    if jnp.shape(mask) != ours.shape:
+      raise ValueError(
+        f"masks must have the shapes of the masks of {whose}, {ours.shape} at {path_name(path)}, got "
+        f"{jnp.shape(mask)}. {how}"
+      )
+    check_switches(path, mask)
+
+
+def check_same_masks(masks: Masks, started: Masks) -> None:
+  """Raises if a model's masks are seen to differ from those that its optimizer starts from."""
+  pairs = [masks, started]
+  if not same_structure(masks, started) or not all(map(is_known, jax.tree.leaves(pairs))):
+    return
+  for (path, ours), theirs in zip(
+    jax.tree_util.tree_leaves_with_path(masks), jax.tree.leaves(started), strict=True
+  ):
+    if not np.array_equal(ours, theirs):
+      raise ValueError(
+        f"The masks of the model must be those that its optimizer starts from, got others at {path_name(path)}: "
+        f"{int(np.sum(np.asarray(ours) > 0))} alive in the model, {int(np.sum(np.asarray(theirs) > 0))} in the "
+        "optimizer state. Start from the model's masks: fp.fisher_prune(..., masks=...)."
+      )
+
+
+def check_switches(path: Path, mask: Any) -> None:
+  """Raises unless all entries of a mask are 0 or 1; values of tracers pass."""
+  if not is_known(mask):
+    return
+  values = np.asarray(mask)
+  wrong = values[~np.isin(values, (0, 1))]
+  if wrong.size:
+    raise ValueError(f"Masks must be 0 or 1, got {wrong[0]} at {path_name(path)}.")
+
+
+def redate(pruned_at: Masks, masks: Masks, step: jax.typing.ArrayLike) -> Masks:
   """The history that fits given masks: what is alive was never pruned, and what is newly dead went at ``step``.
 
   >>> import jax.numpy as jnp
@@ -142,12 +193,12 @@ def redate(pruned_at: Any, masks: Any, step: Any) -> Any:
   return jax.tree.map(of_leaf, pruned_at, masks)
 
 
-def flatten(tree: Any) -> jax.Array:
+def flatten(tree: Masks) -> jax.Array:
   """All entries of a tree of masks as one vector, in the order that ties are broken in."""
   return jnp.concatenate([jnp.reshape(leaf, -1) for leaf in jax.tree.leaves(tree)])
 
 
-def unflatten(vector: jax.Array, tree: Any) -> Any:
+def unflatten(vector: jax.Array, tree: Masks) -> Masks:
   """The inverse of ``flatten``, in the shapes of ``tree``."""
   leaves, start = [], 0
   for leaf in jax.tree.leaves(tree):

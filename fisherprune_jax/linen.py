@@ -14,8 +14,10 @@ class Mask(nn.Module):
 
   The vector is the variable ``mask`` of collection ``"masks"``: float32, ones at first. It may come with an
   example axis, ``(B, C)`` beside ``(C,)``, as :func:`per_example` makes it. Where ``apply`` is given no such
-  collection at all, the layer is the identity. The product is taken in float32 (or wider) and cast back,
-  because in bfloat16 the gradient of the mask would lose 3 %.
+  collection at all, the layer is the identity; one mask that is missing from a collection is an error. (Flax hands a
+  lifted module, as by ``nn.scan``, its own part of the collections alone: a missing mask is seen there if the module
+  has another one.) The product is taken in float32 (or wider) and cast back, because in bfloat16 the gradient of the
+  mask would lose 3 %.
 
   Attributes:
     axis: the feature axis of the input.
@@ -30,6 +32,13 @@ class Mask(nn.Module):
   >>> import fisherprune_jax as fp
   >>> fp.Mask().apply({"masks": {"mask": jnp.array([1.0, 0.0])}}, jnp.array([[3.0, 4.0]]))
   Array([[3., 0.]], dtype=float32)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+
+    Flax, `Module <https://flax-linen.readthedocs.io/en/latest/api_reference/flax.linen/module.html>`_: variables and
+    their collections
   """
 
   axis: int = -1

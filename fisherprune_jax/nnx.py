@@ -5,18 +5,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from fisherprune_jax._compaction import compact as compaction
 from fisherprune_jax._compaction.parts import at_paths
 from fisherprune_jax._cost import cost
 from fisherprune_jax._errors import describe
-from fisherprune_jax._masks import COLLECTION, apply_mask
+from fisherprune_jax._masks import COLLECTION, apply_mask, check_same_masks
 from fisherprune_jax._training import gradients
-from fisherprune_jax._training.checks import check_same_masks
 from fisherprune_jax._training.finding import get_masks, set_masks
+from fisherprune_jax._types import Masks, PyTree
 
 Call = Callable[..., Any]
+Filter = nnx.filterlib.Filter
 
 
 @nnx.register_variable_name(COLLECTION)
@@ -79,14 +81,17 @@ class Optimizer(nnx.Optimizer):
   >>> _ = optimizer.update(model, grads, mask_grads=mask_grads)
   >>> float(jnp.sum(model.layers[1].mask[...]))
   2.0
+
+  References:
+    Flax, `Optimizer <https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/training/optimizer.html>`_
   """
 
-  def __init__(self, model: Any, tx: Any, **options: Any) -> None:
+  def __init__(self, model: nnx.Module, tx: optax.GradientTransformation, **options: Any) -> None:
     """Raises ``ValueError`` if the model's masks are seen to be others than those that ``tx`` starts from."""
     super().__init__(model, tx, **options)
     check_same_masks(nnx.to_pure_dict(nnx.state(model, MaskVariable)), get_masks(self.opt_state))
 
-  def set_masks(self, model: Any, masks: Any, *, cost: cost.CostModel | None = None) -> None:
+  def set_masks(self, model: nnx.Module, masks: Masks, *, cost: cost.CostModel | None = None) -> None:
     """Puts other masks into the pruning state and into ``model``; see :func:`fisherprune_jax.set_masks`.
 
     Args:
@@ -98,7 +103,7 @@ class Optimizer(nnx.Optimizer):
     nnx.update(self.opt_state, nnx.state(state))
     nnx.update(model, get_masks(state))
 
-  def update(self, model: Any, grads: Any, /, **kwargs: Any) -> Any:
+  def update(self, model: nnx.Module, grads: PyTree, /, **kwargs: Any) -> PyTree:
     """One step: parameters and masks of ``model``; ``mask_grads=`` and ``example_weights=`` go to ``tx``."""
     updates = super().update(model, grads, **kwargs)
     nnx.update(model, get_masks(self.opt_state))
@@ -106,7 +111,7 @@ class Optimizer(nnx.Optimizer):
 
 
 def value_and_grads(
-  loss_fn: Call, *, wrt: Any = nnx.Param, has_aux: bool = False, reduction: gradients.Reduction = "mean"
+  loss_fn: Call, *, wrt: Filter = nnx.Param, has_aux: bool = False, reduction: gradients.Reduction = "mean"
 ) -> Call:
   """``fp.value_and_grads`` for a module: gradients of parameters and of every example's own mask, in one pass.
 
@@ -129,10 +134,10 @@ def value_and_grads(
          [3., 4.]], dtype=float32)
   """
 
-  def value_and_both(model: Any, batch: Any, *rest: Any) -> Any:
+  def value_and_both(model: nnx.Module, batch: PyTree, *rest: Any) -> Any:
     graph, masks, params, state = _split(model, wrt)
 
-    def pure(params: Any, masks: Any, batch: Any, *rest: Any) -> Any:
+    def pure(params: nnx.State, masks: Masks, batch: PyTree, *rest: Any) -> Any:
       copy = nnx.merge(graph, masks, params, state, copy=True)
       result = loss_fn(copy, batch, *rest)
       value, aux = result if has_aux else (result, None)
@@ -146,7 +151,7 @@ def value_and_grads(
   return value_and_both
 
 
-def cost_model(model: Any, *args: Any, call: Call | None = None, **options: Any) -> cost.CostModel:
+def cost_model(model: nnx.Module, *args: Any, call: Call | None = None, **options: Any) -> cost.CostModel:
   """``fp.cost_model`` for a module.
 
   Args:
@@ -168,7 +173,7 @@ def cost_model(model: Any, *args: Any, call: Call | None = None, **options: Any)
 
 
 def compact(
-  model: Any, *args: Any, call: Call | None = None, mutable: bool = False, **options: Any
+  model: nnx.Module, *args: Any, call: Call | None = None, mutable: bool = False, **options: Any
 ) -> compaction.Compact:
   """``fp.compact`` for a module; to train it on as a module, see :func:`module`.
 
@@ -205,7 +210,7 @@ class CompactModule(nnx.Module):
   the same paths; its call is the compact program.
   """
 
-  def __init__(self, small: compaction.Compact, model: Any) -> None:
+  def __init__(self, small: compaction.Compact, model: nnx.Module) -> None:
     for name, value in vars(model).items():
       if not name.startswith("_"):
         setattr(self, name, value)
@@ -222,7 +227,7 @@ class CompactModule(nnx.Module):
     return output
 
 
-def module(small: compaction.Compact, model: Any) -> CompactModule:
+def module(small: compaction.Compact, model: nnx.Module) -> CompactModule:
   """A compact network as a module with smaller variables, which can be trained on.
 
   Args:
@@ -264,7 +269,7 @@ def shrink_optimizer(
   return thinner
 
 
-def functional(model: Any, *, call: Call | None = None, mutable: bool = False) -> tuple[Call, dict[str, Any]]:
+def functional(model: nnx.Module, *, call: Call | None = None, mutable: bool = False) -> tuple[Call, PyTree]:
   """A module as ``apply_fn(variables, *args)`` and its variables: ``"params"``, ``"masks"`` and ``"state"``.
 
   >>> import jax, jax.numpy as jnp
@@ -274,13 +279,9 @@ def functional(model: Any, *, call: Call | None = None, mutable: bool = False) -
   ({'mask': Array([1., 1.], dtype=float32)}, Array([[1., 1.]], dtype=float32))
   """
   graph, masks, params, state = _split(model, nnx.Param)
-  variables = {
-    "params": nnx.to_pure_dict(params),
-    COLLECTION: masks,
-    "state": nnx.to_pure_dict(state),
-  }
+  variables = {"params": nnx.to_pure_dict(params), COLLECTION: masks, "state": nnx.to_pure_dict(state)}
 
-  def apply_fn(variables: Any, *args: Any) -> Any:
+  def apply_fn(variables: dict[str, PyTree], *args: Any) -> PyTree:
     copy = nnx.merge(graph, variables[COLLECTION], variables["params"], variables["state"])
     output = copy(*args) if call is None else call(copy, *args)
     return (output, {"state": nnx.to_pure_dict(_split(copy, nnx.Param)[3])}) if mutable else output
@@ -288,9 +289,10 @@ def functional(model: Any, *, call: Call | None = None, mutable: bool = False) -
   return apply_fn, variables
 
 
-def _split(model: Any, wrt: Any) -> tuple[Any, Any, Any, Any]:
+def _split(model: nnx.Module, wrt: Filter) -> tuple[Any, Masks, Any, Any]:
   """Its graph, its masks as a nested dictionary of arrays, its parameters, and everything else."""
   if not isinstance(model, nnx.Module):
     raise TypeError(f"model must be an nnx.Module, got {describe(model)}.")
-  graph, masks, params, state = nnx.split(model, MaskVariable, wrt, ...)
+  graph, *states = nnx.split(model, MaskVariable, wrt, ...)
+  masks, params, state = states
   return graph, nnx.to_pure_dict(masks), params, state

@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import fisherprune_jax as fp
 from fisherprune_jax._cost.budget import limit_of
-from fisherprune_jax._graph import exact, flops, sets
+from fisherprune_jax._graph import exact, sets
 from fisherprune_jax._graph.evaluate import Evaluation
+from fisherprune_jax._graph.terms import Dearest, Term, total
 
 BOTH = pytest.mark.parametrize("x64", [False, True])
 
@@ -78,11 +79,11 @@ def random_terms(rng, masks, depth=2):
     scale = 1 + random_number(rng, 30)
     if depth and rng.random() < 0.2:
       parts = tuple(tuple(random_terms(rng, masks, depth - 1)) for _ in range(int(rng.integers(1, 4))))
-      out.append(flops.Dearest(parts, scale % 100 + 1))
+      out.append(Dearest(parts, scale % 100 + 1))
     elif rng.random() < 0.5:
-      out.append(flops.Term(scale, factors()))
+      out.append(Term(scale, factors()))
     else:
-      out.append(flops.Term(scale, factors(), factors(), 1 + random_number(rng, 20)))
+      out.append(Term(scale, factors(), factors(), 1 + random_number(rng, 20)))
   return out
 
 
@@ -93,8 +94,8 @@ def test_the_sum_on_the_device_is_that_of_the_host(seed, x64):
   masks = {(i, 0): rng.random(n) < rng.random() for i, n in enumerate([1, 3, 40, 70_000])}
   terms = random_terms(rng, masks)
   with jax.enable_x64(x64):
-    expected = flops.total(terms, Evaluation(masks, np))
-    dense = flops.total(terms, Evaluation({k: np.ones_like(m) for k, m in masks.items()}, np))
+    expected = total(terms, Evaluation(masks, np))
+    dense = total(terms, Evaluation({k: np.ones_like(m) for k, m in masks.items()}, np))
     digits = exact.digits_for(dense)
     found = jax.jit(lambda masks: exact.total(terms, sizes(Evaluation(masks, jnp)), digits))(masks)
     assert value(found) == expected

@@ -15,10 +15,11 @@ from jax._src.lax.windowed_reductions import _select_and_scatter
 
 import fisherprune_jax as fp
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.liveness import STRUCTURED
 from fisherprune_jax._graph.program import INLINED
+from fisherprune_jax._graph.registry import known as with_rules
+from fisherprune_jax._graph.registry import rule_for
 from fisherprune_jax._graph.rules import elementwise, opaque
-from fisherprune_jax._graph.spec import _registry, rule_for
+from fisherprune_jax._graph.structured import STRUCTURED
 from tests.counting import count
 from tests.models import CASES
 
@@ -355,7 +356,7 @@ def test_no_channels_at_all():
 def table() -> str:
   """``primitive | how`` for all that the engine knows, and what falls back to whole."""
   names = lowerable()
-  known = sorted((names | {*STRUCTURED, *INLINED, *_registry}) - {n for n in names if "no rule" in how(n)})
+  known = sorted((names | {*STRUCTURED, *INLINED, *with_rules()}) - {n for n in names if "no rule" in how(n)})
   rows = [f"{name:<32} | {how(name)}{'' if name in names else '  (not in this JAX)'}" for name in known]
   rest = sorted(name for name in names if "no rule" in how(name))
   head = f"JAX {jax.__version__}: {len(known)} known, {len(rest)} kept whole by the fallback"

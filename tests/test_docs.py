@@ -15,6 +15,9 @@ import fisherprune_jax as fp
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted([*DOCS.glob("*.md"), DOCS / "api.rst"])
+README = DOCS.parent / "README.md"
+GOES_ON = "goes on from the [complete example](index.md#a-complete-example)"
+COLUMN = 88
 GUIDES = ("linen", "nnx", "distributed", "checkpoints", "transformers", "examples", "recipes")
 
 
@@ -26,6 +29,9 @@ def public_names():
   for name, value in vars(fp.nnx).items():
     if not name.startswith("_") and getattr(value, "__module__", None) == fp.nnx.__name__:
       yield f"fisherprune_jax.nnx.{name}"
+  for name in vars(fp.rules):
+    if not name.startswith("_") and not hasattr(fp, name):
+      yield f"fisherprune_jax.rules.{name}"
 
 
 def documented_names():
@@ -36,18 +42,46 @@ def documented_names():
   return [name.strip() for name in directives]
 
 
+def text_of(page):
+  """What a page says, with what it includes."""
+
+  def included(match):
+    path, start, end = match.groups()
+    found = (page.parent / path).read_text()
+    assert found.count(start) == found.count(end) == 1
+    return found.split(start)[1].split(end)[0]
+
+  pattern = r"^```\{include\} (.+)\n:start-after: (.+)\n:end-before: (.+)\n```$"
+  return re.sub(pattern, included, page.read_text(), flags=re.MULTILINE)
+
+
+def examples_of(page):
+  """The text of a page, and before it that of the page whose example it says that it goes on from."""
+  text = text_of(page)
+  return text_of(DOCS / "index.md") + text if GOES_ON in text else text
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_run(page, tmp_path, monkeypatch):
   monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
   flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
-  failed, attempted = doctest.testfile(str(page), module_relative=False, optionflags=flags)
-  assert failed == 0
-  assert attempted
+  test = doctest.DocTestParser().get_doctest(examples_of(page), {}, page.name, str(page), 0)
+  assert doctest.DocTestParser().get_examples(text_of(page))
+  assert doctest.DocTestRunner(optionflags=flags).run(test).failed == 0
+
+
+@pytest.mark.parametrize("page", [*PAGES, README], ids=lambda page: page.stem)
+def test_code_fits_its_column(page):
+  fenced = re.findall(r"^```[^\n]*\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+  prompted = re.findall(r"^(?:>>>|\.\.\.) .*$", page.read_text(), re.MULTILINE)
+  lines = [*"".join(fenced).splitlines(), *prompted]
+  assert lines
+  assert [line for line in lines if len(line) > COLUMN] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_example_is_one_that_runs(page):
-  blocks = re.findall(r"^```([^\n]*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+  blocks = re.findall(r"^```([^\n]*)\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
   for language, code in blocks:
     if language not in ("bash", "{toctree}"):
       assert code.startswith(">>> "), code
@@ -99,3 +133,28 @@ def test_the_members_that_the_reference_lists_exist():
     module, _, attribute = name.rpartition(".")
     for member in members.split(", "):
       assert hasattr(getattr(importlib.import_module(module), attribute), member), (name, member)
+
+
+def test_the_page_on_the_inside_names_what_there_is():
+  page = re.sub(r"^```.*?^```$", "", (DOCS / "design.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+  quoted = set(re.findall(r"`([^`\n]+)`", page))
+  named = {name.rstrip("/") for name in quoted if re.fullmatch(r"[\w/]+(?:\.py|\.md|/)", name)}
+  words = {word for name in quoted - named for word in re.findall(r"[A-Za-z_]\w{3,}", name)}
+  assert len(named) > 30
+  assert len(words) > 50
+  paths = [path for top in ("fisherprune_jax", "tests", "docs") for path in (DOCS.parent / top).rglob("*")]
+  files = [f"/{path.relative_to(DOCS.parent)}" for path in paths]
+  assert {name for name in named if not any(file.endswith(f"/{name}") for file in files)} == set()
+  source = "\n".join(path.read_text() for path in paths if path.suffix == ".py")
+  assert {word for word in words if not re.search(rf"\b{word}\b", source)} == set()
+
+
+def test_the_page_on_the_inside_lists_the_engine():
+  table = (
+    (DOCS / "design.md").read_text().split("| files | what they are about |\n|---|---|\n")[1].split("\n\n")[0]
+  )
+  listed = re.findall(r"`(\w+)/?`", "\n".join(row.split("|")[1] for row in table.splitlines()))
+  there = [
+    path.stem for path in (Path(fp.__file__).parent / "_graph").iterdir() if not path.stem.startswith("_")
+  ]
+  assert sorted(listed) == sorted(there)

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.serialization
@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax.core import FrozenDict
+from jax.tree_util import Partial
 
 import fisherprune_jax as fp
+from fisherprune_jax._errors import require_same_tree
 
 MODEL = nn.Sequential([nn.Dense(4), nn.relu, fp.Mask(), nn.Dense(3), fp.Mask(), nn.Dense(1)])
 X = jnp.ones((2, 5))
@@ -134,7 +137,12 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
   "unknown method": (
     prune(method="magnitude"),
     ValueError,
-    ("method must be one of", "'fisher'", "'magnitude'"),
+    ("method must be one of", "'fisher'", "or an fp.Criterion", "'magnitude'"),
+  ),
+  "a function as method": (
+    prune(method=len),
+    ValueError,
+    ("method must be one of", "'fisher'", "or an fp.Criterion", "<built-in function len>"),
   ),
   "negative target": (prune(flops_target=-5.0), ValueError, ("flops_target must be", "at least 0", "-5.0")),
   "target in half precision": (
@@ -164,7 +172,7 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
   "mask_grads of another tree": (
     update({"a": FITTING["a"]}),
     ValueError,
-    ("mask_grads must have the structure of the masks", "PyTreeDef({'a': *, 'b': *})", "PyTreeDef({'a': *})"),
+    ("mask_grads must have the structure of the masks", "got nothing at b", "fp.value_and_grads"),
   ),
   "mask_grads without the example axis": (
     update(COST.masks),
@@ -266,7 +274,7 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
   "masks of another tree": (
     lambda: COST({"a": jnp.ones(4)}),
     ValueError,
-    ("masks must have the structure of the cost model's masks", "'b': *", "got PyTreeDef({'a': *})"),
+    ("masks must have the structure of the cost model's masks", "got nothing at b", "Build the cost model"),
   ),
   "masks of another width": (
     lambda: COST({"a": jnp.ones(9), "b": jnp.ones((2, 3))}),
@@ -281,7 +289,10 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
   "exact cost of another model": (
     lambda: fp.cost_model(MODEL.apply, variables(), X).exact(COST.masks),
     ValueError,
-    ("masks must have the structure of the cost model's masks", "'layers_2'", "'a': *"),
+    (
+      "masks must have the structure of the cost model's masks",
+      "got nothing at layers_2, but something at a",
+    ),
   ),
   "the optimizer state of a wider model": (
     with_state_of("wider"),
@@ -291,7 +302,12 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
   "the optimizer state of a model with other masks": (
     with_state_of("shallower"),
     ValueError,
-    ("the masks of the optimizer state must have the structure", "'layers_4'", "tx.init", "restore"),
+    (
+      "the masks of the optimizer state must have the structure",
+      "got nothing at layers_4",
+      "tx.init",
+      "restore",
+    ),
   ),
   "a restored state of a wider model": (
     with_restored_state_of("wider"),
@@ -315,7 +331,7 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
   "shrinking the pruning state of a model with other masks": (
     shrunk_state_of("shallower", keep_masks=True),
     ValueError,
-    ("masks of opt_state must have the structure", "'layers_4'", "compacted with"),
+    ("masks of opt_state must have the structure", "got nothing at layers_4", "compacted with"),
   ),
   "shrinking the pruning state of a wider model": (
     shrunk_state_of("wider", keep_masks=True),
@@ -396,3 +412,37 @@ def test_the_good_neighbours_of_the_table_pass():
   assert COST(COST.masks) == 10
   assert fp.cost_model(MODEL.apply, variables(), X).dense > 0
   assert fp.compact(MODEL.apply, masked(jnp.array([1, 0, 0, 1])), X).cost > 0
+
+
+class Pair(NamedTuple):
+  a: Any
+  b: Any
+
+
+X3 = jnp.ones(3)
+# What is got, what is wanted, and what is said to differ first.
+TREES: dict[str, tuple[Any, Any, str]] = {
+  "missing": ({"a": X3}, {"a": X3, "b": X3}, "nothing at b"),
+  "missing below": ({"p": {"a": X3}, "q": [X3]}, {"p": {"a": X3}, "q": [X3, X3]}, "nothing at q/1"),
+  "added": ({"a": X3, "b": X3, "c": X3}, {"a": X3, "b": X3}, "one more at c"),
+  "renamed": ({"p": {"a": X3}}, {"p": {"b": X3}}, "nothing at p/b, but something at p/a"),
+  "the first of two": ({"p": {}, "q": {}}, {"p": {"x": X3}, "q": {"x": X3}}, "nothing at p/x"),
+  "a list": ([X3], (X3,), "list in place of tuple at the root"),
+  "frozen": ({"a": X3}, FrozenDict({"a": X3}), "dict in place of FrozenDict at the root"),
+  "a tuple with names": (Pair(X3, X3), {"a": X3, "b": X3}, "Pair in place of dict at the root"),
+  "an array": ({"a": X3}, {"a": {"x": X3}}, "float32[3] in place of dict at a"),
+  "no array": (Pair(X3, {"x": X3}), Pair(X3, X3), "dict in place of float32[3] at b"),
+  "None": ({"a": None}, {"a": X3}, "NoneType in place of float32[3] at a"),
+  "nothing in place of None": ({"a": ()}, {"a": None}, "tuple in place of NoneType at a"),
+  "other keys of a node": (Partial(len, X3), Partial(sum, X3), "Partial of another kind at the root"),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_the_first_path_that_differs_is_named(name):
+  found, wanted, difference = TREES[name]
+  with pytest.raises(ValueError, match=r"^ours must have the structure of theirs, got ") as error:
+    require_same_tree(found, wanted, "ours", "theirs", "Do so.")
+  assert str(error.value) == f"ours must have the structure of theirs, got {difference}. Do so."
+  for tree in (found, wanted):
+    require_same_tree(tree, jax.tree.map(lambda x: x + 1, tree), "ours", "theirs", "Do so.")

@@ -15,9 +15,13 @@ import pytest
 import fisherprune_jax as fp
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._cost.cost import cost_of
-from fisherprune_jax._graph import flops, sets
-from fisherprune_jax._graph.model import VariableTree, sizes_of, trace_model
+from fisherprune_jax._cost.meters import FlopsMeter
+from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.prices import Prices
+from fisherprune_jax._graph.structured import costs_of
+from fisherprune_jax._graph.terms import collect
+from fisherprune_jax._graph.traced import trace_apply
+from fisherprune_jax._graph.variables import VariableTree, sizes_of
 from tests.fuzz import time_limit
 
 _spec = importlib.util.spec_from_file_location(
@@ -47,8 +51,8 @@ def sizes(family, n):
   """How much is made of a network: equations, set expressions, terms, gates, pairs, lines of ``per_feature``."""
   apply, variables, x = growth.network(family, n)
   tree = VariableTree(variables, "masks")
-  model = trace_model(apply, tree, (x,))
-  terms = flops.collect(cost.term for cost in model.live.costs(model.program))
+  model = trace_apply(apply, tree, (x,)).analyse()
+  terms = collect(cost.term for cost in costs_of(model.program, model.live, FlopsMeter()))
   prices = Prices(terms, sizes_of(tree.mask_leaves))
   boxes = [model.live.stored(value) for node in model.program.nodes for value in node.outs]
   found = sets.in_order(s for box in boxes for s in box)
@@ -150,7 +154,7 @@ def test_a_lookup_in_a_large_table_is_as_large_as_the_table():
   assert small.variables["params"]["table"].shape == (1, 6)
   np.testing.assert_allclose(small(small.variables, x), apply(variables, x))
   tree = VariableTree(variables, "masks")
-  model = trace_model(apply, tree, (x,))
+  model = trace_apply(apply, tree, (x,)).analyse()
   boxes = [model.live.stored(value) for node in model.program.nodes for value in (*node.ins, *node.outs)]
   found = sets.in_order(s for box in boxes for s in box)
   assert max(s.data.size for s in found if isinstance(s.data, np.ndarray)) <= 30_000
@@ -211,7 +215,7 @@ def test_weights_stay_where_they_are_committed():
 
 def test_compacting_does_not_make_what_only_prices_need():
   apply, variables, x = growth.network("plain", 3)
-  model = trace_model(apply, VariableTree(variables, "masks"), (x,))
+  model = trace_apply(apply, VariableTree(variables, "masks"), (x,)).analyse()
   made = []
   before, Prices.__init__ = Prices.__init__, lambda self, *args: made.append(args)
   try:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.core import freeze
 
 import fisherprune_jax as fp
 
@@ -142,6 +143,50 @@ def test_a_mask_missing_from_a_given_collection_is_an_error():
     model.apply({"params": params, "masks": {"block": masks["block"]}}, x)
   with pytest.raises(ValueError, match="got none at the root"):
     fp.Mask().apply({"masks": {"other": jnp.ones(4)}}, x)
+
+
+class Pair(nn.Module):
+  """Two masks to lift."""
+
+  @nn.compact
+  def __call__(self, x: jax.Array, _: Any = None) -> tuple[jax.Array, None]:
+    return fp.Mask(name="second")(nn.Dense(4)(fp.Mask(name="first")(x))), None
+
+
+STACK = {"variable_axes": {"params": 0, "masks": 0}, "split_rngs": {"params": True}}
+LIFTS: dict[str, Callable[[], Any]] = {
+  "not at all": lambda: Pair,
+  "scan": lambda: nn.scan(Pair, length=3, **STACK),
+  "vmap": lambda: nn.vmap(Pair, in_axes=None, axis_size=3, **STACK),
+  "remat": lambda: nn.remat(Pair),
+  "jit": lambda: nn.jit(Pair),
+  "scan of remat": lambda: nn.scan(nn.remat(Pair), length=3, **STACK),
+  "remat of scan": lambda: nn.remat(nn.scan(Pair, length=3, **STACK)),
+}
+CALLS: dict[str, Callable[[nn.Module, Any, jax.Array], Any]] = {
+  "apply": lambda model, variables, x: model.apply(variables, x),
+  "frozen": lambda model, variables, x: model.apply(freeze(variables), x),
+  "mutable masks": lambda model, variables, x: model.apply(variables, x, mutable=["masks"]),
+  "all mutable": lambda model, variables, x: model.apply(variables, x, mutable=True),
+  "bind": lambda model, variables, x: model.bind(variables)(x),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("lift", LIFTS)
+def test_what_was_given_is_seen_from_inside_lifted_modules(lift, call):
+  """All masks, none, no collection: however the module is lifted and the variables come."""
+  model, x = Network(lambda x: LIFTS[lift]()(name="pair")(x)[0]), jnp.linspace(-1, 1, 8).reshape(2, 4)
+  variables = model.init(jax.random.key(0), x)
+  params, masks = variables["params"], variables["masks"]["pair"]
+  assert set(masks) == {"first", "second"}
+  run = lambda variables: jax.tree.leaves(CALLS[call](model, variables, x))[0]
+  np.testing.assert_allclose(run({"params": params}), model.apply(variables, x), rtol=1e-6)
+  zeros = {"pair": jax.tree.map(jnp.zeros_like, masks)}
+  np.testing.assert_array_equal(run({"params": params, "masks": zeros}), 0)
+  for name in masks:
+    with pytest.raises(ValueError, match=f"got none at pair/{name}"):
+      run({"params": params, "masks": {"pair": {other: masks[other] for other in masks if other != name}}})
 
 
 def test_masks_are_left_as_they_are():

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fisherprune_jax._graph import flops, sets
+from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.prices import Prices
 from fisherprune_jax._graph.spec import Flops
+from fisherprune_jax._graph.terms import Dearest, Term, term
 from tests.test_sets import entangled_set
 
 
@@ -22,7 +23,7 @@ def random_term(rng, keys, pool):
   )
   contracts = rng.random() < 0.7
   count = Flops(tuple(outer), tuple(inner) if contracts else None, rng.randrange(1, 4), rng.randrange(4))
-  return flops.term(count, outer | inner)
+  return term(count, outer | inner)
 
 
 def random_terms(rng, keys, pool, depth=0):
@@ -30,15 +31,15 @@ def random_terms(rng, keys, pool, depth=0):
   terms = [random_term(rng, keys, pool) for _ in range(rng.randrange(1, 5))]
   while depth < 2 and rng.random() < 0.35:
     branches = [tuple(random_terms(rng, keys, pool, depth + 1)) for _ in range(rng.randrange(1, 4))]
-    terms.append(flops.Dearest(tuple(branches), rng.randrange(1, 3)))
+    terms.append(Dearest(tuple(branches), rng.randrange(1, 3)))
   return terms
 
 
 def support(terms):
   found = 0
   for t in terms:
-    inner = (support(s) for s in t.sums) if isinstance(t, flops.Dearest) else ()
-    own = () if isinstance(t, flops.Dearest) else (s.support for s in (*t.outer, *(t.inner or ())))
+    inner = (support(s) for s in t.sums) if isinstance(t, Dearest) else ()
+    own = () if isinstance(t, Dearest) else (s.support for s in (*t.outer, *(t.inner or ())))
     for bits in (*inner, *own):
       found |= bits
   return found
@@ -54,10 +55,10 @@ def test_prices_are_what_brute_force_says(seed):
   prices = Prices(terms, {key: key[0] for key in keys})
   features = jnp.asarray(np.concatenate([masks[key] for key in keys]) != 0)
   total, drops = jax.jit(lambda f: (prices.total(f), prices.drops(f)))(features)
-  before = flops.total(terms, Evaluation(masks))
+  before = total(terms, Evaluation(masks))
   assert total == pytest.approx(before, rel=1e-6)
   expected = [
-    before - flops.total(terms, Evaluation({**masks, key: np.where(np.arange(key[0]) == k, 0, masks[key])}))
+    before - total(terms, Evaluation({**masks, key: np.where(np.arange(key[0]) == k, 0, masks[key])}))
     for key in keys
     for k in range(key[0])
   ]
@@ -71,7 +72,7 @@ def test_a_program_of_prices_is_of_one_size():
       streams.append(
         sets.intersection(sets.union(streams[-1], sets.leaf(("w", at), 8)), sets.leaf(("n", at), 8))
       )
-    terms = [flops.Term(3, (a,), (b,), 2) for a, b in zip(streams[1:], streams, strict=False)]
+    terms = [Term(3, (a,), (b,), 2) for a, b in zip(streams[1:], streams, strict=False)]
     keys = sets.keys_of(support(terms))
     prices = Prices(terms, dict.fromkeys(keys, 8))
     return len(jax.make_jaxpr(prices.drops)(jnp.ones(8 * len(keys), bool)).eqns)

@@ -1,18 +1,26 @@
 """A compact network as StableHLO, with its weights inside."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 from jax import export as jax_export
 
 from fisherprune_jax._graph.compat import UndecidedSize
 from fisherprune_jax._graph.examples import map_with_axes
-from fisherprune_jax._graph.model import abstract
+from fisherprune_jax._graph.variables import abstract
+from fisherprune_jax._types import BatchAxes, PyTree, Size
+
+if TYPE_CHECKING:
+  from fisherprune_jax._compaction.compact import Compact
 
 
 def export(
-  small: Any, args: Sequence[Any], batch_axes: Any, platforms: Sequence[str] | None, batch: str | None
+  small: "Compact",
+  args: Sequence[PyTree],
+  batch_axes: BatchAxes,
+  platforms: Sequence[str] | None,
+  batch: str | None,
 ) -> jax_export.Exported:
   """Exports ``small(small.variables, *args)``; ``batch`` names the size of example axes, None leaves it alone."""
   shapes = abstract(tuple(args))
@@ -28,12 +36,12 @@ def export(
     ) from error
 
 
-def _with_symbol(shapes: Any, batch_axes: Any, name: str) -> Any:
+def _with_symbol(shapes: PyTree, batch_axes: BatchAxes, name: str) -> PyTree:
   """The shapes with a symbol along their example axes, unless the caller has put one there."""
   scopes = [size.scope for size in _symbols(shapes)]
   (batch,) = jax_export.symbolic_shape(name, scope=scopes[0] if scopes else None)
 
-  def with_batch(x: Any, axis: int | None) -> Any:
+  def with_batch(x: jax.ShapeDtypeStruct, axis: int | None) -> jax.ShapeDtypeStruct:
     if axis is None or axis >= len(x.shape) or jax_export.is_symbolic_dim(x.shape[axis]):
       return x
     axis %= len(x.shape)
@@ -42,5 +50,5 @@ def _with_symbol(shapes: Any, batch_axes: Any, name: str) -> Any:
   return map_with_axes(with_batch, shapes, batch_axes)
 
 
-def _symbols(shapes: Any) -> Iterator[Any]:
+def _symbols(shapes: PyTree) -> Iterator[Size]:
   return (size for x in jax.tree.leaves(shapes) for size in x.shape if jax_export.is_symbolic_dim(size))

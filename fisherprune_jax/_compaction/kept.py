@@ -1,6 +1,7 @@
 """Slicing what is shaped like the variables: parameters, gradients, averages; for optimizer states see opt_states."""
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Box
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Value
+from fisherprune_jax._types import Array
 
 Index = tuple[np.ndarray | None, ...]
 """Per axis the positions that are kept, or None for all of them."""
@@ -22,56 +24,56 @@ Index = tuple[np.ndarray | None, ...]
 class Kept:
   """Which entries of a leaf are kept.
 
-  ``rows`` is given for a stack of layers that keep different entries: one ``Index`` for each entry along the
+  ``layers`` is given for a stack of layers that keep different entries: one ``Index`` for each entry along the
   leading axis. They are moved to the front and padded with zeros to the widest.
   """
 
   shape: tuple[int, ...]
   index: Index
-  rows: tuple[Index, ...] | None = None
+  layers: tuple[Index, ...] | None = None
 
   @property
   def compact_shape(self) -> tuple[int, ...]:
     """The shape after slicing."""
-    if self.rows is None:
+    if self.layers is None:
       return _shape_of(self.shape, self.index)
-    widths = [_shape_of(self.shape[1:], row) for row in self.rows]
+    widths = [_shape_of(self.shape[1:], layer) for layer in self.layers]
     return (self.shape[0], *map(max, zip(*widths, strict=True)))
 
   @property
   def is_whole(self) -> bool:
     """Whether nothing was removed."""
-    return self.rows is None and self.compact_shape == self.shape
+    return self.layers is None and self.compact_shape == self.shape
 
   @property
   def held(self) -> Box | list[Box]:
     """The kept entries as sets."""
-    if self.rows is None:
+    if self.layers is None:
       return _box_of(self.shape, self.index)
-    return [_box_of(self.shape[1:], row) for row in self.rows]
+    return [_box_of(self.shape[1:], layer) for layer in self.layers]
 
   def covers(self, other: "Kept") -> bool:
     """Whether everything that another one keeps of the same leaf is kept here."""
-    if self.rows is None and other.rows is None:
+    if self.layers is None and other.layers is None:
       return all(map(_within, other.index, self.index, self.shape))
     count = self.shape[0]
-    mine, others = ((k.index[1:],) * count if k.rows is None else k.rows for k in (self, other))
+    mine, others = ((k.index[1:],) * count if k.layers is None else k.layers for k in (self, other))
     return all(all(map(_within, a, b, self.shape[1:])) for a, b in zip(others, mine, strict=True))
 
-  def per_example(self, leaf: Any) -> "Kept":
+  def per_example(self, leaf: Array) -> "Kept":
     """The same for a mask that comes with an example axis before its features."""
     if np.ndim(leaf) != len(self.shape) + 1:
       return self
-    rows = self.rows and tuple(_with_examples(row) for row in self.rows)
-    return Kept((*self.shape[:-1], np.shape(leaf)[-2], self.shape[-1]), _with_examples(self.index), rows)
+    layers = self.layers and tuple(_with_examples(layer) for layer in self.layers)
+    return Kept((*self.shape[:-1], np.shape(leaf)[-2], self.shape[-1]), _with_examples(self.index), layers)
 
   def along(self, axis: int) -> "Kept | None":
     """What is kept of a vector along one axis; None if every layer of a stack keeps entries of its own there."""
-    if self.rows is not None and axis > 0:
+    if self.layers is not None and axis > 0:
       return None
     return Kept((self.shape[axis],), (self.index[axis],))
 
-  def slice(self, leaf: Any) -> jax.Array:
+  def slice(self, leaf: Array) -> jax.Array:
     """The kept entries of a leaf of the full shape."""
     if np.shape(leaf) != self.shape:
       raise ValueError(
@@ -81,12 +83,12 @@ class Kept:
     # On the host nothing has to be compiled, which takes longer than all the rest.
     return _put_like(leaf, self._cut(np.asarray(leaf), np)) if _is_at_hand(leaf) else self._cut(leaf, jnp)
 
-  def _cut(self, leaf: Any, xp: Any) -> Any:
-    if self.rows is None:
+  def _cut(self, leaf: Array, xp: ModuleType) -> Any:
+    if self.layers is None:
       return _slice(leaf, self.index, xp)
     widest = self.compact_shape[1:]
-    rows = [_slice(leaf[at], row, xp) for at, row in enumerate(self.rows)]
-    return xp.stack([xp.pad(r, [(0, n - m) for n, m in zip(widest, r.shape, strict=True)]) for r in rows])
+    layers = [_slice(leaf[at], layer, xp) for at, layer in enumerate(self.layers)]
+    return xp.stack([xp.pad(r, [(0, n - m) for n, m in zip(widest, r.shape, strict=True)]) for r in layers])
 
 
 def _with_examples(index: Index) -> Index:
@@ -97,8 +99,10 @@ def keep(value: Value, live: Liveness, ev: Evaluation, shown: Box | None = None)
   """What is kept of a variable: what is stored of it, ``shown`` if given, all if nothing asks for it."""
   stored = live.stored(value) if value in live.asked else tuple(map(sets.everything, value.shape))
   index = tuple(map(ev.index, stored if shown is None else shown))
-  rows = live.rows(value) if shown is None else None
-  return Kept(value.shape, index, None if rows is None else tuple(tuple(map(ev.index, row)) for row in rows))
+  layers = live.layers(value) if shown is None else None
+  return Kept(
+    value.shape, index, None if layers is None else tuple(tuple(map(ev.index, layer)) for layer in layers)
+  )
 
 
 def _within(few: np.ndarray | None, many: np.ndarray | None, size: int) -> bool:
@@ -114,14 +118,14 @@ def _box_of(shape: tuple[int, ...], index: Index) -> Box:
   return tuple(sets.everything(n) if i is None else sets.fixed(np.isin(np.arange(n), i)) for n, i in sizes)
 
 
-def _slice(leaf: Any, index: Index, xp: Any) -> Any:
+def _slice(leaf: Array, index: Index, xp: ModuleType) -> Any:
   for axis, positions in enumerate(index):
     if positions is not None:
       leaf = xp.take(leaf, positions, axis=axis)
   return xp.array(leaf)  # a copy where nothing went: whoever donates the one keeps the other
 
 
-def _is_at_hand(leaf: Any) -> bool:
+def _is_at_hand(leaf: Array) -> bool:
   """Whether an array can be read here as it is: a value, on one device, of a type that NumPy knows."""
   if not isinstance(leaf, jax.Array):
     return isinstance(leaf, np.ndarray)
@@ -129,7 +133,6 @@ def _is_at_hand(leaf: Any) -> bool:
   return known and len(leaf.sharding.device_set) == 1 and leaf.is_fully_addressable
 
 
-def _put_like(leaf: Any, array: np.ndarray) -> jax.Array:
+def _put_like(leaf: Array, array: np.ndarray) -> jax.Array:
   """An array as JAX holds it, where the leaf is if that was said (or else wherever arrays go)."""
-  committed = isinstance(leaf, jax.Array) and leaf.committed
-  return jax.device_put(array, leaf.sharding if committed else None)
+  return jax.device_put(array, leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None)

@@ -12,8 +12,7 @@ import numpy as np
 
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.parts import Part, find_part, shapes_by_path
-from fisherprune_jax._errors import describe, is_known, require_same_tree
-from fisherprune_jax._graph.model import Path, keystr
+from fisherprune_jax._errors import Path, describe, is_known, path_name, require_same_tree, same_structure
 from fisherprune_jax._training.state import FisherPruneState
 
 Keys = tuple[str, ...]
@@ -154,7 +153,7 @@ def _leaves_by_keys(tree: Any) -> Iterator[tuple[Keys, Any]]:
 
 
 def _keys(path: Path) -> Keys:
-  return tuple(keystr((key,)) for key in path)
+  return tuple(path_name((key,)) for key in path)
 
 
 def _owners(paths: Collection[Keys], by_path: Mapping[Keys, Kept]) -> dict[Keys, Owner | None]:
@@ -203,7 +202,7 @@ def shrink_pruning(state: FisherPruneState, path: Keys, kept: Any, given: Any) -
   """
   how = "Pass the optimizer state whose masks the network was compacted with."
   parts = [("", kept, given), *_mappings(kept, given)]
-  fitting = [part for part in parts if jax.tree.structure(part[2]) == jax.tree.structure(state.masks)]
+  fitting = [part for part in parts if same_structure(part[2], state.masks)]
   if not fitting:
     require_same_tree(state.masks, given, "the masks of opt_state", "the compact network's masks", how)
   # Of parts alike it is the one whose masks are these, or the one that the state is called after.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
-from fisherprune_jax._graph.model import keystr
+from fisherprune_jax._errors import path_name, same_structure
 
 Part = Callable[[Any], Any]
 """Picks the part from a tree like the variables."""
@@ -50,7 +50,7 @@ def find_part(full: Any, opt_state: Any, init: Callable[[Any], Any]) -> Part:
 def shapes_by_path(tree: Any) -> dict[Keys, tuple[int, ...]]:
   """The shapes of the leaves of a tree."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
-  return {tuple(keystr((key,)) for key in path): jnp.shape(leaf) for path, leaf in leaves}
+  return {tuple(path_name((key,)) for key in path): jnp.shape(leaf) for path, leaf in leaves}
 
 
 def _fit(part: Any, opt_state: Any, init: Callable[[Any], Any]) -> int:
@@ -60,7 +60,7 @@ def _fit(part: Any, opt_state: Any, init: Callable[[Any], Any]) -> int:
   except Exception:  # an ``init`` of anybody's: labels of other parameters, say, raise what they like
     return 0
   same = shapes_by_path(state) == shapes_by_path(opt_state)
-  return same + (same and jax.tree.structure(state) == jax.tree.structure(opt_state))
+  return same + (same and same_structure(state, opt_state))
 
 
 def _tiers(full: Any, given: Mapping[Keys, Any]) -> Iterator[list[tuple[str, Part]]]:
@@ -115,7 +115,7 @@ def _filter(named: set[Keys]) -> Part:
       return tree
     found = {}
     for key, child in tree.items():
-      here = (*path, keystr((jax.tree_util.DictKey(key),)))
+      here = (*path, path_name((jax.tree_util.DictKey(key),)))
       rest = part(child, here) if isinstance(child, Mapping) else child
       if rest if isinstance(child, Mapping) else here in named:
         found[key] = rest

@@ -1,63 +1,64 @@
 """The compact network as a text table."""
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 
-from fisherprune_jax._graph.blockers import Blocker, lines
-from fisherprune_jax._graph.model import VariableTree, keystr
+from fisherprune_jax._compaction.kept import Kept
+from fisherprune_jax._compaction.plan import Plan
+from fisherprune_jax._errors import path_name
+from fisherprune_jax._graph.blockers import Stays, lines
 from fisherprune_jax._tables import align
+from fisherprune_jax._types import Array
+
+Line = tuple[str, str, str, str]
 
 
-def table(
-  tree: VariableTree, kept: Any, cost: float, dense: float, blockers: Sequence[Blocker], left: float
-) -> str:
-  """Masks, variables and totals before and after; what had to stay, and the FLOPs ``left`` by all of it."""
-  leaves = zip(tree.paths, jax.tree.leaves(kept), strict=True)
-  masks, rest = [], []
-  for (path, leaf), k in leaves:
-    if tree.is_mask(path):
-      masks.append(
-        (keystr(path), f"{np.size(leaf)}", f"{int(np.sum(leaf))}", _share(np.sum(leaf), np.size(leaf)))
-      )
-    else:
-      after = k.compact_shape
-      rest.append((keystr(path), _shape(k.shape), _shape(after), _share(np.prod(after), np.prod(k.shape))))
-  before = sum(
-    int(np.prod(k.shape))
-    for (path, _), k in zip(tree.paths, jax.tree.leaves(kept), strict=True)
-    if not tree.is_mask(path)
-  )
-  after = sum(
-    int(np.prod(k.compact_shape))
-    for (path, _), k in zip(tree.paths, jax.tree.leaves(kept), strict=True)
-    if not tree.is_mask(path)
-  )
+def table(plan: Plan, cost: float, dense: float, stays: Stays) -> str:
+  """Masks, variables and totals before and after; what had to stay, and the FLOPs left by all of it."""
+  masks = [_mask_line(name, leaf) for name, leaf, _, is_mask in _leaves(plan) if is_mask]
+  rest = [(name, kept) for name, _, kept, is_mask in _leaves(plan) if not is_mask]
+  before = sum(math.prod(kept.shape) for _, kept in rest)
+  after = sum(math.prod(kept.compact_shape) for _, kept in rest)
   totals = [
     ("numbers in all variables", f"{before:,}", f"{after:,}", _share(after, before)),
     ("FLOPs per example", f"{dense:,.0f}", f"{cost:,.0f}", _share(cost, dense)),
   ]
-  body = align([("layer", "before", "after", "kept"), *masks, *rest, *totals])
-  return "\n".join([*body, *_what_stays(blockers, left)])
+  body = align([("layer", "before", "after", "kept"), *masks, *(_variable_line(*r) for r in rest), *totals])
+  return "\n".join([*body, *_what_stays(stays)])
 
 
-def _what_stays(blockers: Sequence[Blocker], left: float) -> list[str]:
-  if not blockers:
+def _leaves(plan: Plan) -> Iterator[tuple[str, Array, Kept, bool]]:
+  """Every variable: its name, its shape or value, what is kept of it, and whether it is a mask."""
+  for (path, leaf), kept in zip(plan.tree.paths, jax.tree.leaves(plan.kept), strict=True):
+    yield path_name(path), leaf, kept, plan.tree.is_mask(path)
+
+
+def _mask_line(name: str, mask: Array) -> Line:
+  return name, f"{np.size(mask)}", f"{int(np.sum(mask))}", _share(np.sum(mask), np.size(mask))
+
+
+def _variable_line(name: str, kept: Kept) -> Line:
+  before, after = kept.shape, kept.compact_shape
+  return name, _times(before), _times(after), _share(math.prod(after), math.prod(before))
+
+
+def _what_stays(stays: Stays) -> list[str]:
+  if not stays.blockers:
     return []
-  found = [line for b in blockers for line in lines(b)]
   return [
     "",
     "Kept, because dead entries cannot be removed there soundly, with the FLOPs that each source line alone keeps:",
-    *found,
-    f"All of these together leave {left:,.0f} FLOPs per example on the table.",
+    *(line for blocker in stays.blockers for line in lines(blocker)),
+    f"All of these together leave {stays.flops:,.0f} FLOPs per example on the table.",
   ]
 
 
-def _shape(shape: tuple[int, ...]) -> str:
+def _times(shape: tuple[int, ...]) -> str:
   return "x".join(map(str, shape)) or "1"
 
 
-def _share(part: Any, whole: Any) -> str:
+def _share(part: float, whole: float) -> str:
   return f"{100 * float(part) / float(whole):.1f} %" if whole else "-"

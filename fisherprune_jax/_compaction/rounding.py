@@ -18,7 +18,9 @@ Feature = tuple[Any, int]
 
 def widths_of(values: Iterable[Value], live: Liveness) -> list[Set]:
   """What is kept along each axis of these variables, where that depends on masks."""
-  boxes = [box for value in values if value in live.asked for box in live.rows(value) or [live.stored(value)]]
+  boxes = [
+    box for value in values if value in live.asked for box in live.layers(value) or [live.stored(value)]
+  ]
   return list(dict.fromkeys(s for box in boxes for s in box if s.support))
 
 

@@ -3,19 +3,20 @@
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._graph import exact
+from fisherprune_jax._types import Array, Masks
 
 BEHIND = 2
 """Digits behind the point of a target that is an array: its last one is 2 ** -32 FLOPs."""
 
 
-class Whole(NamedTuple):
+class ExactCost(NamedTuple):
   """A cost in whole numbers.
 
   Attributes:
@@ -24,11 +25,11 @@ class Whole(NamedTuple):
     examples: how many examples the batch has.
   """
 
-  digits: Callable[[Any], exact.Digits]
+  digits: Callable[[Masks], exact.Digits]
   dense: int
   examples: int
 
-  def exceeds(self, masks: Any, target: Any) -> jax.Array:
+  def exceeds(self, masks: Masks, target: float | Array) -> jax.Array:
     """Whether the count of a batch is above ``target`` times its examples."""
     if isinstance(target, jax.Array):
       return self._exceeds_array(masks, target)
@@ -37,7 +38,7 @@ class Whole(NamedTuple):
       return jnp.bool_(False)
     return exact.above(self.digits(masks), exact.constant(limit, exact.digits_for(self.dense)))
 
-  def _exceeds_array(self, masks: Any, target: jax.Array) -> jax.Array:
+  def _exceeds_array(self, masks: Masks, target: jax.Array) -> jax.Array:
     digits = exact.digits_for(self.dense)
     near = target <= 1.5 * self.dense / self.examples  # or it is above any cost, and might have more digits
     limit = exact.of_array(jnp.where(near, target, 0), digits, BEHIND)
@@ -45,7 +46,7 @@ class Whole(NamedTuple):
     return near & exact.above(self.digits(masks), limit[BEHIND:])
 
 
-def limit_of(target: Any, examples: int) -> int:
+def limit_of(target: float | Array, examples: int) -> int:
   """The largest count of a batch of examples that is not above a target per example.
 
   A float is taken with its rounding: a quotient of whole numbers that it is the nearest float to is not above it.

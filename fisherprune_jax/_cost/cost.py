@@ -2,24 +2,26 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._cost.budget import Whole
+from fisherprune_jax._cost.budget import ExactCost
+from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._errors import require_same_tree
 from fisherprune_jax._graph import exact as whole_numbers
-from fisherprune_jax._graph import flops
 from fisherprune_jax._graph.blockers import check_read, check_strict, sample_masks, warn_of_unknown
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
-from fisherprune_jax._graph.liveness import EVERYTHING
-from fisherprune_jax._graph.model import MaskSelector, Model, VariableTree, rows_of, sizes_of, trace_model
 from fisherprune_jax._graph.prices import Prices
-from fisherprune_jax._graph.spec import Counting
+from fisherprune_jax._graph.structured import Meter, costs_of
+from fisherprune_jax._graph.terms import collect, total
+from fisherprune_jax._graph.traced import Analysis, trace_apply
+from fisherprune_jax._graph.variables import MaskSelector, VariableTree, sizes_of, vectors_of
 from fisherprune_jax._masks import flatten, unflatten
+from fisherprune_jax._types import ApplyFn, Array, BatchAxes, Masks, PyTree
 
 
 class NotCounted(float):
@@ -62,13 +64,13 @@ class CostModel:
 
   def __init__(
     self,
-    masks: Any,
-    total: Callable[[Any], jax.Array],
-    per_feature: Callable[[Any], Any],
-    exact: Callable[[Any], Any] | None = None,
-    breakdown: Callable[[Any], list[Row]] | None = None,
+    masks: Masks,
+    total: Callable[[Masks], jax.Array],
+    per_feature: Callable[[Masks], Masks],
+    exact: Callable[[Masks], Masks] | None = None,
+    breakdown: Callable[[Masks], list[Row]] | None = None,
     dense: float | None = None,
-    whole: Whole | None = None,
+    exact_cost: ExactCost | None = None,
   ) -> None:
     with jax.ensure_compile_time_eval():  # it may be made inside a function that is traced
       self.masks = jax.tree.map(lambda m: jnp.ones(m.shape, jnp.float32), masks)
@@ -77,11 +79,11 @@ class CostModel:
     self._per_feature = per_feature
     self._exact = exact
     self._breakdown = breakdown
-    self._whole = None if whole is None else whole._replace(digits=jax.jit(whole.digits))
+    self._exact_cost = None if exact_cost is None else exact_cost._replace(digits=jax.jit(exact_cost.digits))
 
   @classmethod
   def from_functions(
-    cls, masks: Any, total: Callable[[Any], Any], per_feature: Callable[[Any], Any]
+    cls, masks: Masks, total: Callable[[Masks], Masks], per_feature: Callable[[Masks], Masks]
   ) -> "CostModel":
     """A cost model of your own.
 
@@ -104,24 +106,24 @@ class CostModel:
     """
     return cls(masks, lambda m: jnp.asarray(total(m), jnp.float32), jax.jit(per_feature))
 
-  def __call__(self, masks: Any) -> jax.Array:
+  def __call__(self, masks: Masks) -> jax.Array:
     """The cost per example under ``masks``, a float32 scalar; jit-able."""
     self._check(masks)
     return self._total(masks)
 
-  def per_feature(self, masks: Any) -> Any:
+  def per_feature(self, masks: Masks) -> Masks:
     """The drop in cost per example if one feature also went: a float32 tree like ``masks``; jit-able."""
     self._check(masks)
     return self._per_feature(masks)
 
-  def exact(self, masks: Any) -> int:
+  def exact(self, masks: Masks) -> int:
     """The cost of one traced batch, as an integer computed on the host."""
     self._check(masks)
     if self._exact is None:
       return round(float(self._total(masks)))
     return self._exact(masks)
 
-  def exceeds(self, masks: Any, target: Any) -> jax.Array:
+  def exceeds(self, masks: Masks, target: float | Array) -> jax.Array:
     """Whether the cost is above a target per example, a boolean scalar; jit-able.
 
     It is decided on whole numbers, the FLOPs of the traced batch and the target times its examples, which
@@ -142,16 +144,16 @@ class CostModel:
     (True, False)
     """
     self._check(masks)
-    if self._whole is None:
+    if self._exact_cost is None:
       return self._total(masks) > target
-    return self._whole.exceeds(masks, target)
+    return self._exact_cost.exceeds(masks, target)
 
-  def breakdown(self, masks: Any) -> list[Row]:
+  def breakdown(self, masks: Masks) -> list[Row]:
     """Where the FLOPs are: one row per source line and primitive, dense and under ``masks``."""
     self._check(masks)
     return [] if self._breakdown is None else self._breakdown(masks)
 
-  def _check(self, masks: Any) -> None:
+  def _check(self, masks: Masks) -> None:
     if isinstance(masks, int | np.integer) or (hasattr(masks, "ndim") and masks.ndim == 0):
       raise TypeError(
         "A cost model takes a tree of masks, got a scalar. If this came from optax.inject_hyperparams, which "
@@ -171,11 +173,11 @@ class CostModel:
 
 
 def cost_model(
-  apply_fn: Callable[..., Any],
-  variables: Any,
-  *args: Any,
+  apply_fn: ApplyFn,
+  variables: PyTree,
+  *args: PyTree,
   masks: MaskSelector = "masks",
-  batch_axes: Any = 0,
+  batch_axes: BatchAxes = 0,
   primitives: Sequence[str] | None = None,
   pad_taps: bool = True,
   strict: bool = False,
@@ -216,41 +218,50 @@ def cost_model(
   >>> cost = fp.cost_model(model.apply, variables, x)
   >>> cost.dense  # 8 (2*4 - 1) + 8 for the bias, 3 (2*8 - 1) + 3
   112.0
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+
+    Golub and Van Loan, *Matrix Computations*, for the counts of linear algebra
+
+    JAX, `The jaxpr language <https://docs.jax.dev/en/latest/jaxpr.html>`_
   """
   tree = VariableTree(variables, masks)
   examples = batch_size(args, batch_axes)
-  model = trace_model(apply_fn, tree, args)
-  check_read(model, tree)
-  warn_of_unknown(model, tree.mask_leaves, examples)
+  analysis = trace_apply(apply_fn, tree, args).analyse()
+  check_read(analysis, tree)
+  names, everything = None if primitives is None else frozenset(primitives), FlopsMeter()
+  warn_of_unknown(analysis, tree.mask_leaves, examples, everything)
   if strict:
-    check_strict(model, tree, sample_masks(tree.mask_leaves), examples)
-  names = None if primitives is None else frozenset(primitives)
-  return cost_of(model, tree.mask_tree, examples, Counting(names, pad_taps))
+    check_strict(analysis, tree, sample_masks(tree.mask_leaves), examples, everything)
+  meter = everything._replace(primitives=names, pad_taps=pad_taps)
+  return cost_of(analysis, tree.mask_tree, examples, meter)
 
 
-def cost_of(model: Model, masks: Any, examples: int, counted: Counting = EVERYTHING) -> CostModel:
-  """The cost model of a traced model."""
-  costs = list(model.live.costs(model.program, counted))
-  terms = flops.collect(cost.term for cost in costs)
+def cost_of(analysis: Analysis, masks: Masks, examples: int, meter: Meter) -> CostModel:
+  """The cost model of an analysed function."""
+  costs = list(costs_of(analysis.program, analysis.live, meter))
+  terms = collect(cost.term for cost in costs)
   # Made when it is asked for: who wants the count of given masks alone can do without.
   prices = functools.cache(lambda: Prices(terms, sizes_of(jax.tree.leaves(masks))))
 
-  def total(masks: Any) -> jax.Array:
+  def per_example(masks: Masks) -> jax.Array:
     return prices().total(_alive(masks)) / examples
 
   drops = jax.jit(lambda masks: prices().drops(_alive(masks)) / examples)
 
-  def per_feature(masks: Any) -> Any:
+  def per_feature(masks: Masks) -> Masks:
     return unflatten(drops(masks), masks)
 
-  def exact(masks: Any) -> int:
-    return flops.total(terms, _evaluation(masks))
+  def exact(masks: Masks) -> int:
+    return total(terms, _evaluation(masks))
 
-  def digits(masks: Any) -> whole_numbers.Digits:
+  def digits(masks: Masks) -> whole_numbers.Digits:
     sizes = functools.partial(prices().sizes, _alive(masks))
     return whole_numbers.total(terms, sizes, whole_numbers.digits_for(dense))
 
-  def breakdown(masks: Any) -> list[Row]:
+  def breakdown(masks: Masks) -> list[Row]:
     ones = jax.tree.map(lambda m: np.ones(m.shape), masks)
     states = [_evaluation(ones), _evaluation(masks)]
     rows: dict[tuple[str, str], list[float]] = {}
@@ -260,17 +271,17 @@ def cost_of(model: Model, masks: Any, examples: int, counted: Counting = EVERYTH
         continue
       row = rows.setdefault((cost.node.source, cost.label), [0.0, 0.0])
       for i, ev in enumerate(states):
-        row[i] += flops.total([cost.term], ev) / examples
+        row[i] += total([cost.term], ev) / examples
     return [Row(*where, *counts) for where, counts in rows.items()]
 
   dense = exact(jax.tree.map(lambda m: np.ones(m.shape), masks))
-  whole = Whole(digits, dense, examples)
-  return CostModel(masks, total, per_feature, exact, breakdown, dense / examples, whole)
+  exact_cost = ExactCost(digits, dense, examples)
+  return CostModel(masks, per_example, per_feature, exact, breakdown, dense / examples, exact_cost)
 
 
-def _evaluation(masks: Any) -> Evaluation:
-  return Evaluation(rows_of(jax.tree.leaves(masks), np))
+def _evaluation(masks: Masks) -> Evaluation:
+  return Evaluation(vectors_of(jax.tree.leaves(masks)))
 
 
-def _alive(masks: Any) -> jax.Array:
+def _alive(masks: Masks) -> jax.Array:
   return flatten(masks) != 0

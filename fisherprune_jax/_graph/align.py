@@ -1,16 +1,16 @@
 """Bringing an array from the entries that it holds to the entries that are wanted."""
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Box
+from fisherprune_jax._types import Size
 
 
-def align(array: Any, held: Box, wanted: Box, ev: Evaluation) -> Any:
+def align(array: jax.Array, held: Box, wanted: Box, ev: Evaluation) -> jax.Array:
   """Selects what is wanted of what is held, axis by axis, and shows zeros for the rest."""
   for axis, (have, want) in enumerate(zip(held, wanted, strict=True)):
     if have is not want:
@@ -20,7 +20,7 @@ def align(array: Any, held: Box, wanted: Box, ev: Evaluation) -> Any:
   return array
 
 
-def sources(have: np.ndarray | None, want: np.ndarray | None, size: Any) -> np.ndarray | None:
+def sources(have: np.ndarray | None, want: np.ndarray | None, size: Size) -> np.ndarray | None:
   """For each wanted position where it lies among the held ones, -1 if nowhere; None if they are the same."""
   if have is None and want is None:
     return None
@@ -33,8 +33,8 @@ def sources(have: np.ndarray | None, want: np.ndarray | None, size: Any) -> np.n
   return place[want]
 
 
-def select(array: Any, axis: int, source: np.ndarray) -> Any:
-  """The entries at ``source``, -1 giving zero: a slice or a pad where the pattern is even, else a gather."""
+def select(array: jax.Array, axis: int, source: np.ndarray, fill: jax.Array | None = None) -> jax.Array:
+  """The entries at ``source``, -1 giving ``fill`` (zero): a slice or a pad where the pattern is even, else a gather."""
   there = np.flatnonzero(source >= 0)
   if there.size == source.size and (stride := _even(source)):
     return lax.slice_in_dim(array, int(source[0]), int(source[-1]) + 1, stride, axis)
@@ -42,13 +42,18 @@ def select(array: Any, axis: int, source: np.ndarray) -> Any:
   if in_order and (stride := _even(there)):
     config = [(0, 0, 0)] * array.ndim
     config[axis] = (int(there[0]), int(source.size - 1 - there[-1]), stride - 1)
-    return lax.pad(array, jnp.zeros((), array.dtype), config)
+    return lax.pad(array, jnp.zeros((), array.dtype) if fill is None else fill, config)
   if not there.size:
-    return jnp.zeros((*array.shape[:axis], source.size, *array.shape[axis + 1 :]), array.dtype)
-  return _gather(array, axis, np.where(source >= 0, source, array.shape[axis]))
+    return jnp.full(
+      (*array.shape[:axis], source.size, *array.shape[axis + 1 :]), 0 if fill is None else fill, array.dtype
+    )
+  last = array.shape[axis]
+  if fill is not None:  # one more entry, to be taken where there is none
+    array = lax.pad(array, fill, [(0, int(at == axis), 0) for at in range(array.ndim)])
+  return _gather(array, axis, np.where(source >= 0, source, last))
 
 
-def _gather(array: Any, axis: int, index: np.ndarray) -> Any:
+def _gather(array: jax.Array, axis: int, index: np.ndarray) -> jax.Array:
   """Entries by static positions; those beyond the end are zero."""
   others = tuple(at for at in range(array.ndim) if at != axis)
   return lax.gather(

@@ -4,19 +4,23 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Sequence, Set
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from fisherprune_jax._graph import flops
+from fisherprune_jax._errors import Path, path_name
 from fisherprune_jax._graph.causes import Causes, in_nobodys_way, is_in_the_way
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Info, weak_box, whole_box
 from fisherprune_jax._graph.liveness import Liveness
-from fisherprune_jax._graph.model import Model, VariableTree, keystr, rows_of
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.rules import spec_of, unknown
 from fisherprune_jax._graph.spec import Spec
+from fisherprune_jax._graph.structured import Meter, costs_of
+from fisherprune_jax._graph.terms import total
+from fisherprune_jax._graph.traced import Analysis
+from fisherprune_jax._graph.variables import VariableTree, vectors_of
+from fisherprune_jax._types import Array
 
 _announced: set[str] = set()
 _lock = threading.Lock()
@@ -60,61 +64,84 @@ class Blocker(NamedTuple):
   holds: tuple[Held, ...]
 
 
-def blockers(model: Model, tree: VariableTree, ev: Evaluation, examples: int) -> list[Blocker]:
+class Stays(NamedTuple):
+  """All that stays although masks would let it go.
+
+  Attributes:
+    blockers: the uses that keep it.
+    flops: FLOPs per example that would go too if none of them kept anything.
+  """
+
+  blockers: list[Blocker]
+  flops: float
+
+
+def what_stays(analysis: Analysis, tree: VariableTree, ev: Evaluation, examples: int, meter: Meter) -> Stays:
   """Every use that keeps entries of a variable, or FLOPs, which masks would let go."""
-  found = _causes(model, tree, ev)
-  left = {where: left_by_lines(model, {where}, ev, examples) for where in {cause[2] for cause in found}}
+  found = _causes(analysis, tree, ev)
+  lines = {cause[2] for cause in found}
+  left = {where: _left_by(analysis, {where}, ev, examples, meter) for where in lines}
   all_of_them = [Blocker(*cause[:3], left[cause[2]], cause[3], tuple(held)) for cause, held in found.items()]
-  return [blocker for blocker in all_of_them if blocker.holds or blocker.flops]
+  chosen = [blocker for blocker in all_of_them if blocker.holds or blocker.flops]
+  told = {blocker.where for blocker in chosen}
+  if len(told) > 1:
+    return Stays(chosen, _left_by(analysis, told, ev, examples, meter))
+  return Stays(chosen, sum(left[where] for where in told))
 
 
-def left_by_lines(model: Model, lines: Set[str], ev: Evaluation, examples: int) -> float:
+def _left_by(analysis: Analysis, lines: Set[str], ev: Evaluation, examples: int, meter: Meter) -> float:
   """FLOPs per example that would go too if no use on these source lines kept anything."""
-  free = _without(model, lambda node: node.source in lines, OUTPUTS in lines)
-  return max(_cost(model, model.live, ev) - _cost(model, free, ev), 0) / examples
+  free = _without(analysis, lambda node: node.source in lines, OUTPUTS in lines)
+  return max(_cost(analysis, analysis.live, ev, meter) - _cost(analysis, free, ev, meter), 0) / examples
 
 
-def _causes(model: Model, tree: VariableTree, ev: Evaluation) -> dict[tuple[str, str, str, str], list[Held]]:
+def _causes(
+  analysis: Analysis, tree: VariableTree, ev: Evaluation
+) -> dict[tuple[str, str, str, str], list[Held]]:
   """Uses that work on dead entries or are the nearest cause of some, with the axes of variables that these keep."""
-  causes = Causes(model.program, model.live, _without(model, lambda node: True, True), ev)
-  working = [node for node in model.live.specs if causes.works_on_dead(node)]
-  found: dict[tuple[str, str, str, str], list[Held]] = {_describe(model, node): [] for node in working}
-  for (path, _), value in zip(tree.paths, model.variables, strict=True):
+  causes = Causes(analysis.program, analysis.live, _without(analysis, lambda node: True, True), ev)
+  working = [node for node in analysis.live.specs if causes.works_on_dead(node)]
+  found: dict[tuple[str, str, str, str], list[Held]] = {_describe(analysis, node): [] for node in working}
+  for (path, _), value in zip(tree.paths, analysis.variables, strict=True):
     for axis in range(0 if tree.is_mask(path) else len(value.shape)):
       if stay := causes.of(value, axis):
-        held = Held(keystr(path), axis, stay.kept, stay.allowed)
-        found.setdefault(_describe(model, stay.cause), []).append(held)
+        held = Held(path_name(path), axis, stay.kept, stay.allowed)
+        found.setdefault(_describe(analysis, stay.cause), []).append(held)
   return found
 
 
-def _describe(model: Model, node: Node | None) -> tuple[str, str, str, str]:
+def _describe(analysis: Analysis, node: Node | None) -> tuple[str, str, str, str]:
   """A cause as the fields of a blocker: primitive, reason, where, layer."""
   if node is None:
     return "output", "an output is made of it, or several uses together keep it", OUTPUTS, ""
-  spec = model.live.specs[node]
+  spec = analysis.live.specs[node]
   default = f"{node.name} shows the sign of zeros" if spec.sees else f"{node.name} along the masked axis"
   reason = spec.opaque or default
   return node.name, reason, node.source, node.scope
 
 
-def _without(model: Model, chosen: Callable[[Node], bool], outputs: bool) -> Liveness:
+def _without(analysis: Analysis, chosen: Callable[[Node], bool], outputs: bool) -> Liveness:
   """What would be live if these nodes, and outputs if so said, were in nobody's way."""
 
   def rules(node: Node, infos: Sequence[Info]) -> Spec:
     spec = spec_of(node, infos)
-    return in_nobodys_way(node, spec, model.live) if is_in_the_way(spec) and chosen(node) else spec
+    return in_nobodys_way(node, spec, analysis.live) if is_in_the_way(spec) and chosen(node) else spec
 
   box = weak_box if outputs else whole_box
-  return model.with_rules(rules, lambda value: box(value.shape))
+  return analysis.by_rules(rules, lambda value: box(value.shape))
 
 
-def _cost(model: Model, live: Liveness, ev: Evaluation) -> int:
-  return flops.total([cost.term for cost in live.costs(model.program)], ev)
+def _cost(analysis: Analysis, live: Liveness, ev: Evaluation, meter: Meter) -> int:
+  return total([cost.term for cost in costs_of(analysis.program, live, meter)], ev)
 
 
-def check_strict(model: Model, tree: VariableTree, states: Sequence[Evaluation], examples: int) -> None:
+def check_strict(
+  analysis: Analysis, tree: VariableTree, states: Sequence[Evaluation], examples: int, meter: Meter
+) -> None:
   """Raises if dead entries stay under any of these masks."""
-  found = next(filter(None, (blockers(model, tree, ev, examples) for ev in states)), None)
+  found = next(
+    filter(None, (what_stays(analysis, tree, ev, examples, meter).blockers for ev in states)), None
+  )
   if found:
     text = "\n".join(line for blocker in found for line in lines(blocker))
     raise ValueError(
@@ -123,12 +150,12 @@ def check_strict(model: Model, tree: VariableTree, states: Sequence[Evaluation],
     )
 
 
-def check_read(model: Model, tree: VariableTree) -> None:
+def check_read(analysis: Analysis, tree: VariableTree) -> None:
   """Raises if nothing reads a mask: it was made for another function than the one that is called."""
-  read = {value for node in model.program.nodes for value in node.ins} | {*model.program.outputs}
+  read = {value for node in analysis.program.nodes for value in node.ins} | {*analysis.program.outputs}
   unread = [
-    keystr(path)
-    for (path, _), value in zip(tree.paths, model.variables, strict=True)
+    path_name(path)
+    for (path, _), value in zip(tree.paths, analysis.variables, strict=True)
     if tree.is_mask(path)
     and value not in read
     and 0 not in value.shape  # a compact network may have such a one
@@ -148,15 +175,15 @@ def lines(blocker: Blocker) -> list[str]:
   return [f"  {blocker.reason}{layer} ({blocker.where}){cost}", *axes]
 
 
-def warn_of_unknown(model: Model, masks: Sequence[Any], examples: int) -> None:
+def warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, meter: Meter) -> None:
   """Says once per primitive that no rule knows it: it is not counted, and may keep others from going."""
-  live = model.live
+  live = analysis.live
   for node in live.factors:
     name = node.name
     if live.specs[node].opaque != unknown(name) or name in _announced:
       continue
-    free, ev = _without(model, functools.partial(_is_called, name), False), sample_masks(masks)[0]
-    left = (_cost(model, live, ev) - _cost(model, free, ev)) / examples
+    free, ev = _without(analysis, functools.partial(_is_called, name), False), sample_masks(masks)[0]
+    left = (_cost(analysis, live, ev, meter) - _cost(analysis, free, ev, meter)) / examples
     if left <= 0 and not any(live.info(out).varies for out in node.outs):
       continue  # it is in nobody's way, and there is nothing to count
     if not _is_news(name):
@@ -169,13 +196,13 @@ def warn_of_unknown(model: Model, masks: Sequence[Any], examples: int) -> None:
     )
 
 
-def not_covered(path: Any, model: Model, first: Model) -> str:
+def not_covered(path: Path, analysis: Analysis, first: Analysis) -> str:
   """What is wrong with a program, for other arguments, that needs more of a variable than the first one did."""
   need = (
     "A compact network must need no more of its variables for these arguments than for those it was built with, got "
-    f"a use of removed entries of {keystr(path)}."
+    f"a use of removed entries of {path_name(path)}."
   )
-  if strange := _without_rule(model) - _without_rule(first):
+  if strange := _without_rule(analysis) - _without_rule(first):
     return (
       f"{need} The function traces to other primitives here, {', '.join(sorted(strange))}, of which no rule is known: "
       "another tool has put its own in the place of functions that it calls, as jax2onnx does while it converts. Trace "
@@ -185,8 +212,8 @@ def not_covered(path: Any, model: Model, first: Model) -> str:
   return f"{need} Compact it with these arguments."
 
 
-def _without_rule(model: Model) -> frozenset[str]:
-  specs = model.live.specs.items()
+def _without_rule(analysis: Analysis) -> frozenset[str]:
+  specs = analysis.live.specs.items()
   return frozenset(node.name for node, spec in specs if spec.opaque == unknown(node.name))
 
 
@@ -202,9 +229,9 @@ def _is_called(name: str, node: Node) -> bool:
   return node.name == name
 
 
-def sample_masks(masks: Sequence[Any]) -> list[Evaluation]:
+def sample_masks(masks: Sequence[Array]) -> list[Evaluation]:
   """Some masks: of one feature each, as small as a network gets, of all but that one, and two at random."""
   rng = np.random.default_rng(0)
   first = [np.ones(m.shape) * (np.arange(m.shape[-1]) == 0) for m in masks]
   states = [first, [1 - m for m in first], *([rng.random(m.shape) < 0.5 for m in masks] for _ in range(2))]
-  return [Evaluation(rows_of([np.asarray(m, np.float32) for m in state], np)) for state in states]
+  return [Evaluation(vectors_of([np.asarray(m, np.float32) for m in state])) for state in states]

@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.liveness import Liveness, links
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Axis, Factor, Spec, compose, factors_of, names_of
+from fisherprune_jax._graph.structured import links
 
 Place = tuple[Value, int]
 """One axis of one value."""
@@ -144,10 +145,10 @@ class Causes:
   def _layers(self, value: Value, axis: int) -> list[tuple[Set, Set]]:
     """What is stored along an axis in both analyses, of each layer if it is a stack of them."""
     both = (self._live, self._free)
-    rows = [live.rows(value) for live in both]
-    if not axis or rows == [None, None]:
+    layers = [live.layers(value) for live in both]
+    if not axis or layers == [None, None]:
       return [(self._live.stored(value)[axis], self._free.stored(value)[axis])]
-    boxes = [r or [live.stored(value)[1:]] * value.shape[0] for r, live in zip(rows, both, strict=True)]
+    boxes = [r or [live.stored(value)[1:]] * value.shape[0] for r, live in zip(layers, both, strict=True)]
     return [(kept[axis - 1], allowed[axis - 1]) for kept, allowed in zip(*boxes, strict=True)]
 
   def works_on_dead(self, node: Node) -> bool:
@@ -155,7 +156,7 @@ class Causes:
     spec, factors = self._live.specs.get(node), self._live.factors.get(node)
     if spec is None or factors is None or not spec.opaque:
       return False
-    offered = [(v, axes, self._live.info(v).box) for v, axes in zip(node.ins, spec.ins, strict=True)]
+    offered = [(v, axes, self._live.info(v).possible) for v, axes in zip(node.ins, spec.ins, strict=True)]
     results = zip(node.outs, spec.outs, strict=True)
     wanted = [(v, axes, self._live.asked[v]) for v, axes in results if v in self._live.asked]
     return any(
@@ -180,7 +181,7 @@ class Causes:
     value, axis = place
     if value.literal is not None:
       return False
-    return self._more(*(live.info(value).box[axis] for live in (self._live, self._free)))
+    return self._more(*(live.info(value).possible[axis] for live in (self._live, self._free)))
 
   def _forwards(self, start: Place) -> Node | None:
     """The nearest node behind a place that asks for more of it than it need."""

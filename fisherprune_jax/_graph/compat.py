@@ -1,4 +1,4 @@
-"""Every contact with JAX internals, in one place.
+"""Every contact with JAX internals, in one place: a test holds that no other module imports any.
 
 What differs between the supported versions of JAX is bridged by asking objects for what they have, so
 that nothing outside this file needs to know which version runs.
@@ -12,16 +12,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import source_info_util
-from jax._src.core import InconclusiveDimensionOperation, get_axis_env
+from jax._src.core import InconclusiveDimensionOperation, get_axis_env, is_symbolic_dim
 from jax._src.debugging import DebugEffect, OrderedDebugEffect
 from jax.extend import core
 
+from fisherprune_jax._types import Array, PyTree, Size
+
+Equation = core.JaxprEqn
 Literal = core.Literal
+Primitive = core.Primitive
+Params = dict[str, Any]
+"""The parameters of an equation: what they are, its primitive alone knows."""
 UndecidedSize = InconclusiveDimensionOperation
 _LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("flax", "jax", "optax", "fisherprune_jax"))
 
 
-def trace(fn: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+def trace(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Any, PyTree]:
   """Traces ``fn`` to a jaxpr; returns it and the tree of ``fn``'s result (of ``ShapeDtypeStruct``)."""
   return jax.make_jaxpr(fn, return_shape=True)(*args)
 
@@ -31,21 +37,25 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
   return getattr(jaxpr, "jaxpr", jaxpr), getattr(jaxpr, "consts", ())
 
 
-def bind(eqn: Any, arrays: Sequence[Any], params: dict[str, Any] | None = None) -> list[Any]:
+def bind(eqn: Equation, arrays: Sequence[Array], params: Params | None = None) -> list[jax.Array]:
   """Applies an equation's primitive to ``arrays``, with its own parameters or with ``params``."""
-  params = eqn.params if params is None else params
   with eqn.ctx.manager:
-    out = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(params))
-  return list(out) if eqn.primitive.multiple_results else [out]
+    return apply(eqn.primitive, arrays, eqn.params if params is None else params)
 
 
-def evaluate(eqn: Any, arrays: Sequence[Any]) -> np.ndarray:
+def apply(primitive: Primitive, arrays: Sequence[Array], params: Params) -> list[jax.Array]:
+  """Applies a primitive to ``arrays``; one result is a list of one."""
+  out = primitive.bind(*arrays, **primitive.get_bind_params(params))
+  return list(out) if primitive.multiple_results else [out]
+
+
+def evaluate(eqn: Equation, arrays: Sequence[Array]) -> np.ndarray:
   """The value of a single-result equation at known operands, also in the middle of a trace."""
   with jax.ensure_compile_time_eval():
     return np.asarray(bind(eqn, [jnp.asarray(x) for x in arrays])[0])
 
 
-def varying_axes(x: Any) -> frozenset[str]:
+def varying_axes(x: Array) -> frozenset[str]:
   """The mapped axes over which an array differs between devices, where ``shard_map`` keeps account of them."""
   aval = jax.typeof(x)
   kind = getattr(aval, "manual_axis_type", aval)
@@ -58,7 +68,7 @@ def unaccounted_axes() -> list[Any]:
   return [name for name in names if name not in varying_axes(jax.lax.axis_index(name))]
 
 
-def source_of(eqn: Any) -> str:
+def source_of(eqn: Equation) -> str:
   """The line of the user's own code that an equation came from, as ``file:line (function)``; empty if unknown."""
   frames = list(source_info_util.user_frames(eqn.source_info.traceback))
   own = [frame for frame in frames if not any(part in frame.file_name for part in _LIBRARIES)]
@@ -68,12 +78,12 @@ def source_of(eqn: Any) -> str:
   return f"{frame.file_name}:{frame.start_line} ({frame.function_name})"
 
 
-def scope_of(eqn: Any) -> str:
+def scope_of(eqn: Equation) -> str:
   """The names that an equation was traced under, ``jax.named_scope`` and Flax modules, with slashes between."""
   return str(eqn.source_info.name_stack)
 
 
-def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
+def scan_counts(params: Params) -> tuple[int, int]:
   """How many constants and how many carried values a scan has."""
   if "ft_in" in params:
     consts, carry, _ = params["ft_in"].unpack()
@@ -81,8 +91,8 @@ def scan_counts(params: dict[str, Any]) -> tuple[int, int]:
   return params["num_consts"], params["num_carry"]
 
 
-def sub_jaxprs(params: dict[str, Any]) -> list[Any]:
-  """All jaxprs among an equation's parameters."""
+def sub_jaxprs(params: Params) -> list[Any]:
+  """All jaxprs among an equation's parameters, closed ones with their constants (which JAX's own function drops)."""
   found = []
   for value in params.values():
     items = value if isinstance(value, tuple | list) else (value,)
@@ -90,7 +100,7 @@ def sub_jaxprs(params: dict[str, Any]) -> list[Any]:
   return found
 
 
-def acts(eqn: Any) -> bool:
+def acts(eqn: Equation) -> bool:
   """Whether an equation has effects other than printing and debugging."""
   return any(not isinstance(effect, DebugEffect | OrderedDebugEffect) for effect in eqn.effects)
 
@@ -106,6 +116,23 @@ def dtype_of(x: Any) -> Any:
   return dtype if isinstance(dtype, np.dtype) else np.dtype(object)
 
 
-def is_static_size(n: Any) -> bool:
+def is_static_size(n: Size) -> bool:
   """Whether an axis size is a number, not a symbol of a shape-polymorphic trace."""
   return isinstance(n, int | np.integer)
+
+
+def is_size(n: Any) -> bool:
+  """Whether ``n`` can be the size of an axis: a whole number that is not negative, or a symbol."""
+  if type(n) is int or (is_static_size(n) and not isinstance(n, bool)):
+    return bool(n >= 0)
+  return is_symbolic_dim(n)
+
+
+def differ(a: Size, b: Size) -> bool:
+  """Whether two sizes cannot be one: a number is no symbol, and two symbols are as far apart as JAX can tell."""
+  if is_static_size(a) or is_static_size(b):
+    return bool(a != b)
+  try:
+    return bool(a < b or a > b)
+  except UndecidedSize:
+    return False

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._graph.flops import Dearest, Term
 from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.terms import Dearest, Term
 
 BITS = 16
 BASE = 1 << BITS  # also how many digits add up to less than 2 ** 32
@@ -84,7 +84,7 @@ def of_array(x: jax.Array, digits: int, behind: int) -> Digits:
 
 
 def total(terms: Terms, counts: Counts, digits: int) -> Digits:
-  """The sum of terms, as ``flops.total`` gives it on the host; ``counts`` of sets gives a vector of their sizes."""
+  """The sum of terms, as ``terms.total`` gives it on the host; ``counts`` of sets gives a vector of their sizes."""
   each = list(dict.fromkeys(_plain(terms)))
   place = {term: at for at, term in enumerate(each)}
   values = _values(each, counts, digits) if each else constant(0, digits)
@@ -135,7 +135,7 @@ def _values(terms: Sequence[Term], counts: Counts, digits: int) -> Digits:
       number = times(number, [digit[index] for digit in of_count])
     return number
 
-  inner = multiplied(_column([t.terms for t in terms], digits), [t.inner or () for t in terms])
+  inner = multiplied(_column([t.taps for t in terms], digits), [t.inner or () for t in terms])
   none = ~jnp.any(jnp.stack(inner) > 0, axis=0)
   less = add(times(inner, constant(2, 1)), constant(-1, digits))  # 2 K - 1
   sums = np.asarray([t.inner is not None for t in terms])

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from fisherprune_jax._errors import describe, require
-from fisherprune_jax._graph.model import abstract
+from fisherprune_jax._graph.variables import abstract
+from fisherprune_jax._types import BatchAxes, PyTree, Shape, Size
 
 
-def map_with_axes(function: Callable[[Any, int | None], Any], args: Any, batch_axes: Any) -> Any:
+def map_with_axes(function: Callable[[Any, int | None], Any], args: PyTree, batch_axes: BatchAxes) -> PyTree:
   """Maps ``function(array, axis)`` over ``args``, with ``batch_axes`` like ``jax.vmap``'s ``in_axes``."""
   axes = tuple(batch_axes) if isinstance(batch_axes, list) else batch_axes
   try:
@@ -32,9 +33,9 @@ def _from_front(axis: int | None, x: Any) -> int | None:
   return axis + len(x.shape) if axis is not None and -len(x.shape) <= axis < 0 else axis
 
 
-def batch_size(args: Sequence[Any], batch_axes: Any) -> int:
+def batch_size(args: Sequence[PyTree], batch_axes: BatchAxes) -> int:
   """The number of examples, by the first argument that has an example axis; 1 if ``batch_axes`` gives none any."""
-  found: list[tuple[Any, int]] = []
+  found: list[tuple[Size, int]] = []
 
   def note(x: Any, axis: int | None) -> None:
     if axis is not None:
@@ -55,7 +56,7 @@ def batch_size(args: Sequence[Any], batch_axes: Any) -> int:
   return sizes[0]
 
 
-def _check(first: Any, sizes: Sequence[Any], batch_axes: Any) -> None:
+def _check(first: Any, sizes: Shape, batch_axes: BatchAxes) -> None:
   """Raises where the first array is none of examples, as far as that can be seen."""
   require(sizes[0] != 0, "The batch must hold at least one example", 0)
   if len(set(sizes)) > 1 and not _is_axis(batch_axes):

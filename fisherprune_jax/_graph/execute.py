@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -16,13 +17,16 @@ from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.align import align, select, sources
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Box, Info, box_of, whole_box
-from fisherprune_jax._graph.liveness import STRUCTURED, Liveness, analyse
+from fisherprune_jax._graph.liveness import Liveness, analyse
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.rules import spec_of
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec
+from fisherprune_jax._graph.structured import STRUCTURED
+from fisherprune_jax._types import Size
 
 Arrays = dict[Value, Any]
+"""What is stored of each value: an array, or a ``Stack``."""
 
 
 Held = Box | list[Box]
@@ -33,18 +37,18 @@ Held = Box | list[Box]
 class Stack:
   """Layers of different widths in one array: each holds its entries in front, and zeros behind."""
 
-  array: Any
+  array: jax.Array
   boxes: list[Box]
 
-  def row(self, row: int, ev: Evaluation) -> Any:
+  def layer(self, layer: int, ev: Evaluation) -> jax.Array:
     """One layer, without its padding."""
-    sizes = [_live_size(ev, s) for s in self.boxes[row]]
-    return lax.slice(_entry(self.array, row), (0,) * len(sizes), sizes)
+    sizes = [_live_size(ev, s) for s in self.boxes[layer]]
+    return lax.slice(_entry(self.array, layer), (0,) * len(sizes), sizes)
 
-  def show(self, box: Box, ev: Evaluation) -> Any:
+  def read(self, box: Box, ev: Evaluation) -> jax.Array:
     """All layers at the entries of ``box``."""
-    rows = [align(self.row(row, ev), held, box[1:], ev) for row, held in enumerate(self.boxes)]
-    return align(jnp.stack(rows), (*whole_box((len(rows),)), *box[1:]), box, ev)
+    layers = [align(self.layer(layer, ev), held, box[1:], ev) for layer, held in enumerate(self.boxes)]
+    return align(jnp.stack(layers), (*whole_box((len(layers),)), *box[1:]), box, ev)
 
 
 @dataclass
@@ -75,10 +79,10 @@ class Run:
     ]
     return self.run(program, inputs, wanted)
 
-  def _given(self, x: Any, held: Held, value: Value) -> Any:
+  def _given(self, x: jax.Array, held: Held, value: Value) -> "Stack | jax.Array":
     if isinstance(held, list):
       stack = Stack(x, held)
-      return stack if self.live.rows(value) is not None else stack.show(self.live.stored(value), self.ev)
+      return stack if self.live.layers(value) is not None else stack.read(self.live.stored(value), self.ev)
     return align(x, held, self.live.stored(value), self.ev)
 
   def run(self, program: Program, inputs: Sequence[Any], wanted: Sequence[Box]) -> list[Any]:
@@ -90,9 +94,9 @@ class Run:
     for node in program.nodes:
       if self.live.runs(node):
         _execute(self, node, arrays)
-    return [self.show(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
+    return [self.read(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
 
-  def show(self, arrays: Arrays, value: Value, box: Box) -> Any:
+  def read(self, arrays: Arrays, value: Value, box: Box) -> jax.Array:
     """An array at the entries of ``box``; zeros (none, mostly) of one that nothing asks for."""
     if value.literal is not None:
       return align(jnp.asarray(value.literal, value.aval.dtype), whole_box(value.shape), box, self.ev)
@@ -100,22 +104,22 @@ class Run:
       return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
     return align(arrays[value], self.live.stored(value), box, self.ev)
 
-  def show_row(self, arrays: Arrays, value: Value, row: int, box: Box) -> Any:
+  def read_layer(self, arrays: Arrays, value: Value, layer: int, box: Box) -> jax.Array:
     """One entry of an array along its leading axis, at the entries of ``box``."""
     if value not in self.live.asked:
       return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
     array = arrays[value]
     if isinstance(array, Stack):
-      return align(array.row(row, self.ev), array.boxes[row], box, self.ev)
-    return align(_entry(array, row), self.live.stored(value)[1:], box, self.ev)
+      return align(array.layer(layer, self.ev), array.boxes[layer], box, self.ev)
+    return align(_entry(array, layer), self.live.stored(value)[1:], box, self.ev)
 
   def again(self, program: Program, inputs: Sequence[Info], asked: Sequence[Box]) -> "Run":
     """A run of another program, under the same masks."""
-    return Run(program, analyse(program, inputs, asked, spec_of, self.live.drop_masks), self.ev)
+    return Run(program, analyse(program, inputs, asked, spec_of, self.live.policy), self.ev)
 
 
-def _entry(array: Any, row: int) -> Any:
-  return lax.index_in_dim(array, row, keepdims=False)
+def _entry(array: jax.Array, layer: int) -> jax.Array:
+  return lax.index_in_dim(array, layer, keepdims=False)
 
 
 def _execute(run: Run, node: Node, arrays: Arrays) -> None:
@@ -135,31 +139,35 @@ def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequenc
     return box_of(axes, factors, value.shape)
 
   boxes = [box(axes, out) for axes, out in zip(spec.outs, node.outs, strict=True)]
-  if spec.same_as is not None and run.live.drop_masks:
+  if spec.same_as is not None and not run.live.policy.multiplies:
     kept = node.ins[spec.same_as]
-    return [run.show(arrays, kept, box(spec.ins[spec.same_as], kept))], boxes
+    return [run.read(arrays, kept, box(spec.ins[spec.same_as], kept))], boxes
   operands = [
-    run.show(arrays, value, box(axes, value)) for value, axes in zip(node.ins, spec.ins, strict=True)
+    run.read(arrays, value, box(axes, value)) for value, axes in zip(node.ins, spec.ins, strict=True)
   ]
   if spec.outs and any(isinstance(axis, Pick) for axis in spec.outs[0]):
-    return [_pick(run, spec, factors, operands[0], boxes[0])], boxes
+    return [_pick(run, spec, factors, operands, boxes[0])], boxes
   if spec.bind is None:
     return compat.bind(node.eqn, operands), boxes
   return spec.bind(node, operands, {f: _live_size(run.ev, s) for f, s in factors.items()}), boxes
 
 
-def _live_size(ev: Evaluation, s: Set) -> Any:
+def _live_size(ev: Evaluation, s: Set) -> Size:
   index = ev.index(s)
   return s.size if index is None else index.size
 
 
-def _pick(run: Run, spec: Spec, factors: dict[Factor, Set], array: Any, box: Box) -> Any:
+def _pick(
+  run: Run, spec: Spec, factors: dict[Factor, Set], operands: Sequence[jax.Array], box: Box
+) -> jax.Array:
   """Selects along the picked axes, from the live entries of the factor to those of the result."""
+  array = operands[0]
   for axis, (picked, wanted) in enumerate(zip(spec.outs[0], box, strict=True)):
     if isinstance(picked, Pick):
       entries = picked.index if (want := run.ev.index(wanted)) is None else picked.index[want]
       size = spec.sizes[picked.factor]
       place = sources(run.ev.index(factors[picked.factor]), None, size)
       place = np.arange(size) if place is None else place
-      array = select(array, axis, np.where(entries >= 0, place[entries], -1))
+      fill = operands[1] if picked.filled else None
+      array = select(array, axis, np.where(entries >= 0, place[entries], -1), fill)
   return array

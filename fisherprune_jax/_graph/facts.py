@@ -13,6 +13,7 @@ from fisherprune_jax._graph.program import Node, Value
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec, compose, factors_of, project
 from fisherprune_jax._graph.together import Together
+from fisherprune_jax._types import Shape
 
 Box = tuple[Set, ...]
 Factors = dict[Factor, Set]
@@ -24,21 +25,21 @@ class Info(NamedTuple):
   """What is known of an array before it is computed.
 
   Attributes:
-    box: per axis, where it can be non-zero.
+    possible: per axis, where it can be non-zero.
     const: the value of all its entries, where they are one known number.
     mask: whether its entries are one wherever ``box`` allows them to be non-zero.
     varies: whether it depends on the arguments, not on the variables alone.
     known: its value, if it is a small array of integers that no input decides.
-    rows: what is known of each entry along the leading axis, where they differ: a stack of masks.
-    together: where it can be non-zero by several axes merged, where that is less than ``box`` says.
+    layers: what is known of each entry along the leading axis, where they differ: a stack of masks.
+    together: where it can be non-zero by several axes merged, where that is less than ``possible`` says.
   """
 
-  box: Box
+  possible: Box
   const: Any = None
   mask: bool = False
   varies: bool = False
   known: np.ndarray | None = None
-  rows: "tuple[Info, ...] | None" = None
+  layers: "tuple[Info, ...] | None" = None
   together: Together = MappingProxyType({})
 
   @property
@@ -49,20 +50,20 @@ class Info(NamedTuple):
   @property
   def is_masked(self) -> bool:
     """Whether masks decide where it can be non-zero."""
-    return any(s.support for s in self.box)
+    return any(s.support for s in self.possible)
 
 
-def whole_box(shape: Sequence[Any]) -> Box:
+def whole_box(shape: Shape) -> Box:
   """The box that holds everything."""
   return tuple(sets.everything(n) for n in shape)
 
 
-def weak_box(shape: Sequence[Any]) -> Box:
+def weak_box(shape: Shape) -> Box:
   """The box of what could do without."""
   return tuple(map(sets.weak, shape))
 
 
-def empty_box(shape: Sequence[Any]) -> Box:
+def empty_box(shape: Shape) -> Box:
   """The box that holds nothing (along an axis of symbolic size, everything)."""
   return tuple(sets.nothing(n) if compat.is_static_size(n) else sets.everything(n) for n in shape)
 
@@ -80,7 +81,7 @@ def join_merged(a: tuple[Box, Together], b: tuple[Box, Together]) -> tuple[Box, 
 
 def either(a: Info, b: Info) -> Info:
   """What is known of an array that is one or the other."""
-  box, axes = join_merged((a.box, a.together), (b.box, b.together))
+  box, axes = join_merged((a.possible, a.together), (b.possible, b.together))
   return Info(box, varies=a.varies or b.varies, together=axes)
 
 
@@ -91,10 +92,10 @@ def meet(a: Box, b: Box) -> Box:
 
 def nonzero_box(info: Info) -> Box:
   """Where an array can be non-zero: nowhere if it is a constant zero."""
-  return empty_box([s.size for s in info.box]) if info.is_zero else info.box
+  return empty_box([s.size for s in info.possible]) if info.is_zero else info.possible
 
 
-def box_of(axes: Axes, factors: Factors, shape: Sequence[Any]) -> Box:
+def box_of(axes: Axes, factors: Factors, shape: Shape) -> Box:
   """The box of an array from the sets of its factors."""
   return tuple(compose(axis, factors, n) for axis, n in zip(axes, shape, strict=True))
 
@@ -108,13 +109,13 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
   """The forward pass of one node: what is known of its results."""
   factors = {f: _can_be_nonzero(f, spec, infos) for f in spec.sizes}
   varies = any(info.varies for info in infos)
-  tied = together.forward(spec, [(info.box, info.together) for info in infos])
+  tied = together.forward(spec, [(info.possible, info.together) for info in infos])
   found = [
     together.laid(spec, tied, axes, box_of(axes, factors, out.shape))
     for axes, out in zip(spec.outs, node.outs, strict=True)
   ]
-  if (row := _row_taken(spec, infos)) is not None:
-    return [row]
+  if (layer := _layer_taken(spec, infos)) is not None:
+    return [layer]
   known = _fold(node, infos)
   if spec.moves:
     first = infos[0]
@@ -124,16 +125,16 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
   return [Info(box, mask=mask, varies=varies, known=known, together=axes) for box, axes in found]
 
 
-def _row_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
+def _layer_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
   """What is known of one entry of a stack, where a slice takes just that."""
-  rows = infos[0].rows if infos else None
-  if rows is None or not spec.outs or spec.alive or len(spec.outs[0]) != len(infos[0].box):
+  layers = infos[0].layers if infos else None
+  if layers is None or not spec.outs or spec.alive or len(spec.outs[0]) != len(infos[0].possible):
     return None
   first, *rest = spec.outs[0]
   if not isinstance(first, Pick) or first.index.size != 1 or any(isinstance(axis, Pick) for axis in rest):
     return None
-  row = rows[int(first.index[0])]
-  return row._replace(box=(*whole_box((1,)), *row.box), varies=infos[0].varies, rows=None)
+  layer = layers[int(first.index[0])]
+  return layer._replace(possible=(*whole_box((1,)), *layer.possible), varies=infos[0].varies, layers=None)
 
 
 def _known(x: Any) -> np.ndarray | None:
@@ -151,16 +152,22 @@ def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:
   integers = jnp.issubdtype(out.aval.dtype, jnp.integer) or out.aval.dtype == bool
   if not infos and node.name != "iota":
     return None  # such as the value of a symbolic size
-  if not small or not integers or any(info.known is None for info in infos):
+  known = [info.known for info in infos if info.known is not None]
+  if not small or not integers or len(known) < len(infos):
     return None
-  return compat.evaluate(node.eqn, [info.known for info in infos])
+  return compat.evaluate(node.eqn, known)
 
 
 def _is_exact(spec: Spec, factors: Factors, info: Info) -> bool:
   """Whether an array moved by ``spec`` is non-zero exactly where its new box says, as its old one did."""
-  return all(compose(axis, factors, s.size) is s for axis, s in zip(spec.ins[0], info.box, strict=True))
+  return all(compose(axis, factors, s.size) is s for axis, s in zip(spec.ins[0], info.possible, strict=True))
 
 
+# The soundness lemma, first half: outside of the boxes that follow from this, an array is zero, whatever the variables
+# and the arguments are. By induction along the program, as a rule promises of every factor that is neither `alive`
+# nor `whole`: where all operands that have it are zero, but for `neutral` ones, so is the result; and where one that
+# `kills` is zero, whatever the others are. An array that is a constant zero adds nothing to what others make possible.
+# docs/design.md has the whole argument, and where it ends: rules for derivatives, signs of zero, NaN and infinity.
 def _can_be_nonzero(factor: Factor, spec: Spec, infos: Sequence[Info]) -> Set:
   everything = sets.everything(spec.sizes[factor])
   if factor in spec.whole:
@@ -168,7 +175,7 @@ def _can_be_nonzero(factor: Factor, spec: Spec, infos: Sequence[Info]) -> Set:
   seen = [
     (operand, project(axis, s, factor, spec.sizes))
     for operand, (axes, info) in enumerate(zip(spec.ins, infos, strict=True))
-    for axis, s in zip(axes, info.box, strict=True)
+    for axis, s in zip(axes, info.possible, strict=True)
     if factor in factors_of(axis) and operand not in spec.neutral
   ]
   free = factor in spec.alive or not seen
@@ -177,6 +184,11 @@ def _can_be_nonzero(factor: Factor, spec: Spec, infos: Sequence[Info]) -> Set:
   return sets.intersection(base, *(s for operand, s in seen if operand in spec.kills))
 
 
+# The second half: what is stored of the results hangs on the operands at the entries that follow from this alone. A
+# factor of a result is needed where the result is stored. One that no result has is summed over: there a term is zero
+# unless all operands that have the factor can be non-zero, so those entries are enough. An entry that is not stored is
+# then outside of the first half's box, and zero, or nobody asks for it: shown as zero, an array is what it was for
+# everyone who reads it.
 def needed(
   node: Node, spec: Spec, box: Callable[[Value], Box], stored: Callable[[Value], Box | None]
 ) -> Factors:

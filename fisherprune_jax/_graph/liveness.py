@@ -6,13 +6,12 @@ axis. An entry that is not stored is zero, or nobody asks for it; so showing it 
 that is all that execution relies on.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
 
-from fisherprune_jax._graph import flops, signs, together
+from fisherprune_jax._graph import signs, together
 from fisherprune_jax._graph.facts import (
   Box,
   Factors,
@@ -27,65 +26,13 @@ from fisherprune_jax._graph.facts import (
   results,
   whole_box,
 )
+from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
-from fisherprune_jax._graph.spec import Counting, Spec
+from fisherprune_jax._graph.spec import Spec
+from fisherprune_jax._graph.structured import STRUCTURED, links
 from fisherprune_jax._graph.together import Together
 
 Rules = Callable[[Node, Sequence[Info]], Spec]
-EVERYTHING = Counting()
-
-
-class Cost(NamedTuple):
-  """What one node costs; ``node`` says where it is, ``label`` what it is called in a breakdown.
-
-  Where nobody knows what it costs, ``counted`` is False, and the term is zero.
-  """
-
-  node: Node
-  label: str
-  term: Any
-  counted: bool = True
-
-
-Pairs = list[tuple[Value, Value]]
-
-
-class Link(NamedTuple):
-  """How the values of a program are tied to those of the node that runs it.
-
-  Attributes:
-    program: the program.
-    ins: operands of the node, each with the input that it is given as.
-    outs: results of the node, each with the output that gives it.
-    turns: inputs, each with the output of one turn that gives it to the next.
-  """
-
-  program: Program
-  ins: Pairs
-  outs: Pairs
-  turns: Pairs
-
-
-class Structured(Protocol):
-  """A primitive that runs programs: calls, conditionals, loops."""
-
-  def forward(self, node: Node, infos: Sequence[Info], live: "Liveness") -> list[Info] | None:
-    """What is known of the results; None where the primitive has to be kept whole."""
-
-  def backward(self, node: Node, live: "Liveness") -> None:
-    """Asks for what is needed of the operands."""
-
-  def costs(self, node: Node, live: "Liveness", counted: Counting) -> Iterator[Cost]:
-    """What it costs."""
-
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
-    """Its results, and the entries that they hold."""
-
-  def links(self, node: Node, live: "Liveness") -> list[Link]:
-    """The programs that it runs, and how their values are tied to its own."""
-
-
-STRUCTURED: dict[str, Structured] = {}
 
 
 @dataclass
@@ -96,7 +43,7 @@ class Liveness:
   """
 
   rules: Rules
-  drop_masks: bool = True
+  policy: MaskPolicy = MaskPolicy.DROP
   signed: AbstractSet[Value] = frozenset()
   infos: dict[Value, Info] = field(default_factory=dict)
   asked: dict[Value, Box] = field(default_factory=dict)
@@ -104,7 +51,7 @@ class Liveness:
   factors: dict[Node, Factors] = field(default_factory=dict)
   subs: dict[Node, list[Program]] = field(default_factory=dict)
   asked_together: dict[Value, Together] = field(default_factory=dict)
-  asked_rows: dict[Value, dict[int, Box]] = field(default_factory=dict)
+  asked_layers: dict[Value, dict[int, Box]] = field(default_factory=dict)
   asked_whole: set[Value] = field(default_factory=set)
 
   def forward(self, program: Program, inputs: Sequence[Info]) -> list[Info]:
@@ -156,7 +103,7 @@ class Liveness:
     """Asks for what a node needs of its operands, by how it relates axes."""
     spec = self.specs[node]
     factors = needed(
-      node, spec, lambda v: self.info(v).box, lambda v: self.stored(v) if v in self.asked else None
+      node, spec, lambda v: self.info(v).possible, lambda v: self.stored(v) if v in self.asked else None
     )
     self.factors[node] = factors
     results = [
@@ -166,7 +113,7 @@ class Liveness:
     ]
     tied = together.backward(spec, results, factors)
     for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
-      if spec.same_as in (None, operand) or not self.drop_masks:
+      if spec.same_as in (None, operand) or self.policy.multiplies:
         self.ask(value, *together.laid(spec, tied, axes, box_of(axes, factors, value.shape)))
 
   def boxes(self, values: Sequence[Value]) -> list[Box | None]:
@@ -193,7 +140,7 @@ class Liveness:
 
   def stored(self, value: Value) -> Box:
     """Per axis, the entries of an array that are kept."""
-    box = self.info(value).box
+    box = self.info(value).possible
     if value.literal is not None:
       return box
     return meet(box, self.asked[value]) if value in self.asked else empty_box(value.shape)
@@ -203,10 +150,10 @@ class Liveness:
     self.asked_whole.add(value)
     self._add(value, box, merged)
 
-  def ask_row(self, value: Value, row: int, box: Box) -> None:
+  def ask_layer(self, value: Value, layer: int, box: Box) -> None:
     """Adds to what is asked of one entry along the leading axis of an array."""
-    rows = self.asked_rows.setdefault(value, {})
-    rows[row] = join(rows[row], box) if row in rows else box
+    layers = self.asked_layers.setdefault(value, {})
+    layers[layer] = join(layers[layer], box) if layer in layers else box
     self._add(value, (*whole_box(value.shape[:1]), *box))
 
   def _add(self, value: Value, box: Box, merged: Together = MappingProxyType({})) -> None:
@@ -218,28 +165,19 @@ class Liveness:
     before = self.asked[value], self.asked_together[value]
     self.asked[value], self.asked_together[value] = join_merged(before, (box, merged))
 
-  def rows(self, value: Value) -> list[Box] | None:
+  def layers(self, value: Value) -> list[Box] | None:
     """What is stored of each entry along the leading axis, if entries are all that anybody asks for."""
-    if value not in self.asked_rows or value in self.asked_whole:
+    if value not in self.asked_layers or value in self.asked_whole:
       return None
-    info, asked = self.infos[value], self.asked_rows[value]
-    boxes = [info.box[1:] if info.rows is None else info.rows[row].box for row in range(value.shape[0])]
-    return [
-      meet(box, asked[row]) if row in asked else empty_box(value.shape[1:]) for row, box in enumerate(boxes)
+    info, asked = self.infos[value], self.asked_layers[value]
+    boxes = [
+      info.possible[1:] if info.layers is None else info.layers[layer].possible
+      for layer in range(value.shape[0])
     ]
-
-  def costs(self, program: Program, counted: Counting = EVERYTHING) -> Iterator[Cost]:
-    """What the nodes of a program cost; nothing where results depend on the variables alone."""
-    for node in program.nodes:
-      if not any(out in self.asked and self.infos[out].varies for out in node.outs):
-        continue
-      if node in self.subs:
-        yield from STRUCTURED[node.name].costs(node, self, counted)
-      elif counted.names(node.name):
-        if not self.specs[node].counted:
-          yield Cost(node, node.name, flops.Term(0, ()), counted=False)
-        for count in filter(counted.takes, self.specs[node].flops):
-          yield Cost(node, node.name, flops.term(count, self.factors[node]))
+    return [
+      meet(box, asked[layer]) if layer in asked else empty_box(value.shape[1:])
+      for layer, box in enumerate(boxes)
+    ]
 
 
 def analyse(
@@ -247,7 +185,7 @@ def analyse(
   inputs: Sequence[Info],
   asked: Sequence[Box | None],
   rules: Rules,
-  drop_masks: bool = True,
+  policy: MaskPolicy = MaskPolicy.DROP,
   subs: dict[Node, list[Program]] | None = None,
 ) -> Liveness:
   """Runs both passes.
@@ -257,18 +195,13 @@ def analyse(
     inputs: what is known of each input.
     asked: what is asked of each output; None if nothing is.
     rules: ``rules(node, infos)`` gives the ``Spec`` of a node that runs no program.
-    drop_masks: whether multiplying by a mask is left out, as it changes no live entry.
+    policy: what becomes of masks.
     subs: the programs that nodes run, where another analysis has built them: then both speak of the same values.
   """
-  live = Liveness(rules, drop_masks, subs=dict(subs or {}))
+  live = Liveness(rules, policy, subs=dict(subs or {}))
   live.forward(program, inputs)
   live.signed = signs.shown(program, live.specs, lambda node: links(node, live))
   if live.signed:
     live.forward(program, inputs)
   live.backward(program, asked)
   return live
-
-
-def links(node: Node, live: Liveness) -> list[Link]:
-  """How the programs that a node runs are tied to it; none if it runs none."""
-  return STRUCTURED[node.name].links(node, live) if node in live.subs else []

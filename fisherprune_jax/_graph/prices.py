@@ -19,9 +19,9 @@ import numpy as np
 
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.circuit import Circuit
-from fisherprune_jax._graph.flops import Dearest, Term, Terms, collect
 from fisherprune_jax._graph.overlaps import Lanes, Monomial, Overlaps
 from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.terms import Dearest, Term, Terms, collect
 
 MAIN = 0
 """The sum of everything, among the sums."""
@@ -131,9 +131,9 @@ class Prices:
     """The value of every sum."""
     outer = jnp.prod(counts[self._places_of(t.outer for t in self._terms)], axis=1)
     inner = jnp.prod(counts[self._places_of(t.inner or () for t in self._terms)], axis=1)
-    scales, terms = (np.array([t[i] for t in self._terms], np.float32) for i in (0, 3))
+    scales, taps = (np.array([t[i] for t in self._terms], np.float32) for i in (0, 3))
     plain = np.array([t.inner is None for t in self._terms], bool)
-    values = scales * outer * jnp.where(plain, 1, jnp.maximum(2 * terms * inner - 1, 0))
+    values = scales * outer * jnp.where(plain, 1, jnp.maximum(2 * taps * inner - 1, 0))
     ends = itertools.accumulate(map(len, self._sums.terms), initial=0)
     totals = [jnp.sum(values[low:high]) for low, high in itertools.pairwise(ends)]
     for group in self._sums.groups:
@@ -198,7 +198,7 @@ def _monomials(sums: Sequence[Iterable[Term]]) -> Iterator[Monomial]:
     for t in terms:
       if t.inner is None:
         add(at, t.scale, t.outer)
-      elif t.terms:
-        add(at, 2 * t.scale * t.terms, (*t.outer, *t.inner))
+      elif t.taps:
+        add(at, 2 * t.scale * t.taps, (*t.outer, *t.inner))
         add(at, -t.scale, (*t.outer, sets.intersection(*map(sets.nonempty, t.inner))))
   return (Monomial(at, scale, factors) for (at, factors), scale in found.items() if scale and factors)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fisherprune_jax._graph import compat
+from fisherprune_jax._types import PyTree, Size
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
 
@@ -22,7 +23,7 @@ class Value:
   literal: Any = None
 
   @property
-  def shape(self) -> tuple[Any, ...]:
+  def shape(self) -> tuple[Size, ...]:
     """Its full shape; sizes may be symbolic."""
     return getattr(self.aval, "shape", ())
 
@@ -31,10 +32,10 @@ class Value:
 class Node:
   """One application of a primitive; ``callers`` are the equations that it is inside of."""
 
-  eqn: Any
+  eqn: compat.Equation
   ins: list[Value]
   outs: list[Value]
-  callers: tuple[Any, ...] = ()
+  callers: tuple[compat.Equation, ...] = ()
 
   @property
   def name(self) -> str:
@@ -42,7 +43,7 @@ class Node:
     return self.eqn.primitive.name
 
   @property
-  def params(self) -> dict[str, Any]:
+  def params(self) -> compat.Params:
     """The primitive's parameters."""
     return self.eqn.params
 
@@ -73,13 +74,13 @@ class Program:
   nodes: list[Node] = field(default_factory=list)
 
 
-def trace(fn: Callable[..., Any], *args: Any) -> tuple[Program, Any]:
+def trace(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Program, PyTree]:
   """Traces ``fn`` at ``args`` (arrays or abstract); returns its program and the tree of its results."""
   jaxpr, out_tree = compat.trace(fn, *args)
   return build(jaxpr), out_tree
 
 
-def build(closed: Any, callers: tuple[Any, ...] = ()) -> Program:
+def build(closed: Any, callers: tuple[compat.Equation, ...] = ()) -> Program:
   """Turns an open or closed jaxpr, called from ``callers``, into a program of its own fresh values."""
   jaxpr, consts = compat.open_jaxpr(closed)
   env = {var: Value(var.aval) for var in (*jaxpr.constvars, *jaxpr.invars)}
@@ -89,7 +90,9 @@ def build(closed: Any, callers: tuple[Any, ...] = ()) -> Program:
   return program
 
 
-def _append(program: Program, jaxpr: Any, env: dict[Any, Value], callers: tuple[Any, ...]) -> list[Value]:
+def _append(
+  program: Program, jaxpr: Any, env: dict[Any, Value], callers: tuple[compat.Equation, ...]
+) -> list[Value]:
   """Appends the equations of ``jaxpr`` to ``program``; returns its outputs."""
 
   def read(atom: Any) -> Value:
@@ -106,7 +109,9 @@ def _append(program: Program, jaxpr: Any, env: dict[Any, Value], callers: tuple[
   return [read(atom) for atom in jaxpr.outvars]
 
 
-def _inline(program: Program, eqn: Any, ins: Sequence[Value], callers: tuple[Any, ...]) -> list[Value]:
+def _inline(
+  program: Program, eqn: compat.Equation, ins: Sequence[Value], callers: tuple[compat.Equation, ...]
+) -> list[Value]:
   (called,) = compat.sub_jaxprs(eqn.params)
   jaxpr, consts = compat.open_jaxpr(called)
   held = [Value(var.aval) for var in jaxpr.constvars]

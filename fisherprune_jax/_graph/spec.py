@@ -12,12 +12,15 @@ From it liveness, cost and execution follow; no rule states any of them itself.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from fisherprune_jax._graph import sets
+from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._types import Size
 
 Factor = str
 
@@ -38,18 +41,22 @@ class Sum:
 
 @dataclass(frozen=True, eq=False)
 class Pick:
-  """Entry ``index[i]`` of a factor at position ``i``; -1 is a zero of the primitive's own making."""
+  """Entry ``index[i]`` of a factor at position ``i``; -1 is a zero of the primitive's own making, or operand 1 if ``filled``."""
 
   factor: Factor
   index: np.ndarray
+  filled: bool = False
 
 
 Axis = Factor | Prod | Sum | Pick | None
 Axes = tuple[Axis, ...]
+Sizes = dict[Factor, Size]
+Bind = Callable[[Node, Sequence[jax.Array], Sizes], Sequence[jax.Array]]
+"""``bind(node, arrays, sizes)``: the results of a primitive, of live entries; ``sizes`` are those of its factors."""
 
 
 class Flops(NamedTuple):
-  """``scale * prod(outer) * max(2 K - 1, 0)``, ``K = terms * prod(inner)``; without ``inner`` no last factor.
+  """``scale * prod(outer) * max(2 K - 1, 0)``, ``K = taps * prod(inner)``; without ``inner`` no last factor.
 
   ``pads``: it counts only where taps that fall on padding count (True), or only where they do not (False).
   """
@@ -57,23 +64,8 @@ class Flops(NamedTuple):
   outer: tuple[Factor, ...]
   inner: tuple[Factor, ...] | None = None
   scale: int = 1
-  terms: int = 1
+  taps: int = 1
   pads: bool | None = None
-
-
-class Counting(NamedTuple):
-  """What is counted: the primitives of these names (None: all), with taps that fall on padding or without."""
-
-  primitives: frozenset[str] | None = None
-  pad_taps: bool = True
-
-  def names(self, primitive: str) -> bool:
-    """Whether a primitive counts."""
-    return self.primitives is None or primitive in self.primitives
-
-  def takes(self, flops: Flops) -> bool:
-    """Whether a count of one that does counts."""
-    return flops.pads in (None, self.pad_taps)
 
 
 @dataclass(frozen=True)
@@ -101,7 +93,7 @@ class Spec:
 
   ins: tuple[Axes, ...]
   outs: tuple[Axes, ...]
-  sizes: dict[Factor, Any]
+  sizes: Sizes
   kills: frozenset[int] = frozenset()
   neutral: frozenset[int] = frozenset()
   alive: frozenset[Factor] = frozenset()
@@ -114,11 +106,16 @@ class Spec:
   sees: frozenset[int] = frozenset()
   blind: frozenset[int] = frozenset()
   weak: frozenset[Factor] = frozenset()
-  bind: Callable[..., Any] | None = field(default=None, compare=False)
+  bind: Bind | None = field(default=None, compare=False)
 
 
-def names_of(shape: Sequence[Any]) -> tuple[Factor, ...]:
-  """A factor for each axis: ``d0 d1 ...``."""
+def names_of(shape: Sequence[Size]) -> tuple[Factor, ...]:
+  """A factor for each axis of a shape: ``d0 d1 ...``.
+
+  >>> import fisherprune_jax as fp
+  >>> fp.rules.names_of((5, 4))
+  ('d0', 'd1')
+  """
   return tuple(f"d{i}" for i in range(len(shape)))
 
 
@@ -131,19 +128,20 @@ def factors_of(axis: Axis) -> tuple[Factor, ...]:
   return (axis,) if isinstance(axis, str) else axis.parts
 
 
-def compose(axis: Axis, factors: dict[Factor, Set], size: Any) -> Set:
+def compose(axis: Axis, factors: dict[Factor, Set], size: Size) -> Set:
   """The set of an axis from the sets of its factors."""
   if axis is None:
     return sets.everything(size)
   if isinstance(axis, str):
     return factors[axis]
   if isinstance(axis, Pick):
-    return sets.take(factors[axis.factor], axis.index)
+    picked = sets.take(factors[axis.factor], axis.index)
+    return sets.union(picked, sets.fixed(axis.index < 0)) if axis.filled else picked
   combine = sets.outer if isinstance(axis, Prod) else sets.concat
   return combine([factors[part] for part in axis.parts])
 
 
-def project(axis: Axis, whole: Set, factor: Factor, sizes: dict[Factor, Any]) -> Set:
+def project(axis: Axis, whole: Set, factor: Factor, sizes: Sizes) -> Set:
   """The smallest set of one factor of an axis that the axis's set allows."""
   if isinstance(axis, str):
     return whole
@@ -155,26 +153,3 @@ def project(axis: Axis, whole: Set, factor: Factor, sizes: dict[Factor, Any]) ->
     return sets.split(whole, [sizes[part] for part in axis.parts])[at]
   start = sum(sizes[part] for part in axis.parts[:at])
   return sets.take(whole, np.arange(start, start + sizes[factor]))
-
-
-SpecRule = Callable[[Any, Sequence[Any]], Spec | None]
-"""``rule(node, infos) -> Spec``, or None for what it does not cover; ``infos`` are the operands' ``Info``."""
-
-_registry: dict[str, SpecRule] = {}
-
-
-def register_rule(primitive: Any, rule: SpecRule) -> None:
-  """Teaches the engine a primitive: ``rule(node, infos)`` returns the ``Spec`` of one application.
-
-  Args:
-    primitive: a JAX primitive, or its name.
-    rule: called once for every application found in a traced program; may return None for one that it
-      does not cover. ``node`` has ``ins`` and ``outs`` (with ``shape``), ``params`` and ``name``; ``infos``
-      tell what is known of each operand.
-  """
-  _registry[getattr(primitive, "name", primitive)] = rule
-
-
-def rule_for(name: str) -> SpecRule | None:
-  """The rule registered for a primitive, if any."""
-  return _registry.get(name)

@@ -39,6 +39,13 @@ def pruning_sgd(
   >>> updates, _ = tx.update(jnp.ones(1), tx.init(jnp.ones(1)), mask_grads={"m": jnp.ones((4, 2))})
   >>> updates
   Array([-0.5], dtype=float32)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+
+    Sutskever et al., `On the importance of initialization and momentum in deep learning
+    <http://proceedings.mlr.press/v28/sutskever13.pdf>`_, 2013
   """
   train = optax.sgd(learning_rate, momentum, nesterov) if update_params is None else update_params
   return optax.chain(train, fisher_prune(cost, **options))

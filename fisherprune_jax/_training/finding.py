@@ -4,18 +4,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._graph.model import keystr
-from fisherprune_jax._training.checks import check_masks
+from fisherprune_jax._errors import Path, path_name
+from fisherprune_jax._masks import check_masks
 from fisherprune_jax._training.state import FisherPruneState, corrected, with_masks
+from fisherprune_jax._types import Masks
 
 Keys = tuple[str, ...]
 """A path in a tree, as names."""
 
 
-def get_state(opt_state: Any, name: str | None = None) -> FisherPruneState:
+def get_state(opt_state: optax.OptState, name: str | None = None) -> FisherPruneState:
   """The pruning state inside a chained, wrapped or injected Optax state.
 
   Args:
@@ -43,7 +45,9 @@ def get_state(opt_state: Any, name: str | None = None) -> FisherPruneState:
   return jax.tree.map(_value, found, is_leaf=_is_variable)
 
 
-def set_masks(opt_state: Any, masks: Any, name: str | None = None, *, cost: CostModel | None = None) -> Any:
+def set_masks(
+  opt_state: optax.OptState, masks: Masks, name: str | None = None, *, cost: CostModel | None = None
+) -> optax.OptState:
   """An Optax state with other masks in its pruning state, from which pruning goes on; jit-able.
 
   Features that come back are alive in the history too (``pruned_at`` is -1 again), and those that go went at the
@@ -74,6 +78,10 @@ def set_masks(opt_state: Any, masks: Any, name: str | None = None, *, cost: Cost
   >>> state = fp.set_masks(state, {"m": jnp.array([0.0, 1.0, 1.0])}, cost=cost)
   >>> fp.get_state(state).pruned_at["m"], float(fp.get_state(state).cost)
   (Array([ 1, -1, -1], dtype=int32), 2.0)
+
+  References:
+    Han et al., `DSD: Dense-sparse-dense training for deep neural networks
+    <https://arxiv.org/abs/1607.04381>`_, 2017, puts back what was pruned
   """
   keys = _where(opt_state, name)
   state = get_state(opt_state, name)
@@ -85,7 +93,7 @@ def set_masks(opt_state: Any, masks: Any, name: str | None = None, *, cost: Cost
   check_masks(masks, state.masks, "the optimizer state")
   new = with_masks(state, masks, cost)
 
-  def replace(path: Any, leaf: Any) -> Any:
+  def replace(path: Path, leaf: Any) -> Any:
     if not _is_state(leaf) or _keys(path) != keys:
       return leaf
     return jax.tree.map(
@@ -95,7 +103,7 @@ def set_masks(opt_state: Any, masks: Any, name: str | None = None, *, cost: Cost
   return jax.tree_util.tree_map_with_path(replace, opt_state, is_leaf=_is_state)
 
 
-def _where(opt_state: Any, name: str | None) -> Keys:
+def _where(opt_state: optax.OptState, name: str | None) -> Keys:
   """The path of the pruning state that is meant."""
   paths = [keys for keys, _ in _states(opt_state)]
   found = paths if name is None else [keys for keys in paths if "/".join(keys) == name]
@@ -117,14 +125,14 @@ def _label(keys: Keys, paths: Sequence[Keys]) -> str:
   return min(own, key=str.isdigit) if own else "/".join(keys)
 
 
-def _states(opt_state: Any) -> list[tuple[Keys, FisherPruneState]]:
+def _states(opt_state: optax.OptState) -> list[tuple[Keys, FisherPruneState]]:
   """All pruning states, with their paths."""
   leaves = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_is_state)
   return [(_keys(path), leaf) for path, leaf in leaves if _is_state(leaf)]
 
 
-def _keys(path: Any) -> Keys:
-  return tuple(keystr((key,)) for key in path)
+def _keys(path: Path) -> Keys:
+  return tuple(path_name((key,)) for key in path)
 
 
 def _is_state(x: Any) -> bool:
@@ -140,7 +148,7 @@ def _value(x: Any) -> Any:
   return x.get_value() if _is_variable(x) else x
 
 
-def get_masks(opt_state: Any, name: str | None = None) -> Any:
+def get_masks(opt_state: optax.OptState, name: str | None = None) -> Masks:
   """The masks inside any Optax state; see :func:`get_state`.
 
   Args:
@@ -157,8 +165,8 @@ def get_masks(opt_state: Any, name: str | None = None) -> Any:
   return get_state(opt_state, name).masks
 
 
-def signals(opt_state: Any, name: str | None = None) -> Any:
-  """The bias-corrected signals inside any Optax state, in nats: a tree like the masks.
+def signals(opt_state: optax.OptState, name: str | None = None) -> Masks:
+  """The bias-corrected signals inside any Optax state, in nats (or the criterion's unit): a tree like the masks.
 
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
@@ -172,5 +180,12 @@ def signals(opt_state: Any, name: str | None = None) -> Any:
   >>> _, state = tx.update({}, tx.init({}), mask_grads={"m": jnp.array([[2.0, 4.0]])})
   >>> [round(float(s), 4) for s in fp.signals(state)["m"]]
   [2.0, 8.0]
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+
+    Kingma and Ba, `Adam: A method for stochastic optimization <https://arxiv.org/abs/1412.6980>`_, 2015, section 3:
+    the correction of the bias
   """
   return corrected(get_state(opt_state, name))

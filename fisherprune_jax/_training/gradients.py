@@ -1,16 +1,18 @@
-"""Per-example gradients of the masks, and the Fisher signal that they give."""
+"""Per-example gradients of the masks, and what is required of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fisherprune_jax._errors import describe, is_number, require
-from fisherprune_jax._graph.compat import varying_axes
+from fisherprune_jax._errors import describe, is_known, is_number, require, require_same_tree
+from fisherprune_jax._graph.compat import unaccounted_axes, varying_axes
 from fisherprune_jax._masks import per_example
+from fisherprune_jax._types import AxisNames, MaskGrads, Masks, PyTree
 
-Reduction = str | float | Callable[[Any], Any]
+Reduction = str | float | Callable[[PyTree], Any]
 
 
 def value_and_grads(
@@ -46,6 +48,10 @@ def value_and_grads(
   >>> g["m"]
   Array([[1., 2.],
          [3., 4.]], dtype=float32)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
   """
   if not (
     reduction in ("mean", "sum")
@@ -56,7 +62,7 @@ def value_and_grads(
       f"reduction must be 'mean', 'sum', a number or a function of the batch, got {reduction!r}."
     )
 
-  def value_and_both(params: Any, masks: Any, batch: Any, *rest: Any) -> Any:
+  def value_and_both(params: PyTree, masks: Masks, batch: PyTree, *rest: Any) -> Any:
     examples = _examples(batch)
     differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=has_aux)
     own_masks = _vary(per_example(masks, examples), batch)
@@ -67,7 +73,7 @@ def value_and_grads(
   return value_and_both
 
 
-def _examples(batch: Any) -> int:
+def _examples(batch: PyTree) -> int:
   leaves = jax.tree.leaves(batch)
   sizes = {leaf.shape[0] for leaf in leaves if jnp.ndim(leaf)}
   if len(sizes) != 1 or not all(map(jnp.ndim, leaves)):
@@ -78,7 +84,7 @@ def _examples(batch: Any) -> int:
   return sizes.pop()
 
 
-def _vary(masks: Any, batch: Any) -> Any:
+def _vary(masks: MaskGrads, batch: PyTree) -> MaskGrads:
   """Under ``shard_map``: masks that belong to each device's examples, so that nothing adds up their gradients."""
   axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(batch)))
 
@@ -89,46 +95,80 @@ def _vary(masks: Any, batch: Any) -> Any:
   return jax.tree.map(vary, masks)
 
 
-def _scale(reduction: Reduction, batch: Any, examples: int) -> Any:
+def _scale(reduction: Reduction, batch: PyTree, examples: int) -> Any:
   if isinstance(reduction, str):
     return examples if reduction == "mean" else 1
   return reduction(batch) if callable(reduction) else reduction
 
 
-def _wide(g: jax.Array) -> Any:
+def _wide(g: jax.Array) -> jax.typing.DTypeLike:
   return jnp.promote_types(g.dtype, jnp.float32)
 
 
-def fisher_signal(mask_grads: Any, example_weights: jax.Array | None = None, axis_name: Any = None) -> Any:
-  r"""The Fisher estimate, in nats, of what removing each feature costs (Theis et al. 2018, eq. 9).
+def check_gradients(mask_grads: MaskGrads, masks: Masks, axis_name: AxisNames) -> None:
+  """Raises unless ``mask_grads`` has one row per example for every mask, each device its own where it is mapped."""
+  how = "Pass mask_grads from fp.value_and_grads: tx.update(grads, state, params, mask_grads=mask_grads)."
+  require_same_tree(mask_grads, masks, "mask_grads", "the masks", how)
+  for g, mask in zip(jax.tree.leaves(mask_grads), jax.tree.leaves(masks), strict=True):
+    *stack, features = mask.shape
+    examples = g.shape[-2:-1] if g.ndim == mask.ndim + 1 else ("B",)
+    expected = (*stack, *examples, features)
+    if g.shape != expected:
+      raise ValueError(
+        f"mask_grads for a mask of shape {mask.shape} must have shape {(*stack, 'B', features)}, "
+        f"one row per example, got {g.shape}. {how}"
+      )
+  counts = {g.shape[-2] for g in jax.tree.leaves(mask_grads)}
+  require(len(counts) == 1, "mask_grads must have the same number B of examples in every mask", counts, how)
+  _check_axes(mask_grads, axis_name)
 
-  .. math:: signal_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
 
-  Args:
-    mask_grads: a tree of per-example gradients ``(..., B, C)``.
-    example_weights: ``(B,)``, the weight of each row in the mean; a row of weight 0 may hold anything.
-    axis_name: a mapped axis, or a tuple of axes, to average over as well.
+def _check_axes(mask_grads: MaskGrads, axis_name: AxisNames) -> None:
+  """Raises, where ``shard_map`` keeps account of what differs between devices, unless ``axis_name`` averages it."""
+  names = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
+  varying = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(mask_grads)))
+  unaccounted = unaccounted_axes() if axis_name is None else []
+  if unaccounted:
+    given = [name for name in unaccounted if not str(name).startswith("_")]  # JAX names pmap's axis by itself
+    raise ValueError(
+      "Where a mapped axis has a name (pmap, vmap, shard_map), fisher_prune must be told of it, got axis_name=None "
+      f"under {', '.join(map(repr, given)) or 'pmap'}: replicas of one network would prune different features. Pass "
+      f"fisher_prune(..., axis_name={given[-1] if given else 'batch'!r}) to average the signals over it (and pmap "
+      "the same axis_name), or axis_name=() if nothing differs over it, or each network is to prune on its own."
+    )
+  if varying - set(names):
+    raise ValueError(
+      f"Under shard_map axis_name must name the axes that mask_grads differ over, {sorted(varying)}, got "
+      f"axis_name={axis_name!r}. Pass fisher_prune(..., axis_name={'/'.join(sorted(varying))!r}): without it every "
+      "device would prune features of its own."
+    )
+  if not varying and any(varying_axes(jax.lax.axis_index(name)) for name in names):
+    raise ValueError(
+      f"mask_grads must be each device's own, one row per example, got gradients that are equal over {axis_name!r}: "
+      "they were reduced already. Reduce the gradients of the parameters alone; fisher_prune averages the signals."
+    )
 
-  Returns:
-    A float32 tree with leaves ``(..., C)``; NaN where weights are negative, not finite, or all zero.
 
-  >>> import jax.numpy as jnp
-  >>> fisher_signal(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
-  Array([2.5, 5. ], dtype=float32)
-  """
-  examples = jax.tree.leaves(mask_grads)[0].shape[-2]
-  weights = jnp.ones(examples) if example_weights is None else jnp.asarray(example_weights, jnp.float32)
-  require(weights.shape == (examples,), f"example_weights must have shape ({examples},)", weights.shape)
-  # With a negative weight among them it would be no mean: NaN, so that the batch is left out.
-  count = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
+def check_weights(weights: jax.typing.ArrayLike | None) -> None:
+  """Raises if a weight of an example is negative or not finite; values of tracers pass."""
+  if weights is None or not is_known(weights):
+    return
+  values = np.asarray(weights, np.float32)
+  wrong = values[~((values >= 0) & np.isfinite(values))]
+  if wrong.size:
+    raise ValueError(
+      f"example_weights must be finite and at least 0, got {wrong[0]}. Give a row that does not count the weight 0."
+    )
 
-  def total(g: jax.Array) -> jax.Array:
-    squares = jnp.square(g.astype(jnp.float32))
-    if example_weights is None:
-      return jnp.sum(squares, axis=-2)
-    return jnp.sum(jnp.where(weights[:, None] > 0, weights[:, None] * squares, 0), axis=-2)
 
-  totals = jax.tree.map(total, mask_grads)
-  if axis_name is not None:
-    totals, count = jax.lax.psum((totals, count), axis_name)
-  return jax.tree.map(lambda t: 0.5 * t / count, totals)
+def own_gradients(mask_grads: Any, masks: Masks, name: str) -> MaskGrads | None:
+  """The gradients of one of several prunings, out of a mapping from their names."""
+  if mask_grads is None or not jax.tree.leaves(masks):  # there, or else nothing left to prune
+    return None
+  if not isinstance(mask_grads, Mapping) or name not in mask_grads:
+    keys = list(mask_grads) if isinstance(mask_grads, Mapping) else describe(mask_grads)
+    raise ValueError(
+      f"For fisher_prune(..., name={name!r}) mask_grads must be a mapping from names with {name!r} among them, got "
+      f"{keys}. Pass tx.update(..., mask_grads={{{name!r}: mask_grads, ...}})."
+    )
+  return mask_grads[name]

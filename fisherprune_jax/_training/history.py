@@ -1,13 +1,15 @@
 """When each feature went: the state remembers it, and everything over time derives from it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from fisherprune_jax._masks import named_rows
 from fisherprune_jax._training.finding import get_state
+from fisherprune_jax._types import Masks
 
 
 class Pruned(NamedTuple):
@@ -18,7 +20,7 @@ class Pruned(NamedTuple):
   feature: int
 
 
-def history(opt_state: Any, name: str | None = None) -> list[Pruned]:
+def history(opt_state: optax.OptState, name: str | None = None) -> list[Pruned]:
   """What was pruned, in order: ``(step, mask, feature)``.
 
   Features that went at the same step are in the order of the masks; one that was put back with :func:`set_masks` is
@@ -47,7 +49,7 @@ def history(opt_state: Any, name: str | None = None) -> list[Pruned]:
   return sorted(found, key=lambda pruned: pruned.step)  # stable: the order of the masks within a step
 
 
-def masks_at(opt_state: Any, step: int, name: str | None = None) -> Any:
+def masks_at(opt_state: optax.OptState, step: int, name: str | None = None) -> Masks:
   """The masks as they were after a step: a replay of the past; jit-able.
 
   A feature that was put back with :func:`set_masks` counts as alive all the time.

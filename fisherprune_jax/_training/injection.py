@@ -7,20 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
+from fisherprune_jax._training.options import is_static
 from fisherprune_jax._training.transform import fisher_prune
-
-STATIC = (
-  "cost",
-  "prune_every",
-  "burn_in",
-  "method",
-  "debias",
-  "features_per_prune",
-  "min_features",
-  "axis_name",
-  "masks",
-  "name",
-)
 
 
 def inject_hyperparams(
@@ -47,14 +35,19 @@ def inject_hyperparams(
   >>> tx = fp.inject_hyperparams(fp.fisher_prune)(cost, flops_target=250_123.0)
   >>> float(tx.init({}).hyperparams["flops_target"])
   250123.0
+
+  References:
+    Optax, `Optimizer schedules <https://optax.readthedocs.io/en/latest/api/optimizer_schedules.html>`_
   """
   extra = (static_args,) if isinstance(static_args, str) else tuple(static_args)
   options.setdefault("hyperparam_dtype", jnp.float32)
-  known = inspect.signature(inner_factory).parameters
+  defaults = {name: option.default for name, option in inspect.signature(inner_factory).parameters.items()}
 
-  def factory(*args: Any, **kwargs: Any) -> Any:
-    weight = ("flops_weight",) if isinstance(kwargs.get("flops_weight", "auto"), str) else ()
-    static = (*(option for option in (*STATIC, *weight) if option in known), *extra)
+  def factory(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
+    static = (
+      *(name for name, default in defaults.items() if is_static(name, kwargs.get(name, default))),
+      *extra,
+    )
     wrapped = optax.inject_hyperparams(inner_factory, static_args=static, **options)
     # Optax would make an integer an int32, which cannot hold three billion FLOPs.
     return wrapped(*args, **{k: v if k in static else _float(v) for k, v in kwargs.items()})

@@ -1,19 +1,23 @@
 """Pictures of what happened; needs matplotlib, which is an extra."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
+import optax
 
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._masks import named_rows
 from fisherprune_jax._training.finding import get_state
 from fisherprune_jax._training.history import history, masks_at
 
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
 
 def plot_history(
-  opt_state: Any, cost: CostModel, flops_target: float | None = None, name: str | None = None
-) -> Any:
+  opt_state: optax.OptState, cost: CostModel, flops_target: float | None = None, name: str | None = None
+) -> "Figure":
   """Cost and widths over the steps, one above the other.
 
   Args:

@@ -1,12 +1,15 @@
 """Which feature goes next."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from fisherprune_jax._masks import flatten, unflatten
+from fisherprune_jax._types import Masks
+
+State = TypeVar("State")
 
 EPSILON = 1e-6
 """Added to a feature's cost before dividing by it, as the classic optimizer does."""
@@ -15,18 +18,18 @@ EPSILON = 1e-6
 class Choice(NamedTuple):
   """Masks after a choice; ``chosen`` is one at the feature that went, ``found`` whether there was one."""
 
-  masks: Any
-  chosen: Any
+  masks: Masks
+  chosen: Masks
   found: jax.Array
 
 
-def rank(signals: Any, costs: Any, flops_weight: Any) -> Any:
+def rank(signals: Masks, costs: Masks, flops_weight: str | float | jax.Array) -> Masks:
   r"""The score by which features are ranked; the smallest goes first.
 
   .. math:: signal / (cost + 10^{-6}) \quad\text{or}\quad signal - w \cdot cost
 
   Args:
-    signals: a tree of signals, in nats.
+    signals: a tree of signals, in nats (or the unit of another criterion).
     costs: a tree of the FLOPs that go with each feature.
     flops_weight: ``"auto"`` for the ratio, or w in nats per FLOP.
   """
@@ -35,7 +38,7 @@ def rank(signals: Any, costs: Any, flops_weight: Any) -> Any:
   return jax.tree.map(lambda s, c: s - flops_weight * c, signals, costs)
 
 
-def prune_one(masks: Any, scores: Any, min_features: int) -> Choice:
+def prune_one(masks: Masks, scores: Masks, min_features: int) -> Choice:
   """Switches off the live feature with the smallest score, if some mask can spare one.
 
   Ties go to the first mask in tree order, then to the lowest index. A score that is not finite never goes.
@@ -60,14 +63,14 @@ def prune_one(masks: Any, scores: Any, min_features: int) -> Choice:
 
 
 def repeat_while(
-  go_on: Callable[[Any], jax.Array], step: Callable[[Any], Any], state: Any, times: int
-) -> Any:
+  go_on: Callable[[State], jax.Array], step: Callable[[State], State], state: State, times: int
+) -> State:
   """Applies ``step`` at most ``times`` times, as long as ``go_on(state)``."""
 
-  def body(carry: Any) -> Any:
-    n, inner = carry
-    return n + 1, step(inner)
+  def more(carry: tuple[jax.Array, State]) -> jax.Array:
+    return (carry[0] < times) & go_on(carry[1])
 
-  return jax.lax.while_loop(lambda carry: (carry[0] < times) & go_on(carry[1]), body, (jnp.int32(0), state))[
-    1
-  ]
+  def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+    return carry[0] + 1, step(carry[1])
+
+  return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]

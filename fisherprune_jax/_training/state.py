@@ -1,4 +1,4 @@
-"""The pruning state: what it holds, how it begins, and how it follows masks that somebody else puts in."""
+"""The pruning state: what it holds, how it begins, how it follows masks that somebody else puts in, what it must be."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._errors import is_traced, require_same_tree
 from fisherprune_jax._masks import redate
+from fisherprune_jax._types import Masks, PyTree
 
 
 class FisherPruneState(NamedTuple):
@@ -14,7 +16,8 @@ class FisherPruneState(NamedTuple):
 
   Attributes:
     step: how many updates there were, int32.
-    scores: running mean of the signals, in nats, not bias-corrected (``fp.signals`` is), float32.
+    scores: running mean of the signals, in nats (or the unit of another :class:`Criterion`), not bias-corrected
+      (``fp.signals`` is), float32.
     masks: the masks, float32 0/1.
     pruned_at: the step at which each feature went, -1 while alive, int32; 0 if it was never there.
     cost: the cost of the masks, float32; NaN from ``fp.set_masks`` to the next update, which takes it anew.
@@ -26,18 +29,18 @@ class FisherPruneState(NamedTuple):
   """
 
   step: jax.Array
-  scores: Any
-  masks: Any
-  pruned_at: Any
+  scores: Masks
+  masks: Masks
+  pruned_at: Masks
   cost: jax.Array
-  shares: Any
+  shares: PyTree
   decay_product: jax.Array
   counted: jax.Array
   skipped: jax.Array
   exhausted: jax.Array
 
 
-def start(cost: CostModel, masks: Any) -> FisherPruneState:
+def start(cost: CostModel, masks: Masks | None) -> FisherPruneState:
   """The state before the first step."""
   total = cost.dense if masks is None else cost(masks)
   masks = jax.tree.map(lambda m: jnp.array(m, jnp.float32), cost.masks if masks is None else masks)
@@ -56,7 +59,7 @@ def start(cost: CostModel, masks: Any) -> FisherPruneState:
   )
 
 
-def corrected(state: FisherPruneState) -> Any:
+def corrected(state: FisherPruneState) -> Masks:
   """The running mean over what its weights add up to; zero before the first counted batch."""
   weight = 1 - state.decay_product
   return jax.tree.map(lambda s: s / jnp.where(weight > 0, weight, 1), state.scores)
@@ -70,7 +73,7 @@ def follow_edits(state: FisherPruneState) -> tuple[FisherPruneState, jax.Array]:
   return state._replace(masks=masks, pruned_at=pruned_at), changed
 
 
-def with_masks(state: FisherPruneState, masks: Any, cost: CostModel | None) -> FisherPruneState:
+def with_masks(state: FisherPruneState, masks: Masks, cost: CostModel | None) -> FisherPruneState:
   """The state with other masks; without ``cost``, what it costs is unknown (NaN) until the next update."""
   masks = jax.tree.map(lambda m: jnp.array(m, jnp.float32), masks)
   total = jnp.float32(jnp.nan) if cost is None else jnp.asarray(cost(masks), jnp.float32)
@@ -89,12 +92,55 @@ def make_inert(state: FisherPruneState, path: Any = ()) -> FisherPruneState:
   return state._replace(scores={}, masks={}, pruned_at={}, shares={})
 
 
-def shares_of(cost: CostModel, masks: Any, total: Any) -> Any:
+def shares_of(cost: CostModel, masks: Masks, total: float | jax.Array) -> PyTree:
   """For every mask, the drops in cost of its features, over the cost; 0 where there is no cost."""
   drops = jax.tree.map(lambda drop: jnp.sum(drop, axis=-1), cost.per_feature(masks))
   return jax.tree.map(lambda drop: jnp.where(total > 0, drop / jnp.where(total > 0, total, 1), 0.0), drops)
 
 
-def differ(a: Any, b: Any) -> jax.Array:
+def differ(a: PyTree, b: PyTree) -> jax.Array:
   """Whether two trees of one structure and shapes differ anywhere."""
   return jnp.any(jnp.stack(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.any(x != y), a, b))))
+
+
+def check_state(state: FisherPruneState, expected: Masks) -> None:
+  """Raises unless a pruning state is one of the masks that the cost model was built for, whole on every device."""
+  how = "Make the state with tx.init, or restore one that was saved for this model and these widths."
+  require_same_tree(state.masks, expected, "the masks of the optimizer state", "the cost model's masks", how)
+  for mask, ours in zip(jax.tree.leaves(state.masks), jax.tree.leaves(expected), strict=True):
+    if mask.shape != ours.shape:
+      raise ValueError(
+        f"A mask of the optimizer state must have the shape {ours.shape} that the cost model was built for, got "
+        f"{mask.shape}. {how} Under shard_map the pruning state must be replicated (in_specs P()): the choice of "
+        "a feature compares all of them."
+      )
+    if _splits_features(mask):
+      raise ValueError(
+        f"The masks of the optimizer state must be replicated, got a mask of shape {mask.shape} that is split "
+        f"over devices: {mask.sharding if not is_traced(mask) else jax.typeof(mask).sharding}. Put the pruning "
+        "state on the mesh with NamedSharding(mesh, PartitionSpec()): the choice of a feature compares all of them."
+      )
+  for name in ("scores", "pruned_at", "shares"):
+    _check_beside(name, getattr(state, name), expected, "To put in other masks, use fp.set_masks. " + how)
+
+
+def _check_beside(name: str, tree: PyTree, masks: Masks, how: str) -> None:
+  """Raises unless what a state holds beside its masks fits them: one entry per feature, or one per mask."""
+  require_same_tree(tree, masks, f"{name} of the optimizer state", "its masks", how)
+  for leaf, mask in zip(jax.tree.leaves(tree), jax.tree.leaves(masks), strict=True):
+    shape = mask.shape[:-1] if name == "shares" else mask.shape
+    if jnp.shape(leaf) != shape:
+      raise ValueError(
+        f"{name} of the optimizer state must have shape {shape} beside a mask of shape {mask.shape}, got "
+        f"{jnp.shape(leaf)}. {how}"
+      )
+
+
+def _splits_features(mask: Any) -> bool:
+  """Whether an array is known to be split over devices; under ``jit`` only explicit meshes tell."""
+  if not is_traced(mask):
+    sharding = getattr(mask, "sharding", None)
+    return sharding is not None and sharding.shard_shape(mask.shape) != mask.shape
+  sharding = jax.typeof(mask).sharding
+  names = [name for axis in sharding.spec if axis for name in ([axis] if isinstance(axis, str) else axis)]
+  return any(sharding.mesh.shape[name] > 1 for name in names)

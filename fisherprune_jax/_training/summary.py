@@ -1,20 +1,22 @@
 """The pruning state for people and for loggers."""
 
 import math
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fisherprune_jax._masks import named_rows
 from fisherprune_jax._tables import align
+from fisherprune_jax._training.criterion import Criterion, criterion_of
 from fisherprune_jax._training.finding import get_state, signals
 from fisherprune_jax._training.state import FisherPruneState
 
 Stats = dict[str, jax.Array]
 
 
-def summary(opt_state: Any, name: str | None = None) -> str:
+def summary(opt_state: optax.OptState, name: str | None = None, *, method: str | Criterion = "fisher") -> str:
   """A table: every mask's live features, the range of their signals, and its share of the cost.
 
   The share is what the live features would save if each were the only one to go, over the cost: shares of masks
@@ -23,6 +25,7 @@ def summary(opt_state: Any, name: str | None = None) -> str:
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
     name: which pruning, where there are several; see :func:`get_state`.
+    method: that of the pruning: its unit heads the signals.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -54,11 +57,11 @@ def summary(opt_state: Any, name: str | None = None) -> str:
     )
   if bool(state.exhausted):
     notes.append("nothing left that may go")
-  header = ("mask", "alive", "signal, nats", "cost share")
+  header = ("mask", "alive", f"signal, {criterion_of(method).unit}", "cost share")
   return "\n".join([*align([header, *rows]), "; ".join(notes)])
 
 
-def scalars(opt_state: Any, name: str | None = None) -> Stats:
+def scalars(opt_state: optax.OptState, name: str | None = None) -> Stats:
   """A flat dictionary for any logger; jit-able, so a train step can return it among its metrics.
 
   ``jax.device_get(fp.scalars(opt_state))`` fetches all of them at once.
@@ -108,7 +111,7 @@ def _stats(state: FisherPruneState) -> list[tuple[str, int, Stats]]:
 def _stats_of(mask: jax.Array, signal: jax.Array, share: jax.Array) -> Stats:
   alive = jnp.sum(mask)
 
-  def of_alive(reduce: Any, start: float) -> jax.Array:
+  def of_alive(reduce: Callable[[jax.Array], jax.Array], start: float) -> jax.Array:
     return jnp.where(alive > 0, reduce(jnp.where(mask > 0, signal, start)), 0.0)
 
   return {

@@ -1,6 +1,6 @@
 """Flax's train state, forwarding mask gradients."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import optax
@@ -9,6 +9,7 @@ from flax.training import train_state
 
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._training.finding import get_masks
+from fisherprune_jax._types import MaskGrads, Masks, PyTree
 
 
 class TrainState(train_state.TrainState):
@@ -31,13 +32,23 @@ class TrainState(train_state.TrainState):
   >>> _, (grads, mask_grads) = fp.value_and_grads(loss_fn)(state.params, state.masks, x)
   >>> int(state.apply_gradients(grads=grads, mask_grads=mask_grads).step)
   1
+
+  References:
+    Flax, `Train state <https://flax.readthedocs.io/en/stable/api_reference/flax.training.html>`_
   """
 
-  batch_stats: Any = None
-  collections: Mapping[str, Any] = struct.field(default_factory=dict)
+  batch_stats: PyTree = None
+  collections: Mapping[str, PyTree] = struct.field(default_factory=dict)
 
   @classmethod
-  def create(cls, *, apply_fn: Any, params: Any, tx: Any, **fields: Any) -> "TrainState":
+  def create(
+    cls,
+    *,
+    apply_fn: Callable[..., Any],
+    params: optax.Params,
+    tx: optax.GradientTransformation,
+    **fields: Any,
+  ) -> "TrainState":
     """A train state with a fresh optimizer state; see ``flax.training.train_state.TrainState.create``.
 
     Args:
@@ -57,17 +68,19 @@ class TrainState(train_state.TrainState):
     return super().create(apply_fn=apply_fn, params=params, tx=tx, **fields)
 
   @property
-  def masks(self) -> Any:
+  def masks(self) -> Masks:
     """The masks as they stand."""
     return get_masks(self.opt_state)
 
   @property
-  def variables(self) -> dict[str, Any]:
+  def variables(self) -> dict[str, PyTree]:
     """What ``apply_fn`` takes: parameters, masks and, where there are any, other collections."""
     stats = {} if self.batch_stats is None else {"batch_stats": self.batch_stats}
     return {"params": self.params, COLLECTION: self.masks, **stats, **self.collections}
 
-  def apply_gradients(self, *, grads: Any, mask_grads: Any = None, **kwargs: Any) -> "TrainState":
+  def apply_gradients(
+    self, *, grads: optax.Updates, mask_grads: MaskGrads | None = None, **kwargs: Any
+  ) -> "TrainState":
     """One step of ``tx``; ``example_weights`` is forwarded to it too, other keywords replace fields.
 
     Args:

@@ -1,51 +1,27 @@
 """Fisher pruning as an Optax gradient transformation with a purely functional state."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._training.checks import (
-  check_axes,
-  check_gradients,
-  check_masks,
-  check_name,
-  check_options,
-  check_scheduled,
-  check_state,
-  check_weights,
-  in_range,
-  own_gradients,
-)
-from fisherprune_jax._training.gradients import fisher_signal
+from fisherprune_jax._training.criterion import Criterion
+from fisherprune_jax._training.gradients import own_gradients
+from fisherprune_jax._training.options import DECAY, FLOPS_TARGET, FLOPS_WEIGHT, Options
 from fisherprune_jax._training.selection import prune_one, rank, repeat_while
-from fisherprune_jax._training.state import FisherPruneState as FisherPruneState
-from fisherprune_jax._training.state import corrected, differ, follow_edits, shares_of, start
-
-Schedule = Callable[[jax.Array], Any]
-
-
-class _Options(NamedTuple):
-  prune_every: int
-  burn_in: int
-  decay: Any
-  flops_weight: Any
-  flops_target: Any
-  debias: bool
-  features_per_prune: int
-  min_features: int
-  axis_name: Any
-
-  def at(self, name: str, step: jax.Array) -> Any:
-    """The value of an option that may be a schedule."""
-    value = getattr(self, name)
-    if callable(value):
-      value = value(step)
-      check_scheduled(name, value, f"step {step}")
-    return value
+from fisherprune_jax._training.state import (
+  FisherPruneState,
+  check_state,
+  corrected,
+  differ,
+  follow_edits,
+  shares_of,
+  start,
+)
+from fisherprune_jax._types import AxisNames, Masks, PyTree
 
 
 def fisher_prune(
@@ -53,15 +29,15 @@ def fisher_prune(
   *,
   prune_every: int = 100,
   burn_in: int = 0,
-  decay: float | Schedule = 0.96,
-  flops_weight: str | float | Schedule = "auto",
-  flops_target: float | Schedule = 0.0,
-  method: str = "fisher",
+  decay: optax.ScalarOrSchedule = 0.96,
+  flops_weight: str | optax.ScalarOrSchedule = "auto",
+  flops_target: optax.ScalarOrSchedule = 0.0,
+  method: str | Criterion = "fisher",
   debias: bool = True,
   features_per_prune: int = 1,
   min_features: int = 1,
-  axis_name: Any = None,
-  masks: Any = None,
+  axis_name: AxisNames = None,
+  masks: Masks | None = None,
   name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Prunes features while the network trains, until it costs no more than ``flops_target``.
@@ -80,7 +56,8 @@ def fisher_prune(
     decay: of the running mean, in [0, 1); a number or a schedule of the step.
     flops_weight: ``"auto"``, or nats per FLOP: a number or a schedule.
     flops_target: FLOPs per example to come down to; a number or a schedule. 0 means no target.
-    method: ``"fisher"``.
+    method: what says how much a feature matters: ``"fisher"``, or a :class:`Criterion` of your own, for which ``update``
+      takes what that needs.
     debias: divide the running mean by one minus the product of the decays applied so far.
     features_per_prune: how many features go at once, the cost being taken anew after each.
     min_features: how many features every mask keeps; 0 allows whole masks to go.
@@ -113,89 +90,65 @@ def fisher_prune(
     Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
     <https://arxiv.org/abs/1801.05787>`_, 2018
   """
-  check_options(
-    cost, prune_every, burn_in, decay, flops_weight, flops_target, method, features_per_prune, min_features
-  )
-  check_name(name)
-  if masks is not None:
-    check_masks(masks, cost.masks, "the cost model")
-  options = _Options(
-    prune_every,
-    burn_in,
-    decay,
-    flops_weight,
-    flops_target,
-    debias,
-    features_per_prune,
-    min_features,
-    axis_name,
-  )
+  # The arguments are the options, name by name, with nothing else among the locals yet.
+  options = Options(**locals())
 
-  def init_fn(params: Any) -> FisherPruneState:
+  def init_fn(params: PyTree) -> FisherPruneState:
     del params  # may be a placeholder: Optax maps over states that way
-    return start(cost, masks)
+    return start(options.cost, options.masks)
 
   def update_fn(
-    updates: Any,
-    state: FisherPruneState,
-    params: Any = None,
-    *,
-    mask_grads: Any = None,
-    example_weights: jax.Array | None = None,
-    **extra_args: Any,
-  ) -> tuple[Any, FisherPruneState]:
-    del params, extra_args
+    updates: PyTree, state: FisherPruneState, params: PyTree = None, **extra_args: Any
+  ) -> tuple[PyTree, FisherPruneState]:
+    step = optax.safe_increment(state.step)
     if not jax.tree.leaves(state.masks):  # the network was compacted: nothing left to prune
-      return updates, state._replace(step=optax.safe_increment(state.step))
-    check_state(state, cost.masks)
-    check_gradients(mask_grads, state.masks)
-    check_axes(mask_grads, axis_name)
-    check_weights(example_weights)
-    signal = fisher_signal(mask_grads, example_weights, axis_name)
+      return updates, state._replace(step=step)
+    check_state(state, options.cost.masks)
     state, edited = follow_edits(state)
-    state, counts = _accumulate(state, signal, options)
-    return updates, _prune(state, cost, counts, edited, options)
+    own = {"masks": state.masks, "step": step, "axis_name": options.axis_name}
+    signal = options.criterion.signal_of({**extra_args, "updates": updates, "params": params, **own})
+    state, counts = _accumulate(state._replace(step=step), signal, options)
+    return updates, _prune(state, counts, edited, options)
 
   tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
-  return tx if name is None else _under_name(tx, name)
+  return tx if options.name is None else _under_name(tx, options.name, options.criterion)
 
 
 def _under_name(
-  tx: optax.GradientTransformationExtraArgs, name: str
+  tx: optax.GradientTransformationExtraArgs, name: str, criterion: Criterion
 ) -> optax.GradientTransformationExtraArgs:
   """The same transformation with its state, and what it takes, under a name."""
 
-  def init_fn(params: Any) -> dict[str, Any]:
+  def init_fn(params: PyTree) -> dict[str, FisherPruneState]:
     return {name: tx.init(params)}
 
   def update_fn(
-    updates: Any, state: dict[str, Any], params: Any = None, *, example_weights: Any = None, **extra_args: Any
-  ) -> tuple[Any, dict[str, Any]]:
-    if isinstance(example_weights, Mapping):
-      example_weights = example_weights.get(name)
-    grads = own_gradients(extra_args.pop("mask_grads", None), state[name].masks, name)
-    updates, own = tx.update(
-      updates, state[name], params, mask_grads=grads, example_weights=example_weights, **extra_args
-    )
+    updates: PyTree, state: dict[str, FisherPruneState], params: PyTree = None, **extra_args: Any
+  ) -> tuple[PyTree, dict[str, FisherPruneState]]:
+    weights = extra_args.get("example_weights")
+    if isinstance(weights, Mapping):
+      extra_args["example_weights"] = weights.get(name)
+    if "mask_grads" in criterion.asks_for:
+      mask_grads = extra_args.get("mask_grads")
+      extra_args["mask_grads"] = own_gradients(mask_grads, state[name].masks, name)
+    updates, own = tx.update(updates, state[name], params, **extra_args)
     return updates, {name: own}
 
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
 def _accumulate(
-  state: FisherPruneState, signal: Any, options: _Options
+  state: FisherPruneState, signal: PyTree, options: Options
 ) -> tuple[FisherPruneState, jax.Array]:
-  """Counts the step, and the batch if all of its signal is finite and the decay is one."""
-  step = optax.safe_increment(state.step)
-  decay = jnp.asarray(options.at("decay", step), jnp.float32)
+  """Takes the signal of a batch into the scores if all of it is finite and the decay is one; whether it did."""
+  decay = jnp.asarray(options.at("decay", state.step) if options.criterion.averaged else 0.0, jnp.float32)
   finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(s)) for s in jax.tree.leaves(signal)]))
-  counts = finite & in_range("decay", decay)
+  counts = finite & DECAY.allows(decay)
 
   def mean(old: jax.Array, new: jax.Array) -> jax.Array:
     return jnp.where(counts, decay * old + (1 - decay) * new, old).astype(old.dtype)
 
   state = state._replace(
-    step=step,
     scores=jax.tree.map(mean, state.scores, signal),
     decay_product=jnp.where(counts, decay * state.decay_product, state.decay_product),
     counted=state.counted + counts.astype(jnp.int32),
@@ -205,15 +158,14 @@ def _accumulate(
 
 
 def _prune(
-  state: FisherPruneState, cost: CostModel, counts: jax.Array, edited: jax.Array, options: _Options
+  state: FisherPruneState, counts: jax.Array, edited: jax.Array, options: Options
 ) -> FisherPruneState:
   """Switches features off if this is a step to do so; takes the cost anew then, and when masks were edited."""
-  target = options.at("flops_target", state.step)
-  weight = options.flops_weight
-  weight = weight if isinstance(weight, str) else options.at("flops_weight", state.step)
+  cost = options.cost
+  target, weight = options.at("flops_target", state.step), options.at("flops_weight", state.step)
   current = corrected(state) if options.debias else state.scores
   due = counts & (state.step > options.burn_in) & (state.step % options.prune_every == 0)
-  due &= in_range("flops_target", target) & in_range("flops_weight", weight)
+  due &= FLOPS_TARGET.allows(target) & FLOPS_WEIGHT.allows(weight)
 
   def above(state: FisherPruneState) -> jax.Array:
     return (target <= 0) | cost.exceeds(state.masks, target)

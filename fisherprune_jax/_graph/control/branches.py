@@ -2,15 +2,19 @@
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jax import lax
 
-from fisherprune_jax._graph import flops, program
+from fisherprune_jax._graph import program
 from fisherprune_jax._graph.facts import Box, Info, either, whole_box
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.spec import Counting
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
+from fisherprune_jax._graph.terms import Dearest
+
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.execute import Arrays, Run
 
 
 class Cond:
@@ -24,7 +28,7 @@ class Cond:
     varies = any(info.varies for info in infos)
     found = [live.forward(branch, infos[1:]) for branch in branches]
     outs = [functools.reduce(either, results) for results in zip(*found, strict=True)]
-    return [Info(out.box, varies=varies, together=out.together) for out in outs]
+    return [Info(out.possible, varies=varies, together=out.together) for out in outs]
 
   def backward(self, node: Node, live: Liveness) -> None:
     """Operands have to give what any branch needs."""
@@ -33,26 +37,28 @@ class Cond:
       live.backward(branch, live.boxes(node.outs), live.merged(node.outs))
       live.pass_on(node.ins[1:], branch.inputs)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """The dearest branch."""
-    costs = [list(live.costs(branch, counted)) for branch in live.subs[node]]
+    costs = [list(costs_of(branch, live, meter)) for branch in live.subs[node]]
     branches = [tuple(cost.term for cost in found if cost.counted) for found in costs]
     yield from (cost for found in costs for cost in found if not cost.counted)
-    if len(branches) > 2 and counted.names("clamp"):
-      yield Cost(node, "clamp", flops.Term(1, ()))  # lax.switch makes sure of its index
+    if len(branches) > 2:
+      yield from (
+        Cost(node, "clamp", term) for term in meter.of_scalar("clamp")
+      )  # lax.switch makes sure of its index
     if any(branches):
-      yield Cost(node, "cond (its dearest branch)", flops.Dearest(tuple(branches)))
+      yield Cost(node, "cond (its dearest branch)", Dearest(tuple(branches)))
 
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The chosen branch, on what it needs of the operands."""
     boxes = [run.live.stored(out) for out in node.outs]
     held = [run.live.stored(value) for value in node.ins[1:]]
-    operands = [run.show(arrays, value, box) for value, box in zip(node.ins[1:], held, strict=True)]
+    operands = [run.read(arrays, value, box) for value, box in zip(node.ins[1:], held, strict=True)]
 
     def runner(branch: program.Program) -> Callable[..., list[Any]]:
       return lambda *xs: run.call(branch, xs, held, boxes)
 
-    index = run.show(arrays, node.ins[0], ())
+    index = run.read(arrays, node.ins[0], ())
     branches = [runner(branch) for branch in run.live.subs[node]]
     if len(branches) == 2:
       return lax.cond(index.astype(bool), branches[1], branches[0], *operands), boxes

@@ -2,15 +2,18 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 
 from fisherprune_jax._graph import program
 from fisherprune_jax._graph.facts import Box, Info
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.spec import Counting
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
+
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.execute import Arrays, Run
 
 
 class Checkpoint:
@@ -29,15 +32,15 @@ class Checkpoint:
     live.backward(body, asked, live.merged(node.outs))
     live.pass_on(node.ins, body.inputs)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """What the body costs."""
-    return live.costs(live.subs[node][0], counted)
+    return costs_of(live.subs[node][0], live, meter)
 
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The call, of a body that runs on live entries."""
     (body,) = run.live.subs[node]
     inputs = [
-      run.show(arrays, value, run.live.stored(inner))
+      run.read(arrays, value, run.live.stored(inner))
       for value, inner in zip(node.ins, body.inputs, strict=True)
     ]
     boxes = [run.live.stored(out) for out in node.outs]

@@ -15,7 +15,7 @@ in the analysis, and its own rule is analysed when a second derivative gets ther
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +23,13 @@ import numpy as np
 
 from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.facts import Box, Info, empty_box, join, nonzero_box, whole_box
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
-from fisherprune_jax._graph.spec import Counting
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
 from fisherprune_jax._graph.together import Together, union
+
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.execute import Arrays, Run
 
 Call = Callable[..., Any]
 Where = tuple[Box, Together]
@@ -76,9 +79,11 @@ class Custom:
     if not rules:
       return outs
     reached = self.reach(node, rules, infos, live)
-    found = [_join((out.box, out.together), where) for out, where in zip(outs, reached, strict=True)]
+    found = [_join((out.possible, out.together), where) for out, where in zip(outs, reached, strict=True)]
     return [
-      out._replace(together=together) if out.box == box else Info(box, varies=out.varies, together=together)
+      out._replace(together=together)
+      if out.possible == box
+      else Info(box, varies=out.varies, together=together)
       for out, (box, together) in zip(outs, found, strict=True)
     ]
 
@@ -97,11 +102,11 @@ class Custom:
     for part in live.subs[node]:
       live.pass_on(node.ins, part.inputs)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """What the body costs."""
-    return live.costs(live.subs[node][0], counted)
+    return costs_of(live.subs[node][0], live, meter)
 
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The call, of a body and of a rule that run on live entries."""
     body, *rules = run.live.subs[node]
     held = [run.live.stored(value) for value in node.ins]
@@ -114,7 +119,7 @@ class Custom:
       return lambda *xs: late(xs, given, wanted)
 
     call = self.call(Thin(node, held, boxes, lambda *xs: run.call(body, xs, held, boxes), rule))
-    return call(*(run.show(arrays, v, box) for v, box in zip(node.ins, held, strict=True))), boxes
+    return call(*(run.read(arrays, v, box) for v, box in zip(node.ins, held, strict=True))), boxes
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
     """Body and rule read the operands; all but a reverse rule give the results."""
@@ -150,7 +155,7 @@ class CustomJvp(Custom):
       Info(nonzero_box(info), varies=info.varies, together=info.together) for info in _keep(infos, node.ins)
     ]
     infos = live.forward(rules[0], [*infos, *tangents])
-    found = [(info.box, info.together) for info in infos]
+    found = [(info.possible, info.together) for info in infos]
     values, dots = found[: len(node.outs)], found[len(node.outs) :]
     return list(map(_join, values, _spread(dots, node.outs, _nowhere)))
 
@@ -200,12 +205,12 @@ class CustomVjp(Custom):
     forwards, backwards = rules
     values = live.forward(forwards, infos)
     live.forward(backwards, [*infos, *(Info(whole_box(v.shape), varies=True) for v in _floats(node.outs))])
-    alone = replace(live, asked={}, factors={}, asked_together={}, asked_rows={}, asked_whole=set())
+    alone = replace(live, asked={}, factors={}, asked_together={}, asked_layers={}, asked_whole=set())
     wanted = _keep(infos, node.ins)
     alone.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
     inputs = backwards.inputs[len(node.ins) :]
     cotangents = list(zip(map(alone.stored, inputs), alone.merged(inputs), strict=True))
-    forwards_too = [(info.box, info.together) for info in values]
+    forwards_too = [(info.possible, info.together) for info in values]
     return list(map(_join, forwards_too, _spread(cotangents, node.outs, _nowhere)))
 
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
@@ -222,7 +227,7 @@ class CustomVjp(Custom):
     live.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
     for value, gradient in zip(_floats(node.ins), gradients, strict=True):
       if not gradient.is_zero:
-        live.ask(value, gradient.box, gradient.together)
+        live.ask(value, gradient.possible, gradient.together)
 
   def call(self, thin: Thin) -> Call:
     """The call with its reverse-mode rule."""

@@ -2,31 +2,28 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 from jax import lax
 
 from fisherprune_jax._graph import compat, program, together
 from fisherprune_jax._graph.align import align
-from fisherprune_jax._graph.control import stacks
+from fisherprune_jax._graph.control import fixpoint, stacks
+from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import (
   Box,
   Info,
-  either,
-  empty_box,
   join,
-  join_merged,
-  nonzero_box,
   whole_box,
 )
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness, Pairs
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
-from fisherprune_jax._graph.spec import Counting
-from fisherprune_jax._graph.together import Together
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, Pairs, costs_of
+from fisherprune_jax._types import Shape
 
-MOST_PASSES = 8
-"""Passes over a loop's body before carried values that still grow are taken as a whole."""
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.execute import Arrays, Run
 
 
 class Scan:
@@ -35,19 +32,21 @@ class Scan:
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
     """Carried values can be non-zero where they are at first, or after any turn."""
     consts, carry = compat.scan_counts(node.params)
-    if any(info.rows is not None for info in infos[consts + carry :]):
+    if any(info.layers is not None for info in infos[consts + carry :]):
       return stacks.forward(node, infos, live)
     (body,) = live.programs(
       node, functools.partial(program.build, node.params["jaxpr"], (*node.callers, node.eqn))
     )
     each = [
-      Info(info.box[1:], varies=info.varies, together=together.in_a_turn(info.together))
+      Info(info.possible[1:], varies=info.varies, together=together.in_a_turn(info.together))
       for info in infos[consts + carry :]
     ]
-    before, outs = _forward(body, infos[:consts], infos[consts : consts + carry], each, live, _again(node))
+    before, outs = fixpoint.forward(
+      body, infos[:consts], infos[consts : consts + carry], each, live, _again(node)
+    )
     carried = outs[:carry] if _runs(node) else before
     stacked = [
-      Info(_stack(out.box, v.shape), varies=out.varies, together=together.in_all_turns(out.together))
+      Info(_stack(out.possible, v.shape), varies=out.varies, together=together.in_all_turns(out.together))
       for v, out in zip(node.outs[carry:], outs[carry:], strict=True)
     ]
     return [*carried, *stacked]
@@ -62,21 +61,21 @@ class Scan:
     boxes, axes = live.boxes(node.outs), live.merged(node.outs)
     asked = [*boxes[:carry], *(box and box[1:] for box in boxes[carry:])]
     merged = [*axes[:carry], *map(together.in_a_turn, axes[carry:])]
-    carried = _backward(body, consts, carry, asked, merged, live, _again(node))
+    carried = fixpoint.backward(body, consts, carry, asked, merged, live, _again(node))
     inner = live.merged(body.inputs)
     wanted = [*inner[:consts], *carried, *map(together.in_all_turns, inner[consts + carry :])]
     for value, box, tied in zip(node.ins, self._held(node, body, live), wanted, strict=True):
       live.ask(value, box, tied)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """Every turn counts."""
     if stacks.has_stack(node, live):
-      yield from stacks.costs(node, live, counted)
+      yield from stacks.costs(node, live, meter)
       return
-    for cost in live.costs(live.subs[node][0], counted):
+    for cost in costs_of(live.subs[node][0], live, meter):
       yield cost._replace(term=cost.term._replace(scale=cost.term.scale * node.params["length"]))
 
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The same loop around a smaller body."""
     if stacks.has_stack(node, run.live):
       return stacks.execute(run, node, arrays)
@@ -86,7 +85,7 @@ class Scan:
     inner = [*outer[: consts + carry], *(box[1:] for box in outer[consts + carry :])]
     kept = inner[consts : consts + carry]
     boxes = [_stack(run.live.stored(out)[1:], out.shape) for out in node.outs[carry:]]  # every turn writes
-    inputs = [run.show(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
+    inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
 
     def turn(carried: list[Any], each: list[Any]) -> tuple[list[Any], list[Any]]:
       wanted = [*kept, *(box[1:] for box in boxes)]
@@ -114,7 +113,7 @@ class Scan:
     stored = [live.stored(inner) for inner in body.inputs]
     return [
       *stored[:consts],
-      *_carried(node, body, consts, carry, live),
+      *fixpoint.carried(node, body, consts, carry, live),
       *(
         _stack(box, v.shape)
         for v, box in zip(node.ins[consts + carry :], stored[consts + carry :], strict=True)
@@ -135,7 +134,7 @@ class While:
         for name in ("cond", "body")
       ),
     )
-    carried, _ = _forward(body, infos[first : first + consts], infos[first + consts :], [], live)
+    carried, _ = fixpoint.forward(body, infos[first : first + consts], infos[first + consts :], [], live)
     (go_on,) = live.forward(cond, [*infos[:first], *carried])
     return [info._replace(varies=info.varies or go_on.varies) for info in carried]
 
@@ -148,23 +147,23 @@ class While:
       join(live.stored(out), live.stored(inner)) if out in live.asked or inner in live.asked else None
       for out, inner in zip(node.outs, cond.inputs[first:], strict=True)
     ]
-    _backward(body, consts, len(node.outs), asked, [{} for _ in asked], live)
+    fixpoint.backward(body, consts, len(node.outs), asked, [{} for _ in asked], live)
     for value, box in zip(node.ins, self._held(node, live), strict=True):
       live.ask(value, box)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """One turn counts: how many there will be is not known."""
     for part in live.subs[node]:
-      for cost in live.costs(part, counted):
+      for cost in costs_of(part, live, meter):
         yield cost._replace(label=f"{cost.label} (one turn of a while loop)")
 
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The same loop around a smaller body."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = run.live.subs[node]
     held = self._held(node, run.live)
     kept, each = held[first + consts :], whole_box(cond.outputs[0].shape)
-    inputs = [run.show(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
+    inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
 
     def go_on(carried: list[Any]) -> Any:
       return run.call(cond, [*inputs[:first], *carried], [*held[:first], *kept], [each])[0]
@@ -198,7 +197,7 @@ class While:
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = live.subs[node]
     of_cond = [live.stored(inner) for inner in cond.inputs]
-    carried = _carried(node, body, consts, len(node.outs), live)
+    carried = fixpoint.carried(node, body, consts, len(node.outs), live)
     return [
       *of_cond[:first],
       *(live.stored(inner) for inner in body.inputs[:consts]),
@@ -221,7 +220,9 @@ def _pairs(outer: Sequence[Value], inner: Sequence[Value]) -> Pairs:
   return list(zip(outer, inner, strict=True))
 
 
-def _where(go_on: Any, each: Box, after: list[Any], before: list[Any], kept: list[Box], ev: Any) -> list[Any]:
+def _where(
+  go_on: Any, each: Box, after: list[Any], before: list[Any], kept: list[Box], ev: Evaluation
+) -> list[Any]:
   """What a turn changes, of the examples that go on; they lie along the leading axes."""
   chosen = []
   for new, old, box in zip(after, before, kept, strict=True):
@@ -230,70 +231,9 @@ def _where(go_on: Any, each: Box, after: list[Any], before: list[Any], kept: lis
   return chosen
 
 
-def _stack(box: Box, shape: Sequence[Any]) -> Box:
+def _stack(box: Box, shape: Shape) -> Box:
   """The box of an array whose leading axis is the turns."""
   return (*whole_box(shape[:1]), *box)
-
-
-def _forward(
-  body: Program,
-  consts: Sequence[Info],
-  init: Sequence[Info],
-  each: Sequence[Info],
-  live: Liveness,
-  again: bool = True,
-) -> tuple[list[Info], list[Info]]:
-  """What is known of the carried values before any turn, and of the body's outputs."""
-  # A value that starts as zeros says nothing of where it can be non-zero.
-  carried = [Info(nonzero_box(i), varies=i.varies, together={} if i.is_zero else i.together) for i in init]
-  for _ in range(MOST_PASSES):
-    outs = live.forward(body, [*consts, *carried, *each])
-    grown = list(map(either, carried, outs))
-    if grown == carried or not again:  # sets are interned, so equal ones are the same object
-      return carried, outs
-    carried = grown
-  carried = [Info(whole_box(_shape(info)), varies=info.varies) for info in carried]
-  return carried, live.forward(body, [*consts, *carried, *each])
-
-
-def _shape(info: Info) -> list[Any]:
-  return [s.size for s in info.box]
-
-
-def _backward(
-  body: Program,
-  consts: int,
-  carry: int,
-  asked: list[Box | None],
-  merged: list[Together],
-  live: Liveness,
-  again: bool = True,
-) -> list[Together]:
-  """Asks for the outputs of every turn, the carried ones being the inputs of the next.
-
-  Returns what is asked of several axes merged of what the first turn is given.
-  """
-  inputs = body.inputs[consts : consts + carry]
-  for _ in range(MOST_PASSES):
-    live.backward(body, asked, merged)
-    before = list(asked), list(merged)
-    for at, inner in enumerate(inputs):
-      if inner in live.asked:
-        so_far = asked[at] or empty_box(inner.shape), merged[at]
-        asked[at], merged[at] = join_merged(so_far, (live.stored(inner), live.asked_together[inner]))
-    if (asked, merged) == before or not again:
-      return merged[:carry]
-  whole = [whole_box(inner.shape) for inner in inputs]
-  live.backward(body, [*whole, *asked[carry:]])
-  return [{}] * carry
-
-
-def _carried(node: Node, body: Program, consts: int, carry: int, live: Liveness) -> list[Box]:
-  """What is kept of the carried values between turns."""
-  return [
-    join(live.stored(inner), live.stored(after), live.stored(out))
-    for inner, after, out in zip(body.inputs[consts:][:carry], body.outputs, node.outs, strict=False)
-  ]
 
 
 STRUCTURED["scan"] = Scan()

@@ -6,14 +6,19 @@ user's functions know. What they cost is what the program that solves costs.
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.facts import Box, Info, results, whole_box
-from fisherprune_jax._graph.liveness import STRUCTURED, Cost, Link, Liveness
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.rules.opaque import opaque
-from fisherprune_jax._graph.spec import Counting, Spec, register_rule
+from fisherprune_jax._graph.spec import Spec
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
+
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.execute import Arrays, Run
 
 
 class LinearSolve:
@@ -35,13 +40,13 @@ class LinearSolve:
     live.backward(body, [whole_box(out.shape) for out in body.outputs])
     live.backward_spec(node)
 
-  def costs(self, node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """What solving costs."""
-    return live.costs(live.subs[node][0], counted)
+    return costs_of(live.subs[node][0], live, meter)
 
-  def execute(self, run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+  def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The solve, as it was traced."""
-    operands = [run.show(arrays, value, whole_box(value.shape)) for value in node.ins]
+    operands = [run.read(arrays, value, whole_box(value.shape)) for value in node.ins]
     return compat.bind(node.eqn, operands), [whole_box(out.shape) for out in node.outs]
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
@@ -58,7 +63,7 @@ def _constants(node: Node) -> tuple[int, int]:
 
 
 def _shape(info: Info) -> list[Any]:
-  return [s.size for s in info.box]
+  return [s.size for s in info.possible]
 
 
 def kept_whole(node: Node, infos: Sequence[Info]) -> Spec:
@@ -66,5 +71,5 @@ def kept_whole(node: Node, infos: Sequence[Info]) -> Spec:
   return opaque(node, f"{node.name} of masked entries")
 
 
-register_rule("custom_linear_solve", kept_whole)
+built_in("custom_linear_solve", kept_whole)
 STRUCTURED["custom_linear_solve"] = LinearSolve()

@@ -2,21 +2,24 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
 from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.facts import Box, Info, join, whole_box
-from fisherprune_jax._graph.liveness import Cost, Link, Liveness
+from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.spec import Counting
+from fisherprune_jax._graph.structured import Cost, Link, Meter, costs_of
+
+if TYPE_CHECKING:
+  from fisherprune_jax._graph.execute import Arrays, Run
 
 
 def has_stack(node: Node, live: Liveness) -> bool:
   """Whether a scan runs over something that differs from turn to turn in what is live."""
   consts, carry = compat.scan_counts(node.params)
-  return any(live.info(value).rows is not None for value in node.ins[consts + carry :])
+  return any(live.info(value).layers is not None for value in node.ins[consts + carry :])
 
 
 def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
@@ -28,7 +31,7 @@ def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
   carried = list(infos[consts : consts + carry])
   written: list[list[Info]] = [[] for _ in range(length)]
   for turn in _order(node):
-    each = [_row(info, turn) for info in infos[consts + carry :]]
+    each = [_layer(info, turn) for info in infos[consts + carry :]]
     outs = live.forward(live.subs[node][turn], [*infos[:consts], *carried, *each])
     carried, written[turn] = outs[:carry], outs[carry:]
   return [*carried, *map(_stacked, zip(*written, strict=True))]
@@ -49,39 +52,39 @@ def backward(node: Node, live: Liveness) -> None:
         live.ask(value, box)
     for value, box in zip(node.ins[consts + carry :], boxes[consts + carry :], strict=True):
       if box is not None:
-        live.ask_row(value, turn, box)
+        live.ask_layer(value, turn, box)
   for value, box in zip(node.ins[consts : consts + carry], carried, strict=True):
     if box is not None:
       live.ask(value, box)
 
 
-def costs(node: Node, live: Liveness, counted: Counting) -> Iterator[Cost]:
+def costs(node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
   """Every layer with its own widths."""
   for body in live.subs[node]:
-    yield from live.costs(body, counted)
+    yield from costs_of(body, live, meter)
 
 
-def execute(run: Any, node: Node, arrays: Any) -> tuple[Sequence[Any], Sequence[Box]]:
+def execute(run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
   """The turns one after the other."""
   consts, carry = compat.scan_counts(node.params)
   boxes = [
     (*whole_box(out.shape[:1]), *run.live.stored(out)[1:]) for out in node.outs[carry:]
   ]  # of all turns
   fixed = [run.live.stored(value) for value in node.ins[:consts]]
-  shared = [run.show(arrays, value, box) for value, box in zip(node.ins, fixed, strict=False)]
+  shared = [run.read(arrays, value, box) for value, box in zip(node.ins, fixed, strict=False)]
   held = [run.live.stored(value) for value in node.ins[consts : consts + carry]]
-  carried = [run.show(arrays, value, box) for value, box in zip(node.ins[consts:], held, strict=False)]
+  carried = [run.read(arrays, value, box) for value, box in zip(node.ins[consts:], held, strict=False)]
   written: list[list[Any]] = [[] for _ in range(node.params["length"])]
   for turn in _order(node):
     body = run.live.subs[node][turn]
-    rows = [run.live.stored(inner) for inner in body.inputs[consts + carry :]]
+    layers = [run.live.stored(inner) for inner in body.inputs[consts + carry :]]
     each = [
-      run.show_row(arrays, value, turn, box)
-      for value, box in zip(node.ins[consts + carry :], rows, strict=True)
+      run.read_layer(arrays, value, turn, box)
+      for value, box in zip(node.ins[consts + carry :], layers, strict=True)
     ]
     after = [run.live.stored(out) for out in body.outputs[:carry]]
     wanted = [*after, *(box[1:] for box in boxes)]
-    outs = run.call(body, [*shared, *carried, *each], [*fixed, *held, *rows], wanted)
+    outs = run.call(body, [*shared, *carried, *each], [*fixed, *held, *layers], wanted)
     carried, held, written[turn] = outs[:carry], after, outs[carry:]
   return [*carried, *(jnp.stack(column) for column in zip(*written, strict=True))], [*held, *boxes]
 
@@ -104,11 +107,11 @@ def _order(node: Node) -> list[int]:
   return list(reversed(turns)) if node.params["reverse"] else list(turns)
 
 
-def _row(info: Info, turn: int) -> Info:
-  return Info(info.box[1:], varies=info.varies) if info.rows is None else info.rows[turn]
+def _layer(info: Info, turn: int) -> Info:
+  return Info(info.possible[1:], varies=info.varies) if info.layers is None else info.layers[turn]
 
 
-def _stacked(rows: Sequence[Info]) -> Info:
+def _stacked(layers: Sequence[Info]) -> Info:
   """What is known of the results of all turns, stacked."""
-  box = (*whole_box((len(rows),)), *join(*(info.box for info in rows)))
-  return Info(box, varies=any(info.varies for info in rows), rows=tuple(rows))
+  box = (*whole_box((len(layers),)), *join(*(info.possible for info in layers)))
+  return Info(box, varies=any(info.varies for info in layers), layers=tuple(layers))

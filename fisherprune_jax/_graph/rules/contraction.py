@@ -5,22 +5,28 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import built_in
+from fisherprune_jax._graph.rules.naming import sized
 from fisherprune_jax._graph.rules.taps import Slide, histogram, meets_all
 from fisherprune_jax._graph.rules.weights import inner_product
-from fisherprune_jax._graph.spec import Axes, Axis, Factor, Flops, Prod, Spec, factors_of, register_rule
+from fisherprune_jax._graph.spec import Axes, Axis, Factor, Flops, Prod, Sizes, Spec, factors_of
+from fisherprune_jax._types import Size
 
 BOTH = frozenset({0, 1})
 
 
-def dot_general(node: Any, infos: Sequence[Any]) -> Spec:
+def dot_general(node: Node, infos: Sequence[Info]) -> Spec:
   """``b m k, b n k -> b m n``, whatever the order of the axes."""
   return _product(node, node.params["dimension_numbers"])
 
 
-def ragged_dot_general(node: Any, infos: Sequence[Any]) -> Spec | None:
+def ragged_dot_general(node: Node, infos: Sequence[Info]) -> Spec | None:
   """``m k, g k n, g -> m n``: which rows meet which group only the sizes tell, so ``m`` and ``g`` are whole."""
   numbers = node.params["ragged_dot_dimension_numbers"]
   (contracted, _), (batch, _) = numbers.dot_dimension_numbers
@@ -37,7 +43,7 @@ def ragged_dot_general(node: Any, infos: Sequence[Any]) -> Spec | None:
   )
 
 
-def _product(node: Any, numbers: Any, group: int | None = None) -> Spec:
+def _product(node: Node, numbers: Any, group: int | None = None) -> Spec:
   """Batch axes, then the free ones of the left, then of the right (but for ``group``)."""
   (left_contract, right_contract), (left_batch, right_batch) = numbers
   left, right = (value.shape for value in node.ins[:2])
@@ -53,19 +59,19 @@ def _product(node: Any, numbers: Any, group: int | None = None) -> Spec:
   return Spec(
     ins=(tuple(left_axes), tuple(right_axes)),
     outs=(out,),
-    sizes={**dict(zip(left_axes, left, strict=True)), **dict(zip(right_axes, right, strict=True))},
+    sizes=sized((tuple(left_axes), left), (tuple(right_axes), right)),
     kills=BOTH,
     flops=(Flops(out, contracted, *inner_product(*node.ins[:2])),),
     blind=_blind([left[i] for i in left_contract]),
   )
 
 
-def _blind(terms: Sequence[Any]) -> frozenset[int]:
+def _blind(terms: Sequence[Size]) -> frozenset[int]:
   """A sum of several products starts at +0, and so does not show the sign of zeros; one product does."""
   return frozenset() if all(compat.is_static_size(n) and n == 1 for n in terms) else BOTH
 
 
-def conv_general_dilated(node: Any, infos: Sequence[Any]) -> Spec:
+def conv_general_dilated(node: Node, infos: Sequence[Info]) -> Spec:
   """``(h n) (g i) s.., (h g o) i k.. -> n (h g o) t..``: groups are factors, the window is whole."""
   numbers = node.params["dimension_numbers"]
   (left, right), out = (value.shape for value in node.ins), node.outs[0].shape
@@ -110,10 +116,10 @@ def conv_general_dilated(node: Any, infos: Sequence[Any]) -> Spec:
 
 
 def _products(
-  node: Any,
-  space: Sequence[Any],
-  taps: dict[Factor, Any],
-  places: dict[Factor, Any],
+  node: Node,
+  space: Sequence[Size],
+  taps: Sizes,
+  places: Sizes,
   outer: tuple[Factor, ...],
   inner: tuple[Factor, ...],
 ) -> tuple[Flops, ...]:
@@ -139,7 +145,7 @@ def _products(
   return exact if dilated else (whole._replace(pads=True), *exact)
 
 
-def _merge(parts: str, sizes: dict[Factor, int]) -> Axis:
+def _merge(parts: str, sizes: Sizes) -> Axis:
   """One axis of several factors, without those of size 1 (but for the last, if it stands alone)."""
   rest = tuple(f for f in parts if sizes[f] > 1)
   if len(rest) > 1:
@@ -147,19 +153,16 @@ def _merge(parts: str, sizes: dict[Factor, int]) -> Axis:
   return rest[0] if rest else parts[-1]
 
 
-def _order(layout: Sequence[int], first: Axis, second: Axis, window: dict[Factor, Any]) -> Axes:
+def _order(layout: Sequence[int], first: Axis, second: Axis, window: Sizes) -> Axes:
   """Lays axes out as ``layout`` says where the first, the second and the window's axes are."""
   place = dict(zip(layout, (first, second, *window), strict=True))
   return tuple(place[i] for i in range(len(layout)))
 
 
-def _bind_conv(node: Any, arrays: Sequence[Any], sizes: dict[Factor, Any]) -> list[Any]:
+def _bind_conv(node: Node, arrays: Sequence[jax.Array], sizes: Sizes) -> list[jax.Array]:
   groups = {"feature_group_count": sizes.get("g", 1), "batch_group_count": sizes.get("h", 1)}
-  if 0 in (
-    sizes.get("i"),
-    sizes.get("g"),
-    sizes.get("h"),
-  ):  # nothing to add up; XLA has no convolution over no channels
+  if 0 in (sizes.get("i"), sizes.get("g"), sizes.get("h")):
+    # Nothing to add up; XLA has no convolution over no channels.
     numbers = node.params["dimension_numbers"]
     shape = list(node.outs[0].shape)
     shape[numbers.out_spec[0]] = sizes["n"]
@@ -168,6 +171,6 @@ def _bind_conv(node: Any, arrays: Sequence[Any], sizes: dict[Factor, Any]) -> li
   return compat.bind(node.eqn, arrays, {**node.params, **groups})
 
 
-register_rule("dot_general", dot_general)
-register_rule("ragged_dot_general", ragged_dot_general)
-register_rule("conv_general_dilated", conv_general_dilated)
+built_in("dot_general", dot_general)
+built_in("ragged_dot_general", ragged_dot_general)
+built_in("conv_general_dilated", conv_general_dilated)

@@ -6,13 +6,17 @@ and ``exp(x)`` do not, and no list has to say so.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 
+from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import built_in
+from fisherprune_jax._graph.rules.naming import sized
 from fisherprune_jax._graph.rules.probing import Zeros, probe
 from fisherprune_jax._graph.rules.weights import weight
-from fisherprune_jax._graph.spec import Axes, Flops, Spec, names_of, register_rule
+from fisherprune_jax._graph.spec import Axes, Factor, Flops, Spec, names_of
+from fisherprune_jax._types import Size
 
 COMPUTES = """
   abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp clz
@@ -33,8 +37,19 @@ PRODUCTS = {"mul": frozenset({0, 1}), "and": frozenset({0, 1}), "div": frozenset
 PREDICATES = {"select_n": frozenset({0})}
 
 
-def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
-  """Axis by axis; an operand's size-1 axis (or missing axes) broadcasts."""
+def elementwise(node: Node, infos: Sequence[Info]) -> Spec:
+  """The rule of a primitive that works entry by entry: a result's entry is of the operands' at the same place.
+
+  A size-1 axis of an operand broadcasts, and so does a scalar. Whether zeros stay zero, and whether the sign of a zero
+  shows, the primitive is asked by applying it, so it must have an implementation. It costs 1 per entry.
+
+  Args:
+    node: the application.
+    infos: what is known of its operands.
+
+  Returns:
+    Its ``Spec``.
+  """
   shape = node.outs[0].shape
   ins = tuple(_axes(value.shape, shape) for value in node.ins)
   names = names_of(shape)
@@ -49,7 +64,7 @@ def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
   return Spec(
     ins=ins,
     outs=(names,) * len(node.outs),
-    sizes=dict(zip(names, shape, strict=True)),
+    sizes=sized((names, shape)),
     kills=kills,
     neutral=frozenset(neutral),
     alive=frozenset(alive),
@@ -62,19 +77,21 @@ def elementwise(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def _axes(shape: Sequence[Any], out: Sequence[Any]) -> Axes:
+def _axes(shape: Sequence[Size], out: Sequence[Size]) -> Axes:
   if len(shape) != len(out):  # scalars broadcast
     return ()
   sizes = zip(names_of(out), shape, out, strict=True)
   return tuple(f if n == m else None for f, n, m in sizes)
 
 
-def _broadcasts(factor: Any, ins: Sequence[Axes], neutral: frozenset[int]) -> bool:
+def _broadcasts(factor: Factor, ins: Sequence[Axes], neutral: frozenset[int]) -> bool:
   """Whether some operand lacks the factor, and with it the zeros along it."""
   return any(factor not in axes for i, axes in enumerate(ins) if i not in neutral)
 
 
-def _opaque(node: Any, infos: Sequence[Any], keeps_zero: bool, harmless: frozenset[int], alive: bool) -> str:
+def _opaque(
+  node: Node, infos: Sequence[Info], keeps_zero: bool, harmless: frozenset[int], alive: bool
+) -> str:
   """Why dead entries come alive here, if they do for good: another branch may be dead there too."""
   if not keeps_zero:
     return f"{node.name} makes zeros non-zero"
@@ -88,33 +105,33 @@ def _opaque(node: Any, infos: Sequence[Any], keeps_zero: bool, harmless: frozens
   return ""
 
 
-def _kills(node: Any, infos: Sequence[Any]) -> frozenset[int]:
+def _kills(node: Node, infos: Sequence[Info]) -> frozenset[int]:
   # 0 / 0 is not zero: a numerator's zeros count only over a denominator that has none of its own.
-  if node.name == "div" and not (infos[1].const is None and all(s.is_all for s in infos[1].box)):
+  if node.name == "div" and not (infos[1].const is None and all(s.is_all for s in infos[1].possible)):
     return frozenset()
   return PRODUCTS.get(node.name, frozenset())
 
 
-def _same_as(node: Any, infos: Sequence[Any]) -> int | None:
+def _same_as(node: Node, infos: Sequence[Info]) -> int | None:
   """The operand that a product with a mask equals, on live entries."""
   if node.name != "mul" or not any(info.mask for info in infos):
     return None
   operand = 0 if infos[1].mask else 1
   # A mask of one feature may broadcast: then its zero is not one along an axis that both have.
   mask = 1 - operand
-  sizes = zip(infos[mask].box, node.ins[mask].shape, node.outs[0].shape, strict=False)
+  sizes = zip(infos[mask].possible, node.ins[mask].shape, node.outs[0].shape, strict=False)
   shows = all(s.is_all or n == m for s, n, m in sizes)
   return operand if shows and node.ins[operand].aval.shape == node.outs[0].aval.shape else None
 
 
-def _zeros(node: Any, infos: Sequence[Any]) -> Zeros:
+def _zeros(node: Node, infos: Sequence[Info]) -> Zeros:
   if node.name == "select_n":
     kept = all(info.const is None or info.const == 0 for info in infos[1:])
     return Zeros(kept, frozenset(), frozenset({0}))
   return Zeros(True, frozenset(), frozenset()) if node.name in MOVES else probe(node, infos)
 
 
-def bitcast(node: Any, infos: Sequence[Any]) -> Spec:
+def bitcast(node: Node, infos: Sequence[Info]) -> Spec:
   """``a b -> a b``, or ``a b -> a b 2`` between widths; of numbers with a sign it shows that of zeros too."""
   before, after = node.ins[0].shape, node.outs[0].shape
   longest = before if len(before) > len(after) else after
@@ -123,7 +140,7 @@ def bitcast(node: Any, infos: Sequence[Any]) -> Spec:
   return Spec(
     ins=(names[: len(before)],),
     outs=(names[: len(after)],),
-    sizes=dict(zip(names, longest, strict=True)),
+    sizes=sized((names, longest)),
     alive=frozenset(names) if signed else frozenset(),
     whole=frozenset(names[min(len(before), len(after)) :]),
     opaque="bitcast_convert_type shows the sign of zeros" if signed else "",
@@ -132,5 +149,5 @@ def bitcast(node: Any, infos: Sequence[Any]) -> Spec:
 
 
 for name in COMPUTES + MOVES:
-  register_rule(name, elementwise)
-register_rule("bitcast_convert_type", bitcast)
+  built_in(name, elementwise)
+built_in("bitcast_convert_type", bitcast)

@@ -1,17 +1,22 @@
 """Gathers and slices, at positions that are known, or only when the program runs."""
 
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
 
 from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.rules.movement import picked
-from fisherprune_jax._graph.spec import Factor, Spec, register_rule
+from fisherprune_jax._graph.rules.naming import mixed_of, side, sized
+from fisherprune_jax._graph.spec import Bind, Factor, Sizes, Spec
+from fisherprune_jax._types import Size
 
 
-def gather(node: Any, infos: Sequence[Any]) -> Spec:
+def gather(node: Node, infos: Sequence[Info]) -> Spec:
   """``v c, i -> i c``: axes taken whole by every slice are elementwise, the indexed ones whole."""
   numbers, slices = node.params["dimension_numbers"], node.params["slice_sizes"]
   if (picks := _known_picks(node, infos[1].known)) is not None:
@@ -19,7 +24,7 @@ def gather(node: Any, infos: Sequence[Any]) -> Spec:
   (operand, indices), out = (value.shape for value in node.ins), node.outs[0].shape
   outs: list[Factor] = [f"o{i}" for i in range(len(out))]
   batch = [at for at in range(len(out)) if at not in numbers.offset_dims]
-  of_indices: list[Any] = [outs[at] for at in batch]
+  of_indices: list[Factor] = [outs[at] for at in batch]
   ins: list[Factor] = [f"s{i}" for i in range(len(operand))]
   gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
   kept = [axis for axis in range(len(operand)) if axis not in gone]
@@ -34,7 +39,7 @@ def gather(node: Any, infos: Sequence[Any]) -> Spec:
   return Spec(
     ins=(tuple(ins), (*of_indices, None) if len(indices) else ()),
     outs=(tuple(outs),),
-    sizes={**dict(zip(ins, operand, strict=True)), **dict(zip(outs, out, strict=True))},
+    sizes=sized((tuple(ins), operand), (tuple(outs), out)),
     neutral=frozenset({1}),
     alive=frozenset(outs) if fill not in (None, 0) else frozenset(),
     whole=frozenset(f for f in ins if f not in outs)
@@ -46,7 +51,7 @@ def gather(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def _known_picks(node: Any, indices: np.ndarray | None) -> list[np.ndarray | None] | None:
+def _known_picks(node: Node, indices: np.ndarray | None) -> list[np.ndarray | None] | None:
   """What a gather along one axis selects, if its indices are known: ``x[:, i]`` or ``x[:, a:b]``."""
   numbers, slices, shape = node.params["dimension_numbers"], node.params["slice_sizes"], node.ins[0].shape
   if indices is None or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
@@ -66,8 +71,8 @@ def _known_picks(node: Any, indices: np.ndarray | None) -> list[np.ndarray | Non
   return [chosen if at == axis else None for at in range(len(shape))]
 
 
-def _bind_gather(ins: tuple[Factor, ...]) -> Any:
-  def bind(node: Any, arrays: Sequence[Any], sizes: dict[Factor, Any]) -> list[Any]:
+def _bind_gather(ins: tuple[Factor, ...]) -> Bind:
+  def bind(node: Node, arrays: Sequence[jax.Array], sizes: Sizes) -> list[jax.Array]:
     operand, indices = arrays
     pairs = zip(ins, node.params["slice_sizes"], node.ins[0].shape, operand.shape, strict=True)
     slices = tuple(live if size == full else size for _, size, full, live in pairs)
@@ -87,20 +92,20 @@ def _bind_gather(ins: tuple[Factor, ...]) -> Any:
   return bind
 
 
-def dynamic_slice(node: Any, infos: Sequence[Any]) -> Spec:
+def dynamic_slice(node: Node, infos: Sequence[Info]) -> Spec:
   """``a b -> a b'``: axes taken whole are elementwise, the others whole."""
   shape, out = node.ins[0].shape, node.outs[0].shape
   starts = [info.known for info in infos[1:]]
   if all(start is not None or n == m for start, n, m in zip(starts, shape, out, strict=True)):
     return picked(node, [_window(*one) for one in zip(starts, shape, out, strict=True)])
-  ins = _names(shape, out, "s")
-  outs = _names(shape, out, "t")
+  cut = [n != m for n, m in zip(shape, out, strict=True)]
+  ins, outs = side("s", cut), side("t", cut)
   return Spec(
     ins=(ins, *((),) * (len(node.ins) - 1)),
     outs=(outs,),
-    sizes={**dict(zip(ins, shape, strict=True)), **dict(zip(outs, out, strict=True))},
+    sizes=sized((ins, shape), (outs, out)),
     neutral=frozenset(range(1, len(node.ins))),
-    whole=frozenset(f for f in (*ins, *outs) if not f.startswith("d")),
+    whole=mixed_of((*ins, *outs)),
     opaque="a dynamic slice along the masked axis",
     bind=lambda node, arrays, sizes: compat.bind(
       node.eqn, arrays, {**node.params, "slice_sizes": tuple(sizes[f] for f in outs)}
@@ -108,7 +113,7 @@ def dynamic_slice(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def _window(start: np.ndarray | None, size: Any, length: Any) -> np.ndarray | None:
+def _window(start: np.ndarray | None, size: Size, length: Size) -> np.ndarray | None:
   """A slice's positions; one that would reach beyond the end is moved back, as JAX does."""
   if start is None or size == length:
     return None
@@ -116,9 +121,5 @@ def _window(start: np.ndarray | None, size: Any, length: Any) -> np.ndarray | No
   return np.arange(first, first + length)
 
 
-def _names(shape: Sequence[Any], out: Sequence[Any], letter: str) -> tuple[Factor, ...]:
-  return tuple(f"d{i}" if n == m else f"{letter}{i}" for i, (n, m) in enumerate(zip(shape, out, strict=True)))
-
-
-register_rule("gather", gather)
-register_rule("dynamic_slice", dynamic_slice)
+built_in("gather", gather)
+built_in("dynamic_slice", dynamic_slice)

@@ -8,17 +8,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from typing import Any
 
 from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.compat import Params
+from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import SpecRule, built_in
+from fisherprune_jax._graph.rules.naming import apart, sizes_in
 from fisherprune_jax._graph.rules.weights import is_complex
-from fisherprune_jax._graph.spec import Axes, Factor, Flops, Spec, register_rule
+from fisherprune_jax._graph.spec import Flops, Spec
 
 THIRD = Fraction(1, 3)
-Count = Callable[..., Any]
+Number = int | Fraction
+Count = Callable[[int, int, Params], Number]
 
 
-def fft(node: Any, infos: Sequence[Any]) -> Spec:
+def fft(node: Node, infos: Sequence[Info]) -> Spec:
   """``b s -> b t``: linear, so of zeros it makes zeros."""
   lengths = node.params["fft_lengths"]
   numbers = math.prod(lengths) if all(map(compat.is_static_size, lengths)) else 0
@@ -27,36 +32,35 @@ def fft(node: Any, infos: Sequence[Any]) -> Spec:
   return _batched(node, len(lengths), flops, alive=False)
 
 
-def matrices(count: Count) -> Callable[..., Spec]:
+def matrices(count: Count) -> SpecRule:
   """``b m n -> b ..``: of each matrix something; ``count(m, n, params)`` says at what cost.
 
   What a matrix of zeros gives (NaN, of most) is not known.
   """
 
-  def rule(node: Any, infos: Sequence[Any]) -> Spec:
+  def rule(node: Node, infos: Sequence[Info]) -> Spec:
     m, n = node.ins[0].shape[-2:]
     spec = _batched(node, 2, _of_matrices(node, lambda: count(m, n, node.params)), alive=True)
-    return replace(
-      spec, sees=frozenset(range(len(node.ins)))
-    )  # a reflection turns away from the sign of a zero
+    # A reflection turns away from the sign of a zero.
+    return replace(spec, sees=frozenset(range(len(node.ins))))
 
   return rule
 
 
-def triangular_solve(node: Any, infos: Sequence[Any]) -> Spec:
+def triangular_solve(node: Node, infos: Sequence[Info]) -> Spec:
   """``b m m, b m r -> b m r`` (or ``b r m`` from the right): zero where a right-hand side is."""
   rows = node.ins[0].shape[-1]
   at = -1 if node.params["left_side"] else -2
   return _solve(node, 2, at, _of_matrices(node, lambda: rows * rows))
 
 
-def tridiagonal_solve(node: Any, infos: Sequence[Any]) -> Spec:
+def tridiagonal_solve(node: Node, infos: Sequence[Info]) -> Spec:
   """``b m, b m, b m, b m r -> b m r``: zero where a right-hand side is."""
   rows = node.ins[0].shape[-1]
   return _solve(node, 1, -1, _of_matrices(node, lambda: 8 * rows))
 
 
-def _solve(node: Any, core: int, at: int, flops: int) -> Spec:
+def _solve(node: Node, core: int, at: int, flops: int) -> Spec:
   """A solve of which each right-hand side, along axis ``at`` of the last operand, stands alone."""
   spec = _batched(node, core, flops, alive=True)
   ((*shown,),), side = spec.outs, str(spec.ins[-1][at])
@@ -71,20 +75,14 @@ def _solve(node: Any, core: int, at: int, flops: int) -> Spec:
   )
 
 
-def _batched(node: Any, core: int, flops: int, alive: bool) -> Spec:
+def _batched(node: Node, core: int, flops: int, alive: bool) -> Spec:
   """The leading axes, all but ``core`` of the first operand, are elementwise, the others whole."""
   batch = tuple(f"b{i}" for i in range(len(node.ins[0].shape) - core))
-  sizes: dict[Factor, Any] = {}
-
-  def axes(letter: str, values: Sequence[Any]) -> tuple[Axes, ...]:
-    named = []
-    for at, value in enumerate(values):
-      own = tuple(f"{letter}{at}.{k}" for k in range(len(value.shape) - len(batch)))
-      sizes.update(zip((*batch, *own), value.shape, strict=True))
-      named.append((*batch, *own))
-    return tuple(named)
-
-  ins, outs = axes("i", node.ins), axes("o", node.outs)
+  ins, outs = (
+    tuple((*batch, *own) for own in apart(letter, values, len(batch)))
+    for letter, values in (("i", node.ins), ("o", node.outs))
+  )
+  sizes = sizes_in(node, ins, outs)
   return Spec(
     ins=ins,
     outs=outs,
@@ -96,18 +94,18 @@ def _batched(node: Any, core: int, flops: int, alive: bool) -> Spec:
   )
 
 
-def ormqr(node: Any, infos: Sequence[Any]) -> Spec:
+def ormqr(node: Node, infos: Sequence[Info]) -> Spec:
   """``b m k, b k, b m n -> b m n``: ``k`` reflections, each a product and a rank-one update."""
   (m, k), sides = node.ins[0].shape[-2:], node.ins[2].shape[-1 if node.params["left"] else -2]
   return _batched(node, 2, _of_matrices(node, lambda: 4 * m * sides * k - 2 * sides * k * k), alive=True)
 
 
-def permutation(node: Any, infos: Sequence[Any]) -> Spec:
+def permutation(node: Node, infos: Sequence[Info]) -> Spec:
   """``b k -> b m``: swaps of rows as an order of rows, which is no arithmetic."""
   return _batched(node, 1, 0, alive=True)
 
 
-def _of_matrices(node: Any, count: Callable[[], Any]) -> int:
+def _of_matrices(node: Node, count: Callable[[], Number]) -> int:
   """A count as a whole number; none where sizes are symbols, as in an export, which counts nothing."""
   sizes = [n for value in node.ins for n in value.shape]
   if not all(map(compat.is_static_size, sizes)):
@@ -115,29 +113,29 @@ def _of_matrices(node: Any, count: Callable[[], Any]) -> int:
   return round(count() * (4 if is_complex(node.ins[0]) else 1))
 
 
-def _lu(m: int, n: int, params: Any) -> Any:
+def _lu(m: int, n: int, params: Params) -> Number:
   k = min(m, n)
   return k * k * (max(m, n) - k * THIRD)
 
 
-def _qr(m: int, n: int, params: Any) -> Any:
+def _qr(m: int, n: int, params: Params) -> Number:
   return 2 * _lu(m, n, params)
 
 
-def _q(m: int, n: int, params: Any) -> Any:
+def _q(m: int, n: int, params: Params) -> Number:
   return 2 * n * n * (m - n * THIRD)
 
 
-def _eigh(m: int, n: int, params: Any) -> Any:
+def _eigh(m: int, n: int, params: Params) -> Number:
   return 9 * n**3  # reduced to a tridiagonal matrix, then QR steps, with eigenvectors
 
 
-def _eig(m: int, n: int, params: Any) -> Any:
+def _eig(m: int, n: int, params: Params) -> Number:
   vectors = params["compute_left_eigenvectors"] or params["compute_right_eigenvectors"]
   return (25 if vectors else 10) * n**3
 
 
-def _svd(m: int, n: int, params: Any) -> Any:
+def _svd(m: int, n: int, params: Params) -> Number:
   large, small = max(m, n), min(m, n)
   if not params["compute_uv"]:
     return 4 * large * small**2 - 4 * THIRD * small**3
@@ -163,10 +161,10 @@ MATRICES: dict[str, Count] = {
   "tridiagonal": lambda m, n, params: 4 * n**3 * THIRD,
 }
 
-register_rule("fft", fft)
-register_rule("lu_pivots_to_permutation", permutation)
-register_rule("ormqr", ormqr)
-register_rule("triangular_solve", triangular_solve)
-register_rule("tridiagonal_solve", tridiagonal_solve)
+built_in("fft", fft)
+built_in("lu_pivots_to_permutation", permutation)
+built_in("ormqr", ormqr)
+built_in("triangular_solve", triangular_solve)
+built_in("tridiagonal_solve", tridiagonal_solve)
 for name, count in MATRICES.items():
-  register_rule(name, matrices(count))
+  built_in(name, matrices(count))

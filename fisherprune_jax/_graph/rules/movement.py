@@ -1,30 +1,35 @@
 """Data movement: axes are renamed, laid end to end or picked from; nothing is computed."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
 
+import jax
 import numpy as np
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.spec import Axis, Factor, Pick, Spec, Sum, names_of, register_rule
+from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import built_in
+from fisherprune_jax._graph.rules.naming import sized
+from fisherprune_jax._graph.spec import Axis, Bind, Pick, Sizes, Spec, Sum, names_of
 
 
-def transpose(node: Any, infos: Sequence[Any]) -> Spec:
+def transpose(node: Node, infos: Sequence[Info]) -> Spec:
   """``a b -> b a``."""
   names = names_of(node.ins[0].shape)
   out = tuple(names[axis] for axis in node.params["permutation"])
-  return Spec((names,), (out,), dict(zip(names, node.ins[0].shape, strict=True)), moves=True)
+  return Spec((names,), (out,), sized((names, node.ins[0].shape)), moves=True)
 
 
-def squeeze(node: Any, infos: Sequence[Any]) -> Spec:
+def squeeze(node: Node, infos: Sequence[Info]) -> Spec:
   """``a 1 b -> a b``."""
   gone = node.params["dimensions"]
   ins = tuple(None if i in gone else f for i, f in enumerate(names_of(node.ins[0].shape)))
-  sizes = {f: n for f, n in zip(ins, node.ins[0].shape, strict=True) if f is not None}
+  sizes = sized((ins, node.ins[0].shape))
   return Spec((ins,), (tuple(sizes),), sizes, moves=True)
 
 
-def broadcast_in_dim(node: Any, infos: Sequence[Any]) -> Spec:
+def broadcast_in_dim(node: Node, infos: Sequence[Info]) -> Spec:
   """``a -> b a c``: new axes are all alive."""
   shape = node.params["shape"]
   names = names_of(shape)
@@ -35,27 +40,27 @@ def broadcast_in_dim(node: Any, infos: Sequence[Any]) -> Spec:
   return Spec(
     ins=(ins, *((),) * (len(node.ins) - 1)),
     outs=(names,),
-    sizes=dict(zip(names, shape, strict=True)),
+    sizes=sized((names, shape)),
     moves=True,
     bind=_bind_with_sizes("shape"),
   )
 
 
-def iota(node: Any, infos: Sequence[Any]) -> Spec:
+def iota(node: Node, infos: Sequence[Info]) -> Spec:
   """``-> a b``: the counted axis is whole."""
   shape = node.params["shape"]
   names = names_of(shape)
   return Spec(
     ins=((),) * len(node.ins),
     outs=(names,),
-    sizes=dict(zip(names, shape, strict=True)),
+    sizes=sized((names, shape)),
     whole=frozenset({names[node.params["dimension"]]}),
     bind=_bind_with_sizes("shape"),
   )
 
 
-def _bind_with_sizes(param: str) -> Any:
-  def bind(node: Any, arrays: Sequence[Any], sizes: dict[Factor, Any]) -> list[Any]:
+def _bind_with_sizes(param: str) -> Bind:
+  def bind(node: Node, arrays: Sequence[jax.Array], sizes: Sizes) -> list[jax.Array]:
     shape = tuple(sizes[f"d{i}"] for i in range(len(node.params[param])))
     # A dynamic shape's operands are not needed once the sizes are known from the arrays.
     return compat.bind(node.eqn, arrays, {**node.params, param: shape})
@@ -63,7 +68,7 @@ def _bind_with_sizes(param: str) -> Any:
   return bind
 
 
-def concatenate(node: Any, infos: Sequence[Any]) -> Spec:
+def concatenate(node: Node, infos: Sequence[Info]) -> Spec:
   """``b x, b y -> b (x + y)``."""
   axis = node.params["dimension"]
   names = names_of(node.outs[0].shape)
@@ -78,7 +83,7 @@ def concatenate(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def split(node: Any, infos: Sequence[Any]) -> Spec:
+def split(node: Node, infos: Sequence[Info]) -> Spec:
   """``b (x + y) -> b x, b y``."""
   axis = node.params["axis"]
   names = names_of(node.ins[0].shape)
@@ -96,7 +101,7 @@ def split(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def slice_(node: Any, infos: Sequence[Any]) -> Spec:
+def slice_(node: Node, infos: Sequence[Info]) -> Spec:
   """``(a picked) -> a``."""
   bounds = zip(
     node.params["start_indices"],
@@ -111,20 +116,17 @@ def slice_(node: Any, infos: Sequence[Any]) -> Spec:
   return picked(node, picks)
 
 
-def rev(node: Any, infos: Sequence[Any]) -> Spec:
+def rev(node: Node, infos: Sequence[Info]) -> Spec:
   """``a -> a reversed``."""
   shape = node.ins[0].shape
   turned = node.params["dimensions"]
   return picked(node, [np.arange(n)[::-1] if i in turned else None for i, n in enumerate(shape)])
 
 
-def pad(node: Any, infos: Sequence[Any]) -> Spec:
-  """``a -> (0 + a + 0)``, with zeros inside too, or cut off where padding is negative."""
-  configs = node.params["padding_config"]
-  if infos[1].const is None or infos[1].const != 0:
-    return _pad_with_values(node, configs)
+def pad(node: Node, infos: Sequence[Info]) -> Spec:
+  """``a -> (v + a + v)``, with values inside too, or cut off where padding is negative."""
   picks: list[np.ndarray | None] = []
-  for n, (low, high, interior) in zip(node.ins[0].shape, configs, strict=True):
+  for n, (low, high, interior) in zip(node.ins[0].shape, node.params["padding_config"], strict=True):
     if (low, high, interior) == (0, 0, 0):
       picks.append(None)
       continue
@@ -132,29 +134,25 @@ def pad(node: Any, infos: Sequence[Any]) -> Spec:
     spread[:: interior + 1] = np.arange(n)
     index = np.pad(spread, (max(low, 0), max(high, 0)), constant_values=-1)
     picks.append(index[max(-low, 0) : index.size - max(-high, 0)])
-  return picked(node, picks)
+  zeros = infos[1].const is not None and infos[1].const == 0
+  return picked(node, picks) if zeros else _filled(node, picks)
 
 
-def _pad_with_values(node: Any, configs: Sequence[Any]) -> Spec:
-  """Padding that is not zero makes every entry alive; padded axes are whole."""
-  padded = [tuple(config) != (0, 0, 0) for config in configs]
-  ins = tuple(f"s{i}" if p else f"d{i}" for i, p in enumerate(padded))
-  outs = tuple(f"t{i}" if p else f"d{i}" for i, p in enumerate(padded))
-  sizes = {
-    **dict(zip(ins, node.ins[0].shape, strict=True)),
-    **dict(zip(outs, node.outs[0].shape, strict=True)),
-  }
-  return Spec(
-    ins=(ins, ()),
-    outs=(outs,),
-    sizes=sizes,
-    alive=frozenset(outs),
-    whole=frozenset(f for f in sizes if not f.startswith("d")),
-    opaque="padding with something other than zero",
+def _filled(node: Node, picks: Sequence[np.ndarray | None]) -> Spec:
+  """A selection with something other than zeros where nothing is picked: alive is also what lies beside that."""
+  spec = picked(node, picks)
+  fills = [i for i, index in enumerate(picks) if index is not None and (index < 0).any()]
+  outs = (replace(axis, filled=True) if isinstance(axis, Pick) else axis for axis in spec.outs[0])
+  return replace(
+    spec,
+    ins=(spec.ins[0], ()),
+    outs=(tuple(outs),),
+    alive=frozenset(f for i, f in enumerate(names_of(node.ins[0].shape)) if {*fills} - {i}),
+    opaque="padding with something other than zero" if fills else "",
   )
 
 
-def picked(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
+def picked(node: Node, picks: Sequence[np.ndarray | None]) -> Spec:
   """A static selection along each axis of operand 0, None for all of it; -1 gives zeros."""
   names = names_of(node.ins[0].shape)
   outs: tuple[Axis, ...] = tuple(
@@ -163,7 +161,7 @@ def picked(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
   return Spec(
     ins=(names, *((None,) * len(value.shape) for value in node.ins[1:])),
     outs=(outs,),
-    sizes=dict(zip(names, node.ins[0].shape, strict=True)),
+    sizes=sized((names, node.ins[0].shape)),
     neutral=frozenset(range(1, len(node.ins))),
     moves=all(index is None or (index >= 0).all() for index in picks),
     bind=lambda node, arrays, sizes: [arrays[0]],  # where nothing is picked, everything is taken
@@ -171,15 +169,15 @@ def picked(node: Any, picks: Sequence[np.ndarray | None]) -> Spec:
 
 
 def _register() -> None:
-  register_rule("transpose", transpose)
-  register_rule("squeeze", squeeze)
-  register_rule("broadcast_in_dim", broadcast_in_dim)
-  register_rule("iota", iota)
-  register_rule("concatenate", concatenate)
-  register_rule("split", split)
-  register_rule("slice", slice_)
-  register_rule("rev", rev)
-  register_rule("pad", pad)
+  built_in("transpose", transpose)
+  built_in("squeeze", squeeze)
+  built_in("broadcast_in_dim", broadcast_in_dim)
+  built_in("iota", iota)
+  built_in("concatenate", concatenate)
+  built_in("split", split)
+  built_in("slice", slice_)
+  built_in("rev", rev)
+  built_in("pad", pad)
 
 
 _register()

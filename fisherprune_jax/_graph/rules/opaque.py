@@ -1,10 +1,13 @@
 """Primitives that are kept whole: random numbers, and everything that no rule knows."""
 
 from collections.abc import Sequence
-from typing import Any
 
+from fisherprune_jax._graph.checking import ask
+from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.spec import Axes, Flops, Spec, register_rule, rule_for
+from fisherprune_jax._graph.registry import built_in, rule_for
+from fisherprune_jax._graph.rules.naming import apart, sizes_in
+from fisherprune_jax._graph.spec import Flops, Spec
 
 # Random bits depend on the whole shape; drawing them costs one operation per number.
 RANDOM = """
@@ -20,11 +23,21 @@ SILENT = """
 
 
 def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = (), counted: bool = True) -> Spec:
-  """Every entry of every operand is needed, to the sign of its zeros, and every entry of the results is alive."""
-  ins = _axes("i", [value.shape for value in node.ins])
-  outs = _axes("o", [value.shape for value in node.outs])
-  named = zip([f for axes in (*ins, *outs) for f in axes], _sizes(node), strict=True)
-  sizes = {str(f): n for f, n in named}
+  """A primitive that is kept whole: every operand is needed, every entry of the results may be non-zero.
+
+  The signs of the operands' zeros may show as well.
+
+  Args:
+    node: the application.
+    reason: why, for the report; empty where there is nothing to say.
+    flops: what it costs. The axes of result i are the factors ``oi.0 oi.1 ..``, those of operand i ``ii.0 ..``.
+    counted: False where nobody knows what it costs.
+
+  Returns:
+    Its ``Spec``.
+  """
+  ins, outs = apart("i", node.ins), apart("o", node.outs)
+  sizes = sizes_in(node, ins, outs)
   return Spec(
     ins,
     outs,
@@ -37,24 +50,15 @@ def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = (), counted: bool
   )
 
 
-def _axes(side: str, shapes: Sequence[Sequence[Any]]) -> tuple[Axes, ...]:
-  return tuple(tuple(f"{side}{i}.{k}" for k in range(len(shape))) for i, shape in enumerate(shapes))
-
-
-def _sizes(node: Node) -> list[Any]:
-  return [n for value in (*node.ins, *node.outs) for n in value.shape]
-
-
-def random(node: Node, infos: Sequence[Any]) -> Spec:
+def random(node: Node, infos: Sequence[Info]) -> Spec:
   """Drawn whole and then selected from, so that the numbers stay those of the masked network."""
-  draws = tuple(Flops(tuple(map(str, axes))) for axes in opaque(node, "").outs)
-  return opaque(node, "", draws)
+  return opaque(node, "", tuple(map(Flops, apart("o", node.outs))))
 
 
-def spec_of(node: Node, infos: Sequence[Any]) -> Spec:
+def spec_of(node: Node, infos: Sequence[Info]) -> Spec:
   """The ``Spec`` of a node by the rule for its primitive; one that no rule knows is kept whole."""
   rule = rule_for(node.name)
-  spec = rule(node, infos) if rule else None
+  spec = ask(rule, node, infos) if rule else None
   return opaque(node, unknown(node.name), counted=False) if spec is None else spec
 
 
@@ -63,12 +67,12 @@ def unknown(name: str) -> str:
   return f"no rule for {name}"
 
 
-def silent(node: Node, infos: Sequence[Any]) -> Spec:
+def silent(node: Node, infos: Sequence[Info]) -> Spec:
   """Kept whole without a word."""
   return opaque(node, "")
 
 
 for name in SILENT:
-  register_rule(name, silent)
+  built_in(name, silent)
 for name in RANDOM:
-  register_rule(name, random)
+  built_in(name, random)

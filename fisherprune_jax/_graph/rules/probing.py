@@ -11,6 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.compat import Primitive
+from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.program import Node
+
 SIGNED_AT_WILL = frozenset({"max", "min", "clamp"})
 """Of +0 and -0 XLA may take either, here one and there the other."""
 
@@ -29,7 +34,7 @@ class Zeros(NamedTuple):
   blind: frozenset[int]
 
 
-def probe(node: Any, infos: Sequence[Any]) -> Zeros:
+def probe(node: Node, infos: Sequence[Info]) -> Zeros:
   """Asks the primitive of ``node``, of operands that are constants where ``infos`` say so."""
   operands = tuple(
     (np.dtype(value.aval.dtype), None if info.const is None else np.asarray(info.const).item())
@@ -45,12 +50,11 @@ def probe(node: Any, infos: Sequence[Any]) -> Zeros:
 
 
 @functools.lru_cache(maxsize=4096)
-def _ask(primitive: Any, params: Any, operands: Any) -> Zeros:
+def _ask(primitive: Primitive, params: Any, operands: Any) -> Zeros:
   axes = [_numbers(dtype, const) for dtype, const in operands]
   with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
     grid = [jnp.asarray(x) for x in np.meshgrid(*axes, indexing="ij")]
-    out = primitive.bind(*grid, **primitive.get_bind_params(dict(params)))
-    result = np.asarray(out[0] if primitive.multiple_results else out)
+    result = np.asarray(compat.apply(primitive, grid, dict(params))[0])
   # Half precision of several kinds has no place in NumPy's own tests of signs; float64 holds all of them.
   result = result if np.iscomplexobj(result) else result.astype(np.float64)
   signs = [_sign(result, at, axis) for at, axis in enumerate(axes)]

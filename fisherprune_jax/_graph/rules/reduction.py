@@ -2,34 +2,41 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.compat import Params
+from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import built_in
+from fisherprune_jax._graph.rules.naming import mixed_of, side, sized
 from fisherprune_jax._graph.rules.taps import Slide, meets_all, met
 from fisherprune_jax._graph.rules.weights import weight
-from fisherprune_jax._graph.spec import Factor, Flops, Spec, names_of, register_rule
+from fisherprune_jax._graph.spec import Factor, Flops, Spec, names_of
+from fisherprune_jax._types import Size
 
 # Zeros add nothing to these; the others have to see them.
-SUMS = ["reduce_sum", "reduce_or", "reduce_xor", "psum"]
+SUMS = ["reduce_sum", "reduce_or", "reduce_xor"]
 # Of entries that are all zero, argmax and argmin give the first: position zero.
-CHOICES = ["reduce_max", "reduce_min", "reduce_and", "reduce_prod", "argmax", "argmin", "pmax", "pmin"]
+CHOICES = ["reduce_max", "reduce_min", "reduce_and", "reduce_prod", "argmax", "argmin"]
+COLLECTIVE_SUM = "psum"
+COLLECTIVES = [COLLECTIVE_SUM, "pmax", "pmin"]
 PLACES = ["argmax", "argmin"]
 CUMULATIVE = ["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"]
 WINDOWS = ["reduce_window_sum", "reduce_window_max", "reduce_window_min"]
 
 
-def reduction(node: Any, infos: Sequence[Any]) -> Spec:
+def reduction(node: Node, infos: Sequence[Info]) -> Spec:
   """``b c -> b``: reduced axes are contracted; only a sum can do without its zeros."""
   shape = node.ins[0].shape
   names = names_of(shape)
   reduced = frozenset(names[axis] for axis in node.params["axes"])
   outs = tuple(f for f in names if f not in reduced)
   terms = [shape[axis] for axis in node.params["axes"]]
-  sums = node.name in SUMS
+  sums = node.name in (*SUMS, COLLECTIVE_SUM)
   return Spec(
     ins=(names,),
     outs=(outs,),
-    sizes=dict(zip(names, shape, strict=True)),
+    sizes=sized((names, shape)),
     # Over nothing a sum is zero; a product is one, a maximum the least number that there is.
     alive=frozenset() if sums or not _has(terms, 0) else frozenset(outs),
     whole=frozenset() if sums else reduced,
@@ -42,22 +49,22 @@ def reduction(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def _is(size: Any, number: int) -> bool:
+def _is(size: Size, number: int) -> bool:
   return compat.is_static_size(size) and size == number
 
 
-def _has(sizes: Sequence[Any], number: int) -> bool:
+def _has(sizes: Sequence[Size], number: int) -> bool:
   return any(_is(size, number) for size in sizes)
 
 
-def collective(node: Any, infos: Sequence[Any]) -> Spec | None:
+def collective(node: Node, infos: Sequence[Info]) -> Spec | None:
   """``b c -> b``: a reduction over axes that ``vmap`` has put in the place of names."""
   plain = all(isinstance(axis, int) for axis in node.params["axes"])
   alone = len(node.ins) == 1 and node.params["axis_index_groups"] is None
   return reduction(node, infos) if plain and alone else None
 
 
-def reduction_by(node: Any, infos: Sequence[Any]) -> Spec:
+def reduction_by(node: Node, infos: Sequence[Info]) -> Spec:
   """``b c, b c, 1, 1 -> b, b``: by a function of one's own, of which nothing is known."""
   shape, arrays = node.ins[0].shape, len(node.ins) // 2
   names = names_of(shape)
@@ -66,7 +73,7 @@ def reduction_by(node: Any, infos: Sequence[Any]) -> Spec:
   return Spec(
     ins=(names,) * arrays + ((),) * arrays,
     outs=(outs,) * arrays,
-    sizes=dict(zip(names, shape, strict=True)),
+    sizes=sized((names, shape)),
     alive=frozenset(outs),
     whole=reduced,
     flops=(Flops(names, scale=arrays * weight(node)),),
@@ -75,7 +82,7 @@ def reduction_by(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def along_axis(node: Any, infos: Sequence[Any]) -> Spec:
+def along_axis(node: Node, infos: Sequence[Info]) -> Spec:
   """Cumulative operations and ``sort``: one axis whole, the others elementwise."""
   shape = node.ins[0].shape
   names = names_of(shape)
@@ -84,7 +91,7 @@ def along_axis(node: Any, infos: Sequence[Any]) -> Spec:
   return Spec(
     ins=(names,) * len(node.ins),
     outs=(names,) * len(node.outs),
-    sizes=dict(zip(names, shape, strict=True)),
+    sizes=sized((names, shape)),
     whole=frozenset({axis}),
     alive=frozenset() if keeps_zero else frozenset(names),
     flops=(Flops(names, scale=len(node.ins) * weight(node)),),
@@ -92,7 +99,7 @@ def along_axis(node: Any, infos: Sequence[Any]) -> Spec:
   )
 
 
-def window(node: Any, infos: Sequence[Any]) -> Spec:
+def window(node: Node, infos: Sequence[Info]) -> Spec:
   """``a s -> a t``: axes that the window does not span are elementwise, the others whole."""
   keeps_zero = node.name == "reduce_window_sum" or not any(
     spans(node.params, axis) and _has_empty_window(node, axis) for axis in range(len(node.ins[0].shape))
@@ -100,13 +107,13 @@ def window(node: Any, infos: Sequence[Any]) -> Spec:
   return _windowed(node, 1, keeps_zero, f"{node.name} along the masked axis")
 
 
-def _has_empty_window(node: Any, axis: int) -> bool:
+def _has_empty_window(node: Node, axis: int) -> bool:
   """Whether some window along an axis holds padding and gaps alone, of which a maximum is the least number."""
   slide = _slide(node, axis)
   return slide is None or not met(slide).all()
 
 
-def _slide(node: Any, axis: int) -> Slide | None:
+def _slide(node: Node, axis: int) -> Slide | None:
   """How a window goes along an axis; None where sizes are symbols."""
   size, places = node.ins[0].shape[axis], node.outs[0].shape[axis]
   if not (compat.is_static_size(size) and compat.is_static_size(places)):
@@ -116,21 +123,20 @@ def _slide(node: Any, axis: int) -> Slide | None:
   return Slide(places, stride, taps, step, size, gap, node.params["padding"][axis][0])
 
 
-def window_by(node: Any, infos: Sequence[Any]) -> Spec:
+def window_by(node: Node, infos: Sequence[Info]) -> Spec:
   """``a s, a s, 1, 1 -> a t, a t``: by a function of one's own, of which nothing is known."""
   return _windowed(node, len(node.ins) // 2, False, f"{node.name} by an unknown function")
 
 
-def _windowed(node: Any, arrays: int, keeps_zero: bool, reason: str) -> Spec:
+def _windowed(node: Node, arrays: int, keeps_zero: bool, reason: str) -> Spec:
   shape, out = node.ins[0].shape, node.outs[0].shape
   spanned = [spans(node.params, axis) for axis in range(len(shape))]
-  ins = tuple(f"s{i}" if span else f"d{i}" for i, span in enumerate(spanned))
-  outs = tuple(f"t{i}" if span else f"d{i}" for i, span in enumerate(spanned))
+  ins, outs = side("s", spanned), side("t", spanned)
   return Spec(
     ins=(ins,) * arrays + ((),) * (len(node.ins) - arrays),
     outs=(outs,) * arrays,
-    sizes={**dict(zip(ins, shape, strict=True)), **dict(zip(outs, out, strict=True))},
-    whole=frozenset(f for f in (*ins, *outs) if not f.startswith("d")),
+    sizes=sized((ins, shape), (outs, out)),
+    whole=mixed_of((*ins, *outs)),
     alive=frozenset() if keeps_zero else frozenset(outs),
     flops=_of_windows(node, outs, arrays * weight(node)),
     opaque=reason,
@@ -138,19 +144,20 @@ def _windowed(node: Any, arrays: int, keeps_zero: bool, reason: str) -> Spec:
   )
 
 
-def _of_windows(node: Any, outs: Sequence[Factor], scale: int) -> tuple[Flops, ...]:
+def _of_windows(node: Node, outs: Sequence[Factor], scale: int) -> tuple[Flops, ...]:
   """One operation for each tap; those on padding, and between entries, count or do not."""
   taps = math.prod(node.params["window_dimensions"])
-  slides = [_slide(node, axis) for axis, f in enumerate(outs) if f.startswith("t")]
+  spanned = mixed_of(outs)
+  slides = [_slide(node, axis) for axis, f in enumerate(outs) if f in spanned]
   known = [slide for slide in slides if slide is not None]
   if len(known) < len(slides) or meets_all(known):
     return (Flops(tuple(outs), scale=scale * taps),)
   exact = math.prod(int(met(slide).sum()) for slide in known)
-  free = tuple(f for f in outs if not f.startswith("t"))
+  free = tuple(f for f in outs if f not in spanned)
   return (Flops(tuple(outs), scale=scale * taps, pads=True), Flops(free, scale=scale * exact, pads=False))
 
 
-def spans(params: dict[str, Any], axis: int) -> bool:
+def spans(params: Params, axis: int) -> bool:
   """Whether a window reaches over more than one entry along an axis, or changes its size."""
   plain = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
   return any(name in params and params[name][axis] != 1 for name in plain) or tuple(
@@ -160,15 +167,15 @@ def spans(params: dict[str, Any], axis: int) -> bool:
 
 def _register() -> None:
   for name in SUMS + CHOICES:
-    register_rule(name, reduction)
-  for name in ("psum", "pmax", "pmin"):
-    register_rule(name, collective)
-  register_rule("reduce", reduction_by)
-  register_rule("reduce_window", window_by)
+    built_in(name, reduction)
+  for name in COLLECTIVES:
+    built_in(name, collective)
+  built_in("reduce", reduction_by)
+  built_in("reduce_window", window_by)
   for name in [*CUMULATIVE, "sort"]:
-    register_rule(name, along_axis)
+    built_in(name, along_axis)
   for name in WINDOWS:
-    register_rule(name, window)
+    built_in(name, window)
 
 
 _register()

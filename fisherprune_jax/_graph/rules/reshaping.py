@@ -4,10 +4,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.spec import Axis, Factor, Prod, Spec, register_rule
+from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import built_in
+from fisherprune_jax._graph.spec import Axis, Factor, Prod, Sizes, Spec
+from fisherprune_jax._types import Size
 
 
 @dataclass
@@ -16,10 +19,10 @@ class _Factors:
 
   ins: list[list[Factor]]
   outs: list[list[Factor]]
-  sizes: dict[Factor, Any] = field(default_factory=dict)
+  sizes: Sizes = field(default_factory=dict)
   whole: set[Factor] = field(default_factory=set)
 
-  def add(self, size: Any, i: int | None, j: int | None) -> None:
+  def add(self, size: Size, i: int | None, j: int | None) -> None:
     """Adds a factor of operand axis ``i`` and result axis ``j``; one of a single side stays whole."""
     name = f"f{len(self.sizes)}"
     self.sizes[name] = size
@@ -31,7 +34,7 @@ class _Factors:
       self.whole.add(name)
 
 
-def reshape(node: Any, infos: Sequence[Any]) -> Spec:
+def reshape(node: Node, infos: Sequence[Info]) -> Spec:
   """``a b c d -> a (b c) d`` and back, of axes in the order that it reads them."""
   shape = node.ins[0].shape
   order = node.params.get("dimensions") or range(len(shape))
@@ -56,7 +59,7 @@ def _axis(parts: list[Factor]) -> Axis:
   return parts[0] if len(parts) == 1 else Prod(tuple(parts))
 
 
-def factorise(before: Sequence[Any], after: Sequence[Any]) -> _Factors:
+def factorise(before: Sequence[Size], after: Sequence[Size]) -> _Factors:
   """The common factors of two shapes of one size, outermost first."""
   found = _Factors([[] for _ in before], [[] for _ in after])
   rows, columns = list(range(len(before))), list(range(len(after)))
@@ -73,16 +76,18 @@ def factorise(before: Sequence[Any], after: Sequence[Any]) -> _Factors:
   return found
 
 
-def _is_one(n: Any) -> bool:
+def _is_one(n: Size) -> bool:
   return compat.is_static_size(n) and n == 1
 
 
-def _holds_nothing(shape: Sequence[Any]) -> bool:
+def _holds_nothing(shape: Sequence[Size]) -> bool:
   """Whether a size is 0: then the others say nothing of each other."""
   return any(compat.is_static_size(n) and n == 0 for n in shape)
 
 
-def _middle(found: _Factors, rows: list[int], columns: list[int], before: Any, after: Any) -> None:
+def _middle(
+  found: _Factors, rows: list[int], columns: list[int], before: Sequence[Size], after: Sequence[Size]
+) -> None:
   left, right = [before[i] for i in rows], [after[j] for j in columns]
   if _holds_nothing(before) and math.prod(left) != math.prod(right):
     _keep_whole(found, [(i, before[i]) for i in rows], [(j, after[j]) for j in columns])
@@ -127,11 +132,11 @@ def _within(axes: list[int], suffixes: list[int], outer: int, inner: int) -> lis
   return [(axis, a // b) for axis, a, b in spans if inner <= b and a <= outer]
 
 
-def _keep_whole(found: _Factors, ins: list[tuple[int, Any]], outs: list[tuple[int, Any]]) -> None:
+def _keep_whole(found: _Factors, ins: list[tuple[int, Size]], outs: list[tuple[int, Size]]) -> None:
   for i, n in ins:
     found.add(n, i, None)
   for j, n in outs:
     found.add(n, None, j)
 
 
-register_rule("reshape", reshape)
+built_in("reshape", reshape)

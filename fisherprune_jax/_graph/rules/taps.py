@@ -5,7 +5,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -36,7 +36,7 @@ class Slide(NamedTuple):
 def met(slide: Slide) -> np.ndarray:
   """For each place, how many taps fall on an entry, and not on padding or between two entries."""
 
-  def meets(at: Any) -> Any:
+  def meets(at: np.ndarray) -> np.ndarray:
     return (at % slide.distance == 0) & (at >= 0) & (at <= slide.distance * (slide.entries - 1))
 
   places = np.arange(slide.places) * slide.stride - slide.before

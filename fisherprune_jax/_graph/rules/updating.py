@@ -2,31 +2,32 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
+from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.registry import built_in
+from fisherprune_jax._graph.rules.naming import mixed_of, side, sized, sizes_in
 from fisherprune_jax._graph.rules.reduction import spans
 from fisherprune_jax._graph.rules.weights import weight
-from fisherprune_jax._graph.spec import Axes, Factor, Flops, Spec, register_rule
+from fisherprune_jax._graph.spec import Factor, Flops, Spec
 
 
-def dynamic_update_slice(node: Any, infos: Sequence[Any]) -> Spec:
+def dynamic_update_slice(node: Node, infos: Sequence[Info]) -> Spec:
   """``a b, a b' -> a b``: axes that the update spans are elementwise, the others whole."""
   (operand, update), starts = (value.shape for value in node.ins[:2]), node.ins[2:]
-  full = [n == m for n, m in zip(operand, update, strict=True)]
-  outs = tuple(f"d{i}" if same else f"s{i}" for i, same in enumerate(full))
-  ins = tuple(f"d{i}" if same else f"u{i}" for i, same in enumerate(full))
-  sizes = {**dict(zip(outs, operand, strict=True)), **dict(zip(ins, update, strict=True))}
+  partly = [n != m for n, m in zip(operand, update, strict=True)]
+  outs, ins = side("s", partly), side("u", partly)
   return Spec(
     ins=(outs, ins, *((),) * len(starts)),
     outs=(outs,),
-    sizes=sizes,
+    sizes=sized((outs, operand), (ins, update)),
     neutral=frozenset(range(2, len(node.ins))),
-    whole=frozenset(f for f in sizes if not f.startswith("d")),
+    whole=mixed_of((*outs, *ins)),
     opaque="a dynamic update along the masked axis",
   )
 
 
-def scatter(node: Any, infos: Sequence[Any]) -> Spec:
+def scatter(node: Node, infos: Sequence[Info]) -> Spec:
   """``v c, i, i c -> v c``: axes that every update spans are elementwise, the others whole."""
   numbers = node.params["dimension_numbers"]
   operand, indices, update = (value.shape for value in node.ins)
@@ -37,74 +38,64 @@ def scatter(node: Any, infos: Sequence[Any]) -> Spec:
   for axis, at in zip(kept, numbers.update_window_dims, strict=True):
     if operand[axis] == update[at] and axis not in numbers.scatter_dims_to_operand_dims:
       outs[axis] = ins[at] = f"d{axis}"
-  sizes = {**dict(zip(outs, operand, strict=True)), **dict(zip(ins, update, strict=True))}
   return Spec(
     ins=(tuple(outs), (None,) * len(indices), tuple(ins)),
     outs=(tuple(outs),),
-    sizes=sizes,
+    sizes=sized((tuple(outs), operand), (tuple(ins), update)),
     neutral=frozenset({1}),
-    whole=frozenset(f for f in sizes if not f.startswith("d")),
+    whole=mixed_of((*outs, *ins)),
     flops=() if node.name == "scatter" else (Flops(tuple(ins), scale=weight(node)),),
     opaque="a scatter along the masked axis",
   )
 
 
-def top_k(node: Any, infos: Sequence[Any]) -> Spec:
+def top_k(node: Node, infos: Sequence[Info]) -> Spec:
   """``a s -> a t, a t``: both whole; positions are among the results, so no zero of them is known."""
   shape = node.ins[0].shape
   axis = node.params["reduction_dimension" if node.name == "approx_top_k" else "axis"] % len(shape)
-  ins = tuple(f"s{i}" if i == axis else f"d{i}" for i in range(len(shape)))
-  outs = tuple(f"t{i}" if i == axis else f"d{i}" for i in range(len(shape)))
-  sizes = {**dict(zip(ins, shape, strict=True)), **dict(zip(outs, node.outs[0].shape, strict=True))}
+  ordered = [i == axis for i in range(len(shape))]
+  ins, outs = side("s", ordered), side("t", ordered)
   return Spec(
     ins=(ins,),
     outs=(outs, outs),
-    sizes=sizes,
+    sizes=sized((ins, shape), (outs, node.outs[0].shape)),
     alive=frozenset(outs),
-    whole=frozenset({ins[axis], outs[axis]}),
+    whole=mixed_of((*ins, *outs)),
     flops=(Flops(ins),),
     opaque=f"{node.name} gives positions",
     sees=frozenset({0}),  # it takes +0 before -0
   )
 
 
-def select_and(node: Any, infos: Sequence[Any]) -> Spec:
+def select_and(node: Node, infos: Sequence[Info]) -> Spec:
   """``a t, a s -> a s`` or ``a s, a s -> a t``: moved by where operand 1, whose zeros are mute, has its maxima."""
   spanned = [spans(node.params, axis) for axis in range(len(node.ins[1].shape))]
-
-  def axes(letter: str) -> Axes:
-    return tuple(f"{letter}{i}" if span else f"d{i}" for i, span in enumerate(spanned))
-
+  entries, places = side("s", spanned), side("t", spanned)
   scatters = node.name.startswith("select_and_scatter")
-  ins = (axes("t"), axes("s")) if scatters else (axes("s"), axes("s"))
-  outs = axes("s") if scatters else axes("t")
-  shaped = [*zip(ins, node.ins, strict=True), (outs, node.outs[0])]
-  sizes = {str(f): n for names, value in shaped for f, n in zip(names, value.shape, strict=True)}
+  ins, outs = ((places, entries), entries) if scatters else ((entries, entries), places)
   window = math.prod(node.params["window_dimensions"])
   return Spec(
     ins=ins,
     outs=(outs,),
-    sizes=sizes,
+    sizes=sizes_in(node, ins, (outs,)),
     neutral=frozenset({1}),
-    whole=frozenset(f for f in sizes if not f.startswith("d")),
-    flops=(Flops(tuple(map(str, axes("t"))), scale=window),),
+    whole=mixed_of((*entries, *places)),
+    flops=(Flops(places, scale=window),),
     opaque=f"{node.name} along the masked axis",
   )
 
 
-def select_and_scatter(node: Any, infos: Sequence[Any]) -> Spec:
+def select_and_scatter(node: Node, infos: Sequence[Info]) -> Spec:
   """``a s, a t, 1 -> a s``: by functions of one's own, of which nothing is known."""
   shape, source = node.ins[0].shape, node.ins[1].shape
   spanned = [spans(node.params, axis) for axis in range(len(shape))]
-  outs = tuple(f"s{i}" if span else f"d{i}" for i, span in enumerate(spanned))
-  ins = tuple(f"t{i}" if span else f"d{i}" for i, span in enumerate(spanned))
-  sizes = {**dict(zip(outs, shape, strict=True)), **dict(zip(ins, source, strict=True))}
+  outs, ins = side("s", spanned), side("t", spanned)
   return Spec(
     ins=(outs, ins, ()),
     outs=(outs,),
-    sizes=sizes,
+    sizes=sized((outs, shape), (ins, source)),
     alive=frozenset(outs),
-    whole=frozenset(f for f in sizes if not f.startswith("d")),
+    whole=mixed_of((*outs, *ins)),
     flops=(Flops(ins, scale=math.prod(node.params["window_dimensions"])),),
     opaque=f"{node.name} by an unknown function",
     sees=frozenset({0, 1}),
@@ -112,10 +103,10 @@ def select_and_scatter(node: Any, infos: Sequence[Any]) -> Spec:
 
 
 for name in ("scatter", "scatter-add", "scatter-sub", "scatter-mul", "scatter-min", "scatter-max"):
-  register_rule(name, scatter)
-register_rule("dynamic_update_slice", dynamic_update_slice)
-register_rule("top_k", top_k)
-register_rule("approx_top_k", top_k)
-register_rule("select_and_scatter", select_and_scatter)
-register_rule("select_and_scatter_add", select_and)
-register_rule("select_and_gather_add", select_and)
+  built_in(name, scatter)
+built_in("dynamic_update_slice", dynamic_update_slice)
+built_in("top_k", top_k)
+built_in("approx_top_k", top_k)
+built_in("select_and_scatter", select_and_scatter)
+built_in("select_and_scatter_add", select_and)
+built_in("select_and_gather_add", select_and)

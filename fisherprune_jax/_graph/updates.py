@@ -6,48 +6,50 @@ somebody else asks for; what is asked there is what the output gets.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from fisherprune_jax._graph import sets
+from fisherprune_jax._graph import liveness, sets
 from fisherprune_jax._graph.facts import Box, Info, whole_box
-from fisherprune_jax._graph.liveness import Liveness, analyse
+from fisherprune_jax._graph.liveness import Liveness, Rules
+from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 
-Links = dict[int, int]
+Sources = dict[Value, list[tuple[Node, int]]]
+"""For each value the nodes that compute it, and as which of their results."""
+Updates = dict[int, int]
 """Which output (by position) replaces which input."""
 
 
-def analyse_linked(
+def analyse(
   program: Program,
   infos: Sequence[Info],
-  links: Links,
-  rules: Callable[[Node, Sequence[Info]], Any],
-  drop_masks: bool,
+  updates: Updates,
+  rules: Rules,
+  policy: MaskPolicy,
   asked_of: Callable[[Value], Box] = lambda value: whole_box(value.shape),
   subs: dict[Node, list[Program]] | None = None,
 ) -> tuple[Liveness, dict[int, Box]]:
-  """Finds what is live if linked outputs ask for nothing of their own, and others for what ``asked_of`` says.
+  """Finds what is live if outputs that replace variables ask for nothing of their own, and others for what ``asked_of`` says.
 
   Returns:
-    The liveness, and for every linked output what it shows: what is stored of its input.
+    The liveness, and for every such output the entries that come back: what is stored of its input.
   """
 
   def run(boxes: dict[int, Box | None]) -> Liveness:
     asked = [boxes[at] if at in boxes else asked_of(value) for at, value in enumerate(program.outputs)]
-    return analyse(program, infos, asked, rules, drop_masks, subs)
+    return liveness.analyse(program, infos, asked, rules, policy, subs)
 
-  live = run(dict.fromkeys(links))
-  if not links:
+  live = run(dict.fromkeys(updates))
+  if not updates:
     return live, {}
   sources = _sources(program)
-  shown = {at: _asked_of_producers(program.outputs[at], live, sources) for at in links}
+  returned = {at: _asked_of_producers(program.outputs[at], live, sources) for at in updates}
   while True:
-    live = run(dict(shown))
-    grown = {at: _join(box, live, program.inputs[links[at]]) for at, box in shown.items()}
-    if grown == shown:  # sets are interned, so equal ones are the same object
-      return live, shown
-    shown = grown
+    live = run(dict(returned))
+    grown = {at: _join(box, live, program.inputs[updates[at]]) for at, box in returned.items()}
+    if grown == returned:  # sets are interned, so equal ones are the same object
+      return live, returned
+    returned = grown
 
 
 def _join(box: Box, live: Liveness, value: Value) -> Box:
@@ -56,20 +58,20 @@ def _join(box: Box, live: Liveness, value: Value) -> Box:
   return tuple(map(sets.union, box, live.stored(value)))
 
 
-def _sources(program: Program) -> dict[Value, list[tuple[Node, int]]]:
+def _sources(program: Program) -> Sources:
   """For each value the node that computes it, and as which of its results."""
-  found: dict[Value, list[tuple[Node, int]]] = {}
+  found: Sources = {}
   for node in program.nodes:
     for at, out in enumerate(node.outs):
       found.setdefault(out, []).append((node, at))
   return found
 
 
-def _asked_of_producers(value: Value, live: Liveness, sources: Any) -> Box:
+def _asked_of_producers(value: Value, live: Liveness, sources: Sources) -> Box:
   return tuple(_follow(value, axis, live, sources) for axis in range(len(value.shape)))
 
 
-def _follow(value: Value, axis: int, live: Liveness, sources: Any) -> Set:
+def _follow(value: Value, axis: int, live: Liveness, sources: Sources) -> Set:
   """What is asked, along one axis of a value, of the nearest producers that somebody asks for."""
   pending, seen, found = [(value, axis)], set(), []
   while pending:
@@ -84,7 +86,7 @@ def _follow(value: Value, axis: int, live: Liveness, sources: Any) -> Set:
   return sets.union(*found) if found else sets.everything(value.shape[axis])
 
 
-def _back(value: Value, axis: int, live: Liveness, sources: Any) -> list[tuple[Value, int]]:
+def _back(value: Value, axis: int, live: Liveness, sources: Sources) -> list[tuple[Value, int]]:
   """The operands' axes that an axis of a value comes from unchanged."""
   out = []
   for node, at in sources.get(value, []):

@@ -12,12 +12,12 @@ from fisherprune_jax._graph.spec import Factor, Flops
 
 
 class Term(NamedTuple):
-  """``scale * prod |outer| * max(2 K - 1, 0)`` with ``K = terms * prod |inner|``; no last factor if None."""
+  """``scale * prod |outer| * max(2 K - 1, 0)`` with ``K = taps * prod |inner|``; no last factor if None."""
 
   scale: int
   outer: tuple[Set, ...]
   inner: tuple[Set, ...] | None = None
-  terms: int = 1
+  taps: int = 1
 
   @property
   def key(self) -> Any:
@@ -30,10 +30,10 @@ def term(flops: Flops, factors: dict[Factor, Set]) -> Term:
   scale, outer = _split_constants(flops.scale, [factors[f] for f in flops.outer])
   if flops.inner is None:
     return Term(scale, outer)
-  terms, inner = _split_constants(flops.terms, [factors[f] for f in flops.inner])
+  taps, inner = _split_constants(flops.taps, [factors[f] for f in flops.inner])
   if inner:
-    return Term(scale, outer, inner, terms)
-  return Term(scale * max(2 * terms - 1, 0), outer)
+    return Term(scale, outer, inner, taps)
+  return Term(scale * max(2 * taps - 1, 0), outer)
 
 
 def _split_constants(number: int, found: Iterable[Set]) -> tuple[int, tuple[Set, ...]]:
@@ -84,7 +84,7 @@ def total(terms: Terms, ev: Evaluation) -> Any:
     for s in t.outer:
       value = value * number(ev.count(s))
     if t.inner is not None:
-      inner = number(t.terms)
+      inner = number(t.taps)
       for s in t.inner:
         inner = inner * number(ev.count(s))
       value = value * number(ev.xp.maximum(2 * inner - 1, 0))

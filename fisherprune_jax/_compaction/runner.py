@@ -1,0 +1,90 @@
+"""Running what a plan keeps, at any shapes of the arguments."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from fisherprune_jax._compaction.kept import Kept, keep
+from fisherprune_jax._compaction.plan import Plan
+from fisherprune_jax._errors import Path
+from fisherprune_jax._graph.blockers import not_covered
+from fisherprune_jax._graph.execute import Held, Run
+from fisherprune_jax._graph.facts import Box, whole_box
+from fisherprune_jax._graph.policy import MaskPolicy
+from fisherprune_jax._graph.traced import Analysis, Traced, trace_apply
+from fisherprune_jax._graph.variables import VariableTree, signature
+from fisherprune_jax._types import ApplyFn, Array, PyTree
+
+
+class Runner:
+  """The function of a plan: ``runner(variables, args)`` on compact variables.
+
+  Args:
+    apply_fn: the function that the plan was made for.
+    plan: what is kept.
+    traced: the function as it was traced for the plan,
+    args: with these arguments.
+  """
+
+  def __init__(self, apply_fn: ApplyFn, plan: Plan, traced: Traced, args: Sequence[PyTree]) -> None:
+    self._apply_fn, self._plan = apply_fn, plan
+    self._first = traced.analyse(plan.policy)
+    # It is added to while a new shape is traced, which leaves nothing of that trace behind: the program for a shape
+    # depends on shapes alone, and whoever traces this one again (for a gradient, say) need not trace the function too.
+    self._analyses = {signature((plan.tree.variables, args)): self._first}
+    self._call = jax.jit(self._run)
+
+  def __call__(self, variables: PyTree, args: Sequence[PyTree]) -> PyTree:
+    """The outputs of the function, from compact variables."""
+    return self._call(variables, args)
+
+  def _run(self, variables: PyTree, args: Sequence[PyTree]) -> PyTree:
+    plan = self._plan
+    full = plan.complete(variables)
+    kept = jax.tree_util.tree_map_with_path(self._as_given, plan.kept, full)
+    analysis = self._analysis(full, kept, args)
+    given, leaves = jax.tree.leaves(full), jax.tree.leaves(args)
+    boxes = [k.held for k in jax.tree.leaves(kept)]
+    held: list[Held] = [
+      whole_box(np.shape(x)) if left_out else box
+      for x, box, left_out in zip(given, boxes, plan.left_out, strict=True)
+    ]
+    held += [whole_box(np.shape(x)) for x in leaves]
+    run = Run(analysis.program, analysis.live, plan.ev)
+    outputs = run([*given, *leaves], held, _wanted(analysis, boxes))
+    return jax.tree.unflatten(jax.tree.structure(analysis.traced.out_tree), outputs)
+
+  def _as_given(self, path: Path, kept: Kept, leaf: Array) -> Kept:
+    """What is kept of a variable as it is given: masks may come per example."""
+    per_example = self._plan.policy is MaskPolicy.KEEP and self._plan.tree.is_mask(path)
+    return kept.per_example(leaf) if per_example else kept
+
+  def _analysis(self, full: PyTree, kept: PyTree, args: Sequence[PyTree]) -> Analysis:
+    """What is live for these shapes; the function is traced where they are new."""
+    shapes = jax.tree.map(lambda k, x: jax.ShapeDtypeStruct(k.shape, x.dtype), kept, full)
+    key = signature((shapes, args))
+    if key not in self._analyses:
+      tree = VariableTree(shapes, self._plan.tree.masks)
+      ranks = [np.ndim(mask) for mask in self._plan.tree.mask_leaves]
+      traced = trace_apply(self._apply_fn, tree, args, self._plan.updates, ranks)
+      self._analyses[key] = self._checked(traced.analyse(self._plan.policy), kept)
+    return self._analyses[key]
+
+  def _checked(self, analysis: Analysis, kept: PyTree) -> Analysis:
+    """Raises if the program for another shape needs what was removed for the first one."""
+    leaves = jax.tree_util.tree_leaves_with_path(kept)
+    for value, left_out, (path, have) in zip(analysis.variables, self._plan.left_out, leaves, strict=True):
+      needed = value in analysis.live.asked and not left_out
+      if needed and not have.covers(keep(value, analysis.live, self._plan.ev)):
+        raise ValueError(not_covered(path, analysis, self._first))
+    return analysis
+
+
+def _wanted(analysis: Analysis, boxes: Sequence[Box]) -> list[Box]:
+  """The entries of every output that come back: of one that replaces a variable, what that holds."""
+  updates = analysis.traced.updates
+  return [
+    boxes[updates[at]] if at in updates else whole_box(value.shape)
+    for at, value in enumerate(analysis.program.outputs)
+  ]

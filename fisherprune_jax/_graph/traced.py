@@ -1,0 +1,149 @@
+"""A user's apply function: traced once, and analysed by policy where somebody asks."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import jax
+
+from fisherprune_jax._errors import path_name
+from fisherprune_jax._graph import control as control
+from fisherprune_jax._graph import sets
+from fisherprune_jax._graph.facts import Box, Info, join, whole_box
+from fisherprune_jax._graph.liveness import Liveness, Rules
+from fisherprune_jax._graph.policy import MaskPolicy
+from fisherprune_jax._graph.program import Program, Value, trace
+from fisherprune_jax._graph.rules import spec_of
+from fisherprune_jax._graph.updates import analyse
+from fisherprune_jax._graph.variables import VariableTree, abstract
+from fisherprune_jax._types import ApplyFn, Picker, PyTree
+
+
+@dataclass(frozen=True, eq=False)
+class Traced:
+  """An apply function traced at given shapes.
+
+  Attributes:
+    program: what it computes.
+    variables: the values of the variables' leaves; the inputs after them are the arguments.
+    infos: what is known of the inputs.
+    out_tree: the structure of its result, of shapes.
+    updates: which output replaces which variable, by position.
+  """
+
+  program: Program
+  variables: list[Value]
+  infos: list[Info]
+  out_tree: PyTree
+  updates: dict[int, int]
+  _analyses: dict[MaskPolicy, "Analysis"] = field(default_factory=dict)
+
+  def analyse(self, policy: MaskPolicy = MaskPolicy.DROP) -> "Analysis":
+    """What is live in it for every possible mask; found once for each policy."""
+    if policy not in self._analyses:
+      others = [found.live.subs for found in self._analyses.values()]
+      found = analyse(self.program, self.infos, self.updates, spec_of, policy, subs=next(iter(others), None))
+      self._analyses[policy] = Analysis(self, *found)
+    return self._analyses[policy]
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+  """What is live in a traced function, as expressions over its masks.
+
+  Attributes:
+    traced: the function.
+    live: what is live in it.
+    returned: for an output that replaces a variable, the entries of it that come back.
+  """
+
+  traced: Traced
+  live: Liveness
+  returned: dict[int, Box]
+
+  @property
+  def program(self) -> Program:
+    """What the function computes."""
+    return self.traced.program
+
+  @property
+  def variables(self) -> list[Value]:
+    """The values of the variables' leaves."""
+    return self.traced.variables
+
+  def by_rules(self, rules: Rules, asked_of: Callable[[Value], Box]) -> Liveness:
+    """What would be live by other rules, if the outputs asked for something else; of the same values."""
+    live, traced = self.live, self.traced
+    return analyse(traced.program, traced.infos, traced.updates, rules, live.policy, asked_of, live.subs)[0]
+
+
+def trace_apply(
+  apply_fn: ApplyFn,
+  tree: VariableTree,
+  args: Sequence[PyTree],
+  updates: Picker | None = None,
+  ranks: Sequence[int] | None = None,
+) -> Traced:
+  """Traces ``apply_fn(variables, *args)``.
+
+  A mask of one axis more than ``ranks`` says has an example axis before its features. ``updates`` picks from the output
+  what replaces variables.
+  """
+  program, out_tree = trace(apply_fn, abstract(tree.variables), *abstract(tuple(args)))
+  count = len(tree.flags)
+  values = program.inputs[:count]
+  infos = _variable_infos(values, tree.flags, ranks or [len(mask.shape) for mask in tree.mask_leaves])
+  infos += [Info(whole_box(value.shape), varies=True) for value in program.inputs[count:]]
+  return Traced(program, values, infos, out_tree, _places(updates, out_tree, tree) if updates else {})
+
+
+def _places(updates: Picker, out_tree: PyTree, tree: VariableTree) -> dict[int, int]:
+  """Which leaf of the output replaces which leaf of the variables."""
+  shapes = [leaf.shape for leaf in jax.tree.leaves(out_tree)]
+  picked = updates(jax.tree.unflatten(jax.tree.structure(out_tree), range(len(shapes))))
+  places = {path_name(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
+  found = {}
+  for path, out in jax.tree_util.tree_leaves_with_path(picked):
+    at, shape = places.get(path_name(path), (None, None))
+    if at is None or shapes[out] != shape:
+      raise ValueError(
+        f"updates must pick from the output what replaces entries of `variables`, got {path_name(path)} of shape "
+        f"{shapes[out]}, where the variables have {shape or 'no such entry'}. With mutable=['batch_stats'], "
+        "say updates=lambda out: out[1]."
+      )
+    found[out] = at
+  return found
+
+
+def _variable_infos(values: Sequence[Value], flags: Sequence[bool], ranks: Sequence[int]) -> list[Info]:
+  infos, position = [], 0
+  for value, is_mask in zip(values, flags, strict=True):
+    infos.append(
+      _mask_info(position, value.shape, ranks[position]) if is_mask else Info(whole_box(value.shape))
+    )
+    position += is_mask
+  return infos
+
+
+def _mask_info(position: int, shape: tuple[int, ...], rank: int) -> Info:
+  if len(shape) > rank:
+    return _with_examples(_mask_info(position, (*shape[:-2], shape[-1]), rank), shape[-2])
+  leaves = [
+    Info((sets.leaf((position, layer), shape[-1]),), mask=True) for layer in range(math.prod(shape[:-1]))
+  ]
+  for size in reversed(shape[:-1]):
+    leaves = [_stack_of(leaves[start : start + size]) for start in range(0, len(leaves), size)]
+  (info,) = leaves
+  return info
+
+
+def _with_examples(info: Info, size: int) -> Info:
+  """The same mask for each of several examples."""
+  layers = info.layers and tuple(_with_examples(layer, size) for layer in info.layers)
+  return info._replace(possible=(*info.possible[:-1], *whole_box((size,)), info.possible[-1]), layers=layers)
+
+
+def _stack_of(layers: list[Info]) -> Info:
+  return Info(
+    (*whole_box((len(layers),)), *join(*(layer.possible for layer in layers))), layers=tuple(layers)
+  )

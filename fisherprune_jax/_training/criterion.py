@@ -1,0 +1,182 @@
+"""What says how much each feature matters: criteria, of which Fisher's is the first."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fisherprune_jax._errors import describe, path_name, require, require_same_tree
+from fisherprune_jax._training.gradients import check_gradients, check_weights
+from fisherprune_jax._types import AxisNames, MaskGrads, Masks, PyTree
+
+CHECKS: dict[str, Callable[[Any, Masks, AxisNames], None]] = {
+  "mask_grads": check_gradients,
+  "example_weights": lambda weights, masks, axis_name: check_weights(weights),
+}
+"""What is required of an argument of ``update``, whichever criterion it is for: ``check(value, masks, axis_name)``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+  r"""How much each feature matters, for ``fp.fisher_prune(cost, method=criterion)``.
+
+  At every update ``signal`` says of each feature what the loss would lose with it, by what it finds in that batch.
+  The score is the bias-corrected running mean of these signals,
+
+  .. math:: s_t \leftarrow decay_t \, s_{t-1} + (1 - decay_t) \, signal_t, \qquad
+    score_t = \frac{s_t}{1 - \prod_{i \le t} decay_i}
+
+  and the feature goes whose score is smallest for its cost. A signal that is not finite changes no score. Any other
+  weighted mean is a schedule of ``decay``: that of all batches alike is ``decay=lambda n: (n - 1) / n``.
+
+  Attributes:
+    signal: ``signal(**arguments)``, called by keyword with the arguments that ``needs`` and ``takes`` name; returns a tree
+      like the masks, one number per feature. It must be jit-able.
+    name: what it is called in errors.
+    needs: names of arguments that must not be None. They are those of ``tx.update``: ``"updates"``, ``"params"``, and
+      whatever is passed to it by keyword, as ``"mask_grads"``; or ``"masks"`` (as they stand), ``"step"`` (from 1) and
+      ``"axis_name"`` (the option).
+    takes: names of arguments that may be missing; they are None then.
+    averaged: whether the score is the running mean; else it is the last signal, whatever the ``decay``.
+    unit: of the signal, as tables show it.
+
+  Raises:
+    TypeError: for a ``signal`` that cannot be called, or names that are no tuple of strings.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> ranking = {"m": jnp.array([2.0, 3.0, 1.0])}
+  >>> mine = fp.Criterion(lambda: ranking, name="ranked by hand", averaged=False, unit="places")
+  >>> cost = fp.CostModel.from_functions(
+  ...   {"m": jnp.ones(3)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
+  >>> tx = fp.fisher_prune(cost, prune_every=1, method=mine)
+  >>> _, state = tx.update({}, tx.init({}))
+  >>> fp.get_masks(state)["m"]
+  Array([1., 1., 0.], dtype=float32)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+
+    Molchanov et al., `Pruning convolutional neural networks for resource efficient inference
+    <https://arxiv.org/abs/1611.06440>`_, 2017, compares criteria
+  """
+
+  signal: Callable[..., PyTree]
+  name: str = "of your own"
+  needs: tuple[str, ...] = ()
+  takes: tuple[str, ...] = ()
+  averaged: bool = True
+  unit: str = "signal"
+
+  def __post_init__(self) -> None:
+    if not callable(self.signal):
+      raise TypeError(f"signal of a Criterion must be a function, got {describe(self.signal)}.")
+    for field in ("needs", "takes"):
+      names = getattr(self, field)
+      if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
+        raise TypeError(
+          f"{field} of a Criterion must be a tuple of names, such as ('params',), got {names!r}."
+        )
+
+  @property
+  def asks_for(self) -> tuple[str, ...]:
+    """The names of all that ``signal`` is called with."""
+    return (*self.needs, *self.takes)
+
+  def signal_of(self, given: Mapping[str, Any]) -> PyTree:
+    """The signal of one update, of which ``given`` has all arguments; the masks among them."""
+    masks = given["masks"]
+    for name in self.needs:
+      if given.get(name) is None:
+        raise ValueError(self._missing(name))
+    arguments = {name: given.get(name) for name in self.asks_for}
+    for name, check in CHECKS.items():
+      if name in arguments:
+        check(arguments[name], masks, given["axis_name"])
+    signal = self.signal(**arguments)
+    self._check(signal, masks)
+    return signal
+
+  def _missing(self, name: str) -> str:
+    wrappers = (
+      "If it was passed, a wrapper around it drops extra arguments, as optax.lookahead, optax.contrib.sam and "
+      "MultiSteps' gradient_transformation() do: wrap the optimizer alone, optax.chain(wrapped, fp.fisher_prune(...))."
+    )
+    if name == "mask_grads":
+      return (
+        "fisher_prune needs the per-example gradients of the masks, got mask_grads=None. Pass mask_grads from "
+        f"fp.value_and_grads: tx.update(grads, state, params, mask_grads=mask_grads). {wrappers}"
+      )
+    how = "tx.update(grads, state, params)" if name == "params" else f"tx.update(..., {name}=...)"
+    return f"The criterion {self.name!r} needs {name}, got {name}=None. Pass it: {how}. {wrappers}"
+
+  def _check(self, signal: PyTree, masks: Masks) -> None:
+    """Raises unless there is one number per feature."""
+    how = "It is one number per feature."
+    require_same_tree(signal, masks, f"The signal of the criterion {self.name!r}", "the masks", how)
+    leaves = jax.tree_util.tree_leaves_with_path(signal)
+    for (path, leaf), mask in zip(leaves, jax.tree.leaves(masks), strict=True):
+      requirement = (
+        f"The signal of the criterion {self.name!r} must have the shape {mask.shape} of the mask at "
+      )
+      require(jnp.shape(leaf) == mask.shape, requirement + path_name(path), jnp.shape(leaf), how)
+
+
+def fisher_signal(
+  mask_grads: MaskGrads, example_weights: jax.Array | None = None, axis_name: AxisNames = None
+) -> PyTree:
+  r"""The Fisher estimate, in nats, of what removing each feature costs (Theis et al. 2018, eq. 9).
+
+  .. math:: signal_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
+
+  Args:
+    mask_grads: a tree of per-example gradients ``(..., B, C)``.
+    example_weights: ``(B,)``, the weight of each row in the mean; a row of weight 0 may hold anything.
+    axis_name: a mapped axis, or a tuple of axes, to average over as well.
+
+  Returns:
+    A float32 tree with leaves ``(..., C)``; NaN where weights are negative, not finite, or all zero.
+
+  >>> import jax.numpy as jnp
+  >>> fisher_signal(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+  Array([2.5, 5. ], dtype=float32)
+  """
+  examples = jax.tree.leaves(mask_grads)[0].shape[-2]
+  weights = jnp.ones(examples) if example_weights is None else jnp.asarray(example_weights, jnp.float32)
+  require(weights.shape == (examples,), f"example_weights must have shape ({examples},)", weights.shape)
+  # With a negative weight among them it would be no mean: NaN, so that the batch is left out.
+  count = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
+
+  def total(g: jax.Array) -> jax.Array:
+    squares = jnp.square(g.astype(jnp.float32))
+    if example_weights is None:
+      return jnp.sum(squares, axis=-2)
+    return jnp.sum(jnp.where(weights[:, None] > 0, weights[:, None] * squares, 0), axis=-2)
+
+  totals = jax.tree.map(total, mask_grads)
+  if axis_name is not None:
+    totals, count = jax.lax.psum((totals, count), axis_name)
+  return jax.tree.map(lambda t: 0.5 * t / count, totals)
+
+
+FISHER = Criterion(
+  fisher_signal, "fisher", needs=("mask_grads",), takes=("example_weights", "axis_name"), unit="nats"
+)
+CRITERIA = {criterion.name: criterion for criterion in (FISHER,)}
+"""Those that ``method`` may name."""
+
+
+def criterion_of(method: Any, name: str = "method") -> Criterion:
+  """The criterion that ``method`` names or is.
+
+  >>> criterion_of("fisher").unit
+  'nats'
+  """
+  if isinstance(method, Criterion):
+    return method
+  known = tuple(CRITERIA)
+  require(method in known, f"{name} must be one of {known}, or an fp.Criterion", method)
+  return CRITERIA[method]

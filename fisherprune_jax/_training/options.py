@@ -1,0 +1,159 @@
+"""The options of ``fisher_prune``.
+
+Each is a line of the table that ``Options`` is: its default, whether it is fixed when the transformation is made or a
+number that may change (a schedule of the step, an injected hyperparameter), and what is required of it. Checks,
+schedules and ``fp.inject_hyperparams`` follow from that; what an option means is said by ``fisher_prune``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Any, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._errors import describe, is_number, is_traced, require
+from fisherprune_jax._masks import check_masks
+from fisherprune_jax._training.criterion import Criterion, criterion_of
+from fisherprune_jax._types import AxisNames, Masks
+
+INJECTED = "or use fp.inject_hyperparams."
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+  """An option that is a Python value, known when the transformation is made.
+
+  Attributes:
+    check: ``check(name, value)`` raises unless the value will do.
+  """
+
+  check: Callable[[str, Any], Any] = lambda name, value: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+  """An option that is a number, a schedule of the step, or a hyperparameter that is set between steps.
+
+  Attributes:
+    allows: whether a number is in its range, which holds of arrays too.
+    range: the range in words.
+    word: what it may be in place of a number; then it is as fixed as any other word.
+  """
+
+  allows: Callable[[Any], Any]
+  range: str
+  word: str | None = None
+
+  def check(self, name: str, value: Any) -> None:
+    """Raises unless a value is in the range; tracers pass, schedules are asked for step 1."""
+    if getattr(value, "dtype", None) in (jnp.float16, jnp.bfloat16):
+      raise TypeError(
+        f"{name} must have at least the precision of float32, got {describe(value)}. Under "
+        f"optax.inject_hyperparams pass hyperparam_dtype=jnp.float32 (beside static_args), {INJECTED}"
+      )
+    if isinstance(value, str) and self.word is not None:
+      require(value == self.word, f"{name} must be {self.range}", value)
+    elif callable(value):
+      self.check_scheduled(name, value(jnp.ones([], jnp.int32)), "step 1")
+    elif not is_traced(value):
+      if not is_number(value):
+        raise TypeError(f"{name} must be {self.range}, or a schedule of the step, got {describe(value)}.")
+      require(self.allows(value), f"{name} must be {self.range}", value)
+
+  def check_scheduled(self, name: str, value: Any, when: str) -> None:
+    """Raises unless what a schedule gave is a number in the range; values of tracers pass."""
+    what = f"{name} as a schedule must be {self.range} at every step"
+    if jnp.shape(value) != ():
+      raise ValueError(f"{what}, got {describe(value)} at {when}.")
+    if not is_traced(value):
+      require(bool(self.allows(value)), what, float(value), f"That was at {when}.")
+
+
+DECAY = Number(lambda d: (d >= 0) & (d < 1), "in [0, 1)")
+FLOPS_WEIGHT = Number(lambda w: w == w, "'auto', a number or a schedule", word="auto")
+FLOPS_TARGET = Number(lambda t: t >= 0, "a number of FLOPs, at least 0")
+
+
+def _cost(name: str, value: Any) -> None:
+  if not isinstance(value, CostModel):
+    raise TypeError(
+      f"{name} must be a CostModel, got {describe(value)}. Build one with fp.cost_model or CostModel.from_functions. "
+      f"Under optax.inject_hyperparams name it in static_args, {INJECTED}"
+    )
+  require(bool(jax.tree.leaves(value.masks)), f"{name} must be a cost of at least one mask", value.masks)
+
+
+def _integer(least: int) -> Callable[[str, Any], None]:
+  def check(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+      raise TypeError(
+        f"{name} must be a Python int, got {describe(value)}. Under optax.inject_hyperparams name it in "
+        f"static_args (and pass hyperparam_dtype=jnp.float32), {INJECTED}"
+      )
+    require(value >= least, f"{name} must be at least {least}", value)
+
+  return check
+
+
+def _method(name: str, value: Any) -> None:
+  criterion_of(value, name)
+
+
+def _name(name: str, value: Any) -> None:
+  """It has to stand in a path."""
+  if value is not None and (not isinstance(value, str) or not value or "/" in value):
+    raise ValueError(f"{name} must be a string without '/', such as 'generator', or None, got {value!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The table, and the values of one transformation, checked."""
+
+  cost: Annotated[CostModel, Fixed(_cost)]
+  prune_every: Annotated[int, Fixed(_integer(least=1))] = 100
+  burn_in: Annotated[int, Fixed(_integer(least=0))] = 0
+  decay: Annotated[optax.ScalarOrSchedule, DECAY] = 0.96
+  flops_weight: Annotated[str | optax.ScalarOrSchedule, FLOPS_WEIGHT] = "auto"
+  flops_target: Annotated[optax.ScalarOrSchedule, FLOPS_TARGET] = 0.0
+  method: Annotated[str | Criterion, Fixed(_method)] = "fisher"
+  debias: Annotated[bool, Fixed()] = True
+  features_per_prune: Annotated[int, Fixed(_integer(least=1))] = 1
+  min_features: Annotated[int, Fixed(_integer(least=0))] = 1
+  axis_name: Annotated[AxisNames, Fixed()] = None
+  masks: Annotated[Masks | None, Fixed()] = None
+  name: Annotated[str | None, Fixed(_name)] = None
+
+  def __post_init__(self) -> None:
+    for name, kind in KINDS.items():
+      kind.check(name, getattr(self, name))
+    narrowest = min(leaf.shape[-1] for leaf in jax.tree.leaves(self.cost.masks))
+    requirement = f"min_features must be at most {narrowest}, the size of the smallest mask"
+    require(self.min_features <= narrowest, requirement, self.min_features, "Lower it.")
+    if self.masks is not None:
+      check_masks(self.masks, self.cost.masks, "the cost model")
+
+  @property
+  def criterion(self) -> Criterion:
+    """What ``method`` stands for."""
+    return criterion_of(self.method)
+
+  def at(self, name: str, step: jax.Array) -> Any:
+    """The value of an option at a step: if it is a schedule, what that gives."""
+    value, kind = getattr(self, name), KINDS[name]
+    if isinstance(kind, Number) and callable(value):
+      value = value(step)
+      kind.check_scheduled(name, value, f"step {step}")
+    return value
+
+
+KINDS: dict[str, Fixed | Number] = {
+  name: hint.__metadata__[0] for name, hint in get_type_hints(Options, include_extras=True).items()
+}
+
+
+def is_static(name: str, value: Any) -> bool:
+  """Whether an option cannot be a hyperparameter that is set between steps: it is fixed, or its value is a word."""
+  return isinstance(KINDS.get(name), Fixed) or (name in KINDS and isinstance(value, str))

@@ -60,9 +60,10 @@ import jax
 import numpy as np
 
 from fisherprune_jax._graph.gates import FEATURES, Builder
-from fisherprune_jax._graph.layers import Array, Layers, Same, columns_at, put
+from fisherprune_jax._graph.layers import Layers, Same, columns_at, put
 from fisherprune_jax._graph.sets import Set, in_order, keys_of
 from fisherprune_jax._graph.sharing import Sharing
+from fisherprune_jax._types import Array
 
 
 class Circuit:

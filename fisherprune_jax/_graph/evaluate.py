@@ -8,16 +8,16 @@ from collections.abc import Hashable, Mapping
 from types import ModuleType
 from typing import Any
 
-import jax
 import numpy as np
 
 from fisherprune_jax._graph.sets import Bits, Set, in_order
+from fisherprune_jax._types import Array
 
 
 class Evaluation:
   """Sets under the given masks: ``masks`` maps each leaf key to a vector, non-zero where alive."""
 
-  def __init__(self, masks: Mapping[Any, np.ndarray | jax.Array], xp: ModuleType = np) -> None:
+  def __init__(self, masks: Mapping[Any, Array], xp: ModuleType = np) -> None:
     self.xp = xp
     self.masks: dict[Hashable, Bits] = {key: mask != 0 for key, mask in masks.items()}
     self._bits: dict[Set, Bits] = {}

@@ -14,11 +14,12 @@ import numpy as np
 
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.terms import Dearest, Term
+from fisherprune_jax._types import Array
 
 BITS = 16
 BASE = 1 << BITS  # also how many digits add up to less than 2 ** 32
 
-Digits = Sequence[np.ndarray | jax.Array]
+Digits = Sequence[Array]
 """Of one number, or of many side by side."""
 Terms = Sequence[Term | Dearest]
 Counts = Callable[[Sequence[Set]], jax.Array]

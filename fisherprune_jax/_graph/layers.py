@@ -1,16 +1,16 @@
 """Running a step over arrays that are cut into layers, each of which needs the ones before."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax import lax
 
-Array: TypeAlias = np.ndarray | jax.Array
-"""On the host, where steps may write in place, or on the device, under ``jit`` as a rule."""
+from fisherprune_jax._types import Array
+
 Same = TypeVar("Same", np.ndarray, jax.Array)
-"""One of the two throughout."""
+"""Arrays on the host, where steps may write in place, or on the device, under ``jit`` as a rule."""
 Step = Callable[..., Any]
 """``step(state, at, *items) -> state``: ``items`` of some neighbours, the first of which is number ``at``."""
 

@@ -11,7 +11,8 @@ from types import ModuleType
 import numpy as np
 
 from fisherprune_jax._graph.gates import FEATURES, Wiring
-from fisherprune_jax._graph.layers import Array, Layers, put
+from fisherprune_jax._graph.layers import Layers, put
+from fisherprune_jax._types import Array
 
 NONE = 0
 """The pair that stands for "this feature does not lie below"; from 1 on come the features' own."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from fisherprune_jax._graph.gates import FALSE, TRUE
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, bit_of, make
+from fisherprune_jax._types import Size
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.evaluate import Evaluation
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
   from fisherprune_jax._graph.sets.junctions import Junction
 
 
-def everything(size: int) -> Set:
+def everything(size: Size) -> Set:
   """All positions; ``size`` may be symbolic."""
   return make(All, size)
 
 
-def weak(size: int) -> Set:
+def weak(size: Size) -> Set:
   """All positions, unless somebody says more: the whole of a union with anything else is that.
 
   For the diagnosis alone: what is asked by a use that could do without (``causes.py``).
@@ -51,7 +52,7 @@ class Whole(Set):
   def bits(self, ev: "Evaluation") -> Bits:
     return ev.xp.ones(self.size, bool)
 
-  def count(self, ev: "Evaluation") -> int:
+  def count(self, ev: "Evaluation") -> Size:
     return self.size
 
   def gates(self, builder: "Builder") -> "Gates":
@@ -60,10 +61,10 @@ class Whole(Set):
   def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
     return True, []
 
-  def split(self, sizes: Sequence[int]) -> list[Set]:
+  def split(self, sizes: Sequence[Size]) -> list[Set]:
     return [self.resized(n) for n in sizes]
 
-  def resized(self, size: int) -> Set:
+  def resized(self, size: Size) -> Set:
     """The same of another size."""
     return make(type(self), size)
 

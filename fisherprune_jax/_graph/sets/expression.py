@@ -11,15 +11,16 @@ import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
-import jax
 import numpy as np
+
+from fisherprune_jax._types import Array, Size
 
 if TYPE_CHECKING:  # what reads sets
   from fisherprune_jax._graph.evaluate import Evaluation
   from fisherprune_jax._graph.gates import Builder, Gates
   from fisherprune_jax._graph.sets.junctions import Junction
 
-Bits: TypeAlias = np.ndarray | jax.Array
+Bits: TypeAlias = Array
 """One boolean per position, on the host or traced."""
 Place = tuple["Set", int]
 """A position of a set."""
@@ -43,7 +44,7 @@ class Set:
   """
 
   __slots__ = ("__weakref__", "data", "number", "parts", "serial", "size", "support")
-  size: int
+  size: Size
   parts: "tuple[Set, ...]"
   data: Any
   serial: int
@@ -130,7 +131,7 @@ class Set:
     """Where any position of a group is in it (``any_of``)."""
     return None
 
-  def split(self, sizes: Sequence[int]) -> "list[Set] | None":
+  def split(self, sizes: Sequence[Size]) -> "list[Set] | None":
     """The smallest product of sets of these sizes that contains it."""
     return None
 
@@ -165,7 +166,7 @@ _lock = threading.RLock()
 
 
 def make(
-  kind: type[Kind], size: int, parts: Sequence[Set] = (), data: Any = None, same: Hashable = None
+  kind: type[Kind], size: Size, parts: Sequence[Set] = (), data: Any = None, same: Hashable = None
 ) -> Kind:
   """The one expression of a kind, of these parts and data.
 
@@ -187,7 +188,7 @@ def make(
   return found  # type: ignore[return-value]  # the key names its class
 
 
-def _new(kind: type[Kind], size: int, parts: tuple[Set, ...], data: Any) -> Kind:
+def _new(kind: type[Kind], size: Size, parts: tuple[Set, ...], data: Any) -> Kind:
   global _count, _numbers
   if not _free:
     _free.append(_numbers)

@@ -11,6 +11,7 @@ from fisherprune_jax._graph.sets.basic import Fixed, everything, fixed, nothing,
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
 from fisherprune_jax._graph.sets.junctions import Junction, intersection, union
 from fisherprune_jax._graph.sets.picking import any_of, any_over
+from fisherprune_jax._types import Size
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.evaluate import Evaluation
@@ -107,7 +108,7 @@ class Outer(Set):
   def combined(self, kind: type[Junction], other: Set, parts: Sequence[Set]) -> Set | None:
     return outer(parts) if parts else None
 
-  def split(self, sizes: Sequence[int]) -> list[Set] | None:
+  def split(self, sizes: Sequence[Size]) -> list[Set] | None:
     """Adjacent factors in groups that have the given sizes, if they can be grouped so."""
     groups, rest = [], list(self.parts)
     for at, size in enumerate(sizes):
@@ -173,13 +174,13 @@ def outer(sets: Sequence[Set]) -> Set:
   return parts[0] if len(parts) == 1 else make(Outer, size, parts)
 
 
-def split(base: Set, sizes: Sequence[int]) -> list[Set]:
+def split(base: Set, sizes: Sequence[Size]) -> list[Set]:
   """The smallest product of sets, of the given sizes, that contains ``base``."""
   try:
     found = base.split(sizes)
   except compat.UndecidedSize:  # they are symbolic, and it takes knowing which is larger
     return [everything(n) for n in sizes]
-  return found or [any_over(base, tuple(sizes), axis) for axis in range(len(sizes))]
+  return found or [any_over(base, sizes, axis) for axis in range(len(sizes))]
 
 
 def nonempty(s: Set) -> Set:

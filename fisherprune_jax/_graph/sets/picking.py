@@ -8,6 +8,7 @@ import numpy as np
 from fisherprune_jax._graph.gates import FALSE
 from fisherprune_jax._graph.sets.basic import Weak, Whole, fixed
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
+from fisherprune_jax._types import Shape
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.evaluate import Evaluation
@@ -107,7 +108,7 @@ def any_of(base: Set, groups: np.ndarray | Sequence[int], size: int) -> Set:
   return make(AnyOf, size, (base,), groups)
 
 
-def any_over(base: Set, shape: tuple[int, ...], keep: int) -> Set:
+def any_over(base: Set, shape: Shape, keep: int) -> Set:
   """With ``base`` seen as an array of ``shape``: where along axis ``keep`` anything is in it."""
   if isinstance(base, Whole):
     return base.resized(shape[keep])

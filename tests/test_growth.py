@@ -219,7 +219,7 @@ def test_compacting_does_not_make_what_only_prices_need():
   made = []
   before, Prices.__init__ = Prices.__init__, lambda self, *args: made.append(args)
   try:
-    cost_of(model, variables["masks"], 2).exact(variables["masks"])
+    cost_of(model, variables["masks"], 2, FlopsMeter()).exact(variables["masks"])
   finally:
     Prices.__init__ = before
   assert not made

@@ -11,7 +11,7 @@ from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.prices import Prices
 from fisherprune_jax._graph.spec import Flops
-from fisherprune_jax._graph.terms import Dearest, Term, term
+from fisherprune_jax._graph.terms import Dearest, Term, term, total
 from tests.test_sets import entangled_set
 
 
@@ -54,9 +54,9 @@ def test_prices_are_what_brute_force_says(seed):
   masks = {key: np.array([rng.random() < alive for _ in range(key[0])], float) for key in keys}
   prices = Prices(terms, {key: key[0] for key in keys})
   features = jnp.asarray(np.concatenate([masks[key] for key in keys]) != 0)
-  total, drops = jax.jit(lambda f: (prices.total(f), prices.drops(f)))(features)
+  value, drops = jax.jit(lambda f: (prices.total(f), prices.drops(f)))(features)
   before = total(terms, Evaluation(masks))
-  assert total == pytest.approx(before, rel=1e-6)
+  assert value == pytest.approx(before, rel=1e-6)
   expected = [
     before - total(terms, Evaluation({**masks, key: np.where(np.arange(key[0]) == k, 0, masks[key])}))
     for key in keys

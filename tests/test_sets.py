@@ -168,6 +168,16 @@ def test_critical_features_of_sets_that_share_what_they_are_made_of(seed):
       assert found[k] == ev.count(s) - Evaluation(fewer).count(s)
 
 
+@pytest.mark.parametrize("laid", ["taken twice", "laid beside itself"])
+def test_a_feature_at_two_positions_goes_with_what_hangs_on_either(laid):
+  a, b = sets.leaf("a", 1), sets.leaf("b", 2)
+  twice = sets.take(a, [0, 0]) if laid == "taken twice" else sets.concat([a, a])
+  found = sets.any_of(sets.union(twice, b), [0, 0], 1)
+  masks = {"a": np.ones(1), "b": np.zeros(2)}
+  assert drops(found, masks, "a").tolist() == [1]  # both positions are alive, and a is critical to both
+  assert drops(found, {**masks, "b": np.array([0.0, 1])}, "a").tolist() == [0]
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_simplifying_changes_nothing(seed):
   """Every constructor against what it means, on the bits of its operands."""

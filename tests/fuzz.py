@@ -384,9 +384,10 @@ def check(net: Network, other: int) -> None:
     check_report(net, small)
 
 
-UNTRUE = "prod cumprod reverse number straight rounded scaled mixed branches short".split()
+UNTRUE = "prod cumprod reverse number straight rounded scaled mixed branches short all any".split()
 """Steps whose gradients are not the whole truth: of what is multiplied with a dead feature, of rules that mix, of
-branches that are never taken, and of loops that end before all that they carry has come to be non-zero."""
+branches that are never taken, of loops that end before all that they carry has come to be non-zero, and of what only
+says whether something holds."""
 
 
 def _needs_more(step: Step) -> bool:

@@ -133,3 +133,28 @@ def test_the_members_that_the_reference_lists_exist():
     module, _, attribute = name.rpartition(".")
     for member in members.split(", "):
       assert hasattr(getattr(importlib.import_module(module), attribute), member), (name, member)
+
+
+def test_the_page_on_the_inside_names_what_there_is():
+  page = re.sub(r"^```.*?^```$", "", (DOCS / "design.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+  quoted = set(re.findall(r"`([^`\n]+)`", page))
+  named = {name.rstrip("/") for name in quoted if re.fullmatch(r"[\w/]+(?:\.py|\.md|/)", name)}
+  words = {word for name in quoted - named for word in re.findall(r"[A-Za-z_]\w{3,}", name)}
+  assert len(named) > 30
+  assert len(words) > 50
+  paths = [path for top in ("fisherprune_jax", "tests", "docs") for path in (DOCS.parent / top).rglob("*")]
+  files = [f"/{path.relative_to(DOCS.parent)}" for path in paths]
+  assert {name for name in named if not any(file.endswith(f"/{name}") for file in files)} == set()
+  source = "\n".join(path.read_text() for path in paths if path.suffix == ".py")
+  assert {word for word in words if not re.search(rf"\b{word}\b", source)} == set()
+
+
+def test_the_page_on_the_inside_lists_the_engine():
+  table = (
+    (DOCS / "design.md").read_text().split("| files | what they are about |\n|---|---|\n")[1].split("\n\n")[0]
+  )
+  listed = re.findall(r"`(\w+)/?`", "\n".join(row.split("|")[1] for row in table.splitlines()))
+  there = [
+    path.stem for path in (Path(fp.__file__).parent / "_graph").iterdir() if not path.stem.startswith("_")
+  ]
+  assert sorted(listed) == sorted(there)

@@ -3,7 +3,7 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.serialization
@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax.core import FrozenDict
+from jax.tree_util import Partial
 
 import fisherprune_jax as fp
+from fisherprune_jax._errors import require_same_tree
 
 MODEL = nn.Sequential([nn.Dense(4), nn.relu, fp.Mask(), nn.Dense(3), fp.Mask(), nn.Dense(1)])
 X = jnp.ones((2, 5))
@@ -409,3 +412,37 @@ def test_the_good_neighbours_of_the_table_pass():
   assert COST(COST.masks) == 10
   assert fp.cost_model(MODEL.apply, variables(), X).dense > 0
   assert fp.compact(MODEL.apply, masked(jnp.array([1, 0, 0, 1])), X).cost > 0
+
+
+class Pair(NamedTuple):
+  a: Any
+  b: Any
+
+
+X3 = jnp.ones(3)
+# What is got, what is wanted, and what is said to differ first.
+TREES: dict[str, tuple[Any, Any, str]] = {
+  "missing": ({"a": X3}, {"a": X3, "b": X3}, "nothing at b"),
+  "missing below": ({"p": {"a": X3}, "q": [X3]}, {"p": {"a": X3}, "q": [X3, X3]}, "nothing at q/1"),
+  "added": ({"a": X3, "b": X3, "c": X3}, {"a": X3, "b": X3}, "one more at c"),
+  "renamed": ({"p": {"a": X3}}, {"p": {"b": X3}}, "nothing at p/b, but something at p/a"),
+  "the first of two": ({"p": {}, "q": {}}, {"p": {"x": X3}, "q": {"x": X3}}, "nothing at p/x"),
+  "a list": ([X3], (X3,), "list in place of tuple at the root"),
+  "frozen": ({"a": X3}, FrozenDict({"a": X3}), "dict in place of FrozenDict at the root"),
+  "a tuple with names": (Pair(X3, X3), {"a": X3, "b": X3}, "Pair in place of dict at the root"),
+  "an array": ({"a": X3}, {"a": {"x": X3}}, "float32[3] in place of dict at a"),
+  "no array": (Pair(X3, {"x": X3}), Pair(X3, X3), "dict in place of float32[3] at b"),
+  "None": ({"a": None}, {"a": X3}, "NoneType in place of float32[3] at a"),
+  "nothing in place of None": ({"a": ()}, {"a": None}, "tuple in place of NoneType at a"),
+  "other keys of a node": (Partial(len, X3), Partial(sum, X3), "Partial of another kind at the root"),
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_the_first_path_that_differs_is_named(name):
+  found, wanted, difference = TREES[name]
+  with pytest.raises(ValueError, match=r"^ours must have the structure of theirs, got ") as error:
+    require_same_tree(found, wanted, "ours", "theirs", "Do so.")
+  assert str(error.value) == f"ours must have the structure of theirs, got {difference}. Do so."
+  for tree in (found, wanted):
+    require_same_tree(tree, jax.tree.map(lambda x: x + 1, tree), "ours", "theirs", "Do so.")

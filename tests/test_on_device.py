@@ -18,7 +18,7 @@ def step_with_metrics(tx, params, opt_state, batch):
 
 
 def test_a_step_moves_nothing_between_host_and_device():
-  tx = job.transformation(prune_every=1, burn_in=0)
+  tx = job.transformation(prune_every=1, burn_in=0, features_per_prune=2, flops_target=1.0)
   params, opt_state, batch = jax.device_put((*job.start(tx), job.batch(0)))
   step = jax.jit(functools.partial(step_with_metrics, tx))
   with jax.transfer_guard("disallow"):
@@ -26,7 +26,7 @@ def test_a_step_moves_nothing_between_host_and_device():
       params, opt_state, metrics = step(params, opt_state, batch)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):  # the guard is awake
       step(params, opt_state, job.batch(0))
-  assert float(metrics["pruning/alive"]) == 8 + 16 - 3
+  assert float(metrics["pruning/alive"]) == 8 + 16 - 6
 
 
 def test_the_program_calls_nothing_on_the_host():

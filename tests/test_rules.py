@@ -190,7 +190,9 @@ def test_built_in_rules_are_replaced_only_when_asked_for(primitive):
   assert rules.rule_for("sin") is before
 
 
-@pytest.mark.parametrize("primitive", [None, 3, "", jnp.sin, ("sin",)], ids=repr)
+@pytest.mark.parametrize(
+  "primitive", [None, 3, "", jnp.sin, ("sin",)], ids=["None", "number", "no name", "function", "tuple"]
+)
 def test_what_is_no_primitive_is_refused(primitive):
   with pytest.raises(ValueError, match="given as a JAX primitive or as its name, got"):
     fp.register_rule(primitive, rules.elementwise)

@@ -118,7 +118,7 @@ def dtype_of(x: Any) -> Any:
 
 def is_static_size(n: Size) -> bool:
   """Whether an axis size is a number, not a symbol of a shape-polymorphic trace."""
-  return isinstance(n, int | np.integer)
+  return type(n) is int or isinstance(n, np.integer | int)  # the usual first: this is asked of every axis
 
 
 def is_size(n: Any) -> bool:

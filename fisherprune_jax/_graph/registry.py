@@ -91,7 +91,11 @@ def rule_for(primitive: Primitive | str) -> SpecRule | None:
   >>> fp.rules.rule_for("no_such_primitive") is None
   True
   """
-  name = _name_of(primitive)
+  return rule_named(_name_of(primitive))
+
+
+def rule_named(name: str) -> SpecRule | None:
+  """The rule that speaks for the primitive of a name, a user's before the library's own; None if there is none."""
   return _taught.get(name) or _built_in.get(name)
 
 

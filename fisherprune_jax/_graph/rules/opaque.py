@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from fisherprune_jax._graph.checking import ask
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.registry import built_in, rule_for
+from fisherprune_jax._graph.registry import built_in, rule_named
 from fisherprune_jax._graph.rules.naming import apart, sizes_in
 from fisherprune_jax._graph.spec import Flops, Spec
 
@@ -57,7 +57,7 @@ def random(node: Node, infos: Sequence[Info]) -> Spec:
 
 def spec_of(node: Node, infos: Sequence[Info]) -> Spec:
   """The ``Spec`` of a node by the rule for its primitive; one that no rule knows is kept whole."""
-  rule = rule_for(node.name)
+  rule = rule_named(node.name)
   spec = ask(rule, node, infos) if rule else None
   return opaque(node, unknown(node.name), counted=False) if spec is None else spec
 

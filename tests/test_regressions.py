@@ -91,3 +91,23 @@ def test_export_that_cannot_tell_symbolic_sizes_apart_says_so():
   np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-5)
   with pytest.raises(ValueError, match="must need no more of its variables"):
     small.export(x)
+
+
+@pytest.mark.parametrize("array", [np.array, jnp.array])
+@pytest.mark.parametrize("index", [[0, 3, 2, 0], [-1, 0, -4, 1]])
+def test_indices_that_were_made_before_tracing(index, array):
+  # Which of NumPy's are negative is worked out before tracing too, and comes as a constant of its own.
+  places = array(index)
+
+  def apply(variables, x):
+    return (x @ variables["params"]["w"])[:, places] * variables["masks"]["m"]
+
+  rng = np.random.default_rng(0)
+  variables = {
+    "params": {"w": jnp.asarray(rng.normal(size=(3, 5)))},
+    "masks": {"m": jnp.array([0.0, 0.0, 1.0, 1.0])},
+  }
+  x = jnp.asarray(rng.normal(size=(4, 3)))
+  small = fp.compact(apply, variables, x, strict=True)
+  assert small.variables["params"]["w"].shape == (3, len({*np.arange(5)[index][2:]}))
+  np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-5)

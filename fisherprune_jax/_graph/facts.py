@@ -138,9 +138,11 @@ def _layer_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
 
 
 def _known(x: Any) -> np.ndarray | None:
-  """A small concrete array of integers, such as indices."""
-  small = compat.is_concrete(x) and np.size(x) <= LARGEST_KNOWN
-  return np.asarray(x) if small and np.issubdtype(compat.dtype_of(x), np.integer) else None
+  """A small concrete array of integers, such as indices, or of booleans, such as which of these are negative."""
+  if not compat.is_concrete(x) or np.size(x) > LARGEST_KNOWN:
+    return None
+  dtype = compat.dtype_of(x)
+  return np.asarray(x) if np.issubdtype(dtype, np.integer) or dtype == bool else None
 
 
 def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:

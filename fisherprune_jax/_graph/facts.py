@@ -142,7 +142,7 @@ def _known(x: Any) -> np.ndarray | None:
   if not compat.is_concrete(x) or np.size(x) > LARGEST_KNOWN:
     return None
   dtype = compat.dtype_of(x)
-  return np.asarray(x) if np.issubdtype(dtype, np.integer) or dtype == bool else None
+  return np.asarray(x) if np.issubdtype(dtype, np.integer) or np.issubdtype(dtype, np.bool_) else None
 
 
 def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:

@@ -6,10 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-UNTRUE = "prod cumprod reverse number straight rounded scaled mixed branches short all any clamp".split()
+UNTRUE = (
+  "prod cumprod reverse number straight rounded scaled mixed branches short all any clamp where".split()
+)
 """Steps whose gradients are not the whole truth: of what is multiplied with a dead feature, of rules that mix, of
 branches that are never taken, of loops that end before all that they carry has come to be non-zero, of what only says
-whether something holds, and of bounds between which zero may lie or not."""
+whether something holds, of bounds between which zero may lie or not, and of
+patterns of the network's own."""
 WINDOWED, POSITIONED = ("conv", "window", "pool"), ("vmap",)
 """Steps that slide windows over positions, and steps with parameters for each position: which of these a mask on
 positions behind the windows lets go is nowhere said."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 
@@ -43,7 +43,8 @@ class Traced:
     if policy not in self._analyses:
       others = [found.live.subs for found in self._analyses.values()]
       found = analyse(self.program, self.infos, self.updates, spec_of, policy, subs=next(iter(others), None))
-      self._analyses[policy] = Analysis(self, *found)
+      # Of the same without its analyses: no circle, so that all goes as soon as nobody holds it.
+      self._analyses[policy] = Analysis(replace(self, _analyses={}), *found)
     return self._analyses[policy]
 
 

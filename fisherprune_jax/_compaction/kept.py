@@ -95,11 +95,11 @@ def _with_examples(index: Index) -> Index:
   return (*index[:-1], None, index[-1])
 
 
-def keep(value: Value, live: Liveness, ev: Evaluation, shown: Box | None = None) -> Kept:
-  """What is kept of a variable: what is stored of it, ``shown`` if given, all if nothing asks for it."""
+def keep(value: Value, live: Liveness, ev: Evaluation, returned: Box | None = None) -> Kept:
+  """What is kept of a variable: what is stored of it, ``returned`` if given, all if nothing asks for it."""
   stored = live.stored(value) if value in live.asked else tuple(map(sets.everything, value.shape))
-  index = tuple(map(ev.index, stored if shown is None else shown))
-  layers = live.layers(value) if shown is None else None
+  index = tuple(map(ev.index, stored if returned is None else returned))
+  layers = live.layers(value) if returned is None else None
   return Kept(
     value.shape, index, None if layers is None else tuple(tuple(map(ev.index, layer)) for layer in layers)
   )

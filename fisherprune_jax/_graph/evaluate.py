@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fisherprune_jax._graph.sets import Bits, Set, in_order
-from fisherprune_jax._types import Array
+from fisherprune_jax._types import Array, Size
 
 
 class Evaluation:
@@ -39,3 +39,8 @@ class Evaluation:
       return None
     bits = self.bits(s)
     return None if bits.all() else np.flatnonzero(bits)
+
+  def width(self, s: Set) -> Size:
+    """How many positions the set has, on the host; a symbol if it is all of a symbolic size."""
+    index = self.index(s)
+    return s.size if index is None else index.size

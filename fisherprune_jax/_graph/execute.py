@@ -23,7 +23,6 @@ from fisherprune_jax._graph.rules import spec_of
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec
 from fisherprune_jax._graph.structured import STRUCTURED
-from fisherprune_jax._types import Size
 
 Arrays = dict[Value, Any]
 """What is stored of each value: an array, or a ``Stack``."""
@@ -42,7 +41,7 @@ class Stack:
 
   def layer(self, layer: int, ev: Evaluation) -> jax.Array:
     """One layer, without its padding."""
-    sizes = [_live_size(ev, s) for s in self.boxes[layer]]
+    sizes = [ev.width(s) for s in self.boxes[layer]]
     return lax.slice(_entry(self.array, layer), (0,) * len(sizes), sizes)
 
   def read(self, box: Box, ev: Evaluation) -> jax.Array:
@@ -101,13 +100,13 @@ class Run:
     if value.literal is not None:
       return align(jnp.asarray(value.literal, value.aval.dtype), whole_box(value.shape), box, self.ev)
     if value not in self.live.asked:
-      return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
+      return jnp.zeros([self.ev.width(s) for s in box], value.aval.dtype)
     return align(arrays[value], self.live.stored(value), box, self.ev)
 
   def read_layer(self, arrays: Arrays, value: Value, layer: int, box: Box) -> jax.Array:
     """One entry of an array along its leading axis, at the entries of ``box``."""
     if value not in self.live.asked:
-      return jnp.zeros([_live_size(self.ev, s) for s in box], value.aval.dtype)
+      return jnp.zeros([self.ev.width(s) for s in box], value.aval.dtype)
     array = arrays[value]
     if isinstance(array, Stack):
       return align(array.layer(layer, self.ev), array.boxes[layer], box, self.ev)
@@ -149,12 +148,7 @@ def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequenc
     return [_pick(run, spec, factors, operands, boxes[0])], boxes
   if spec.bind is None:
     return compat.bind(node.eqn, operands), boxes
-  return spec.bind(node, operands, {f: _live_size(run.ev, s) for f, s in factors.items()}), boxes
-
-
-def _live_size(ev: Evaluation, s: Set) -> Size:
-  index = ev.index(s)
-  return s.size if index is None else index.size
+  return spec.bind(node, operands, {f: run.ev.width(s) for f, s in factors.items()}), boxes
 
 
 def _pick(

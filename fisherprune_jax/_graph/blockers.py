@@ -3,7 +3,8 @@
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import numpy as np
@@ -89,7 +90,9 @@ def what_stays(analysis: Analysis, tree: VariableTree, ev: Evaluation, examples:
   return Stays(chosen, sum(left[where] for where in told))
 
 
-def _left_by(analysis: Analysis, lines: Set[str], ev: Evaluation, examples: int, meter: Meter) -> float:
+def _left_by(
+  analysis: Analysis, lines: AbstractSet[str], ev: Evaluation, examples: int, meter: Meter
+) -> float:
   """FLOPs per example that would go too if no use on these source lines kept anything."""
   free = _without(analysis, lambda node: node.source in lines, OUTPUTS in lines)
   return max(_cost(analysis, analysis.live, ev, meter) - _cost(analysis, free, ev, meter), 0) / examples

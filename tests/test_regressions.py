@@ -111,3 +111,32 @@ def test_indices_that_were_made_before_tracing(index, array):
   small = fp.compact(apply, variables, x, strict=True)
   assert small.variables["params"]["w"].shape == (3, len({*np.arange(5)[index][2:]}))
   np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-5)
+
+
+SUMS = {
+  "cumsum": lambda x: lax.cumsum(x, 1),
+  "cumsum reversed": lambda x: lax.cumsum(x, 1, reverse=True),
+  "window sum": lambda x: lax.reduce_window(x, 0.0, lax.add, (1, 2), (1, 1), "SAME"),
+  "cumsum of a padded array": lambda x: lax.cumsum(lax.pad(x, 0.0, ((0, 0, 0), (1, 1, 0))), 1),
+  "cumsum in a loop": lambda x: lax.scan(lambda c, _: (c + lax.cumsum(x, 1), None), 0 * x, None, length=2)[0],
+  "cumulative maximum": lambda x: lax.cummax(x, 1),
+}
+
+
+@pytest.mark.parametrize("alive", range(5))
+@pytest.mark.parametrize("name", SUMS)
+def test_one_feature_is_left_in_the_middle_of_a_running_sum(name, alive):
+  # XLA compiles a running sum of a padded array of one entry wrongly: the truth is that of the whole one.
+  def apply(variables, x):
+    return SUMS[name](x * variables["params"]["w"] * variables["masks"]["m"])
+
+  mask = jnp.zeros(5).at[alive].set(1.0)
+  variables = {"params": {"w": jnp.arange(1.0, 6.0)}, "masks": {"m": mask}}
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
+  small = fp.compact(apply, variables, x)
+  np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-5)
+  gradient = lambda f, v: jax.jit(jax.grad(lambda v: jnp.sum(jnp.sin(f(v, x) + 1.0))))(v)
+  whole = gradient(lambda v, x: apply({**v, "masks": variables["masks"]}, x), {"params": variables["params"]})
+  np.testing.assert_allclose(
+    gradient(small, small.variables)["params"]["w"], small.shrink(whole)["params"]["w"], rtol=1e-5, atol=1e-6
+  )

@@ -1,5 +1,8 @@
-"""Errors that state the requirement, the value and the remedy."""
+"""Errors that state the requirement, the value and the remedy; warnings."""
 
+import inspect
+import os
+import warnings
 from typing import Any
 
 import jax
@@ -8,6 +11,8 @@ import numpy as np
 
 from fisherprune_jax._types import PyTree
 
+HERE = os.path.join(os.path.dirname(__file__), "")
+"""Where this library is."""
 Path = tuple[Any, ...]
 """The keys on the way from the root of a tree to one of its nodes."""
 
@@ -16,6 +21,14 @@ def require(condition: bool, requirement: str, value: Any, remedy: str = "") -> 
   """Raises ``ValueError`` unless ``condition`` holds."""
   if not condition:
     raise ValueError(f"{requirement}, got {value!r}.{' ' + remedy if remedy else ''}")
+
+
+def warn(message: str) -> None:
+  """Warns, of the line outside of this library that led here."""
+  level, frame = 1, inspect.currentframe()
+  while frame is not None and frame.f_code.co_filename.startswith(HERE):
+    level, frame = level + 1, frame.f_back
+  warnings.warn(message, stacklevel=level)
 
 
 def is_traced(x: Any) -> bool:

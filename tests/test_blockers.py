@@ -103,3 +103,18 @@ def test_an_unknown_primitive_is_announced_once_with_its_cost(monkeypatch):
   left = float(model({"mask": {"mask": one}})) - (cost(jnp.tanh, mask=one) - 1)
   assert f"up to {left:,.0f} FLOPs per example" in str(said[0].message)
   fp.cost_model(apply, variables, X)  # a second warning would be an error
+
+
+WAYS = {
+  "cost_model": lambda apply, variables: fp.cost_model(apply, variables, X),
+  "compact": lambda apply, variables: fp.compact(apply, variables, X),
+  "compact, masks kept": lambda apply, variables: fp.compact(apply, variables, X, keep_masks=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_warning_is_of_the_line_that_led_to_it(monkeypatch, way):
+  monkeypatch.setattr(blockers, "_announced", set())
+  with pytest.warns(UserWarning, match="made_up_without_a_rule") as said:
+    WAYS[way](*network(unknown))
+  assert said[0].filename == __file__

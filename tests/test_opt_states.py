@@ -261,6 +261,7 @@ def test_stacked_layers_of_unequal_widths_start_their_axes_anew(x64):
   with pytest.warns(UserWarning, match="start anew") as said:
     thin = small.shrink_opt_state(tx, tx.init(full["params"]))
   assert "0/mu/s/Dense_1/kernel/2" in str(said[0].message)
+  assert said[0].filename == __file__
   assert "kernel/0" not in str(said[0].message)
   p = small.variables["params"]
   tx.update(p, thin, p)

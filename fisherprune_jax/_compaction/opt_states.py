@@ -2,7 +2,6 @@
 
 import functools
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -12,7 +11,15 @@ import numpy as np
 
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.parts import Part, find_part, shapes_by_path
-from fisherprune_jax._errors import Path, describe, is_known, path_name, require_same_tree, same_structure
+from fisherprune_jax._errors import (
+  Path,
+  describe,
+  is_known,
+  path_name,
+  require_same_tree,
+  same_structure,
+  warn,
+)
 from fisherprune_jax._training.state import FisherPruneState
 
 Keys = tuple[str, ...]
@@ -127,10 +134,9 @@ def _shrink_leaf(leaf: Any, owner: Owner | None, after: tuple[int, ...] | None) 
 
 def _restart(state: Any, tx: Any, params: Any, restarted: Collection[Keys]) -> Any:
   """Puts the leaves of a fresh state in place of those that could not be sliced, and says so."""
-  warnings.warn(
+  warn(
     "Optimizer statistics that are not shaped like their parameters cannot be sliced, so these start anew: "
-    f"{', '.join(sorted(map('/'.join, restarted)))}. Others go on where they were.",
-    stacklevel=4,
+    f"{', '.join(sorted(map('/'.join, restarted)))}. Others go on where they were."
   )
   fresh = dict(_leaves_by_keys(_without_pruning(tx.init(params))))
 

@@ -2,14 +2,13 @@
 
 import functools
 import threading
-import warnings
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import numpy as np
 
-from fisherprune_jax._errors import Path, path_name
+from fisherprune_jax._errors import Path, path_name, warn
 from fisherprune_jax._graph.causes import Causes, in_nobodys_way, is_in_the_way
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Info, weak_box, whole_box
@@ -191,11 +190,10 @@ def warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, m
       continue  # it is in nobody's way, and there is nothing to count
     if not _is_news(name):
       continue
-    warnings.warn(
+    warn(
       f"fisherprune_jax has no rule for the primitive `{name}` ({node.source}): arrays that "
       f"it reads or writes are kept whole, and with them up to {max(left, 0):,.0f} FLOPs per example; what it does "
-      "itself is not counted. fp.register_rule can teach it.",
-      stacklevel=4,
+      "itself is not counted. fp.register_rule can teach it."
     )
 
 

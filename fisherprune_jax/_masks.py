@@ -133,7 +133,7 @@ def named_rows(tree: Masks) -> list[tuple[str, Any]]:
   """
   found = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/mask") or "mask"
+    name = path_name(path).removesuffix("/mask") if path else "mask"
     for row in np.ndindex(leaf.shape[:-1]):
       found.append((name + "".join(f"[{i}]" for i in row), leaf[row]))
   return found

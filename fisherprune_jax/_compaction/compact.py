@@ -17,18 +17,11 @@ from fisherprune_jax._compaction.runner import Runner
 from fisherprune_jax._cost.cost import cost_of
 from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._errors import describe, path_name
-from fisherprune_jax._graph.blockers import (
-  Blocker,
-  Stays,
-  check_read,
-  check_strict,
-  warn_of_unknown,
-  what_stays,
-)
+from fisherprune_jax._graph.blockers import Blocker, Stays, check, what_stays
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
 from fisherprune_jax._graph.policy import MaskPolicy
-from fisherprune_jax._graph.traced import Traced, trace_apply
+from fisherprune_jax._graph.traced import trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, vectors_of
 from fisherprune_jax._masks import check_switches
 from fisherprune_jax._training.state import make_inert
@@ -62,11 +55,13 @@ class Compact:
   ) -> None:
     examples = batch_size(args, batch_axes)
     traced = trace_apply(apply_fn, tree, args, updates)
-    _check_traced(traced, tree, keep_masks, strict, examples)
+    policy = MaskPolicy.KEEP if keep_masks else MaskPolicy.DROP
+    given = [Evaluation(vectors_of(tree.mask_leaves))]
+    check(traced.analyse(policy), tree, examples, METER, given if strict else ())
     self._plan = make_plan(
       traced,
       tree,
-      keep_masks=keep_masks,
+      policy=policy,
       round_to=round_to,
       batch_axes=batch_axes,
       examples=examples,
@@ -164,15 +159,6 @@ class Compact:
       "A Compact cannot be pickled, as it holds the function that it was made of. Save small.variables (with "
       "Orbax, say) and the masks, and call fp.compact again with the same function; or keep small.export(...).serialize()."
     )
-
-
-def _check_traced(traced: Traced, tree: VariableTree, keep_masks: bool, strict: bool, examples: int) -> None:
-  """Says what is wrong with a function, or unknown of it."""
-  analysis = traced.analyse(MaskPolicy.KEEP if keep_masks else MaskPolicy.DROP)
-  check_read(analysis, tree)
-  warn_of_unknown(analysis, tree.mask_leaves, examples, METER)
-  if strict:
-    check_strict(analysis, tree, [Evaluation(vectors_of(tree.mask_leaves))], examples, METER)
 
 
 def compact(

@@ -78,19 +78,18 @@ def make_plan(
   traced: Traced,
   tree: VariableTree,
   *,
-  keep_masks: bool,
+  policy: MaskPolicy,
   round_to: int,
   batch_axes: BatchAxes,
   examples: int,
   updates: Picker | None,
 ) -> Plan:
   """Finds what is kept of the variables ``tree``, of whose masks the values are known."""
-  policy = MaskPolicy.KEEP if keep_masks else MaskPolicy.DROP
   vectors = vectors_of(tree.mask_leaves)
   if round_to > 1:
     vectors = round_up(vectors, _widths(traced.analyse(policy), tree), round_to)
     # The dead features among them are zero only because they are multiplied by their masks.
-    policy = MaskPolicy.KEEP if keep_masks else MaskPolicy.MULTIPLY
+    policy = MaskPolicy.MULTIPLY if policy is MaskPolicy.DROP else policy
   ev = Evaluation(vectors)
   masks = jax.tree.unflatten(jax.tree.structure(tree.mask_tree), leaves_from(vectors, tree.mask_leaves))
   kept = _kept(traced.analyse(policy), tree, ev)

@@ -12,7 +12,7 @@ from fisherprune_jax._cost.budget import ExactCost
 from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._errors import require_same_tree
 from fisherprune_jax._graph import exact as whole_numbers
-from fisherprune_jax._graph.blockers import check_read, check_strict, sample_masks, warn_of_unknown
+from fisherprune_jax._graph.blockers import check, sample_masks
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
 from fisherprune_jax._graph.prices import Prices
@@ -230,11 +230,8 @@ def cost_model(
   tree = VariableTree(variables, masks)
   examples = batch_size(args, batch_axes)
   analysis = trace_apply(apply_fn, tree, args).analyse()
-  check_read(analysis, tree)
   names, everything = None if primitives is None else frozenset(primitives), FlopsMeter()
-  warn_of_unknown(analysis, tree.mask_leaves, examples, everything)
-  if strict:
-    check_strict(analysis, tree, sample_masks(tree.mask_leaves), examples, everything)
+  check(analysis, tree, examples, everything, sample_masks(tree.mask_leaves) if strict else ())
   meter = everything._replace(primitives=names, pad_taps=pad_taps)
   return cost_of(analysis, tree.mask_tree, examples, meter)
 

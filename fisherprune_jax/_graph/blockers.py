@@ -137,7 +137,16 @@ def _cost(analysis: Analysis, live: Liveness, ev: Evaluation, meter: Meter) -> i
   return total([cost.term for cost in costs_of(analysis.program, live, meter)], ev)
 
 
-def check_strict(
+def check(
+  analysis: Analysis, tree: VariableTree, examples: int, meter: Meter, strict: Sequence[Evaluation] = ()
+) -> None:
+  """Says what is unknown of a function; raises if nothing reads a mask, or if dead entries stay under ``strict`` ones."""
+  _check_read(analysis, tree)
+  _warn_of_unknown(analysis, tree.mask_leaves, examples, meter)
+  _check_strict(analysis, tree, strict, examples, meter)
+
+
+def _check_strict(
   analysis: Analysis, tree: VariableTree, states: Sequence[Evaluation], examples: int, meter: Meter
 ) -> None:
   """Raises if dead entries stay under any of these masks."""
@@ -152,7 +161,7 @@ def check_strict(
     )
 
 
-def check_read(analysis: Analysis, tree: VariableTree) -> None:
+def _check_read(analysis: Analysis, tree: VariableTree) -> None:
   """Raises if nothing reads a mask: it was made for another function than the one that is called."""
   read = {value for node in analysis.program.nodes for value in node.ins} | {*analysis.program.outputs}
   unread = [
@@ -177,7 +186,7 @@ def lines(blocker: Blocker) -> list[str]:
   return [f"  {blocker.reason}{layer} ({blocker.where}){cost}", *axes]
 
 
-def warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, meter: Meter) -> None:
+def _warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, meter: Meter) -> None:
   """Says once per primitive that no rule knows it: it is not counted, and may keep others from going."""
   live = analysis.live
   for node in live.factors:

@@ -18,7 +18,7 @@ from fisherprune_jax._types import Shape
 Box = tuple[Set, ...]
 Factors = dict[Factor, Set]
 LARGEST_KNOWN = 65_536
-"""Integer arrays up to this size are followed by value."""
+"""Arrays of integers and booleans up to this size are followed by value."""
 
 
 class Info(NamedTuple):
@@ -27,9 +27,9 @@ class Info(NamedTuple):
   Attributes:
     possible: per axis, where it can be non-zero.
     const: the value of all its entries, where they are one known number.
-    mask: whether its entries are one wherever ``box`` allows them to be non-zero.
+    mask: whether its entries are one wherever ``possible`` allows them to be non-zero.
     varies: whether it depends on the arguments, not on the variables alone.
-    known: its value, if it is a small array of integers that no input decides.
+    known: its value, if it is a small array of integers or booleans that no input decides.
     layers: what is known of each entry along the leading axis, where they differ: a stack of masks.
     together: where it can be non-zero by several axes merged, where that is less than ``possible`` says.
   """
@@ -141,8 +141,12 @@ def _known(x: Any) -> np.ndarray | None:
   """A small concrete array of integers, such as indices, or of booleans, such as which of these are negative."""
   if not compat.is_concrete(x) or np.size(x) > LARGEST_KNOWN:
     return None
-  dtype = compat.dtype_of(x)
-  return np.asarray(x) if np.issubdtype(dtype, np.integer) or np.issubdtype(dtype, np.bool_) else None
+  return np.asarray(x) if _is_followed(compat.dtype_of(x)) else None
+
+
+def _is_followed(dtype: Any) -> bool:
+  """Whether arrays of a type are followed by value."""
+  return bool(jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_))
 
 
 def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:
@@ -151,11 +155,10 @@ def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:
     return None
   (out,) = node.outs
   small = all(map(compat.is_static_size, out.shape)) and math.prod(out.shape) <= LARGEST_KNOWN
-  integers = jnp.issubdtype(out.aval.dtype, jnp.integer) or out.aval.dtype == bool
   if not infos and node.name != "iota":
     return None  # such as the value of a symbolic size
   known = [info.known for info in infos if info.known is not None]
-  if not small or not integers or len(known) < len(infos):
+  if not small or not _is_followed(out.aval.dtype) or len(known) < len(infos):
     return None
   return compat.evaluate(node.eqn, known)
 

@@ -114,7 +114,9 @@ class Unmasked:
 UNMASKED: dict[str, Unmasked] = {}
 
 
-def network(*shapes: Any, groups: Mapping[str, Group], skipped: str = "", name: str = "", **known: bool) -> Any:
+def network(
+  *shapes: Any, groups: Mapping[str, Group], skipped: str = "", name: str = "", **known: bool
+) -> Any:
   """Adds a function of the arguments with Linen layers in it to the table."""
 
   def add(function: Callable[..., Any]) -> Callable[..., Any]:

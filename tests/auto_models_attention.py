@@ -213,7 +213,9 @@ def fused_end_to_end(x):
   groups={
     "stream": group(7, "stem/kernel 1, stem/bias 0, query/kernel 0, out/kernel 1, out/bias 0, head/kernel 0"),
     "memory": group(8, "memory/kernel 1, memory/bias 0, key/kernel 0, value/kernel 0"),
-    "heads": group(2, "query/kernel 1, query/bias 0, key/kernel 1, value/kernel 1, value/bias 0, out/kernel 0"),
+    "heads": group(
+      2, "query/kernel 1, query/bias 0, key/kernel 1, value/kernel 1, value/bias 0, out/kernel 0"
+    ),
     "depth": group(5, "query/kernel 1, query/bias 0, key/kernel 1"),
     "values": group(3, "value/kernel 1, value/bias 0, out/kernel 0"),
   },

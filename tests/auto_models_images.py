@@ -36,12 +36,8 @@ def plain(x):
       batch_norm("stem_norm"),
       batch_norm("outer_0_norm"),
     ),
-    "inner of the first block": group(
-      6, "inner_0/kernel 3, outer_0/kernel 2", batch_norm("inner_0_norm")
-    ),
-    "inner of the second block": group(
-      7, "inner_1/kernel 3, outer_1/kernel 2", batch_norm("inner_1_norm")
-    ),
+    "inner of the first block": group(6, "inner_0/kernel 3, outer_0/kernel 2", batch_norm("inner_0_norm")),
+    "inner of the second block": group(7, "inner_1/kernel 3, outer_1/kernel 2", batch_norm("inner_1_norm")),
     "second trunk": group(
       8,
       "outer_1/kernel 3, shortcut/kernel 3, head/kernel 0",
@@ -176,9 +172,7 @@ def conv_next(x):
 @network(
   (5, 5, 4),
   groups={
-    "groups": group(
-      2, "before/kernel 3, before/bias 0, grouped/kernel 3, grouped/bias 0, after/kernel 2"
-    ),
+    "groups": group(2, "before/kernel 3, before/bias 0, grouped/kernel 3, grouped/bias 0, after/kernel 2"),
     "inputs of each": group(3, "before/kernel 3, before/bias 0, grouped/kernel 2"),
     "outputs of each": group(5, "grouped/kernel 3, grouped/bias 0, after/kernel 2"),
   },
@@ -294,6 +288,8 @@ def features_returned(x):
   },
 )
 def channels_first(x, *, k=(5, 2, 3, 3), b=(5,), kk=(4, 5, 3, 3), w=(4, 3)):
-  layer = lambda x, k: lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"))
+  layer = lambda x, k: lax.conv_general_dilated(
+    x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW")
+  )
   x = nn.relu(layer(x, k) + b[:, None, None])
   return jnp.mean(nn.relu(layer(x, kk)), axis=(2, 3)) @ w

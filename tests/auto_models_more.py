@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from tests.auto_models import UNMASKED, Ids, Unmasked, dense, function, group, network
+from tests.auto_models import UNMASKED, Group, Ids, Unmasked, dense, function, group, network
 
 
 def table(rows: int, features: int, name: str) -> nn.Embed:
@@ -36,9 +36,7 @@ def features_concatenated(user, item, numbers):
   Ids(6, (2,)),
   (3,),
   groups={
-    "embedded": group(
-      5, "user/embedding 1, items/embedding 1, bottom/kernel 1, bottom/bias 0, top/kernel 0"
-    ),
+    "embedded": group(5, "user/embedding 1, items/embedding 1, bottom/kernel 1, bottom/bias 0, top/kernel 0"),
     "top": group(8, "top/kernel 1, top/bias 0, head/kernel 0"),
   },
   skipped="user/embedding 0, items/embedding 0",
@@ -65,7 +63,9 @@ def factorisation_machine(fields, *, v=(7, 5), w=(7, 1), bias=()):
   return bias + jnp.sum(w[fields], axis=(1, 2)) + 0.5 * jnp.sum(pairs, axis=-1)
 
 
-_CROSSED = "cross_0/kernel 0, cross_0/kernel 1, cross_0/bias 0, cross_1/kernel 0, cross_1/kernel 1, cross_1/bias 0"
+_CROSSED = (
+  "cross_0/kernel 0, cross_0/kernel 1, cross_0/bias 0, cross_1/kernel 0, cross_1/kernel 1, cross_1/bias 0"
+)
 
 
 @network(
@@ -140,6 +140,20 @@ def weights_shared(x, *, stem=(3, 5), w=(5, 5), b=(5,), head=(5, 2)):
   for _ in range(3):
     x = jnp.tanh(x @ w + b)
   return x @ head
+
+
+@function(
+  (3,),
+  groups={
+    "before": group(2, "w 1, b 0, every 0"),
+    "middle": group(4, "w 1, b 0, every 0, some 0"),
+    "behind": group(5, "w 1, b 0, every 0"),
+  },
+)
+def slice_read_alone(x, *, w=(3, 11), b=(11,), every=(11, 2), some=(4, 2)):
+  """A part of the features has a reader of its own, so the others need not go as it does."""
+  x = jnp.tanh(x @ w + b)
+  return x @ every + x[:, 2:6] @ some
 
 
 WHOLE = {
@@ -245,9 +259,7 @@ def while_loop(x, *, w=(3, 5), r=(5, 5), b=(5,), out=(5, 2)):
     "values": group(6, "v 2, out 1"),
   },
 )
-def one_example_at_a_time(
-  x, *, w=(3, 7), b=(7,), q=(7, 2, 5), k=(7, 2, 5), v=(7, 2, 6), out=(2, 6, 4)
-):
+def one_example_at_a_time(x, *, w=(3, 7), b=(7,), q=(7, 2, 5), k=(7, 2, 5), v=(7, 2, 6), out=(2, 6, 4)):
   """Written for one example, laid over the batch by ``vmap``."""
 
   def model(x):
@@ -269,5 +281,5 @@ UNMASKED["list_of_arrays"] = Unmasked(
   _list_of_arrays,
   lambda x: [(jnp.zeros((3, 5)), jnp.zeros(5)), jnp.zeros((5, 2))],
   ((3,),),
-  {"hidden": group(5, "0/0 1, 0/1 0, 1 0")},
+  {"hidden": Group(5, frozenset({("0/0", 1), ("0/1", 0), ("1", 0)}))},
 )

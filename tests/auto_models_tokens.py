@@ -152,7 +152,9 @@ def scanned_layers(x):
   },
   skipped="w 0, b 0, v 0, u 0",
 )
-def scanned_arrays(x, *, stem=(8, 5), w=(4, 5, 6), b=(4, 6), v=(4, 6, 5), u=(4, 5, 7), head=(5, 2), read=(7, 2)):
+def scanned_arrays(
+  x, *, stem=(8, 5), w=(4, 5, 6), b=(4, 6), v=(4, 6, 5), u=(4, 5, 7), head=(5, 2), read=(7, 2)
+):
   """Layers that also write something down, which is summed over their turns and then over features."""
 
   def layer(x, each):
@@ -225,7 +227,8 @@ def recurrent(x, *, w=(3, 5), r=(5, 5), b=(5,), v=(5, 6), s=(6, 6), c=(6,), out=
   (4, 6),
   groups={
     "stream": group(
-      7, "stem/kernel 1, stem/bias 0, norm/scale 0, inner/kernel 0, outer/kernel 1, outer/bias 0, head/kernel 0"
+      7,
+      "stem/kernel 1, stem/bias 0, norm/scale 0, inner/kernel 0, outer/kernel 1, outer/bias 0, head/kernel 0",
     ),
     "inner": group(
       5,

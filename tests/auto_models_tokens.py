@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from tests.auto_models import conv, dense, function, group, network, norm, weight
+from tests.models import param_dtype
 
 _MIXER = {
   "stream": group(
@@ -181,7 +182,7 @@ def gates(names: str, *axes: int, bias: bool) -> str:
   },
 )
 def lstm(x):
-  y = nn.RNN(nn.OptimizedLSTMCell(6, name="cell"))(nn.relu(dense(5, "before")(x)))
+  y = nn.RNN(nn.OptimizedLSTMCell(6, param_dtype=param_dtype(), name="cell"))(nn.relu(dense(5, "before")(x)))
   return dense(2, "head")(y)
 
 
@@ -199,7 +200,7 @@ def lstm(x):
   },
 )
 def gru(x):
-  y = nn.RNN(nn.GRUCell(6, name="cell"))(nn.relu(dense(5, "before")(x)))
+  y = nn.RNN(nn.GRUCell(6, param_dtype=param_dtype(), name="cell"))(nn.relu(dense(5, "before")(x)))
   return dense(2, "head")(y[:, -1])
 
 
@@ -254,6 +255,6 @@ def mamba(x):
     return state, jnp.einsum("bes,bs->be", state, out)
 
   each = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (y, step, into, out))
-  _, read = lax.scan(turn, jnp.zeros((x.shape[0], 5, 3), x.dtype), each)
+  _, read = lax.scan(turn, jnp.zeros((x.shape[0], 5, 3), jnp.result_type(x, decay)), each)
   y = (jnp.moveaxis(read, 0, 1) + y * weight("skip", 5)) * nn.silu(gate)
   return dense(2, "head")(x + dense(7, "outer")(y))

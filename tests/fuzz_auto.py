@@ -89,27 +89,37 @@ def find(net: Network, learned: bool) -> AutoMasked:
 def check_auto(net: Network, other: int) -> None:
   """Everything that must hold of a network and the masks that were found for it."""
   found = find(net, net.seed % 2 == 0)
-  variables, x = {"params": found.variables["params"]}, net.batch(net.shape[0])
-  expected = found.inner(variables, x)
-  _close(expected, found.auto.apply({**variables, "masks": found.auto.masks}, x), "masks of ones")
-  _close(expected, found.auto.apply(variables, x), "no masks")
+  variables = {"params": found.variables["params"]}
   again = fp.auto_mask(found.inner, variables, net.batch(other))
   assert again.groups == found.auto.groups, (
     f"groups: {again.groups} at batch size {other}, {found.auto.groups}"
   )
-  check_examples(found, variables, x)
+  check_masks(found, variables)
   check(found, other)
 
 
-def check_examples(found: AutoMasked, variables: Any, x: Any) -> None:
-  """Gradients of one mask for each example add up to that of one for all."""
+def check_masks(found: AutoMasked, variables: Any) -> None:
+  """Masks of ones and no masks change nothing; gradients of one mask for each example add up to that of one for all."""
   masks = {name: jnp.asarray(m, jnp.float64) for name, m in found.masks.items()}
 
-  def loss(masks: Any) -> Any:
+  def loss(masks: Any, variables: Any, x: Any) -> Any:
     return sum(jnp.sum(jnp.sin(y + 1.0)) for y in found.auto.apply({**variables, "masks": masks}, x))
 
-  each = jax.grad(loss)(fp.per_example(masks, found.shape[0]))
-  _close(jax.grad(loss)(masks), jax.tree.map(lambda g: g.sum(-2), each), "mask gradients of examples")
+  @jax.jit
+  def run(masks: Any, variables: Any, x: Any) -> Any:
+    ones = jax.tree.map(jnp.ones_like, masks)
+    outs = [
+      found.inner(variables, x),
+      found.auto.apply({**variables, "masks": ones}, x),
+      found.auto.apply(variables, x),
+    ]
+    each = jax.grad(loss)(fp.per_example(masks, found.shape[0]), variables, x)
+    return outs, jax.grad(loss)(masks, variables, x), jax.tree.map(lambda g: g.sum(-2), each)
+
+  (expected, ones, none), at_once, each = run(masks, variables, found.batch(found.shape[0]))
+  _close(expected, ones, "masks of ones")
+  _close(expected, none, "no masks")
+  _close(at_once, each, "mask gradients of examples")
 
 
 if __name__ == "__main__":

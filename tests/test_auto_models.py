@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import fisherprune_jax as fp
-from tests.auto_models import EXAMPLES, UNMASKED, Unmasked
+from tests.auto_models import EXAMPLES, UNMASKED, Unmasked, members
 
 pytestmark = pytest.mark.usefixtures("x64")
 ALL = pytest.mark.parametrize("name", UNMASKED)
@@ -66,7 +66,7 @@ def random_masks(masks: Any) -> Any:
   rng = np.random.default_rng(0)
 
   def draw(mask: Any) -> np.ndarray:
-    values = rng.random(mask.shape) < 0.5
+    values = rng.random(mask.shape) < 0.7
     values[..., 0], values[..., -1] = True, False
     return rng.permuted(values, axis=-1).astype(np.float32)
 
@@ -120,9 +120,9 @@ def test_what_is_written_down_is_there(name):
   """Members are axes of variables, at least as long as their group; nothing is written down twice."""
   model, variables = UNMASKED[name], setup(name).model.variables(0, jnp.float64)
   shapes = dict(zip(paths(variables), (leaf.shape for leaf in jax.tree.leaves(variables)), strict=True))
-  for size, members, layers in model.groups.values():
-    assert all(shapes[path][axis] % size == 0 or shapes[path][axis] > size > 1 for path, axis in members)
-    assert layers is None or all(shapes[path][0] == layers for path, _ in members)
+  for size, found, layers in model.groups.values():
+    assert all(shapes[path][axis] % size == 0 or shapes[path][axis] > size > 1 for path, axis in found)
+    assert layers is None or all(shapes[path][0] == layers for path, _ in found)
   assert all(shapes[path][axis] for path, axis in model.skipped)
   assert len({(g.size, g.members) for g in model.groups.values()}) == len(model.groups)
 
@@ -152,13 +152,11 @@ def test_groups_and_names_do_not_hang_on_the_batch_size(name, examples):
 
 
 @ALL
-def test_masks_of_ones_change_nothing(name):
-  """Nor does it change anything to leave them out: then it is the original, operation by operation."""
+def test_without_masks_it_is_the_original(name):
+  """Operation by operation."""
   s = setup(name)
-  plain = s.model.variables(0, jnp.float64)
-  ones = jax.tree.map(np.ones_like, s.masks)
-  close(jax.jit(s.model.apply)(plain, *s.args), s.values(ONES, s.variables, ones, *s.args)[0], 1e-12)
-  assert traced(s.auto.apply, plain, *s.args) == traced(s.model.apply, plain, *s.args)
+  variables = s.model.variables(0, jnp.float64)
+  assert traced(s.auto.apply, variables, *s.args) == traced(s.model.apply, variables, *s.args)
 
 
 def traced(function: Any, *args: Any) -> str:
@@ -181,12 +179,19 @@ def test_compact_is_what_is_masked(name):
 
 
 @ALL
-def test_at_another_batch_size(name):
-  """One example alone: what it is in a batch, masked and compact."""
+def test_one_example_alone(name):
+  """At another batch size masks of ones change nothing, and compact is what is masked, which is as it is in a batch."""
   s = setup(name)
   one = tuple(arg[:1] for arg in s.args)
-  both = jax.jit(lambda variables, small, *args: (s.masked(variables, s.masks, *args), s.small(small, *args)))
-  masked, small = both(s.variables, s.small.variables, *one)
+
+  @jax.jit
+  def run(variables: Any, masks: Any, small: Any) -> Any:
+    plain = jax.tree.unflatten(jax.tree.structure(s.model.variables()), jax.tree.leaves(variables))
+    return s.model.apply(plain, *one), s.masked(variables, masks, *one), s.small(small, *one)
+
+  original, ones, _ = run(s.variables, jax.tree.map(np.ones_like, s.masks), s.small.variables)
+  close(original, ones, 1e-12)
+  _, masked, small = run(s.variables, s.masks, s.small.variables)
   close(masked, small, 1e-10)
   close(jax.tree.map(lambda y: y[:1], s.values(ONES, s.variables, s.masks, *s.args)[0]), masked, 1e-10)
 
@@ -236,10 +241,49 @@ def test_the_cost_is_that_of_the_compact_network(name):
 def test_rows_of_mask_gradients_are_those_of_single_examples(name):
   s = setup(name)
   mean = lambda variables, masks, args: jnp.mean(losses(s.masked(variables, masks, *args)))
-  _, (_, rows) = jax.jit(fp.value_and_grads(mean))(s.variables, s.masks, s.args)
-  singles = [s.values(weights, s.variables, s.masks, *s.args)[1][1] for weights in np.eye(EXAMPLES)]
-  close(jax.tree.map(lambda *of_each: np.stack(of_each, axis=-2), *singles), rows, 1e-6)
-  assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(rows))
+  gradients = jax.jit(fp.value_and_grads(mean))
+  for masks in (s.masks, jax.tree.map(np.ones_like, s.masks)):
+    rows = gradients(s.variables, masks, s.args)[1][1]
+    singles = [s.values(weights, s.variables, masks, *s.args)[1][1] for weights in np.eye(EXAMPLES)]
+    close(jax.tree.map(lambda *of_each: np.stack(of_each, axis=-2), *singles), rows, 1e-6)
+  silent = [key for key, leaf in rows.items() if not np.abs(leaf).max(axis=-1).all()]
+  assert len(silent) == (name == "conditional")  # of the branch that is not taken
+
+
+ONCE = {
+  "plain": {"first": "conv_1/kernel 2", "third": "head/kernel 0"},
+  "residual": {"trunk": "inner_0/kernel 2, inner_1/kernel 2, shortcut/kernel 2"},
+  "mobile_net": {"inner": "project/kernel 2"},
+  "vit": {"depth": "query/kernel 2, query/bias 1", "values": "out/kernel 1", "heads": "out/kernel 0"},
+  "decoder": {"inner": "down/kernel 0"},
+  "weights_shared": {"shared": "w 0, head 0"},
+  "scanned_arrays": {"written": "read 0"},
+  "recurrent": {"second state": "s 0, out 0"},
+}
+"""Of some groups the members that read them: a mask in front of these is the same as a factor on these."""
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_mask_stands_once_before_all_that_reads_it(name):
+  """Its gradient is that of factors on its readers; one that stood twice would have twice that."""
+  s = setup(name)
+  ones = jax.tree.map(np.ones_like, s.masks)
+  of_variables, of_masks = s.values(ONES, s.variables, ones, *s.args)[1][:2]
+  products = dict(
+    zip(
+      paths(s.variables),
+      jax.tree.map(np.multiply, *map(jax.tree.leaves, (s.variables, of_variables))),
+      strict=True,
+    )
+  )
+  names = {(g.size, frozenset(g.members)): g.name for g in s.auto.groups}
+  for label, readers in ONCE[name].items():
+    size, found, _ = s.model.groups[label]
+    expected = sum(
+      np.sum(np.moveaxis(products[path], axis, 0).reshape(size, -1), axis=1)
+      for path, axis in members(readers)
+    )
+    close(expected, of_masks[names[size, found]], 1e-6)
 
 
 TRAINED = """

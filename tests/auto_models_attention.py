@@ -250,6 +250,27 @@ def relative_positions(x):
   return joined(4)(jnp.einsum("bhts,bshd->bthd", nn.softmax(scores), value))
 
 
+@network(
+  (4, 2),
+  groups={
+    "queries": group(6, "queries/w 0, head/kernel 0"),
+    "tokens": group(7, "stem/kernel 1, stem/bias 0, key/kernel 0, value/kernel 0"),
+    "heads": group(2, "query/kernel 1, key/kernel 1, value/kernel 1, out/kernel 0"),
+    "depth": group(5, "query/kernel 2, key/kernel 2"),
+    "values": group(4, "value/kernel 2, out/kernel 1"),
+    "features": group(8, "out/kernel 2, out/bias 0, head/kernel 0"),
+  },
+)
+def learned_queries(x):
+  """Queries that are variables, and do not attend to each other; the sum over their own features is of variables alone."""
+  x = nn.relu(dense(7, "stem")(x))
+  query = heads(2, 5, "query", use_bias=False)(weight("queries", 6, 9))
+  key, value = (heads(2, n, name, use_bias=False)(x) for n, name in ((5, "key"), (4, "value")))
+  scores = jnp.einsum("qhd,bshd->bhqs", query, key)
+  y = jnp.tanh(joined(8)(jnp.einsum("bhqs,bshd->bqhd", nn.softmax(scores), value)))
+  return dense(2, "head")(y.reshape(y.shape[0], -1))
+
+
 def cut(x: jax.Array) -> jax.Array:
   """Windows of 3 by 2, folded into the examples."""
   examples, h, w, features = x.shape

@@ -1,10 +1,9 @@
-"""Unmasked networks of images: sums, concatenations, gates, groups of channels, and layouts of them."""
+"""Unmasked networks of images: sums, concatenations, gates, norms."""
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 
-from tests.auto_models import batch_norm, conv, dense, function, group, network, norm, normed, weight
+from tests.auto_models import batch_norm, conv, dense, group, network, norm, normed, weight
 
 
 def pooled(x):
@@ -170,94 +169,6 @@ def conv_next(x):
 
 
 @network(
-  (5, 5, 4),
-  groups={
-    "groups": group(2, "before/kernel 3, before/bias 0, grouped/kernel 3, grouped/bias 0, after/kernel 2"),
-    "inputs of each": group(3, "before/kernel 3, before/bias 0, grouped/kernel 2"),
-    "outputs of each": group(5, "grouped/kernel 3, grouped/bias 0, after/kernel 2"),
-  },
-)
-def grouped_convolution(x):
-  x = nn.relu(conv(6, "before", (1, 1))(x))
-  x = nn.relu(conv(10, "grouped", feature_group_count=2)(x))
-  return conv(2, "after", (1, 1))(x)
-
-
-@network(
-  (5, 5, 2),
-  groups={
-    "channels": group(
-      4, "before/kernel 3, before/bias 0, depthwise/kernel 3, depthwise/bias 0, after/kernel 2"
-    ),
-    "filters of each": group(3, "depthwise/kernel 3, depthwise/bias 0, after/kernel 2"),
-  },
-)
-def depthwise_multiplier(x):
-  x = nn.relu(conv(4, "before", (1, 1))(x))
-  x = nn.silu(conv(12, "depthwise", feature_group_count=4)(x))
-  return conv(2, "after", (1, 1))(x)
-
-
-_SHUFFLED = "grouped_0/kernel 3, grouped_0/bias 0, depthwise/kernel 3, depthwise/bias 0"
-
-
-@network(
-  (4, 4, 6),
-  groups={
-    "inputs of each of the first groups": group(4, "before/kernel 3, before/bias 0, grouped_0/kernel 2"),
-    # 2 groups of 15, shuffled to 15 times 2, which are 3 groups of 5 times 2.
-    "first groups": group(2, "before/kernel 3, before/bias 0, grouped_1/kernel 2", _SHUFFLED),
-    "second groups": group(3, "grouped_1/kernel 3, grouped_1/bias 0, after/kernel 2", _SHUFFLED),
-    "what both share": group(5, "grouped_1/kernel 2", _SHUFFLED),
-    "outputs of each of the second groups": group(7, "grouped_1/kernel 3, grouped_1/bias 0, after/kernel 2"),
-  },
-)
-def channel_shuffle(x):
-  x = nn.relu(conv(8, "before", (1, 1))(x))
-  x = nn.relu(conv(30, "grouped_0", (1, 1), feature_group_count=2)(x))
-  x = x.reshape(*x.shape[:-1], 2, 15).swapaxes(-1, -2).reshape(x.shape)
-  x = nn.relu(conv(30, "depthwise", feature_group_count=30)(x))
-  x = nn.relu(conv(21, "grouped_1", (1, 1), feature_group_count=3)(x))
-  return conv(2, "after", (1, 1))(x)
-
-
-@network(
-  (3, 4, 3),
-  groups={
-    "before": group(4, "before/kernel 3, before/bias 0, up/kernel 2"),
-    "channels": group(5, "up/kernel 3, up/bias 0, out/kernel 2"),  # beside 2 by 3 places
-  },
-  skipped="up/kernel 3, up/bias 0",
-)
-def pixel_shuffle(x):
-  y = conv(30, "up")(nn.relu(conv(4, "before")(x)))
-  examples, h, w, _ = y.shape
-  y = y.reshape(examples, h, w, 2, 3, 5).transpose(0, 1, 3, 2, 4, 5).reshape(examples, 2 * h, 3 * w, 5)
-  return conv(2, "out")(nn.relu(y))
-
-
-_NORMED = "before/kernel 3, before/bias 0, norm/scale 0, norm/bias 0, after/kernel 2"
-
-
-@network(
-  (4, 4, 4),
-  groups={"groups": group(2, _NORMED), "channels of each": group(5, _NORMED)},
-)
-def group_norm(x):
-  x = nn.GroupNorm(num_groups=2, name="norm")(conv(10, "before")(x))
-  return conv(3, "after")(nn.silu(x))
-
-
-@network(
-  (4, 4, 4),
-  groups={"groups": group(2, _NORMED), "channels of each": group(5, _NORMED)},
-)
-def group_norm_in_two_passes(x):
-  x = nn.GroupNorm(num_groups=2, use_fast_variance=False, name="norm")(conv(10, "before")(x))
-  return conv(3, "after")(nn.silu(x))
-
-
-@network(
   (5, 5, 3),
   groups={
     "first": group(4, "first/kernel 3, first/bias 0, second/kernel 2"),
@@ -280,16 +191,20 @@ def features_returned(x):
   return dense(3, "head")(nn.relu(y)), y
 
 
-@function(
-  (2, 6, 7),
+@network(
+  (6, 6, 2),
   groups={
-    "first": group(5, "k 0, b 0, kk 1"),
-    "second": group(4, "kk 0, w 0"),
+    "trunk": group(
+      4, "stem/kernel 3, stem/bias 0, inner/kernel 2, outer/kernel 3, outer/bias 0, head/kernel 0"
+    ),
+    "inner": group(5, "inner/kernel 3, inner/bias 0, outer/kernel 2"),
+    "beside its front": group(2, "outer/kernel 3, outer/bias 0, head/kernel 0"),
+    "beside its end": group(3, "outer/kernel 3, outer/bias 0, head/kernel 0"),
   },
 )
-def channels_first(x, *, k=(5, 2, 3, 3), b=(5,), kk=(4, 5, 3, 3), w=(4, 3)):
-  layer = lambda x, k: lax.conv_general_dilated(
-    x, k, (1, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW")
-  )
-  x = nn.relu(layer(x, k) + b[:, None, None])
-  return jnp.mean(nn.relu(layer(x, kk)), axis=(2, 3)) @ w
+def shortcut_padded(x):
+  """Of few features to more, by zeros: those of the branch that meet zeros go by themselves."""
+  x = nn.relu(conv(4, "stem")(x))
+  y = conv(9, "outer")(nn.relu(conv(5, "inner", strides=2)(x)))
+  x = jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (2, 3)))
+  return dense(2, "head")(pooled(nn.relu(x + y)))

@@ -224,6 +224,37 @@ def derivative_rules(x, *, w=(3, 5), b=(5,), v=(5, 6), slope=(6,), u=(6, 7), out
   return jax.nn.softplus(jax.nn.relu(x @ u)) @ out
 
 
+@jax.custom_vjp
+def _linear(x: Any, w: Any) -> Any:
+  return x @ w
+
+
+_linear.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+
+@function(
+  (3,),
+  groups={"last": group(7, "u 1, out 0")},
+  skipped="w 1, v 0, v 1, u 0",
+)
+def layers_with_a_rule(x, *, w=(3, 5), v=(5, 6), u=(6, 7), out=(7, 2)):
+  """Products whose derivative somebody wrote: it sums over features of cotangents, of which nothing is known."""
+  x = jnp.tanh(_linear(jnp.tanh(_linear(x, w)), v))
+  return jnp.tanh(x @ u) @ out
+
+
+@function(
+  (3,),
+  groups={
+    "models": group(4, "w 0, b 0, v 0"),
+    "hidden": group(5, "w 2, b 1, v 1"),
+  },
+)
+def ensemble(x, *, w=(4, 3, 5), b=(4, 5), v=(4, 5, 2)):
+  """The mean of four models under ``vmap``: whole models may go, or a feature of all of them."""
+  return jnp.mean(jax.vmap(lambda w, b, v: nn.relu(x @ w + b) @ v)(w, b, v), axis=0)
+
+
 @function(
   (3,),
   groups={
@@ -246,8 +277,10 @@ def for_loop(x, *, w=(3, 5), r=(5, 5), b=(5,), out=(5, 2)):
 
 @function((3,), groups={"carried": group(5, "w 1, r 0, r 1, b 0, out 0")}, differentiable=False)
 def while_loop(x, *, w=(3, 5), r=(5, 5), b=(5,), out=(5, 2)):
+  """Whose condition sums over the features, too."""
   turn = lambda state: (state[0] + 1, jnp.tanh(state[1] @ r + b))
-  return lax.while_loop(lambda state: state[0] < 3, turn, (0, x @ w))[1] @ out
+  goes_on = lambda state: (state[0] < 3) & (jnp.sum(jnp.square(state[1])) < 1e3)
+  return lax.while_loop(goes_on, turn, (0, x @ w))[1] @ out
 
 
 @function(

@@ -77,6 +77,7 @@ class Unmasked:
     shapes: of every argument, without the examples.
     groups: by a label that only the reader needs.
     skipped: some of the axes of which has to be said why they are no group.
+    stay: members that stay as long as they are, because variables alone read all of them.
     differentiable: by reverse mode.
   """
 
@@ -86,6 +87,7 @@ class Unmasked:
   shapes: tuple[tuple[int, ...] | Ids, ...]
   groups: Mapping[str, Group]
   skipped: frozenset[Member] = frozenset()
+  stay: frozenset[Member] = frozenset()
   differentiable: bool = True
 
   def variables(self, seed: int = 0, dtype: Any = jnp.float32) -> Any:
@@ -114,9 +116,7 @@ class Unmasked:
 UNMASKED: dict[str, Unmasked] = {}
 
 
-def network(
-  *shapes: Any, groups: Mapping[str, Group], skipped: str = "", name: str = "", **known: bool
-) -> Any:
+def network(*shapes: Any, name: str = "", **known: Any) -> Any:
   """Adds a function of the arguments with Linen layers in it to the table."""
 
   def add(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -127,31 +127,30 @@ def network(
 
     model = Network()
     init = lambda *args: model.init(jax.random.key(0), *args)
-    _add(name or function.__name__, model.apply, init, shapes, groups, skipped, known)
+    _add(name or function.__name__, model.apply, init, shapes, **known)
     return function
 
   return add
 
 
-def function(*shapes: Any, groups: Mapping[str, Group], skipped: str = "", **known: bool) -> Any:
-  """Adds ``f(params, *args, w=(3, 4), ..)`` to the table, whose keyword arguments say what its parameters are."""
+def function(*shapes: Any, **known: Any) -> Any:
+  """Adds ``f(*args, w=(3, 4), ..)`` to the table, whose keyword arguments say what its parameters are."""
 
   def add(function: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(function).parameters.items()
     params = {key: p.default for key, p in signature if p.kind is inspect.Parameter.KEYWORD_ONLY}
     init = lambda *args: {"params": {key: jnp.zeros(shape) for key, shape in params.items()}}
     apply = lambda variables, *args: function(*args, **variables["params"])
-    _add(function.__name__, apply, init, shapes, groups, skipped, known)
+    _add(function.__name__, apply, init, shapes, **known)
     return function
 
   return add
 
 
-def _add(name: str, apply: Any, init: Any, shapes: Any, groups: Any, skipped: str, known: Any) -> None:
+def _add(name: str, *given: Any, skipped: str = "", stay: str = "", **known: Any) -> None:
   assert name not in UNMASKED
-  UNMASKED[name] = Unmasked(
-    name, apply, init, shapes, groups, members(skipped) if skipped else frozenset(), **known
-  )
+  said = {key: members(text) for key, text in (("skipped", skipped), ("stay", stay)) if text}
+  UNMASKED[name] = Unmasked(name, *given, **known, **said)
 
 
 class _Weight(nn.Module):

@@ -106,6 +106,7 @@ def two_towers(user, items):
     "first": group(5, "v 1, g 0, vv 0"),
     "second": group(4, "vv 1, gg 0, w 0"),
   },
+  stay="vv 0",
 )
 def weight_norm(x, *, v=(3, 5), g=(5,), vv=(5, 4), gg=(4,), w=(4, 2)):
   """The norms are of all rows, those of dead features too: they read the variable alone, and no mask stands there."""

@@ -1,6 +1,5 @@
 """Unmasked networks of tokens: mixers, experts, stacks of layers, recurrent states."""
 
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax

@@ -232,6 +232,22 @@ def test_nothing_stays_without_a_gradient(name):
 
 
 @ALL
+def test_every_group_goes_from_all_its_members(name):
+  """An axis that is one group is as long as what is left of it, one that is made of several is shorter."""
+  s = setup(name)
+  names = paths(s.model.variables(0, jnp.float64))
+  full, left = (
+    dict(zip(names, map(np.shape, jax.tree.leaves(tree)), strict=True))
+    for tree in (s.variables, s.small.variables)
+  )
+  for g in s.auto.groups:
+    alive = int(np.max(np.sum(s.masks[g.name], axis=-1)))  # of a stack, the widest layer
+    for path, axis in {*g.members} - s.model.stay:
+      before, after = full[path][axis], left[path][axis]
+      assert after == alive if before == g.size else after < before, (g.name, path, axis)
+
+
+@ALL
 def test_the_cost_is_that_of_the_compact_network(name):
   s = setup(name)
   assert 0 < s.small.cost == s.cost.exact(s.masks) / EXAMPLES < s.cost.dense

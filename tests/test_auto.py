@@ -76,6 +76,15 @@ def test_a_tree_that_is_no_mapping_becomes_params():
   np.testing.assert_array_equal(plain, auto.apply(auto.variables, X))
 
 
+def test_variables_without_params_may_come_as_these(auto):
+  masks = {**auto.masks, "a": jnp.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])}
+  expected = auto.apply({**PARAMS, "masks": masks}, X)
+  as_params = {"params": PARAMS, "masks": masks}  # as fp.TrainState has them
+  np.testing.assert_array_equal(expected, auto.apply(as_params, X))
+  small = fp.compact(auto.apply, as_params, X)
+  assert small.variables["params"]["a"].shape == (3, 4)
+
+
 def test_names_are_those_of_modules():
   class Net(nn.Module):
     @nn.compact

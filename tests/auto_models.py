@@ -183,5 +183,7 @@ from tests import auto_models_attention as auto_models_attention  # noqa: E402  
 from tests import auto_models_images as auto_models_images  # noqa: E402
 from tests import auto_models_layouts as auto_models_layouts  # noqa: E402
 from tests import auto_models_more as auto_models_more  # noqa: E402
+from tests import auto_models_ranking as auto_models_ranking  # noqa: E402
 from tests import auto_models_recurrent as auto_models_recurrent  # noqa: E402
 from tests import auto_models_tokens as auto_models_tokens  # noqa: E402
+from tests import auto_models_transformers as auto_models_transformers  # noqa: E402

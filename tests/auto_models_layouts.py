@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 
-from tests.auto_models import conv, dense, function, group, network, norm
+from tests.auto_models import conv, dense, function, group, network, norm, weight
 
 
 @network(
@@ -142,3 +142,71 @@ def doubled_and_merged(x):
   x = jnp.max(dense(12, "second")(x).reshape(x.shape[0], 4, 3), axis=-1)
   left, right = (jnp.tanh(dense(n, name)(x)) for n, name in ((6, "left"), (7, "right")))
   return dense(2, "head")((left[:, :, None] * right[:, None]).reshape(x.shape[0], -1))
+
+
+@network(
+  (6, 6, 2),
+  groups={
+    "inputs": group(3, "before/kernel 3, before/bias 0, local/kernel 2"),  # beside six taps
+    "rows": group(4, "local/kernel 0, local/bias 0, head/kernel 0"),
+    "columns": group(5, "local/kernel 1, local/bias 1, head/kernel 0"),
+    "outputs": group(7, "local/kernel 3, local/bias 2, head/kernel 0"),
+  },
+)
+def weights_of_each_place(x):
+  """A convolution without shared weights, which makes its places, so rows and columns may go."""
+  x = nn.relu(conv(3, "before", (1, 1))(x))
+  x = nn.relu(nn.ConvLocal(7, (3, 2), padding="VALID", name="local")(x))
+  return dense(2, "head")(x.reshape(x.shape[0], -1))
+
+
+@network(
+  (4, 4, 2),
+  (3,),
+  groups={
+    "channels": group(
+      5, "first/kernel 3, first/bias 0, norm/scale 0, norm/bias 0, bend/kernel 1, bend/bias 0, last/kernel 2"
+    ),
+    "time": group(6, "time/kernel 1, time/bias 0, bend/kernel 0"),
+  },
+)
+def scaled_and_shifted(x, time):
+  """By a second argument, as in networks that take noise away."""
+  scale, shift = jnp.split(dense(10, "bend")(nn.silu(dense(6, "time")(time))), 2, axis=-1)
+  x = nn.LayerNorm(name="norm")(conv(5, "first")(x))
+  return conv(2, "last")(nn.silu(x * (1 + scale[:, None, None]) + shift[:, None, None]))
+
+
+@function(
+  (4, 4, 3),
+  (3,),
+  groups={"inputs": group(5, "first 3, style 1, k 2"), "outputs": group(6, "k 3, last 2")},
+)
+def kernels_of_each_example(
+  x, style_of, *, first=(1, 1, 3, 5), style=(3, 5), k=(3, 3, 5, 6), last=(1, 1, 6, 2)
+):
+  """Of unit length, and scaled by a second argument; examples are groups of one convolution's channels."""
+  layer = lambda x, k, groups=1: lax.conv_general_dilated(
+    x, k, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups
+  )
+  examples = x.shape[0]
+  x = jnp.moveaxis(nn.relu(layer(x, first)), 0, 2).reshape(1, 4, 4, examples * 5)
+  kernels = k * (style_of @ style)[:, None, None, :, None]
+  kernels *= lax.rsqrt(jnp.sum(jnp.square(kernels), axis=(1, 2, 3), keepdims=True) + 1e-3)
+  x = layer(x, jnp.moveaxis(kernels, 0, 3).reshape(3, 3, 5, examples * 6), examples)
+  return layer(nn.relu(jnp.moveaxis(x.reshape(4, 4, examples, 6), 2, 0)), last)
+
+
+@network(
+  (4, 3),
+  groups={
+    "first": group(5, "first/kernel 1, first/bias 0, second/kernel 0"),
+    "second": group(6, "second/kernel 1, second/bias 0, head/w 0"),
+  },
+)
+def examples_behind(x):
+  """Merged behind tokens where one layer sums, behind the features where the next one does."""
+  examples, tokens, _ = x.shape
+  x = nn.relu(dense(5, "first")(jnp.swapaxes(x, 0, 1).reshape(tokens * examples, 3)))
+  x = jnp.swapaxes(nn.relu(dense(6, "second")(x)).reshape(tokens, examples, 6), 1, 2)
+  return jnp.einsum("tfb,fo->bto", x, weight("head", 6, 2))

@@ -1,0 +1,141 @@
+"""What pretrained_encoder.py says of its networks: how good, how fast, the exported file, the picture and the table."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from encoder_teacher import Encode, Sentences, embed
+from matplotlib.figure import Figure
+from rich.table import Column, Table
+from scipy.stats import spearmanr
+
+import fisherprune_jax as fp
+
+NAMES = {"dense": "dense", "pruned": "pruned", "not_distilled": "pruned, not distilled"}
+
+
+def cosine(found: np.ndarray, sentences: Sentences) -> float:
+  """The mean cosine between embeddings and the teacher's; all of them have length one."""
+  return float(np.mean(np.sum(found * sentences.embeddings, axis=1)))
+
+
+def spearman(found: np.ndarray, sentences: Sentences) -> float:
+  """The rank correlation between the cosines of all pairs of sentences, and the teacher's."""
+  pairs = np.triu_indices(len(found), 1)
+  return float(spearmanr(*((x @ x.T)[pairs] for x in (found, sentences.embeddings))).statistic)
+
+
+def recall(queries: np.ndarray, answers: np.ndarray, count: int) -> float:
+  """The share of queries whose own answer is among the ``count`` nearest ones."""
+  near = queries @ answers.T
+  return float(np.mean(np.sum(near > np.diag(near)[:, None], axis=1) < count))
+
+
+def quality(encode: Encode, docstrings: Sentences, codes: Sentences) -> dict[str, float]:
+  """Agreement with the teacher on docstrings, and how well they find their functions, of held-out modules."""
+  found, answers = embed(encode, docstrings), embed(encode, codes)
+  return {
+    "cosine": cosine(found, docstrings),
+    "code_cosine": cosine(answers, codes),
+    "spearman": spearman(found, docstrings),
+    "recall_at_1": recall(found, answers, 1),
+    "recall_at_10": recall(found, answers, 10),
+  }
+
+
+def times(calls: Mapping[str, Callable[[], Any]], turns: int) -> dict[str, float]:
+  """Median milliseconds of calls that take turns, of two."""
+  found: dict[str, list[float]] = {name: [] for name in calls}
+  for turn in range(turns + 1):
+    for name, call in calls.items():
+      start = time.perf_counter()
+      jax.block_until_ready(call())
+      found[name] += [1e3 * (time.perf_counter() - start)] * (turn > 0)  # the first one compiles
+  medians = {f"{name}_ms": float(np.median(those)) for name, those in found.items()}
+  before, after = medians.values()
+  return {**medians, "speedup": before / after}
+
+
+LOAD_AND_RUN = """
+import sys, jax.export, numpy as np
+exported = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+given = np.load(sys.argv[2])
+np.save(sys.argv[3], exported.call(given["ids"], given["mask"]))
+assert "fisherprune_jax" not in sys.modules
+"""
+
+
+def export_difference(small: fp.Compact, variables: Any, path: Path, sentences: Sentences) -> float:
+  """Writes StableHLO; how far the embeddings are off that a fresh process gets from it without this library."""
+  ids, mask = (x[:3] for x in sentences[:2])
+  path.write_bytes(small.export(ids, mask).serialize())
+  with tempfile.TemporaryDirectory() as folder:
+    given, found = Path(folder, "given.npz"), Path(folder, "found.npy")
+    np.savez(given, ids=ids, mask=mask)
+    subprocess.run([sys.executable, "-c", LOAD_AND_RUN, path, given, found], check=True)
+    return float(np.max(np.abs(np.load(found) - small(variables, ids, mask))))
+
+
+def costs(state: Any, cost: fp.CostModel) -> tuple[list[int], list[float]]:
+  """Steps and the MFLOPs after each, from what the state remembers: when every feature went."""
+  steps = sorted({0, int(state.step), *(gone.step for gone in fp.history(state))})
+  return steps, [float(cost(fp.masks_at(state, step))) / 1e6 for step in steps]
+
+
+def plot(path: Path, report: dict[str, Any], curve: np.ndarray, state: Any, cost: fp.CostModel) -> None:
+  """Agreement and cost over training; what is left of every group, and what the networks find."""
+  figure = Figure(figsize=(13, 8), layout="constrained")
+  axes = figure.subplot_mosaic("AC;BC;DC", width_ratios=(3, 2))
+  top, middle, widths, found = (axes[name] for name in "ABCD")
+  top.plot(*curve[:, [0, 2]].T, "C0", label=f"pruned: {curve[-1, 2]:.3f}")
+  top.set(ylabel="cosine with the teacher", xlabel="training step")
+  steps, flops = costs(state, cost)
+  middle.plot([*steps, report["steps"]], [*flops, flops[-1]], "C0", drawstyle="steps-post")
+  middle.axhline(report["flops_target"] * cost.dense / 1e6, color="C3", ls="--", lw=1, label="target")
+  middle.set(ylabel="MFLOPs per sentence", xlabel="training step", ylim=(0, None))
+  for ax in (top, middle):
+    ax.axvline(report["compacted_at"], color="0.3", ls=":", lw=1, label="compacted")
+    ax.set_xlim(0, report["steps"])
+    ax.legend(loc="lower right", frameon=False)
+  names = list(report["widths"])
+  shares = [100 * width["pruned"] / width["dense"] for width in report["widths"].values()]
+  widths.barh(names, [100] * len(names), color="0.9")
+  widths.barh(names, shares, color="C0")
+  widths.set(xlabel="left [%]", xlim=(0, 100), ylim=(len(names) - 0.4, -0.6))
+  bars = [(f"recall@{k}", f"recall_at_{k}") for k in (1, 10)]
+  for n, (key, title) in enumerate(NAMES.items()):
+    values = [100 * report[f"{key}_{name}"] for _, name in bars]
+    drawn = found.bar(np.arange(len(bars)) + (n - 1) * 0.27, values, 0.25, label=title)
+    found.bar_label(drawn, fmt="%.1f")
+  found.set_xticks(range(len(bars)), [title for title, _ in bars])
+  found.set(ylabel="functions found [%]", ylim=(0, 100))
+  found.legend(frameon=False)
+  for ax in axes.values():
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(alpha=0.25)
+    ax.set_axisbelow(True)
+  figure.savefig(path, dpi=150)
+
+
+def table(report: dict[str, Any]) -> Table:
+  rows = Table("", *(Column(title, justify="right") for title in NAMES.values()))
+  for title, key, form in (
+    ("MFLOPs per sentence", "flops", lambda x: f"{x / 1e6:,.1f}"),
+    ("parameters", "params", "{:,}".format),
+    ("cosine with the teacher, docstrings", "cosine", "{:.3f}".format),
+    ("cosine with the teacher, functions", "code_cosine", "{:.3f}".format),
+    ("Spearman's correlation over pairs", "spearman", "{:.3f}".format),
+    ("functions found, recall@1", "recall_at_1", "{:.1%}".format),
+    ("functions found, recall@10", "recall_at_10", "{:.1%}".format),
+  ):
+    rows.add_row(title, *(form(report[f"{name}_{key}"]) for name in NAMES))
+  for size, those in report["timings"].items():
+    cells = f"{those['dense_ms']:.1f}", f"{those['compact_ms']:.1f}", f"{those['speedup']:.2f}x faster"
+    rows.add_row(f"ms, batch of {size}", *cells)
+  return rows

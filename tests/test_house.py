@@ -20,6 +20,7 @@ STOREYS = [
   {"_cost"},
   {"_training"},
   {"_compaction"},
+  {"_auto"},
   {"linen", "nnx", "rules"},
   {"__init__"},
 ]

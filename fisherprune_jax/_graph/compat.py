@@ -6,6 +6,7 @@ that nothing outside this file needs to know which version runs.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -41,6 +42,14 @@ def bind(eqn: Equation, arrays: Sequence[Array], params: Params | None = None) -
   """Applies an equation's primitive to ``arrays``, with its own parameters or with ``params``."""
   with eqn.ctx.manager:
     return apply(eqn.primitive, arrays, eqn.params if params is None else params)
+
+
+def located(eqn: Equation, callers: Sequence[Equation] = ()) -> AbstractContextManager[Any]:
+  """Where what is computed anew is said to come from: the line and the names of an equation, inside of ``callers``."""
+  names = source_info_util.current_name_stack()
+  for outer in (*callers, eqn):
+    names = names + outer.source_info.name_stack
+  return source_info_util.user_context(eqn.source_info.traceback, name_stack=names)
 
 
 def apply(primitive: Primitive, arrays: Sequence[Array], params: Params) -> list[jax.Array]:

@@ -25,6 +25,17 @@ def map_with_axes(function: Callable[[Any, int | None], Any], args: PyTree, batc
   return jax.tree.map(lambda axis, x: function(x, _from_front(axis, x)), full, args, is_leaf=_is_axis)
 
 
+def example_axes(args: Sequence[PyTree], batch_axes: BatchAxes) -> list[int | None]:
+  """Of each leaf of ``args`` where examples lie; None where it has no such axis."""
+  found: list[int | None] = []
+
+  def note(x: Any, axis: int | None) -> None:
+    found.append(axis if axis is not None and axis < len(getattr(x, "shape", ())) else None)
+
+  map_with_axes(note, tuple(args), batch_axes)
+  return found
+
+
 def _is_axis(x: Any) -> bool:
   return x is None or isinstance(x, int)
 

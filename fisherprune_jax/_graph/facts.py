@@ -11,7 +11,7 @@ import numpy as np
 from fisherprune_jax._graph import compat, sets, together
 from fisherprune_jax._graph.program import Node, Value
 from fisherprune_jax._graph.sets import Set
-from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec, compose, factors_of, project
+from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec, Sum, compose, factors_of, project
 from fisherprune_jax._graph.together import Together
 from fisherprune_jax._types import Shape
 
@@ -102,7 +102,8 @@ def box_of(axes: Axes, factors: Factors, shape: Shape) -> Box:
 
 def constant(value: Any, shape: tuple[Any, ...]) -> Info:
   """What is known of an array that is written into the program."""
-  return Info(whole_box(shape), value if shape == () else None, known=_known(value))
+  known = shape == () and compat.is_concrete(value)
+  return Info(whole_box(shape), value if known else None, known=_known(value))
 
 
 def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
@@ -121,8 +122,19 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
     first = infos[0]
     ((box, axes),) = found
     return [Info(box, first.const, first.mask and _is_exact(spec, factors, first), varies, known, None, axes)]
-  mask = spec.same_as is not None and all(info.mask for info in infos)
+  mask = all(info.mask for info in infos) if spec.same_as is not None else _are_masks_end_to_end(spec, infos)
   return [Info(box, mask=mask, varies=varies, known=known, together=axes) for box, axes in found]
+
+
+def _are_masks_end_to_end(spec: Spec, infos: Sequence[Info]) -> bool:
+  """Whether a node lays masks, and ones, end to end: each is one wherever its own box says, along one axis."""
+  parts = [axes[0] for axes in spec.ins if len(axes) == 1 and isinstance(axes[0], str)]
+  ends = len(parts) == len(infos) and spec.outs == ((Sum(tuple(parts)),),)
+  return ends and all(info.mask or _is_one(info.const) for info in infos)
+
+
+def _is_one(const: Any) -> bool:
+  return compat.is_concrete(const) and const is not None and bool(const == 1)
 
 
 def _layer_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:

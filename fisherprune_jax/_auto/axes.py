@@ -1,0 +1,243 @@
+"""Which axes of a program are one: every ``Spec`` ties the axes that share a factor, and says what sums over what.
+
+Where a primitive runs programs, their values are tied to its own (``structured.links``). The axes of arguments and
+outputs, and what a primitive needs whole in an operand, are blocked. (What is whole in a result alone, as random bits
+are, can be sliced.)
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._auto.atoms import PRODUCT, SUM, Atom, block, cut, tie
+from fisherprune_jax._graph.compat import is_static_size
+from fisherprune_jax._graph.control.custom import Custom, CustomJvp
+from fisherprune_jax._graph.liveness import Liveness
+from fisherprune_jax._graph.program import Node, Program, Value
+from fisherprune_jax._graph.spec import Axis, Factor, Pick, Prod, Spec, factors_of
+from fisherprune_jax._graph.structured import STRUCTURED, Link, links
+
+TURNS = "the turns of a loop"
+
+
+class Reader(NamedTuple):
+  """A node that sums over a factor, and the places (operand, axis) where it could be masked, the best first."""
+
+  node: Node
+  atom: Atom
+  places: list[tuple[int, int]]
+
+
+class Body(NamedTuple):
+  """A program that a node runs, and the turns of the loops that it is in, as far as arrays have an entry for each."""
+
+  program: Program
+  turns: tuple[Atom, ...]
+
+
+@dataclass(eq=False)
+class Axes:
+  """The atoms of all axes in a program, and of the programs that it runs.
+
+  Attributes:
+    live: its forward analysis.
+    readers: what sums over what.
+    produced: atoms that a variable brings into an array that depends on the arguments, with that variable.
+    bodies: the programs that it runs.
+    learned: arrays that depend on variables but not on arguments, each with the first variable that it is made of.
+  """
+
+  live: Liveness
+  atoms: dict[Value, tuple[Atom, ...]] = field(default_factory=dict)
+  learned: dict[Value, Value] = field(default_factory=dict)
+  readers: list[Reader] = field(default_factory=list)
+  produced: list[tuple[Atom, Value]] = field(default_factory=list)
+  bodies: list[Body] = field(default_factory=list)
+
+  def of(self, value: Value) -> tuple[Atom, ...]:
+    """The atoms of an array's axes."""
+    if value not in self.atoms:
+      self.atoms[value] = tuple(map(Atom, value.shape))
+    return self.atoms[value]
+
+  def varies(self, value: Value) -> bool:
+    """Whether an array depends on the arguments."""
+    return self.live.info(value).varies
+
+  def walk(self, program: Program, turns: tuple[Atom, ...] = ()) -> None:
+    """Ties the axes of everything in a program that runs in each of ``turns``."""
+    self.bodies.append(Body(program, turns))
+    for node in program.nodes:
+      self._learn(node.ins, node.outs)
+      if node in self.live.specs:
+        self._node(node, self.live.specs[node])
+      found = links(node, self.live)
+      if found:
+        self._links(node, found, turns)
+
+  def block_all(self, values: Iterable[Value], why: str) -> None:
+    """Blocks every axis of arrays."""
+    for value in values:
+      if value.literal is None:
+        for atom in self.of(value):
+          block(atom, why)
+
+  def _node(self, node: Node, spec: Spec) -> None:
+    factors = {name: Atom(size) for name, size in spec.sizes.items()}
+    pairs = [*zip(node.ins, spec.ins, strict=True), *zip(node.outs, spec.outs, strict=True)]
+    for value, axes in pairs:
+      if value.literal is None:
+        for atom, axis in zip(self.of(value), axes, strict=True):
+          _tie_axis(atom, axis, factors, node)
+    given = {name for axes in spec.ins for axis in axes for name in factors_of(axis)}
+    made = {name for axes in spec.outs for axis in axes for name in factors_of(axis)}
+    for name in spec.whole & given:
+      block(factors[name], f"{spec.opaque or f'{node.name} works along it'}, at {node.source}")
+    for name in given - spec.whole:
+      if name not in made:
+        self._sum(node, spec, name, factors[name])
+      elif any(map(self.varies, node.outs)):
+        self.produced += [(factors[name], variable) for variable in self._brought(node, spec, name)]
+
+  def _learn(self, ins: Sequence[Value], outs: Sequence[Value]) -> None:
+    """Notes which results variables alone make."""
+    made = [self.learned[value] for value in ins if value in self.learned]
+    if made:
+      self.learned.update((out, made[0]) for out in outs if not self.varies(out))
+
+  def _brought(self, node: Node, spec: Spec, name: Factor) -> list[Value]:
+    """The variables of which operands with a factor are made."""
+    return [
+      self.learned[value]
+      for value, axes in zip(node.ins, spec.ins, strict=True)
+      if value in self.learned and any(name in factors_of(axis) for axis in axes)
+    ]
+
+  def _sum(self, node: Node, spec: Spec, name: Factor, atom: Atom) -> None:
+    places = [
+      (operand, at)
+      for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True))
+      if self._can_be_masked(value)
+      for at, axis in enumerate(axes)
+      if name in factors_of(axis)
+    ]
+    if places:
+      self.readers.append(Reader(node, atom, places))
+    elif any(map(self.varies, node.outs)):
+      block(atom, f"{node.name} sums over it in nothing that could be masked, at {node.source}")
+
+  def _links(self, node: Node, found: Sequence[Link], outer_turns: tuple[Atom, ...]) -> None:
+    turns: Atom | None = None
+    for link in found:
+      for outer, inner in (*link.ins, *link.outs, *link.turns):
+        turns = self._tie_values(outer, inner, turns)
+      self.learned.update((inner, self.learned[outer]) for outer, inner in link.ins if outer in self.learned)
+    if turns is not None:
+      block(turns, TURNS)
+    ruled = isinstance(STRUCTURED[node.name], Custom)
+    for link in found:
+      start = len(self.readers)
+      self.walk(link.program, outer_turns if turns is None else (*outer_turns, turns))
+      if ruled:
+        self._inside_rule(node, link, start)
+      for outer, inner in link.outs:
+        self._learn([inner], [outer])
+
+  def _tie_values(self, outer: Value, inner: Value, turns: Atom | None) -> Atom | None:
+    """Ties an array to one inside; where it has one entry for each turn, its first axis is that of the turns."""
+    if outer.literal is not None or inner.literal is not None:
+      return turns
+    axes, more = self.of(outer), len(outer.shape) - len(inner.shape)
+    for atom in axes[:more]:
+      turns = turns or Atom(atom.size)
+      tie(atom, turns)
+    for one, other in zip(axes[more:], self.of(inner), strict=True):
+      tie(one, other)
+    return turns
+
+  def _inside_rule(self, node: Node, link: Link, start: int) -> None:
+    """What a function with a derivative rule sums over is masked where it is called, if it is given it as it is."""
+    inside, self.readers[start:] = self.readers[start:], []
+    given = {inner: at for at, (_, inner) in enumerate(link.ins)}
+    if isinstance(STRUCTURED[node.name], CustomJvp):
+      floats = [at for at, value in enumerate(node.ins) if _is_float(value)]
+      given |= dict(zip(link.program.inputs[len(node.ins) :], floats, strict=False))  # their tangents
+    for reader in inside:
+      handed = [_origin(reader.node.ins[at], link.program, self.live) for at, _ in reader.places]
+      operands = sorted({given[value] for value in handed if value in given})
+      places = [
+        (operand, axis)
+        for operand in operands
+        if self._can_be_masked(node.ins[operand])
+        for axis in range(len(node.ins[operand].shape))
+      ]
+      if places:
+        self.readers.append(Reader(node, reader.atom, places))
+      else:
+        block(
+          reader.atom, f"{reader.node.name} sums over it under a derivative rule of its own, at {node.source}"
+        )
+
+  def _can_be_masked(self, value: Value) -> bool:
+    return value.literal is None and self.varies(value) and _is_float(value)
+
+
+def _is_float(value: Value) -> bool:
+  return bool(jnp.issubdtype(value.aval.dtype, jnp.inexact))
+
+
+def _origin(value: Value, program: Program, live: Liveness) -> Value:
+  """The value that a value is, moved."""
+  makers = {out: node for node in program.nodes for out in node.outs}
+  while value in makers and makers[value] in live.specs and live.specs[makers[value]].moves:
+    value = makers[value].ins[0]
+  return value
+
+
+def _tie_axis(atom: Atom, axis: Axis, factors: dict[Factor, Atom], node: Node) -> None:
+  """Ties an axis to its factors."""
+  if isinstance(axis, str):
+    tie(atom, factors[axis])
+  elif isinstance(axis, Pick):
+    _tie_pick(atom, axis.index, factors[axis.factor], f"{node.name} picks from it, at {node.source}")
+  elif axis is not None:
+    cut(atom, PRODUCT if isinstance(axis, Prod) else SUM, [factors[part] for part in axis.parts])
+  elif not (is_static_size(atom.size) and atom.size == 1):
+    block(atom, f"{node.name} works along it, at {node.source}")
+
+
+def _tie_pick(atom: Atom, index: np.ndarray, source: Atom, why: str) -> None:
+  """Ties an axis to the entries that it shows of another: runs of neighbours, or one of each so many."""
+  size = source.root().size
+  step = int(index[1] - index[0]) if index.size > 1 else 1
+  if (
+    step > 1
+    and size % step == 0
+    and index.size == size // step
+    and (np.diff(index) == step).all()
+    and index[0] >= 0
+  ):
+    outer = Atom(index.size)
+    cut(source, PRODUCT, (outer, Atom(step, why)))
+    tie(atom, outer)
+    return
+  goes_on = np.where(index[:-1] < 0, index[1:] < 0, np.diff(index) == 1)
+  runs = np.split(index, np.flatnonzero(~goes_on) + 1) if index.size else []
+  if len(runs) > MOST_RUNS:
+    block(source, why)
+    block(atom, why)
+    return
+  pieces = [Atom(run.size) for run in runs]
+  if pieces:
+    cut(atom, SUM, pieces)
+  for piece, run in zip(pieces, runs, strict=True):
+    first, last = int(run[0]), int(run[-1]) + 1
+    if first >= 0:
+      cut(source, SUM, (Atom(first), piece, Atom(size - last)))
+
+
+MOST_RUNS = 16
+"""Runs of neighbours in a selection before it is taken as arbitrary."""

@@ -1,0 +1,77 @@
+"""A function of variables, traced and studied: what runs along its axes, and where its groups are masked."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from fisherprune_jax._auto.atoms import Atom, block, tie
+from fisherprune_jax._auto.axes import Axes
+from fisherprune_jax._errors import is_traced
+from fisherprune_jax._graph.facts import Info, whole_box
+from fisherprune_jax._graph.liveness import Liveness
+from fisherprune_jax._graph.program import Program, Value, trace
+from fisherprune_jax._graph.rules import spec_of
+from fisherprune_jax._graph.variables import abstract
+from fisherprune_jax._types import PyTree
+
+EXAMPLES = "it is an axis of examples"
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+  """One function of the variables, at given shapes.
+
+  Attributes:
+    program: what it computes.
+    out_tree: the structure of its result.
+    axes: what runs along the axes of all its arrays.
+    variables: the values of the variables' leaves.
+    examples: what runs along the example axes.
+    captured: arrays of the caller that the function uses without being given them; inputs after the arguments.
+  """
+
+  program: Program
+  out_tree: Any
+  axes: Axes
+  variables: list[Value]
+  examples: Atom
+  captured: list[Any]
+
+
+def study(
+  fn: Callable[..., PyTree], variables: PyTree, args: Sequence[PyTree], example_axes: Sequence[int | None]
+) -> Form:
+  """Traces ``fn(variables, *args)`` and finds which of its axes are one.
+
+  Args:
+    fn: the function.
+    variables: its variables.
+    args: its arguments; arrays, tracers or shapes.
+    example_axes: for each leaf of ``args`` its example axis, None if it has none.
+  """
+  program, out_tree = trace(fn, abstract(variables), *abstract(tuple(args)))
+  captured = [const for _, const in program.consts if is_traced(const)]
+  program.inputs += [value for value, const in program.consts if is_traced(const)]
+  program.consts[:] = [(value, const) for value, const in program.consts if not is_traced(const)]
+  count = len(jax.tree.leaves(variables))
+  live = Liveness(spec_of)
+  live.forward(program, [Info(whole_box(v.shape), varies=at >= count) for at, v in enumerate(program.inputs)])
+  axes = Axes(live)
+  given = program.inputs[:count]
+  axes.learned.update((value, value) for value in given)
+  examples = _examples(axes, program.inputs[count:], example_axes)
+  axes.walk(program)
+  block(examples, EXAMPLES)
+  axes.block_all(program.inputs[count:], "it reaches an argument")
+  axes.block_all(program.outputs, "it reaches an output")
+  return Form(program, jax.tree.structure(out_tree), axes, given, examples, captured)
+
+
+def _examples(axes: Axes, inputs: Sequence[Value], example_axes: Sequence[int | None]) -> Atom:
+  """One atom for all example axes."""
+  found = [axes.of(value)[at] for value, at in zip(inputs, example_axes, strict=False) if at is not None]
+  for other in found[1:]:
+    tie(found[0], other)
+  return found[0] if found else Atom(1)

@@ -1,0 +1,207 @@
+"""Running a program with masks in front of what sums over groups."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fisherprune_jax._auto.atoms import Atom, leaves
+from fisherprune_jax._auto.forms import Form
+from fisherprune_jax._auto.laying import Laid, lay
+from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.program import Node, Program, Value
+
+Masks = Mapping[Atom, Laid]
+"""Of each leaf its mask."""
+
+
+class Site(NamedTuple):
+  """An operand of a node that is multiplied by the masks of some leaves along one axis."""
+
+  operand: int
+  axis: int
+  leaves: tuple[Atom, ...]
+
+
+Plan = dict[Node, list[Site]]
+
+
+def plan_of(form: Form, chosen: Mapping[Atom, Any]) -> Plan:
+  """Where the masks of chosen leaves stand: at every node that sums over them, on one operand."""
+  plan: Plan = {}
+  for reader in form.axes.readers:
+    wanted = [leaf for leaf in dict.fromkeys(leaves(reader.atom)) if leaf in chosen]
+    if not wanted:
+      continue
+    operand, axis = max(
+      reader.places, key=lambda place: _merit(form, reader.node.ins[place[0]], place[1], wanted)
+    )
+    sites = plan.setdefault(reader.node, [])
+    same = next((site for site in sites if (site.operand, site.axis) == (operand, axis)), None)
+    if same is not None:
+      sites.remove(same)
+      wanted = list(dict.fromkeys((*same.leaves, *wanted)))
+    sites.append(Site(operand, axis, tuple(wanted)))
+  return plan
+
+
+def _merit(form: Form, value: Value, axis: int, wanted: Sequence[Atom]) -> tuple[bool, bool]:
+  """Whether an operand's axis has all the leaves; whether it tells examples apart."""
+  atoms = form.axes.of(value)
+  has = leaves(atoms[axis])
+  return all(leaf in has for leaf in wanted), any(form.examples.root() in leaves(atom) for atom in atoms)
+
+
+@dataclass(eq=False)
+class Masked:
+  """A form, run with masks put in by a plan."""
+
+  form: Form
+  plan: Plan
+  _inside: dict[Node, bool] = field(default_factory=dict)
+
+  def __call__(self, inputs: Sequence[Any], masks: Masks) -> Any:
+    """The result of the function, of its flat inputs."""
+    program = self.form.program
+    return jax.tree.unflatten(self.form.out_tree, self.run(program, [*inputs, *self.form.captured], masks))
+
+  def run(self, program: Program, inputs: Sequence[Any], masks: Masks, depth: int = 0) -> list[Any]:
+    """The outputs of a program that is inside of ``depth`` calls."""
+    env: dict[Value, Any] = dict(zip(program.inputs, inputs, strict=True))
+    env.update(program.consts)
+    made: dict[tuple[Value, tuple[Site, ...]], Any] = {}
+
+    def read(value: Value) -> Any:
+      return env[value] if value.literal is None else value.literal
+
+    for node in program.nodes:
+      arrays = [read(value) for value in node.ins]
+      with compat.located(node.eqn, node.callers[depth:]):
+        for operand, value in enumerate(node.ins):
+          sites = tuple(
+            site._replace(operand=0) for site in self.plan.get(node, ()) if site.operand == operand
+          )
+          if sites:
+            if (value, sites) not in made:
+              made[value, sites] = self._mask(arrays[operand], value, sites, masks, node)
+            arrays[operand] = made[value, sites]
+        env.update(zip(node.outs, self._apply(node, arrays, masks), strict=True))
+    return [read(value) for value in program.outputs]
+
+  def _mask(self, array: Any, value: Value, sites: Sequence[Site], masks: Masks, node: Node) -> Any:
+    """An array times masks, in float32 or wider."""
+    atoms = self.form.axes.of(value)
+    wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
+    for _, axis, wanted in sites:
+      mask, missing = lay({leaf: masks[leaf] for leaf in wanted}, axis, atoms)
+      if missing:
+        raise ValueError(_no_place(missing, self.form, array, node))
+      wide = wide * mask.astype(wide.dtype)
+    return wide.astype(array.dtype)
+
+  def _apply(self, node: Node, arrays: Sequence[Any], masks: Masks) -> Sequence[Any]:
+    """The results of a node; one with masks inside runs its programs anew."""
+    if not self._masks_inside(node):
+      return compat.bind(node.eqn, arrays)
+    return INSIDE[node.name](self, node, arrays, masks)
+
+  def _masks_inside(self, node: Node) -> bool:
+    if node not in self._inside:
+      programs = self.form.axes.live.subs.get(node, []) if node.name in INSIDE else []
+      self._inside[node] = any(
+        inner in self.plan or self._masks_inside(inner) for program in programs for inner in program.nodes
+      )
+    return self._inside[node]
+
+  def inner(self, node: Node, inputs: Sequence[Any], masks: Masks, at: int = 0) -> list[Any]:
+    """The outputs of a program that a node runs."""
+    return self.run(self.form.axes.live.subs[node][at], inputs, masks, len(node.callers) + 1)
+
+
+def _no_place(missing: Sequence[Atom], form: Form, array: Any, node: Node) -> str:
+  where = f"an array of shape {array.shape} at {node.source}"
+  if form.examples.root() in missing:
+    return (
+      f"Masks of one row per example must meet arrays of examples, got {where} that has no example axis. Say where "
+      "the arguments have theirs: fp.auto_mask(..., batch_axes=...), auto.wrap(fn, batch_axes=...)."
+    )
+  return f"Masks of one row per layer must meet arrays of layers, got {where} outside of the loop."
+
+
+def _scan(masked: Masked, node: Node, arrays: Sequence[Any], masks: Masks) -> Sequence[Any]:
+  consts, carry = compat.scan_counts(node.params)
+  (body,) = masked.form.axes.live.subs[node]
+  fixed, start, stacked = arrays[:consts], arrays[consts : consts + carry], arrays[consts + carry :]
+  turns = _turns(masked, node, body)
+  rows = {leaf: _by_turn(mask, turns) for leaf, mask in masks.items() if turns in mask.labels}
+
+  def turn(carried: Sequence[Any], each: tuple[Sequence[Any], dict[int, Any]]) -> tuple[list[Any], list[Any]]:
+    xs, row = each
+    inner = dict(masks)
+    for at, (leaf, mask) in enumerate(rows.items()):
+      inner[leaf] = Laid(row[at], mask.labels)
+    outs = masked.inner(node, [*fixed, *carried, *xs], inner)
+    return outs[:carry], outs[carry:]
+
+  options = {name: node.params[name] for name in ("length", "reverse", "unroll")}
+  each = (list(stacked), {at: mask.array for at, mask in enumerate(rows.values())})
+  carried, written = lax.scan(turn, list(start), each, **options)
+  return [*carried, *written]
+
+
+def _turns(masked: Masked, node: Node, body: Program) -> Atom | None:
+  """What runs along the turns of a loop."""
+  consts, carry = compat.scan_counts(node.params)
+  for outer, inner in (
+    *zip(node.ins[consts + carry :], body.inputs[consts + carry :], strict=True),
+    *zip(node.outs[carry:], body.outputs[carry:], strict=True),
+  ):
+    if outer.literal is None and inner.literal is None:
+      return masked.form.axes.of(outer)[0].root()
+  return None
+
+
+def _by_turn(mask: Laid, turns: Atom | None) -> Laid:
+  """A mask with its rows in front; labels are those of one row."""
+  assert turns is not None
+  at = mask.labels.index(turns)
+  return Laid(jnp.moveaxis(mask.array, at, 0), (*mask.labels[:at], *mask.labels[at + 1 :]))
+
+
+def _while(masked: Masked, node: Node, arrays: Sequence[Any], masks: Masks) -> Sequence[Any]:
+  first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
+  of_cond, of_body, start = arrays[:first], arrays[first : first + consts], arrays[first + consts :]
+  return lax.while_loop(
+    lambda carried: masked.inner(node, [*of_cond, *carried], masks, 0)[0],
+    lambda carried: masked.inner(node, [*of_body, *carried], masks, 1),
+    list(start),
+  )
+
+
+def _cond(masked: Masked, node: Node, arrays: Sequence[Any], masks: Masks) -> Sequence[Any]:
+  index, *operands = arrays
+
+  def branch(at: int) -> Any:
+    return lambda *xs: masked.inner(node, xs, masks, at)
+
+  branches = [branch(at) for at in range(len(node.params["branches"]))]
+  if len(branches) == 2:
+    return lax.cond(index.astype(bool), branches[1], branches[0], *operands)
+  return lax.switch(index, branches, *operands)
+
+
+def _checkpoint(masked: Masked, node: Node, arrays: Sequence[Any], masks: Masks) -> Sequence[Any]:
+  options = {name: node.params[name] for name in ("policy", "prevent_cse")}
+  return jax.checkpoint(lambda *xs: masked.inner(node, xs, masks), **options)(*arrays)
+
+
+INSIDE = {
+  "scan": _scan,
+  "while": _while,
+  "cond": _cond,
+  **dict.fromkeys(("remat", "remat2", "checkpoint"), _checkpoint),
+}
+"""Primitives whose programs can hold masks; functions with a derivative rule are masked where they are called."""

@@ -1,0 +1,144 @@
+"""Masks laid along the axes of an array, wherever their features, examples and turns are there.
+
+A mask is an array of one axis for each of its *labels*, the atoms that run along them: the turns of loops, examples,
+features. Axes of the array that it is laid along are trees of atoms; a mask of one leaf is spread over a product by
+repeating it, and over a sum with ones for the other parts. Everything is done by moving, so that a mask stays a mask for
+whoever analyses the program.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fisherprune_jax._auto.atoms import PRODUCT, Atom, leaves
+from fisherprune_jax._types import Shape
+
+
+class Laid(NamedTuple):
+  """A mask with one axis for each of ``labels``; of one laid along an axis, that axis comes before them."""
+
+  array: jax.Array
+  labels: tuple[Atom, ...]
+
+
+def lay(masks: Mapping[Atom, Laid], axis: int, atoms: Sequence[Atom]) -> tuple[jax.Array, list[Atom]]:
+  """Masks along one axis of an array.
+
+  Args:
+    masks: of each leaf its mask, whose last axis is that of the leaf, not among ``labels``.
+    axis: where they lie.
+    atoms: what runs along the axes of the array.
+
+  Returns:
+    An array of the rank of the array, whose axes are of full size or 1; the labels that the array has nowhere.
+  """
+  found = _along(atoms[axis], masks)
+  assert found is not None
+  array, labels = found
+  shape: list[int] = [1] * len(atoms)
+  shape[axis] = array.shape[0]
+  array = jnp.moveaxis(array, 0, -1)
+  places, missing = [], []
+  for at, label in enumerate(labels):
+    place = next((i for i, atom in enumerate(atoms) if i != axis and label in leaves(atom)), None)
+    if place is None:
+      missing.append(label)
+      continue
+    array = _spread(array, at, atoms[place], label)
+    shape[place] = array.shape[at]
+    places.append(place)
+  if missing:
+    return array, missing
+  order = [*places, axis]
+  array = jnp.transpose(array, [order.index(i) for i in sorted(order)])
+  return array.reshape(shape), []
+
+
+def _along(atom: Atom, masks: Mapping[Atom, Laid]) -> Laid | None:
+  """Masks along an axis, ``(axis, *labels)``; None where there are none."""
+  atom = atom.root()
+  if not atom.kind:
+    mask = masks.get(atom)
+    return mask and Laid(jnp.moveaxis(mask.array, -1, 0), mask.labels)
+  parts = [_along(part, masks) for part in atom.parts]
+  if not any(parts):
+    return None
+  labels = tuple(dict.fromkeys(label for part in parts if part for label in part.labels))
+  sizes = {
+    label: part.array.shape[1 + part.labels.index(label)] for part in parts if part for label in part.labels
+  }
+  if atom.kind == PRODUCT:
+    return _multiplied(atom, parts, labels)
+  rest = [sizes[label] for label in labels]
+  full = [
+    _full(part, p.size, labels, rest) for part, p in zip(parts, (p.root() for p in atom.parts), strict=True)
+  ]
+  return Laid(jnp.concatenate(full), labels)
+
+
+def _full(part: Laid | None, size: int, labels: Sequence[Atom], rest: Shape) -> jax.Array:
+  """A part with an axis for every label; ones where it is not masked."""
+  if part is None:
+    return jnp.ones((size, *rest), jnp.float32)
+  array = _with_labels(part, labels)
+  return jnp.broadcast_to(array, (size, *rest))
+
+
+def _with_labels(part: Laid, labels: Sequence[Atom]) -> jax.Array:
+  """Its array with an axis for every label, of size 1 for those that it lacks."""
+  array, own = part
+  wanted = [label for label in labels if label in own]
+  array = jnp.transpose(array, [0, *(1 + own.index(label) for label in wanted)])
+  shape = [array.shape[1 + wanted.index(label)] if label in wanted else 1 for label in labels]
+  return array.reshape((array.shape[0], *shape))
+
+
+def _multiplied(atom: Atom, parts: Sequence[Laid | None], labels: tuple[Atom, ...]) -> Laid:
+  """The outer product of masks along the parts of an axis; a label that is a part of it lies there."""
+  count, inside = len(parts), [part.root() for part in atom.parts]
+  arrays = []
+  for at, part in enumerate(parts):
+    if part is not None:
+      array = _with_labels(part, labels)
+      arrays.append(array.reshape((*(1,) * at, array.shape[0], *(1,) * (count - at - 1), *array.shape[1:])))
+  shape = jnp.broadcast_shapes(*(array.shape for array in arrays))
+  array = functools.reduce(jnp.multiply, (jnp.broadcast_to(array, shape) for array in arrays))
+  rest = list(labels)
+  for at, atom in enumerate(inside):
+    label = next((label for label in rest if label in leaves(atom)), None) if parts[at] is None else None
+    if label is not None:
+      place = count + rest.index(label)
+      array = _spread(array, place, atom, label)
+      array = jnp.squeeze(jnp.swapaxes(array, at, place), place)
+      rest.remove(label)
+  kept = array.shape[count:]
+  array = jnp.broadcast_to(array, (*(atom.size for atom in inside), *kept))
+  return Laid(array.reshape((math.prod(atom.size for atom in inside), *kept)), tuple(rest))
+
+
+def _spread(array: jax.Array, at: int, atom: Atom, label: Atom) -> jax.Array:
+  """An axis of a label's entries as one of an atom's that the label is a part of."""
+  atom = atom.root()
+  if atom is label:
+    return array
+  before, after = array.shape[:at], array.shape[at + 1 :]
+  if atom.kind == PRODUCT:
+    sizes = [part.root().size for part in atom.parts]
+    place = next(i for i, part in enumerate(atom.parts) if label in leaves(part))
+    array = _spread(array, at, atom.parts[place], label)
+    shape = [size if i == place else 1 for i, size in enumerate(sizes)]
+    array = jnp.broadcast_to(array.reshape((*before, *shape, *after)), (*before, *sizes, *after))
+    return array.reshape((*before, math.prod(sizes), *after))
+  return jnp.concatenate(
+    [
+      _spread(array, at, part, label)
+      if label in leaves(part)
+      else jnp.ones((*before, part.root().size, *after), array.dtype)
+      for part in atom.parts
+    ],
+    axis=at,
+  )

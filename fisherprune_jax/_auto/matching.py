@@ -1,0 +1,114 @@
+"""The groups of one form found again in another: by the variables' axes, cut as they were."""
+
+import math
+from collections.abc import Sequence
+
+from fisherprune_jax._auto.atoms import SUM, Atom, cut, leaves
+from fisherprune_jax._auto.forms import Form
+from fisherprune_jax._auto.groups import Group, Place, stacks
+from fisherprune_jax._graph.program import Value
+
+Tree = int | tuple[str, tuple["Tree", ...]]
+"""How an axis is cut, as plain data: its size, or how and into what."""
+
+
+def tree_of(atom: Atom) -> Tree:
+  """How an atom is cut.
+
+  >>> merged = Atom(6)
+  >>> cut(merged, "product", [Atom(2), Atom(3)])
+  >>> tree_of(merged)
+  ('product', (2, 3))
+  """
+  atom = atom.root()
+  return (atom.kind, tuple(map(tree_of, atom.parts))) if atom.kind else atom.size
+
+
+def match(
+  form: Form,
+  values: Sequence[Value | None],
+  trees: Sequence[Sequence[Tree]],
+  groups: Sequence[Group],
+  places: Sequence[Sequence[Place]],
+) -> dict[Atom, tuple[Group, tuple[Atom, ...]]]:
+  """Which leaves of a form belong to which group, each with the turns that its mask has rows for.
+
+  Args:
+    form: another function of the same variables.
+    values: its variables, in the order of the function that the groups were found in; None of those that it lacks.
+    trees: of each variable how its axes were cut where the groups were found.
+    groups: the groups.
+    places: of each group its places.
+
+  Raises:
+    ValueError: if the form splits a group, ties two, or sums over none of its axes.
+  """
+  for value, axis_trees in zip(values, trees, strict=True):
+    for atom, tree in zip(form.axes.of(value) if value else (), axis_trees, strict=False):
+      _cut_like(atom, tree)
+  rows = stacks(form.axes)
+  found: dict[Atom, tuple[Group, tuple[Atom, ...]]] = {}
+  read = {leaf for reader in form.axes.readers for leaf in leaves(reader.atom)}
+  for group, own in zip(groups, places, strict=True):
+    mine = {_leaf(form, values, place, trees, group) for place in own}
+    if not mine & read:
+      raise ValueError(
+        f"The function must sum over every group, but it reads none of {group.name!r} ({_members(group)}). "
+        "Wrap a function that runs the whole model, or leave the group out: fp.auto_mask(..., select=...)."
+      )
+    for leaf in mine:
+      turns = rows.get(leaf, ())
+      if leaf in found:
+        raise _misfit(group, f"ties it to {found[leaf][0].name!r}")
+      if tuple(turn.size for turn in turns) != group.rows:
+        raise _misfit(
+          group, f"runs it in loops of {[t.size for t in turns]} turns, for rows {list(group.rows)}"
+        )
+      found[leaf] = (group, turns)
+  return found
+
+
+def _leaf(
+  form: Form, values: Sequence[Value | None], place: Place, trees: Sequence[Sequence[Tree]], group: Group
+) -> Atom:
+  at, axis, part = place
+  value = values[at]
+  assert value is not None
+  found = leaves(form.axes.of(value)[axis])
+  if [leaf.size for leaf in found] != _sizes(trees[at][axis]):
+    raise _misfit(group, "splits it")
+  return found[part]
+
+
+def _misfit(group: Group, what: str) -> ValueError:
+  return ValueError(
+    f"The function must have the groups of the one that auto_mask analysed, but it {what}: {group.name!r} "
+    f"({_members(group)}). Call fp.auto_mask with the form that differs, or leave the group out: select=..."
+  )
+
+
+def _members(group: Group) -> str:
+  shown = [f"{path}, axis {axis}" for path, axis in group.members[:3]]
+  return "; ".join([*shown, "..."] if len(group.members) > 3 else shown)
+
+
+def _cut_like(atom: Atom, tree: Tree) -> None:
+  """Cuts an atom as another one was."""
+  if isinstance(tree, tuple):
+    kind, trees = tree
+    parts = [Atom(_size(part)) for part in trees]
+    for part, inner in zip(parts, trees, strict=True):
+      _cut_like(part, inner)
+    cut(atom, kind, parts)
+
+
+def _sizes(tree: Tree) -> list[int]:
+  """The sizes of the leaves."""
+  return [size for part in tree[1] for size in _sizes(part)] if isinstance(tree, tuple) else [tree]
+
+
+def _size(tree: Tree) -> int:
+  if not isinstance(tree, tuple):
+    return tree
+  sizes = map(_size, tree[1])
+  return sum(sizes) if tree[0] == SUM else math.prod(sizes)

@@ -1,0 +1,177 @@
+"""A function of variables that may hold masks: traced, its groups found again, and run with the masks put in."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+from fisherprune_jax._auto.atoms import Atom
+from fisherprune_jax._auto.forms import study
+from fisherprune_jax._auto.groups import Group, Place
+from fisherprune_jax._auto.inserting import Masked, plan_of
+from fisherprune_jax._auto.laying import Laid
+from fisherprune_jax._auto.matching import Tree, match
+from fisherprune_jax._errors import is_traced, path_name, require, require_same_tree
+from fisherprune_jax._graph.examples import example_axes
+from fisherprune_jax._graph.variables import signature
+from fisherprune_jax._masks import COLLECTION
+from fisherprune_jax._types import BatchAxes, PyTree, Shape
+
+MOST_KEPT = 8
+"""Shapes that a function is kept traced at, for calls outside of ``jit``."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+  """What every form of a model has in common: its variables by path, how their axes are cut, and its groups."""
+
+  is_mapping: bool
+  paths: list[str]
+  shapes: list[Shape]
+  trees: list[list[Tree]]
+  groups: list[Group]
+  places: list[list[Place]]
+
+  def split(self, variables: PyTree) -> tuple[PyTree, dict[str, Any] | None]:
+    """The model's own variables, and the masks among them."""
+    if not isinstance(variables, Mapping):
+      return variables, None
+    masks = variables.get(COLLECTION)
+    if self.is_mapping:
+      return (
+        {name: x for name, x in variables.items() if name != COLLECTION} if masks is not None else variables
+      ), masks
+    return (variables["params"] if set(variables) <= {"params", COLLECTION} else variables), masks
+
+  def in_order(self, variables: PyTree, values: Sequence[Any]) -> "list[Any | None]":
+    """What belongs to this model's variables, of what belongs to the leaves of ``variables``; None of one that is not there."""
+    found = {
+      path_name(path): (leaf.shape, value)
+      for (path, leaf), value in zip(jax.tree_util.tree_leaves_with_path(variables), values, strict=True)
+    }
+    used = {self.paths[at] for places in self.places for at, _, _ in places}
+    for path, shape in zip(self.paths, self.shapes, strict=True):
+      if path in used and (path not in found or tuple(found[path][0]) != tuple(shape)):
+        got = f"of shape {tuple(found[path][0])}" if path in found else f"none there, but {sorted(found)[:8]}"
+        raise ValueError(
+          f"The variables must be those of the function that auto_mask analysed, with {path!r} of shape {tuple(shape)}, "
+          f"got {got}. Pass a tree like auto.variables, or call fp.auto_mask for this function."
+        )
+    return [found[path][1] if path in found else None for path in self.paths]
+
+  def examples_of(self, masks: dict[str, Any]) -> int | None:
+    """Checks the masks; returns the number of examples, if there is one row for each."""
+    expected = {group.name: 0 for group in self.groups}
+    require_same_tree(
+      masks, expected, "masks", "auto_mask", "Pass a tree like auto.masks, of the same model and `select`."
+    )
+    found = set()
+    for group in self.groups:
+      shape, rank = tuple(masks[group.name].shape), len(group.rows)
+      examples = shape[rank:-1]
+      if (shape[:rank], shape[-1:]) != (group.rows, (group.size,)) or len(examples) > 1:
+        raise ValueError(
+          f"The mask of group {group.name!r} must have shape {(*group.rows, group.size)}, or one more axis of examples "
+          f"before the last, got {shape}. Pass masks like auto.masks, of the same model and `select`."
+        )
+      found.add(examples)
+    require(len(found) == 1, "All masks must have an example axis of one length, or none", sorted(found))
+    (examples,) = found
+    return examples[0] if examples else None
+
+
+@dataclass(eq=False)
+class Wrapped:
+  """A function of a model's variables, with masks where there are some.
+
+  Attributes:
+    fn: the function.
+    model: whose groups it has.
+    batch_axes: where its arguments have examples.
+  """
+
+  fn: Callable[..., PyTree]
+  model: Model
+  batch_axes: BatchAxes = 0
+  _kept: dict[Any, tuple[Masked, dict[Atom, Any]]] = field(default_factory=dict)
+
+  def __call__(self, variables: PyTree, *args: PyTree, **kwargs: Any) -> PyTree:
+    """The function, with the masks of ``variables``."""
+    own, masks = self.model.split(variables)
+    if masks is None:
+      return self.fn(own, *args, **kwargs)
+    count = self.model.examples_of(masks)
+    given = _Arguments(args, kwargs)
+    masked, groups = self._masked(own, given, count)
+    if count == 1:  # one example is all that there is: nothing tells it apart
+      masks = {name: mask.reshape((*mask.shape[:-2], mask.shape[-1])) for name, mask in masks.items()}
+    labels = (masked.form.examples.root(),) if count not in (None, 1) else ()
+    laid = {leaf: Laid(masks[group.name], (*turns, *labels)) for leaf, (group, turns) in groups.items()}
+    return masked([*jax.tree.leaves(own), *given.arrays], laid)
+
+  def _masked(self, own: PyTree, given: "_Arguments", count: int | None) -> Any:
+    """The function traced, with a plan of where masks stand; kept for the next call where nothing is traced."""
+    if any(map(is_traced, (*jax.tree.leaves(own), *given.arrays))):
+      return self._traced(own, given, count)
+    key = (signature(own), signature(given.arrays), given.static, count)
+    if key not in self._kept:
+      made = self._traced(own, given, count)
+      if made[0].form.captured:
+        return made
+      if len(self._kept) == MOST_KEPT:
+        self._kept.pop(next(iter(self._kept)))
+      self._kept[key] = made
+    return self._kept[key]
+
+  def _traced(self, own: PyTree, given: "_Arguments", count: int | None) -> Any:
+    def function(variables: PyTree, *arrays: Any) -> PyTree:
+      args, kwargs = given.filled(arrays)
+      return self.fn(variables, *args, **kwargs)
+
+    form = study(function, own, given.arrays, given.example_axes(self.batch_axes, count))
+    groups = match(
+      form, self.model.in_order(own, form.variables), self.model.trees, self.model.groups, self.model.places
+    )
+    return Masked(form, plan_of(form, groups)), groups
+
+
+class _Arguments:
+  """Arguments of a call: arrays, and everything else."""
+
+  def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    self._args = args
+    leaves, self._tree = jax.tree.flatten((args, kwargs))
+    self._at = [at for at, leaf in enumerate(leaves) if hasattr(leaf, "shape") and hasattr(leaf, "dtype")]
+    self.arrays = [leaves[at] for at in self._at]
+    taken = set(self._at)
+    self._rest = {at: leaf for at, leaf in enumerate(leaves) if at not in taken}
+
+  @property
+  def static(self) -> Any:
+    """What is no array, as a key."""
+    return self._tree, tuple((at, type(x), x if _is_hashable(x) else id(x)) for at, x in self._rest.items())
+
+  def filled(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with other arrays."""
+    leaves = dict(zip(self._at, arrays, strict=True)) | self._rest
+    return jax.tree.unflatten(self._tree, [leaves[at] for at in range(len(leaves))])
+
+  def example_axes(self, batch_axes: BatchAxes, count: int | None) -> list[int | None]:
+    """Of each array its example axis, if there it has as many entries as there are examples."""
+    if count is None:
+      return [None] * len(self.arrays)
+    found = example_axes(self._args, batch_axes)
+    axes = dict(enumerate([*found, *[0] * (len(self._at) + len(self._rest) - len(found))]))
+    return [
+      axis if axis is not None and len(x.shape) > axis and x.shape[axis] == count else None
+      for x, axis in ((x, axes[at]) for at, x in zip(self._at, self.arrays, strict=True))
+    ]
+
+
+def _is_hashable(x: Any) -> bool:
+  try:
+    hash(x)
+  except TypeError:
+    return False
+  return True

@@ -5,18 +5,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from encoder_teacher import Encode, Sentences, embed
+from encoder_teacher import LENGTH, Encode, Sentences, embed
 from matplotlib.figure import Figure
+from rich.progress import Progress
 from rich.table import Column, Table
 from scipy.stats import spearmanr
 
 import fisherprune_jax as fp
 
+SERVED = (1, 32)  # sentences at a time, whose speed is measured
 NAMES = {"dense": "dense", "pruned": "pruned", "not_distilled": "pruned, not distilled"}
 
 
@@ -71,7 +74,7 @@ assert "fisherprune_jax" not in sys.modules
 """
 
 
-def export_difference(small: fp.Compact, variables: Any, path: Path, sentences: Sentences) -> float:
+def export_difference(small: fp.Compact, path: Path, sentences: Sentences) -> float:
   """Writes StableHLO; how far the embeddings are off that a fresh process gets from it without this library."""
   ids, mask = (x[:3] for x in sentences[:2])
   path.write_bytes(small.export(ids, mask).serialize())
@@ -79,7 +82,44 @@ def export_difference(small: fp.Compact, variables: Any, path: Path, sentences: 
     given, found = Path(folder, "given.npz"), Path(folder, "found.npy")
     np.savez(given, ids=ids, mask=mask)
     subprocess.run([sys.executable, "-c", LOAD_AND_RUN, path, given, found], check=True)
-    return float(np.max(np.abs(np.load(found) - small(variables, ids, mask))))
+    return float(np.max(np.abs(np.load(found) - small(small.variables, ids, mask))))
+
+
+def measure(
+  auto: fp.AutoMask, cost: fp.CostModel, pruned: Any, sentences: dict[str, Sentences], bars: Progress
+) -> dict[str, Any]:
+  """What ``report.json`` says of the dense network, of the pruned one, and of the first weights under its masks."""
+  small, masks, params = pruned.small, pruned.state.masks, auto.variables["params"]
+  cut = fp.compact(auto.apply, {"params": params, "masks": masks}, *sentences["validation"][:2])
+  networks = {
+    "dense": (jax.jit(auto.apply), {"params": params}, cost.dense),
+    "pruned": (jax.jit(small), small.variables, small.cost),
+    "not_distilled": (jax.jit(cut), cut.variables, cut.cost),
+  }
+  report: dict[str, Any] = {}
+  task = bars.add_task("report", total=len(networks) + len(SERVED), now="")
+  for name, (encode, variables, flops) in networks.items():
+    found = quality(partial(encode, variables), sentences["docstrings"], sentences["codes"])
+    found |= {"flops": flops, "params": sum(x.size for x in jax.tree.leaves(variables))}
+    report |= {f"{name}_{key}": value for key, value in found.items()}
+    bars.advance(task)
+  timings = {}
+  for size in SERVED:
+    tokens = [np.resize(x, (size, LENGTH)) for x in sentences["codes"][:2]]
+    calls = {
+      name: partial(*networks[net][:2], *tokens) for name, net in (("dense", "dense"), ("compact", "pruned"))
+    }
+    timings[str(size)] = times(calls, turns=30)
+    bars.advance(task)
+  return report | {
+    "flops_fraction": small.cost / cost.dense,
+    "widths": {name: {"dense": mask.size, "pruned": int(mask.sum())} for name, mask in masks.items()},
+    "sentences": {name: len(those.ids) for name, those in sentences.items()},
+    "max_abs_difference": pruned.difference,
+    **{f"step_ms_{name}": value for name, value in pruned.step_ms.items()},
+    "timings": timings,
+    **timings["32"],
+  }
 
 
 def costs(state: Any, cost: fp.CostModel) -> tuple[list[int], list[float]]:
@@ -88,11 +128,12 @@ def costs(state: Any, cost: fp.CostModel) -> tuple[list[int], list[float]]:
   return steps, [float(cost(fp.masks_at(state, step))) / 1e6 for step in steps]
 
 
-def plot(path: Path, report: dict[str, Any], curve: np.ndarray, state: Any, cost: fp.CostModel) -> None:
+def plot(path: Path, report: dict[str, Any], pruned: Any, cost: fp.CostModel) -> None:
   """Agreement and cost over training; what is left of every group, and what the networks find."""
   figure = Figure(figsize=(13, 8), layout="constrained")
   axes = figure.subplot_mosaic("AC;BC;DC", width_ratios=(3, 2))
   top, middle, widths, found = (axes[name] for name in "ABCD")
+  curve, state = pruned.curve, pruned.state
   top.plot(*curve[:, [0, 2]].T, "C0", label=f"pruned: {curve[-1, 2]:.3f}")
   top.set(ylabel="cosine with the teacher", xlabel="training step")
   steps, flops = costs(state, cost)
@@ -100,7 +141,7 @@ def plot(path: Path, report: dict[str, Any], curve: np.ndarray, state: Any, cost
   middle.axhline(report["flops_target"] * cost.dense / 1e6, color="C3", ls="--", lw=1, label="target")
   middle.set(ylabel="MFLOPs per sentence", xlabel="training step", ylim=(0, None))
   for ax in (top, middle):
-    ax.axvline(report["compacted_at"], color="0.3", ls=":", lw=1, label="compacted")
+    ax.axvline(int(state.step), color="0.3", ls=":", lw=1, label="compacted")
     ax.set_xlim(0, report["steps"])
     ax.legend(loc="lower right", frameon=False)
   names = list(report["widths"])

@@ -14,7 +14,10 @@ from rich.progress import Progress
 LENGTH, BATCH = 32, 32  # tokens of a sentence, sentences of a batch
 SHORT = (
   LENGTH // 2
-)  # half of all docstrings are shorter: twice as many of them make a batch, of as many tokens
+)  # half of the docstrings are shorter: batches of these have twice as many, and as many tokens
+CODE_EVERY = (
+  3  # of the training functions, one in so many gives its source as a sentence beside its docstring
+)
 VALIDATION, HELD_OUT = 192, 500  # sentences that are looked at in training, functions of the final report
 
 
@@ -47,21 +50,21 @@ def embed(encode: Encode, sentences: Sentences, advance: Callable[[int], Any] = 
   return found
 
 
+def spread(found: list[Any], count: int) -> list[Any]:
+  """So many of them at even distances, or all."""
+  return [found[n] for n in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
+
+
 def sentences_of(share: float) -> dict[str, list[str]]:
   """What is read of all functions, by the name that it has in the cache."""
   found = encoder_text.load(share)
-  held_out = some(found["held_out"], HELD_OUT)
+  train, held_out = found["train"], spread(found["held_out"], HELD_OUT)
   return {
-    "train": [text for function in found["train"] for text in function],
-    "validation": [function.docstring for function in some(found["validation"], VALIDATION)],
+    "train": [function.docstring for function in train] + [function.code for function in train[::CODE_EVERY]],
+    "validation": [function.docstring for function in spread(found["validation"], VALIDATION)],
     "docstrings": [function.docstring for function in held_out],
     "codes": [function.code for function in held_out],
   }
-
-
-def some(found: list[Any], count: int) -> list[Any]:
-  """So many of them, spread evenly."""
-  return [found[n] for n in np.linspace(0, len(found) - 1, min(count, len(found))).astype(int)]
 
 
 def batch_at(
@@ -69,14 +72,15 @@ def batch_at(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Tokens, mask and noisy targets of random sentences of like length, a function of seed and step alone."""
   rng, rows = np.random.default_rng((seed, step)), sentences.rows()
-  counts = np.array(
-    [len(those) * length for length, those in rows.items()]
-  )  # so all sentences are seen as often
-  length = rng.choice(list(rows), p=counts / counts.sum())
-  some = rng.choice(rows[length], BATCH * LENGTH // length)
-  ids, mask, embeddings = (x[some] for x in sentences)
-  blur = noise * rng.standard_normal(embeddings.shape, np.float32)
-  return ids[:, :length], mask[:, :length], embeddings + blur
+  tokens = np.array([len(those) * length for length, those in rows.items()])
+  length = rng.choice(list(rows), p=tokens / tokens.sum())  # so that each sentence is seen as often
+  chosen = rng.choice(rows[length], BATCH * LENGTH // length)
+  ids, mask, embeddings = (x[chosen] for x in sentences)
+  return (
+    ids[:, :length],
+    mask[:, :length],
+    embeddings + noise * rng.standard_normal(embeddings.shape, np.float32),
+  )
 
 
 def teach(

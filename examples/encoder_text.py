@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 PACKAGES = ("jax", "flax", "optax", "numpy", "scipy")  # on every machine that runs this library
 LEFT_OUT = {"site-packages", "test", "tests", "testing", "idlelib"}  # folders
 PARTS = {"held_out": 0.1, "validation": 0.05, "train": 0.85}  # shares of the modules
@@ -46,11 +48,8 @@ def functions(source: str) -> Iterator[Function]:
 def part_of(module: str) -> str:
   """The part that a module belongs to, whatever other modules there are."""
   place = zlib.crc32(module.encode()) / 2**32
-  for part, share in PARTS.items():
-    place -= share
-    if place < 0:
-      break
-  return part
+  edges = np.cumsum(list(PARTS.values()))[:-1]
+  return list(PARTS)[np.searchsorted(edges, place, side="right")]
 
 
 def distinct(found: Iterable[Function], seen: set[str]) -> Iterator[Function]:

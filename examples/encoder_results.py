@@ -20,6 +20,12 @@ from scipy.stats import spearmanr
 import fisherprune_jax as fp
 
 SERVED = (1, 32)  # sentences at a time, whose speed is measured
+PARTS = {  # what the groups are that ``auto_mask`` finds in a layer, by its names
+  "attention/query.1": "heads",
+  "attention/query.2": "depth of queries and keys",
+  "attention/value": "depth of values",
+  "up": "MLP",
+}
 NAMES = {"dense": "dense", "pruned": "pruned", "not_distilled": "pruned, not distilled"}
 
 
@@ -129,39 +135,67 @@ def costs(state: Any, cost: fp.CostModel) -> tuple[list[int], list[float]]:
 
 
 def plot(path: Path, report: dict[str, Any], pruned: Any, cost: fp.CostModel) -> None:
-  """Agreement and cost over training; what is left of every group, and what the networks find."""
-  figure = Figure(figsize=(13, 8), layout="constrained")
-  axes = figure.subplot_mosaic("AC;BC;DC", width_ratios=(3, 2))
-  top, middle, widths, found = (axes[name] for name in "ABCD")
-  curve, state = pruned.curve, pruned.state
-  top.plot(*curve[:, [0, 2]].T, "C0", label=f"pruned: {curve[-1, 2]:.3f}")
-  top.set(ylabel="cosine with the teacher", xlabel="training step")
-  steps, flops = costs(state, cost)
-  middle.plot([*steps, report["steps"]], [*flops, flops[-1]], "C0", drawstyle="steps-post")
-  middle.axhline(report["flops_target"] * cost.dense / 1e6, color="C3", ls="--", lw=1, label="target")
-  middle.set(ylabel="MFLOPs per sentence", xlabel="training step", ylim=(0, None))
-  for ax in (top, middle):
-    ax.axvline(int(state.step), color="0.3", ls=":", lw=1, label="compacted")
-    ax.set_xlim(0, report["steps"])
-    ax.legend(loc="lower right", frameon=False)
-  names = list(report["widths"])
-  shares = [100 * width["pruned"] / width["dense"] for width in report["widths"].values()]
-  widths.barh(names, [100] * len(names), color="0.9")
-  widths.barh(names, shares, color="C0")
-  widths.set(xlabel="left [%]", xlim=(0, 100), ylim=(len(names) - 0.4, -0.6))
-  bars = [(f"recall@{k}", f"recall_at_{k}") for k in (1, 10)]
-  for n, (key, title) in enumerate(NAMES.items()):
-    values = [100 * report[f"{key}_{name}"] for _, name in bars]
-    drawn = found.bar(np.arange(len(bars)) + (n - 1) * 0.27, values, 0.25, label=title)
-    found.bar_label(drawn, fmt="%.1f")
-  found.set_xticks(range(len(bars)), [title for title, _ in bars])
-  found.set(ylabel="functions found [%]", ylim=(0, 100))
-  found.legend(frameon=False)
+  """Agreement and cost over training, what the networks find, and what is left of every group."""
+  figure = Figure(figsize=(14, 9), layout="constrained")
+  axes = figure.subplot_mosaic("AD;BD;CD", width_ratios=(3, 2))
+  plot_training(axes["A"], axes["B"], report, pruned, cost)
+  plot_found(axes["C"], report)
+  plot_widths(axes["D"], report["widths"])
   for ax in axes.values():
     ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(alpha=0.25)
     ax.set_axisbelow(True)
   figure.savefig(path, dpi=150)
+
+
+def plot_training(top: Any, bottom: Any, report: dict[str, Any], pruned: Any, cost: fp.CostModel) -> None:
+  top.plot(
+    *pruned.curve[:, [0, 2]].T, "C0", marker=".", label=f"validation, {pruned.curve[-1, 2]:.3f} at the end"
+  )
+  top.axhline(
+    report["not_distilled_cosine"],
+    color="C1",
+    ls="--",
+    lw=1,
+    label="the first weights under the last masks, held out",
+  )
+  top.set(ylabel="cosine with the teacher", ylim=(None, 1))
+  steps, flops = costs(pruned.state, cost)
+  bottom.plot([*steps, report["steps"]], [*flops, flops[-1]], "C0", drawstyle="steps-post")
+  bottom.axhline(report["flops_target"] * cost.dense / 1e6, color="C3", ls="--", lw=1, label="target")
+  bottom.set(ylabel="MFLOPs per sentence", ylim=(0, None), xlabel="training step")
+  for ax in (top, bottom):
+    ax.axvline(int(pruned.state.step), color="0.3", ls=":", lw=1, label="compacted")
+    ax.set_xlim(0, report["steps"])
+    ax.grid(alpha=0.25)
+    ax.legend(loc="lower right")
+
+
+def plot_found(ax: Any, report: dict[str, Any]) -> None:
+  scores = {"recall@1": "recall_at_1", "recall@10": "recall_at_10"}
+  for n, ((key, title), color) in enumerate(zip(NAMES.items(), ("0.5", "C0", "C1"), strict=True)):
+    shares = [100 * report[f"{key}_{score}"] for score in scores.values()]
+    drawn = ax.bar(np.arange(len(scores)) + (n - 1) * 0.27, shares, 0.25, color=color, label=title)
+    ax.bar_label(drawn, fmt="%.1f")
+  ax.set_xticks(range(len(scores)), scores)
+  ax.set(ylabel="held-out functions\nfound by docstring [%]", ylim=(0, 110), xlim=(-0.5, 2.4))
+  ax.legend(loc="center right", frameon=False)
+
+
+def plot_widths(ax: Any, widths: dict[str, dict[str, int]]) -> None:
+  """What is left of every group; those of a layer lie together."""
+  layers = list(dict.fromkeys(name.partition("/")[0] for name in widths))
+  titles, places = [], []
+  for n, name in enumerate(widths):
+    layer, _, part = name.partition("/")
+    titles.append(f"{layer}: {PARTS.get(part, part)}")
+    places.append(n + 0.6 * layers.index(layer))
+  ax.barh(places, 100, color="0.93")
+  ax.barh(places, [100 * width["pruned"] / width["dense"] for width in widths.values()], color="C0")
+  for place, width in zip(places, widths.values(), strict=True):
+    ax.text(102, place, f"{width['pruned']:,} of {width['dense']:,}", va="center", fontsize=8)
+  ax.set_yticks(places, titles, fontsize=8)
+  ax.set_xticks(range(0, 101, 20))
+  ax.set(xlabel="features left [%]", xlim=(0, 118), ylim=(places[-1] + 0.6, -0.6))
 
 
 def table(report: dict[str, Any]) -> Table:

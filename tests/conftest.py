@@ -15,7 +15,7 @@ import pytest
 SLOW = """
   auto_models
   batches budget compaction conformance cost devices docs edits example_axes example_code_transformer
-  example_ranking_mlp exactness export fuzz growth linen linen_training nnx opt_states precision report restarts
+  example_pretrained_encoder example_ranking_mlp exactness export fuzz growth linen linen_training nnx opt_states precision report restarts
   rounding seeing several threads training
 """.split()
 

@@ -31,12 +31,17 @@ class AutoMasked(nnx.Module):
   def __init__(self, model: nnx.Module, found: AutoMask, call: Call | None, batch_axes: BatchAxes) -> None:
     self.model = model
     self.masks = nnx.Dict({name: MaskVariable(mask) for name, mask in found.masks.items()})
-    self._found, self._forms = found, _Forms(found, call, batch_axes)
+    self._found, self._call, self._forms = found, call, _Forms(found, call, batch_axes)
 
   @property
   def groups(self) -> tuple[Group, ...]:
     """What can be pruned."""
     return self._found.groups
+
+  @property
+  def call(self) -> Call | None:
+    """``call(model, *args)``, if that was said."""
+    return self._call
 
   @property
   def skipped(self) -> tuple[Skipped, ...]:
@@ -46,7 +51,7 @@ class AutoMasked(nnx.Module):
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     """The outputs of the model with these masks."""
     graph, variables = _variables(self.model)
-    variables[COLLECTION] = {name: self.masks[name][...] for name in self.masks}
+    variables[COLLECTION] = nnx.to_pure_dict(nnx.state(self.masks, MaskVariable))
     output, state = self._forms[graph](variables, *args, **kwargs)
     nnx.update(self.model, state)
     return output
@@ -126,6 +131,6 @@ def _form(graph: Any, call: Call | None) -> Form:
   def form(variables: Mapping[str, PyTree], *args: Any, **kwargs: Any) -> tuple[PyTree, PyTree]:
     model = nnx.merge(graph, variables["params"], variables["state"])
     output = model(*args, **kwargs) if call is None else call(model, *args, **kwargs)
-    return output, nnx.to_pure_dict(split(model, nnx.Param)[3])
+    return output, split(model, nnx.Param)[3]
 
   return form

@@ -5,7 +5,6 @@ from typing import Any
 from flax import nnx
 
 from fisherprune_jax._compaction import compact as compaction
-from fisherprune_jax._compaction.parts import at_paths
 from fisherprune_jax._cost import cost
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax.nnx._modules import Call, MaskVariable, functional, split
@@ -103,27 +102,14 @@ def module(small: compaction.Compact, model: nnx.Module) -> CompactModule:
   >>> thin.layers[0].kernel.shape, thin(jnp.ones((4, 2))).shape
   ((2, 2), (4, 1))
   """
+  return CompactModule(small, rebuilt(small, model))
+
+
+def rebuilt(small: compaction.Compact, model: nnx.Module) -> nnx.Module:
+  """A module of the same classes with the compact variables in it, whether these can compute with them or not."""
   graph, masks, _, _ = split(model, nnx.Param)
   variables = {COLLECTION: masks, **small.variables}
-  thin = nnx.merge(graph, variables[COLLECTION], variables["params"], variables["state"])
+  thin: nnx.Module = nnx.merge(graph, variables[COLLECTION], variables["params"], variables["state"])
   if COLLECTION not in small.variables:
     nnx.pop(thin, MaskVariable)
-  return CompactModule(small, thin)
-
-
-def shrink_optimizer(
-  small: compaction.Compact, thin: CompactModule, optimizer: nnx.Optimizer
-) -> nnx.Optimizer:
-  """An optimizer for ``thin`` that goes on where ``optimizer`` was; see ``Compact.shrink_opt_state``.
-
-  Args:
-    small: the compact network.
-    thin: the same as a module, from :func:`module`.
-    optimizer: that of the module it came from, for all its parameters or some of them (``wrt=nnx.LoRAParam``).
-  """
-  trained = at_paths([path for path, _ in nnx.to_flat_state(nnx.state(thin, optimizer.wrt))])
-  tx, state = optimizer.tx, small.shrink_opt_state(optimizer.tx, nnx.as_pure(optimizer.opt_state), trained)
-  thinner = type(optimizer)(thin, tx._replace(init=lambda params: state), wrt=optimizer.wrt)
-  thinner.tx = tx
-  thinner.step[...] = optimizer.step[...]
-  return thinner
+  return thin

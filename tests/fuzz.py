@@ -394,6 +394,9 @@ def check(net: Network, other: int) -> None:
     check_report(net, small)
 
 
+Check = Callable[[Network, int], None]
+
+
 class TimeLimitError(Exception):
   """A network takes too long."""
 
@@ -414,7 +417,7 @@ def time_limit(seconds: float) -> Iterator[None]:
     signal.signal(signal.SIGPROF, before)
 
 
-def run_seed(seed: int) -> int:
+def run_seed(seed: int, check: Check = check) -> int:
   """Draws a network and checks it; returns how many were thrown away because their own values are wild."""
   with jax.enable_x64(True), warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="fisherprune_jax has no rule")
@@ -451,7 +454,7 @@ def _candidates(net: Network) -> Any:
       yield dataclasses.replace(net, masks={**net.masks, name: np.ones_like(mask)})
 
 
-def failure(net: Network, other: int) -> str:
+def failure(net: Network, other: int, check: Check = check) -> str:
   """The kind of failure; empty if there is none."""
   try:
     with time_limit(SECONDS):
@@ -465,9 +468,9 @@ def failure(net: Network, other: int) -> str:
   return ""
 
 
-def shrunk(net: Network, other: int) -> Network:
+def shrunk(net: Network, other: int, check: Check = check) -> Network:
   """A smaller network that fails in the same way."""
-  kind, smaller = failure(net, other), True
+  kind, smaller = failure(net, other, check), True
   while smaller:
     smaller = False
     for candidate in _candidates(net):
@@ -477,29 +480,29 @@ def shrunk(net: Network, other: int) -> Network:
           jax.eval_shape(candidate, candidate.variables, candidate.batch(examples))
       except Exception:
         continue
-      if failure(candidate, other) == kind:
+      if failure(candidate, other, check) == kind:
         net, smaller = candidate, True
         break
   return net
 
 
-def first_failing(seed: int) -> tuple[Network, int]:
+def first_failing(seed: int, check: Check = check) -> tuple[Network, int]:
   """The network of a seed that fails, and its other batch size."""
   drawn = (draw(seed, attempt) for attempt in range(20))
-  return next(pair for pair in drawn if failure(*pair))
+  return next(pair for pair in drawn if failure(*pair, check))
 
 
-def _report(seed: int, shrink: bool) -> None:
+def _report(seed: int, shrink: bool, check: Check) -> None:
   traceback.print_exc()
   if shrink:
     with jax.enable_x64(True), warnings.catch_warnings():
       warnings.simplefilter("ignore")
-      net, other = first_failing(seed)
-      small = shrunk(net, other)
-      print(f"shrunk (other batch size {other}): {failure(small, other)}\n{small.describe()}")
+      net, other = first_failing(seed, check)
+      small = shrunk(net, other, check)
+      print(f"shrunk (other batch size {other}): {failure(small, other, check)}\n{small.describe()}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, check: Check = check) -> int:
   """Checks many networks; returns how many failed."""
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--count", type=int, default=1000, help="how many networks")
@@ -510,10 +513,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   thrown, began = 0, time.time()
   for done, seed in enumerate(range(options.start, options.start + options.count), 1):
     try:
-      thrown += run_seed(seed)
+      thrown += run_seed(seed, check)
     except Exception:
       failed.append(seed)
-      _report(seed, options.shrink)
+      _report(seed, options.shrink, check)
     if done % 500 == 0:
       jax.clear_caches()
     if done % 50 == 0:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fisherprune_jax._auto.forms import study
-from fisherprune_jax._auto.groups import Group, Skipped, find
+from fisherprune_jax._auto.groups import Group, Skipped, find, find_blocks
 from fisherprune_jax._auto.matching import tree_of
 from fisherprune_jax._auto.table import table
 from fisherprune_jax._auto.wrapping import Model, Wrapped
@@ -136,6 +136,9 @@ def auto_mask(
   batch_size(args, batch_axes)
   form = study(apply_fn, variables, args, example_axes(args, batch_axes))
   found = find(form, paths)
+  if blocks:
+    more, places = find_blocks(form, paths)
+    found = found._replace(groups=[*found.groups, *more], places=[*found.places, *places])
   chosen = _chosen(found.groups, select, found.skipped)
   kept = [at for at, group in enumerate(found.groups) if group in chosen]
   trees = [[tree_of(atom) for atom in form.axes.of(value)] for value in form.variables]

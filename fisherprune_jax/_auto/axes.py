@@ -70,7 +70,7 @@ class Axes:
   def walk(self, program: Program, turns: tuple[Atom, ...] = ()) -> None:
     """Ties the axes of everything in a program that runs in each of ``turns``."""
     self.bodies.append(Body(program, turns))
-    for node in program.nodes:
+    for node in _used(program):
       self._learn(node.ins, node.outs)
       if node in self.live.specs:
         self._node(node, self.live.specs[node])
@@ -187,6 +187,16 @@ class Axes:
 
 def _is_float(value: Value) -> bool:
   return bool(jnp.issubdtype(value.aval.dtype, jnp.inexact))
+
+
+def _used(program: Program) -> list[Node]:
+  """The nodes that an output hangs on; the others say nothing of what belongs together."""
+  wanted, found = set(program.outputs), []
+  for node in reversed(program.nodes):
+    if node.acts or any(out in wanted for out in node.outs):
+      wanted.update(node.ins)
+      found.append(node)
+  return found[::-1]
 
 
 def _origin(value: Value, program: Program, live: Liveness) -> Value:

@@ -1,15 +1,19 @@
 """Groups: the leaves of variables' axes that can be pruned, with their names; and the same groups in another function."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from fisherprune_jax._auto.atoms import Atom, leaves
 from fisherprune_jax._auto.axes import Axes
+from fisherprune_jax._auto.blocks import Branch, branches
 from fisherprune_jax._auto.forms import Form
-from fisherprune_jax._auto.naming import unique_names
+from fisherprune_jax._auto.naming import block_names, unique_names
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.program import Program, Value
+
+BLOCK = "block"
 
 Place = tuple[int, int, int]
 """Which variable, which of its axes, which of the leaves that this is made of."""
@@ -44,15 +48,42 @@ class Skipped(NamedTuple):
 
 
 class Found(NamedTuple):
-  """What was found in a form: groups, what was skipped, and per group its places."""
+  """What was found in a form: groups, what was skipped, and per group its places (of a block, its variables)."""
 
   groups: list[Group]
   skipped: list[Skipped]
   places: list[list[Place]]
 
 
-Tree = int | tuple[str, tuple["Tree", ...]]
-"""How an axis is cut, as plain data."""
+def find_blocks(form: Form, paths: Sequence[tuple[str, ...]]) -> tuple[list[Group], list[list[Place]]]:
+  """The residual branches of a form, as groups of one entry, each with all axes of its variables."""
+  position = {value: at for at, value in enumerate(form.variables)}
+  found: dict[frozenset[Value], Branch] = {}
+  for branch in branches(form.axes):
+    found.setdefault(branch.variables, branch)
+  places = [
+    [
+      (at, axis, 0)
+      for at in sorted(position[value] for value in key)
+      for axis in range(len(form.variables[at].shape))
+    ]
+    for key in found
+  ]
+  by_size = [
+    sorted({at for at, _, _ in own}, key=lambda at: -math.prod(form.variables[at].shape)) for own in places
+  ]
+  names = block_names(by_size, paths)
+  groups = [
+    Group(
+      name,
+      1,
+      tuple(("/".join(paths[at]), axis) for at, axis, _ in own),
+      BLOCK,
+      tuple(turn.size for turn in branch.turns),
+    )
+    for name, own, branch in zip(names, places, found.values(), strict=True)
+  ]
+  return groups, places
 
 
 def find(form: Form, paths: Sequence[tuple[str, ...]]) -> Found:

@@ -10,7 +10,8 @@ from jax import lax
 
 from fisherprune_jax._auto.atoms import Atom, leaves
 from fisherprune_jax._auto.forms import Form
-from fisherprune_jax._auto.laying import Laid, lay
+from fisherprune_jax._auto.laying import Laid, lay, lay_whole
+from fisherprune_jax._auto.matching import Matched
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.program import Node, Program, Value
 
@@ -19,19 +20,22 @@ Masks = Mapping[Atom, Laid]
 
 
 class Site(NamedTuple):
-  """An operand of a node that is multiplied by the masks of some leaves along one axis."""
+  """An operand of a node that is multiplied by the masks of some leaves along one axis, or as a whole."""
 
   operand: int
-  axis: int
+  axis: int | None
   leaves: tuple[Atom, ...]
 
 
 Plan = dict[Node, list[Site]]
 
 
-def plan_of(form: Form, chosen: Mapping[Atom, Any]) -> Plan:
-  """Where the masks of chosen leaves stand: at every node that sums over them, on one operand."""
+def plan_of(form: Form, found: Matched) -> Plan:
+  """Where masks stand: at every node that sums over their leaves, on one operand; at the end of residual branches."""
   plan: Plan = {}
+  chosen = found.leaves
+  for branch, atom in found.branches:
+    plan.setdefault(branch.node, []).append(Site(branch.operand, None, (atom,)))
   for reader in form.axes.readers:
     wanted = [leaf for leaf in dict.fromkeys(leaves(reader.atom)) if leaf in chosen]
     if not wanted:
@@ -96,7 +100,8 @@ class Masked:
     atoms = self.form.axes.of(value)
     wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     for _, axis, wanted in sites:
-      mask, missing = lay({leaf: masks[leaf] for leaf in wanted}, axis, atoms)
+      chosen = {leaf: masks[leaf] for leaf in wanted}
+      mask, missing = lay(chosen, axis, atoms) if axis is not None else lay_whole(chosen, atoms)
       if missing:
         raise ValueError(_no_place(missing, self.form, array, node))
       wide = wide * mask.astype(wide.dtype)

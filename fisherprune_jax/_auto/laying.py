@@ -58,6 +58,13 @@ def lay(masks: Mapping[Atom, Laid], axis: int, atoms: Sequence[Atom]) -> tuple[j
   return array.reshape(shape), []
 
 
+def lay_whole(masks: Mapping[Atom, Laid], atoms: Sequence[Atom]) -> tuple[jax.Array, list[Atom]]:
+  """A mask of one entry for a whole array; as ``lay``."""
+  (leaf,) = masks
+  array, missing = lay(masks, len(atoms), [*atoms, leaf])
+  return (array if missing else jnp.squeeze(array, -1)), missing
+
+
 def _along(atom: Atom, masks: Mapping[Atom, Laid]) -> Laid | None:
   """Masks along an axis, ``(axis, *labels)``; None where there are none."""
   atom = atom.root()

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from fisherprune_jax._auto.atoms import SUM, Atom, cut, leaves
+from fisherprune_jax._auto.blocks import Branch, branches
 from fisherprune_jax._auto.forms import Form
-from fisherprune_jax._auto.groups import Group, Place, stacks
+from fisherprune_jax._auto.groups import BLOCK, Group, Place, stacks
 from fisherprune_jax._graph.program import Value
 
 Tree = int | tuple[str, tuple["Tree", ...]]
@@ -24,14 +26,24 @@ def tree_of(atom: Atom) -> Tree:
   return (atom.kind, tuple(map(tree_of, atom.parts))) if atom.kind else atom.size
 
 
+class Matched(NamedTuple):
+  """Groups of a form: ``leaves`` with their group and the turns that its mask has rows for, and residual branches.
+
+  A branch is there with an atom of one entry, which is among the leaves.
+  """
+
+  leaves: dict[Atom, tuple[Group, tuple[Atom, ...]]]
+  branches: list[tuple[Branch, Atom]]
+
+
 def match(
   form: Form,
   values: Sequence[Value | None],
   trees: Sequence[Sequence[Tree]],
   groups: Sequence[Group],
   places: Sequence[Sequence[Place]],
-) -> dict[Atom, tuple[Group, tuple[Atom, ...]]]:
-  """Which leaves of a form belong to which group, each with the turns that its mask has rows for.
+) -> Matched:
+  """Finds groups in another function.
 
   Args:
     form: another function of the same variables.
@@ -46,26 +58,57 @@ def match(
   for value, axis_trees in zip(values, trees, strict=True):
     for atom, tree in zip(form.axes.of(value) if value else (), axis_trees, strict=False):
       _cut_like(atom, tree)
-  rows = stacks(form.axes)
-  found: dict[Atom, tuple[Group, tuple[Atom, ...]]] = {}
+  rows, found = stacks(form.axes), Matched({}, [])
   read = {leaf for reader in form.axes.readers for leaf in leaves(reader.atom)}
   for group, own in zip(groups, places, strict=True):
+    if group.kind == BLOCK:
+      continue
     mine = {_leaf(form, values, place, trees, group) for place in own}
     if not mine & read:
-      raise ValueError(
-        f"The function must sum over every group, but it reads none of {group.name!r} ({_members(group)}). "
-        "Wrap a function that runs the whole model, or leave the group out: fp.auto_mask(..., select=...)."
-      )
+      raise _lacking(group, "sum over every group, but it reads none of")
     for leaf in mine:
       turns = rows.get(leaf, ())
-      if leaf in found:
-        raise _misfit(group, f"ties it to {found[leaf][0].name!r}")
-      if tuple(turn.size for turn in turns) != group.rows:
-        raise _misfit(
-          group, f"runs it in loops of {[t.size for t in turns]} turns, for rows {list(group.rows)}"
-        )
-      found[leaf] = (group, turns)
+      if leaf in found.leaves:
+        raise _misfit(group, f"ties it to {found.leaves[leaf][0].name!r}")
+      _check_rows(group, turns)
+      found.leaves[leaf] = (group, turns)
+  if any(group.kind == BLOCK for group in groups):
+    _match_blocks(form, values, groups, places, found)
   return found
+
+
+def _match_blocks(
+  form: Form,
+  values: Sequence[Value | None],
+  groups: Sequence[Group],
+  places: Sequence[Sequence[Place]],
+  found: Matched,
+) -> None:
+  """Adds the residual branches of a form, each known by its variables."""
+  there = branches(form.axes)
+  for group, own in zip(groups, places, strict=True):
+    if group.kind == BLOCK:
+      variables = {values[at] for at, _, _ in own}
+      mine = [branch for branch in there if branch.variables == variables]
+      if not mine:
+        raise _lacking(group, "have every residual branch, but it has none of the variables of")
+      atom = Atom(1)
+      found.leaves[atom] = (group, mine[0].turns)
+      found.branches.extend((branch, atom) for branch in mine)
+      for branch in mine:
+        _check_rows(group, branch.turns)
+
+
+def _check_rows(group: Group, turns: Sequence[Atom]) -> None:
+  if tuple(turn.size for turn in turns) != group.rows:
+    raise _misfit(group, f"runs it in loops of {[t.size for t in turns]} turns, for rows {list(group.rows)}")
+
+
+def _lacking(group: Group, what: str) -> ValueError:
+  return ValueError(
+    f"The function must {what} {group.name!r} ({_members(group)}). Wrap a function that runs the whole model, or leave "
+    "the group out: fp.auto_mask(..., select=...)."
+  )
 
 
 def _leaf(

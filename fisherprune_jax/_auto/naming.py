@@ -35,6 +35,42 @@ def unique_names(
   return names
 
 
+def block_names(variables: Sequence[Sequence[int]], paths: Sequence[tuple[str, ...]]) -> list[str]:
+  """A name for each residual branch: what its variables' paths have in common, and ``.block``.
+
+  Where that is the same for several, the module of the first of its variables is in it too.
+
+  Args:
+    variables: of each branch the positions of its variables, the most telling first.
+    paths: the path of every variable.
+
+  >>> paths = [("params", "Layer_0", "Dense_0", "kernel"), ("params", "Layer_0", "Dense_1", "kernel")]
+  >>> block_names([[0, 1]], paths), block_names([[0], [1]], paths)
+  (['Layer_0.block'], ['Layer_0/Dense_0.block', 'Layer_0/Dense_1.block'])
+  """
+  shared = [_common([paths[at] for at in own]) for own in variables]
+  names = ["/".join(_without_collection(path)) or "model" for path in shared]
+  count = Counter(names)
+  for at, (own, path) in enumerate(zip(variables, shared, strict=True)):
+    if count[names[at]] > 1:
+      names[at] = "/".join(_without_collection(paths[own[0]][: len(path) + 1]))
+  count, seen = Counter(names), Counter[str]()
+  for at, name in enumerate(names):
+    if count[name] > 1:
+      names[at] = f"{name}.{seen[name]}"
+      seen[name] += 1
+  return [f"{name}.block" for name in names]
+
+
+def _common(own: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+  """The path that variables have in common, without the name of a single one."""
+  first = own[0] if len(own) > 1 else own[0][:-1] or own[0]
+  depth = next(
+    (at for at in range(len(first)) if any(path[at : at + 1] != (first[at],) for path in own)), len(first)
+  )
+  return first[:depth]
+
+
 def _axis(maker: int, places: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
   """The last axis of the variable that makes a group on which it lies: outputs come after inputs."""
   return (

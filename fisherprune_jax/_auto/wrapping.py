@@ -103,11 +103,11 @@ class Wrapped:
       return self.fn(own, *args, **kwargs)
     count = self.model.examples_of(masks)
     given = _Arguments(args, kwargs)
-    masked, groups = self._masked(own, given, count)
+    masked, leaves = self._masked(own, given, count)
     if count == 1:  # one example is all that there is: nothing tells it apart
       masks = {name: mask.reshape((*mask.shape[:-2], mask.shape[-1])) for name, mask in masks.items()}
     labels = (masked.form.examples.root(),) if count not in (None, 1) else ()
-    laid = {leaf: Laid(masks[group.name], (*turns, *labels)) for leaf, (group, turns) in groups.items()}
+    laid = {leaf: Laid(masks[group.name], (*turns, *labels)) for leaf, (group, turns) in leaves.items()}
     return masked([*jax.tree.leaves(own), *given.arrays], laid)
 
   def _masked(self, own: PyTree, given: "_Arguments", count: int | None) -> Any:
@@ -130,10 +130,10 @@ class Wrapped:
       return self.fn(variables, *args, **kwargs)
 
     form = study(function, own, given.arrays, given.example_axes(self.batch_axes, count))
-    groups = match(
+    found = match(
       form, self.model.in_order(own, form.variables), self.model.trees, self.model.groups, self.model.places
     )
-    return Masked(form, plan_of(form, groups)), groups
+    return Masked(form, plan_of(form, found)), found.leaves
 
 
 class _Arguments:

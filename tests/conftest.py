@@ -14,7 +14,7 @@ import pytest
 # What takes most of the time: whole tables of networks, trainings, processes of their own. ``make test-fast`` leaves it out.
 SLOW = """
   batches budget compaction conformance cost devices docs edits example_axes example_code_transformer
-  example_ranking_mlp exactness export fuzz growth linen linen_training nnx opt_states precision report restarts
+  example_ranking_mlp exactness export frameworks fuzz growth linen linen_training nnx nnx_auto opt_states precision report restarts
   rounding seeing several threads training
 """.split()
 

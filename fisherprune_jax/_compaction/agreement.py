@@ -26,6 +26,7 @@ def disagreement(
   >>> disagreement(total, mean, jnp.zeros(1), jnp.ones(4))
   'its outputs differ by 75 %'
   """
+  reference, other = jax.jit(reference), jax.jit(other)
   for tree in (variables, _others_like(variables)):
     wanted = reference(tree, *args)
     try:

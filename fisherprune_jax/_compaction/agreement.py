@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fisherprune_jax._errors import describe, same_structure
 from fisherprune_jax._types import Array, PyTree
@@ -55,16 +55,15 @@ def _difference(wanted: jax.Array, found: jax.Array) -> str:
 
 def _others_like(variables: PyTree) -> PyTree:
   """Other variables that the function is as well-behaved on: of the same signs and sizes, and nowhere zero."""
-  leaves, tree = jax.tree.flatten(variables)
-  keys = jax.random.split(jax.random.key(0), max(len(leaves), 1))
-  return jax.tree.unflatten(tree, [_other_like(leaf, key) for leaf, key in zip(leaves, keys, strict=False)])
+  random = np.random.default_rng(0)  # NumPy's, as JAX compiles a program for each shape
+  return jax.tree.map(lambda leaf: _other_like(leaf, random), variables)
 
 
-def _other_like(leaf: Array, key: jax.Array) -> Any:
+def _other_like(leaf: Array, random: np.random.Generator) -> Array:
   if not jnp.issubdtype(leaf.dtype, jnp.floating):
     return leaf
-  one, two = jax.random.split(key)
-  factor = jax.random.uniform(one, leaf.shape, leaf.dtype, 0.5, 1.5)
+  factor = random.uniform(0.5, 1.5, leaf.shape)
   fan_in = math.prod(leaf.shape[:-1])
-  fresh = jax.random.normal(two, leaf.shape, leaf.dtype) / math.sqrt(fan_in or 1) if leaf.ndim > 1 else factor
-  return jnp.where(leaf == 0, fresh, leaf * factor)
+  fresh = random.normal(size=leaf.shape) / math.sqrt(max(fan_in, 1)) if leaf.ndim > 1 else factor
+  values = np.asarray(leaf, np.float64)
+  return jnp.asarray(np.where(values == 0, fresh, values * factor), leaf.dtype)

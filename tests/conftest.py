@@ -2,11 +2,13 @@
 
 import os
 
-from tests.flags import QUICK
+from tests.flags import QUICK, keras_home
 
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} {QUICK} --xla_force_host_platform_device_count=8"
 )
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["KERAS_HOME"] = keras_home()
 
 import jax
 import pytest

@@ -2,11 +2,13 @@
 
 import os
 
-from tests.flags import QUICK
+from tests.flags import QUICK, keras_home
 
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} {QUICK} --xla_force_host_platform_device_count=8"
 )
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["KERAS_HOME"] = keras_home()
 
 import jax
 import pytest
@@ -15,7 +17,8 @@ import pytest
 SLOW = """
   auto_models
   batches budget compaction conformance cost devices docs edits example_axes example_code_transformer
-  example_pretrained_encoder example_ranking_mlp exactness export fuzz growth linen linen_training nnx opt_states precision report restarts
+  example_pretrained_encoder example_ranking_mlp exactness export frameworks fuzz growth linen linen_training nnx nnx_auto
+  opt_states precision report restarts
   rounding seeing several threads training
 """.split()
 

@@ -1,6 +1,8 @@
-"""How XLA compiles in the tests: they run small programs once, so their time goes into compiling."""
+"""How XLA compiles in the tests: they run small programs once, so their time goes into compiling. Where Keras writes."""
 
+import atexit
 import platform
+import tempfile
 from importlib.metadata import version
 
 # Later versions of XLA know no other way to emit fused loops than the slow one, and end the process at a flag that they
@@ -11,3 +13,10 @@ _QUICK_LOOPS = ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_max_isa=AVX"]
 _HAS_THEM = version("jaxlib").startswith("0.10.") and platform.machine() == "x86_64"
 
 QUICK = " ".join(["--xla_backend_optimization_level=0", *(_QUICK_LOOPS if _HAS_THEM else [])])
+
+
+def keras_home() -> str:
+  """Where Keras keeps its settings while tests run: it writes them when it is imported, by default among the user's."""
+  home = tempfile.TemporaryDirectory()
+  atexit.register(home.cleanup)
+  return home.name

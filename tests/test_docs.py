@@ -27,7 +27,7 @@ def public_names():
     if not name.startswith("_") and not inspect.ismodule(value):
       yield f"fisherprune_jax.{name}"
   for name, value in vars(fp.nnx).items():
-    if not name.startswith("_") and getattr(value, "__module__", None) == fp.nnx.__name__:
+    if not name.startswith("_") and not inspect.ismodule(value):
       yield f"fisherprune_jax.nnx.{name}"
   for name in vars(fp.rules):
     if not name.startswith("_") and not hasattr(fp, name):

@@ -1,0 +1,136 @@
+"""Masks for modules that hold none."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from fisherprune_jax._auto.auto import AutoMask
+from fisherprune_jax._auto.auto import auto_mask as find
+from fisherprune_jax._auto.groups import Group, Skipped
+from fisherprune_jax._graph.variables import abstract
+from fisherprune_jax._masks import COLLECTION
+from fisherprune_jax._types import BatchAxes, PyTree
+from fisherprune_jax.nnx._modules import Call, MaskVariable, split
+
+Form = Callable[..., tuple[PyTree, PyTree]]
+"""A module as a function of its variables, ``form(variables, *args) -> (output, state)``."""
+
+
+class AutoMasked(nnx.Module):
+  """A module with masks in front of what sums over its features; made by :func:`auto_mask`.
+
+  It is called as the model is, and changes the model's state (batch statistics, random streams, caches) as the model
+  does; ``train()`` and ``eval()`` reach the model. ``print`` shows its groups as a table.
+
+  Attributes:
+    model: the model; it is no copy.
+    masks: of each group its :class:`MaskVariable`.
+  """
+
+  def __init__(self, model: nnx.Module, found: AutoMask, call: Call | None, batch_axes: BatchAxes) -> None:
+    self.model = model
+    self.masks = nnx.Dict({name: MaskVariable(mask) for name, mask in found.masks.items()})
+    self._found, self._call, self._forms = found, call, _Forms(found, call, batch_axes)
+
+  @property
+  def groups(self) -> tuple[Group, ...]:
+    """What can be pruned."""
+    return self._found.groups
+
+  @property
+  def call(self) -> Call | None:
+    """``call(model, *args)``, if that was said."""
+    return self._call
+
+  @property
+  def skipped(self) -> tuple[Skipped, ...]:
+    """What cannot, each axis of a variable with the reason."""
+    return self._found.skipped
+
+  def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    """The outputs of the model with these masks."""
+    graph, variables = _variables(self.model)
+    variables[COLLECTION] = nnx.to_pure_dict(nnx.state(self.masks, MaskVariable))
+    output, state = self._forms[graph](variables, *args, **kwargs)
+    nnx.update(self.model, state)
+    return output
+
+  def __str__(self) -> str:
+    return str(self._found)
+
+
+class _Forms:
+  """The forms of a model with masks in them: one for each of its graphs (training, serving), made when it is met."""
+
+  def __init__(self, found: AutoMask, call: Call | None, batch_axes: BatchAxes) -> None:
+    self._found, self._call, self._batch_axes = found, call, batch_axes
+    self._by_graph: dict[Any, Form] = {}
+
+  def __getitem__(self, graph: Any) -> Form:
+    if graph not in self._by_graph:
+      self._by_graph[graph] = self._found.wrap(_form(graph, self._call), self._batch_axes)
+    return self._by_graph[graph]
+
+
+def auto_mask(
+  model: nnx.Module, *args: Any, call: Call | None = None, batch_axes: BatchAxes = 0, **options: Any
+) -> AutoMasked:
+  """``fp.auto_mask`` for a module: finds what can be pruned in it, and puts masks beside it.
+
+  Args:
+    model: the module, without masks. It may be analysed in either mode, and be called in both.
+    *args: what it is called with, arrays or ``jax.ShapeDtypeStruct``.
+    call: ``call(model, *args)`` instead of ``model(*args)``, here and whenever the result is called.
+    batch_axes: where examples lie in ``args``, like ``jax.vmap``'s ``in_axes``.
+    **options: those of ``fp.auto_mask``.
+
+  Returns:
+    A module that is called as ``model`` is. All of ``fp.nnx`` works on it; what changes in it, changes in ``model``.
+
+  Raises:
+    ValueError: if there is nothing to prune, or if ``model`` holds masks.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> from flax import nnx
+  >>> rngs = nnx.Rngs(0)
+  >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), nnx.relu, nnx.Linear(3, 1, rngs=rngs))  # as it was
+  >>> masked = fp.nnx.auto_mask(model, jnp.ones((4, 2)))
+  >>> {name: masked.masks[name].shape for name in masked.masks}
+  {'layers/0': (3,)}
+  >>> masked.masks["layers/0"][...] = jnp.array([1.0, 0.0, 1.0])
+  >>> small = fp.nnx.compact(masked, jnp.ones((4, 2)))
+  >>> small.variables["params"]["model"]["layers"][0]["kernel"].shape
+  (2, 2)
+  """
+  graph, variables = _variables(model)
+  form = _form(graph, call)
+  found = find(
+    lambda variables, *args: form(variables, *args)[0],
+    abstract(variables),
+    *args,
+    batch_axes=batch_axes,
+    **options,
+  )
+  return AutoMasked(model, found, call, batch_axes)
+
+
+def _variables(model: nnx.Module) -> tuple[Any, dict[str, PyTree]]:
+  """The graph of a module without masks, and its variables."""
+  graph, masks, params, state = split(model, nnx.Param)
+  if masks:
+    raise ValueError(
+      f"auto_mask takes a module that holds no masks, got one with some at {sorted(masks)}. Prune with those, by "
+      "fp.nnx.cost_model(model, ...), or leave every fp.nnx.Mask out of it."
+    )
+  return graph, {"params": nnx.to_pure_dict(params), "state": nnx.to_pure_dict(state)}
+
+
+def _form(graph: Any, call: Call | None) -> Form:
+  def form(variables: Mapping[str, PyTree], *args: Any, **kwargs: Any) -> tuple[PyTree, PyTree]:
+    model = nnx.merge(graph, variables["params"], variables["state"])
+    output = model(*args, **kwargs) if call is None else call(model, *args, **kwargs)
+    return output, split(model, nnx.Param)[3]
+
+  return form

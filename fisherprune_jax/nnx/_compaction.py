@@ -1,0 +1,115 @@
+"""What a module costs, and the same module physically smaller."""
+
+from typing import Any
+
+from flax import nnx
+
+from fisherprune_jax._compaction import compact as compaction
+from fisherprune_jax._cost import cost
+from fisherprune_jax._masks import COLLECTION
+from fisherprune_jax.nnx._modules import Call, MaskVariable, functional, split
+
+
+def cost_model(model: nnx.Module, *args: Any, call: Call | None = None, **options: Any) -> cost.CostModel:
+  """``fp.cost_model`` for a module.
+
+  Args:
+    model: the module; its masks are found by their type. Call ``model.eval()`` first for the cost of the network
+      that is served.
+    *args: what it is called with; the first array leads with the example axis, unless ``batch_axes=`` says otherwise.
+    call: ``call(model, *args)`` instead of ``model(*args)``.
+    **options: those of ``fp.cost_model``.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> from flax import nnx
+  >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), fp.nnx.Mask(3))
+  >>> fp.nnx.cost_model(model, jnp.ones((1, 2))).dense  # 3 (2*2 - 1) + 3 for the bias
+  12.0
+  """
+  apply_fn, variables = functional(model, call=call)
+  return cost.cost_model(apply_fn, variables, *args, **options)
+
+
+def compact(
+  model: nnx.Module, *args: Any, call: Call | None = None, mutable: bool = False, **options: Any
+) -> compaction.Compact:
+  """``fp.compact`` for a module; to train it on as a module, see :func:`module`.
+
+  Args:
+    model: the module, with masks switched; call ``model.eval()`` first for the network to serve.
+    *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
+    call: ``call(model, *args)`` instead of ``model(*args)``.
+    mutable: return ``(output, {"state": ...})``: what the call changes in the model (batch statistics).
+    **options: those of ``fp.compact``.
+
+  Returns:
+    The compact network: ``small(small.variables, *args)``, with ``small.variables`` a nested dictionary of
+    ``"params"`` and ``"state"``.
+
+  >>> import jax, jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> from flax import nnx
+  >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), fp.nnx.Mask(3), nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
+  >>> model.layers[1].mask[...] = jnp.array([1.0, 0.0, 1.0])
+  >>> small = fp.nnx.compact(model, jnp.ones((4, 2)))
+  >>> jax.tree.map(jnp.shape, small.variables["params"]["layers"][0])
+  {'bias': (2,), 'kernel': (2, 2)}
+  """
+  apply_fn, variables = functional(model, call=call, mutable=mutable)
+  if mutable:
+    options.setdefault("updates", lambda output: output[1])
+  return compaction.compact(apply_fn, variables, *args, **options)
+
+
+class CompactModule(nnx.Module):
+  """A compact network as a module; made by :func:`module`.
+
+  It has the attributes of the module that it came from, so that optimizers and checkpoints find its variables under
+  the same paths; its call is the compact program.
+  """
+
+  def __init__(self, small: compaction.Compact, model: nnx.Module) -> None:
+    for name, value in vars(model).items():
+      if not name.startswith("_"):
+        setattr(self, name, value)
+    self._small = small
+
+  def __call__(self, *args: Any) -> Any:
+    """The outputs of the module that it came from."""
+    _, variables = functional(self)
+    output = self._small({name: variables[name] for name in self._small.variables}, *args)
+    if self._small.updates is None:
+      return output
+    output, changed = output
+    nnx.update(self, changed["state"])
+    return output
+
+
+def module(small: compaction.Compact, model: nnx.Module) -> CompactModule:
+  """A compact network as a module with smaller variables, which can be trained on.
+
+  Args:
+    small: the compact network, from :func:`compact`. For batch statistics it must be made with ``mutable=True``.
+    model: the module that it was made of.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> from flax import nnx
+  >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), fp.nnx.Mask(3), nnx.Linear(3, 1, rngs=nnx.Rngs(1)))
+  >>> model.layers[1].mask[...] = jnp.array([1.0, 0.0, 1.0])
+  >>> thin = fp.nnx.module(fp.nnx.compact(model, jnp.ones((4, 2))), model)
+  >>> thin.layers[0].kernel.shape, thin(jnp.ones((4, 2))).shape
+  ((2, 2), (4, 1))
+  """
+  return CompactModule(small, rebuilt(small, model))
+
+
+def rebuilt(small: compaction.Compact, model: nnx.Module) -> nnx.Module:
+  """A module of the same classes with the compact variables in it, whether these can compute with them or not."""
+  graph, masks, _, _ = split(model, nnx.Param)
+  variables = {COLLECTION: masks, **small.variables}
+  thin: nnx.Module = nnx.merge(graph, variables[COLLECTION], variables["params"], variables["state"])
+  if COLLECTION not in small.variables:
+    nnx.pop(thin, MaskVariable)
+  return thin

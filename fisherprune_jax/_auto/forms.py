@@ -50,7 +50,9 @@ def study(
     args: its arguments; arrays, tracers or shapes.
     example_axes: for each leaf of ``args`` its example axis, None if it has none.
   """
-  program, out_tree = trace(fn, variables, *args)  # as they are: their types say over which devices they differ
+  program, out_tree = trace(
+    fn, variables, *args
+  )  # as they are: their types say over which devices they differ
   captured = [const for _, const in program.consts if is_traced(const)]
   program.inputs += [value for value, const in program.consts if is_traced(const)]
   program.consts[:] = [(value, const) for value, const in program.consts if not is_traced(const)]

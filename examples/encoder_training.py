@@ -21,10 +21,10 @@ from tensorboardX import SummaryWriter
 
 import fisherprune_jax as fp
 
-RATE, WEIGHT_DECAY = 3e-4, 0.01
-NOISE = 0.02  # in every coordinate of the targets while pruning, see ``loss_fn``
-PRUNED_BY, COMPACT_AT = 0.3, 0.35  # of the steps: when the cost is at the target, and when dead features go
-EVERY = 5  # steps from one pruning to the next
+RATE, WEIGHT_DECAY = 5e-4, 0.01
+NOISE = 0.015  # in every coordinate of the targets while pruning, see ``loss_fn``
+PRUNED_BY, COMPACT_AT = 0.25, 0.28  # of the steps: when the cost is at the target, and when dead features go
+EVERY = 10  # steps from one pruning to the next
 EVALUATIONS = 20
 
 

@@ -45,9 +45,14 @@ class Job(NamedTuple):
     """The step after which dead features are removed."""
     return int(COMPACT_AT * self.steps)
 
+  @property
+  def evaluate_every(self) -> int:
+    """Steps from one evaluation to the next."""
+    return max(1, self.steps // EVALUATIONS)
+
 
 class Run(NamedTuple):
-  """A training as checkpoints hold it; ``curve`` has rows (step, loss, validation cosine)."""
+  """A training as checkpoints hold it; ``curve`` has the latest rows (step, loss, validation cosine)."""
 
   params: Any
   opt_state: Any
@@ -61,7 +66,7 @@ class Stage(NamedTuple):
   apply: Callable[..., Any]
   step: Callable[..., Any]
   steps: range
-  masks_of: Callable[[Any], Any]
+  masked: bool
 
 
 class Pruned(NamedTuple):
@@ -131,58 +136,51 @@ def plain_step(apply: Callable[..., Any], tx: Any) -> Callable[..., Any]:
   return step
 
 
-def evaluate(stage: Stage, encode: Callable[..., Any], run: Run, loss: float, n: int, job: Job) -> str:
-  """Fills a row of the curve and writes it for TensorBoard; says it in a line."""
-  validation, variables = (
-    job.sentences["validation"],
-    variables_of(run.params, job.words, stage.masks_of(run.opt_state)),
-  )
-  agreement = cosine(embed(partial(encode, variables), validation), validation)
-  run.curve[(n - 1) // every_of(job)] = n, loss, agreement
-  with SummaryWriter(str(job.out / "events"), purge_step=n) as writer:
-    writer.add_scalar("loss", loss, n)
-    writer.add_scalar("cosine", agreement, n)
-  return f"cosine {agreement:.4f}"
-
-
-def every_of(job: Job) -> int:
-  """Steps from one evaluation to the next."""
-  return max(1, job.steps // EVALUATIONS)
+def evaluate(encode: Callable[..., Any], run: Run, masks: Any, job: Job) -> float:
+  """The mean cosine with the teacher on validation sentences."""
+  validation, variables = job.sentences["validation"], variables_of(run.params, job.words, masks)
+  return cosine(embed(partial(encode, variables), validation), validation)
 
 
 def fit(stage: Stage, run: Run, job: Job) -> tuple[Run, float]:
   """Trains over the steps of a stage, from its checkpoint on; also the milliseconds that a step took."""
-  took, encode = [], jax.jit(stage.apply)
+  took, encode, masks_of = [], jax.jit(stage.apply), fp.get_masks if stage.masked else lambda opt_state: None
   keep = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
   with ocp.CheckpointManager(job.out.absolute() / "checkpoints" / stage.name, options=keep) as manager:
     start = manager.latest_step() or stage.steps.start
     if start > stage.steps.start:
       run = manager.restore(start, args=ocp.args.StandardRestore(run))
     task = job.bars.add_task(stage.name, total=len(stage.steps), completed=start - stage.steps.start, now="")
-    for n in range(start + 1, stage.steps.stop + 1):
-      masks = stage.masks_of(run.opt_state)
-      batch = batch_at(job.sentences["train"], 0.0 if masks is None else NOISE, job.seed, n)
-      begun = time.perf_counter()
-      params, opt_state, loss = stage.step(run.params, run.opt_state, batch, job.words)
-      run, loss = run._replace(params=params, opt_state=opt_state), float(loss)
-      took.append(1e3 * (time.perf_counter() - begun))
-      if n % every_of(job) == 0 or n == job.steps:
-        job.bars.update(task, now=evaluate(stage, encode, run, loss, n, job))
-      job.bars.update(task, completed=n - stage.steps.start)
-      if n % job.save_every == 0 or n == stage.steps.stop or job.stop.is_set():
-        manager.save(n, args=ocp.args.StandardSave(run))
-      if job.stop.is_set():
-        manager.wait_until_finished()
-        command = shlex.join(["python", *sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
-        sys.exit(f"Stopped after step {n:,}, and saved it. To go on: {command}")
+    with SummaryWriter(str(job.out / "events"), purge_step=start + 1) as writer:
+      for n in range(start + 1, stage.steps.stop + 1):
+        batch, begun = (
+          batch_at(job.sentences["train"], NOISE * stage.masked, job.seed, n),
+          time.perf_counter(),
+        )
+        params, opt_state, loss = stage.step(run.params, run.opt_state, batch, job.words)
+        run, loss = run._replace(params=params, opt_state=opt_state), float(loss)
+        took.append(1e3 * (time.perf_counter() - begun))
+        if n % job.evaluate_every == 0 or n == job.steps:
+          stats = {"loss": loss, "cosine": evaluate(encode, run, masks_of(opt_state), job)}
+          run = run._replace(curve=np.vstack([run.curve[1:], [n, *stats.values()]]))
+          for name, value in (stats | (fp.scalars(opt_state) if stage.masked else {})).items():
+            writer.add_scalar(name, float(value), n)
+          job.bars.update(task, now=f"cosine {stats['cosine']:.4f}")
+        job.bars.update(task, completed=n - stage.steps.start)
+        if n % job.save_every == 0 or n == stage.steps.stop or job.stop.is_set():
+          writer.flush()
+          manager.save(n, args=ocp.args.StandardSave(run))
+        if job.stop.is_set():
+          command = shlex.join(["python", *sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
+          sys.exit(f"Stopped after step {n:,}, and saved it. To go on: {command}")
   return run, float(np.median(took or [np.nan]))
 
 
 def prune(auto: fp.AutoMask, cost: fp.CostModel, flops_target: float, job: Job) -> Pruned:
   """Trains while pruning, removes what was pruned, and goes on where the optimizer was."""
   tx, params = optimizer(job, cost, flops_target), jax.tree.map(jnp.array, trained(auto.variables))
-  run = Run(params, tx.init(params), np.zeros((-(-job.steps // every_of(job)), 3)))
-  stage = Stage("pruning", auto.apply, pruning_step(auto.apply, tx), range(job.middle), fp.get_masks)
+  run = Run(params, tx.init(params), np.zeros((-(-job.steps // job.evaluate_every), 3)))
+  stage = Stage("pruning", auto.apply, pruning_step(auto.apply, tx), range(job.middle), True)
   run, before = fit(stage, run, job)
 
   state, tokens = fp.get_state(run.opt_state), [x[:BATCH] for x in job.sentences["validation"][:2]]
@@ -191,7 +189,7 @@ def prune(auto: fp.AutoMask, cost: fp.CostModel, flops_target: float, job: Job) 
   difference = jnp.max(jnp.abs(auto.apply(variables, *tokens) - small(small.variables, *tokens)))
 
   run = Run(trained(small.variables), small.shrink_opt_state(tx, run.opt_state), run.curve)
-  stage = Stage("distilling", small, plain_step(small, tx), range(job.middle, job.steps), lambda state: None)
+  stage = Stage("distilling", small, plain_step(small, tx), range(job.middle, job.steps), False)
   run, after = fit(stage, run, job)
   small.variables = variables_of(run.params, job.words)  # what is exported
   return Pruned(state, small, run.curve, float(difference), {"before": before, "after": after})

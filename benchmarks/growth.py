@@ -3,8 +3,8 @@
   python benchmarks/growth.py --out benchmarks/growth.json
 
 Each size runs in a process of its own, on one core, under a time limit: tracing and analysis, the first
-``cost(masks)``, the first ``per_feature(masks)``, and ``compact``, compilation included, in seconds of
-that core's time. The bar: twice the network takes at most 2.5 times as long (half a second of start-up aside),
+``cost(masks)``, the first ``per_feature(masks)``, ``compact``, and ``auto_mask`` of the same network with its masks
+left out (ones), compilation included, in seconds of that core's time. The bar: twice the network takes at most 2.5 times as long (half a second of start-up aside),
 and the larger under 20 seconds.
 """
 
@@ -27,7 +27,7 @@ import numpy as np
 import fisherprune_jax as fp
 
 Apply = Callable[[Any, jax.Array], jax.Array]
-STAGES = ("trace", "cost", "per_feature", "compact")
+STAGES = ("trace", "cost", "per_feature", "compact", "auto")
 RATIO, SECONDS, STARTUP = 2.5, 20.0, 0.5
 
 
@@ -299,6 +299,11 @@ def measure(family: str, n: int) -> dict[str, float]:
   timed("cost", lambda: cost(masks))
   timed("per_feature", lambda: cost.per_feature(masks))
   timed("compact", lambda: fp.compact(apply, {**variables, "masks": masks}, x).variables)
+  ones = jax.tree.map(np.ones_like, variables["masks"])
+  timed(
+    "auto",
+    lambda: fp.auto_mask(lambda p, x: apply({"params": p, "masks": ones}, x), variables["params"], x).masks,
+  )
   found["total"] = round(sum(found.values()), 3)
   found["memory"] = round((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, 1)
   return found

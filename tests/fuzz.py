@@ -421,7 +421,7 @@ def run_seed(seed: int, check: Check = check) -> int:
   """Draws a network and checks it; returns how many were thrown away because their own values are wild."""
   with jax.enable_x64(True), warnings.catch_warnings():
     warnings.filterwarnings("ignore", message="fisherprune_jax has no rule")
-    for attempt in range(20):
+    for attempt in range(100):
       net, other = draw(seed, attempt)
       try:
         with time_limit(SECONDS):

@@ -14,22 +14,36 @@ from tests.fuzz import Network, WildError, _close, check, main
 
 @dataclass(frozen=True, eq=False)
 class Unmasked:
-  """A random network whose masks are scales, or ones that are written into it, and the masks that were found for it."""
+  """A random network whose masks are scales, or ones that are written into it, and whose outputs are read along an axis.
+
+  ``read`` says of each output along which; None of one that stays as it is.
+  """
 
   net: Network
   learned: bool
+  read: tuple[int | None, ...]
 
   @property
   def params(self) -> dict[str, Any]:
     rng = np.random.default_rng(self.net.seed)
     scales = {name: rng.uniform(0.5, 1.5, np.shape(m)) for name, m in self.net.masks.items()}
-    return {**self.net.params, **scales} if self.learned else self.net.params
+    x = jax.ShapeDtypeStruct(self.net.shape, float)
+    outs = jax.eval_shape(self.net, self.net.variables, x)
+    heads = {
+      f"head{at}": rng.normal(size=(y.shape[axis], 2))
+      for at, (y, axis) in enumerate(zip(outs, self.read, strict=True))
+      if axis is not None
+    }
+    return {**self.net.params, **heads, **(scales if self.learned else {})}
 
   def __call__(self, variables: Any, x: Any) -> Any:
     params = variables["params"]
-    if self.learned:
-      return self.net({"params": params, "masks": params}, x)
-    return self.net({"params": params, "masks": jax.tree.map(np.ones_like, self.net.masks)}, x)
+    masks = params if self.learned else jax.tree.map(np.ones_like, self.net.masks)
+    outs = self.net({"params": params, "masks": masks}, x)
+    return tuple(
+      y if axis is None else jnp.tensordot(jnp.tanh(y), params[f"head{at}"], ((axis,), (0,)))
+      for at, (y, axis) in enumerate(zip(outs, self.read, strict=True))
+    )
 
   def batch(self, examples: int) -> Any:
     return self.net.batch(examples)
@@ -64,9 +78,23 @@ class AutoMasked:
     return self.net.batch(examples)
 
 
-def find(net: Network, learned: bool) -> AutoMasked:
+def reading(net: Network, other: int) -> tuple[int | None, ...]:
+  """An axis of each output that does not hang on the batch size, if there is one; mostly."""
+  rng = np.random.default_rng([net.seed, 2])
+  shapes = [
+    jax.eval_shape(net, net.variables, jax.ShapeDtypeStruct((n, *net.shape[1:]), float))
+    for n in (net.shape[0], other)
+  ]
+  found = [
+    [at for at, (n, m) in enumerate(zip(a.shape, b.shape, strict=True)) if n == m]
+    for a, b in zip(*shapes, strict=True)
+  ]
+  return tuple(int(rng.choice(free)) if free and rng.random() < 0.8 else None for free in found)
+
+
+def find(net: Network, other: int) -> AutoMasked:
   """The network with masks that are drawn for the groups that are found; none of them is emptied."""
-  inner = Unmasked(net, learned)
+  inner = Unmasked(net, net.seed % 2 == 0, reading(net, other))
   params = {name: jnp.asarray(p) for name, p in inner.params.items()}
   try:
     auto = fp.auto_mask(inner, {"params": params}, net.batch(net.shape[0])) if params else None
@@ -88,28 +116,40 @@ def find(net: Network, learned: bool) -> AutoMasked:
 
 def check_auto(net: Network, other: int) -> None:
   """Everything that must hold of a network and the masks that were found for it."""
-  found = find(net, net.seed % 2 == 0)
-  variables, x = {"params": found.variables["params"]}, net.batch(net.shape[0])
-  expected = found.inner(variables, x)
-  _close(expected, found.auto.apply({**variables, "masks": found.auto.masks}, x), "masks of ones")
-  _close(expected, found.auto.apply(variables, x), "no masks")
+  found = find(net, other)
+  variables = {"params": found.variables["params"]}
   again = fp.auto_mask(found.inner, variables, net.batch(other))
   assert again.groups == found.auto.groups, (
     f"groups: {again.groups} at batch size {other}, {found.auto.groups}"
   )
-  check_examples(found, variables, x)
+  hidden = any(step.name.startswith("unknown") for step in net.steps)  # it hides where examples are
+  if net.seed % 4 == 0 and not hidden:  # half of the time would go there
+    check_masks(found, variables)
   check(found, other)
 
 
-def check_examples(found: AutoMasked, variables: Any, x: Any) -> None:
-  """Gradients of one mask for each example add up to that of one for all."""
+def check_masks(found: AutoMasked, variables: Any) -> None:
+  """Masks of ones and no masks change nothing; gradients of one mask for each example add up to that of one for all."""
   masks = {name: jnp.asarray(m, jnp.float64) for name, m in found.masks.items()}
 
-  def loss(masks: Any) -> Any:
+  def loss(masks: Any, variables: Any, x: Any) -> Any:
     return sum(jnp.sum(jnp.sin(y + 1.0)) for y in found.auto.apply({**variables, "masks": masks}, x))
 
-  each = jax.grad(loss)(fp.per_example(masks, found.shape[0]))
-  _close(jax.grad(loss)(masks), jax.tree.map(lambda g: g.sum(-2), each), "mask gradients of examples")
+  @jax.jit
+  def run(masks: Any, variables: Any, x: Any) -> Any:
+    ones = jax.tree.map(jnp.ones_like, masks)
+    outs = [
+      found.inner(variables, x),
+      found.auto.apply({**variables, "masks": ones}, x),
+      found.auto.apply(variables, x),
+    ]
+    each = jax.grad(loss)(fp.per_example(masks, found.shape[0]), variables, x)
+    return outs, jax.grad(loss)(masks, variables, x), jax.tree.map(lambda g: g.sum(-2), each)
+
+  (expected, ones, none), at_once, each = run(masks, variables, found.batch(found.shape[0]))
+  _close(expected, ones, "masks of ones")
+  _close(expected, none, "no masks")
+  _close(at_once, each, "mask gradients of examples")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def auto_mask(
   trees = [[tree_of(atom) for atom in form.axes.of(value)] for value in form.variables]
   shapes: list[Shape] = [value.shape for value in form.variables]
   model = Model(
-    isinstance(variables, Mapping),
+    isinstance(variables, Mapping) and "params" in variables,
     ["/".join(path) for path in paths],
     shapes,
     trees,
@@ -152,7 +152,7 @@ def auto_mask(
     [found.places[at] for at in kept],
   )
   masks = {group.name: jnp.ones((*group.rows, group.size), jnp.float32) for group in model.groups}
-  holder = {**variables} if model.is_mapping else {"params": variables}
+  holder = {**variables} if isinstance(variables, Mapping) else {"params": variables}
   skipped = [*found.skipped, *_unselected(found.groups, chosen)]
   return AutoMask(
     tuple(model.groups),

@@ -165,7 +165,12 @@ class Axes:
     if isinstance(STRUCTURED[node.name], CustomJvp):
       floats = [at for at, value in enumerate(node.ins) if _is_float(value)]
       given |= dict(zip(link.program.inputs[len(node.ins) :], floats, strict=False))  # their tangents
+      cotangents: set[Value] = set()
+    else:
+      cotangents = _vanishing(link.program, link.program.inputs[len(link.ins) :], self.live)
     for reader in inside:
+      if any(reader.node.ins[at] in cotangents for at, _ in reader.places):
+        continue  # zero where the result is not read: the masks behind the call see to that
       handed = [_origin(reader.node.ins[at], link.program, self.live) for at, _ in reader.places]
       operands = sorted({given[value] for value in handed if value in given})
       places = [
@@ -187,6 +192,21 @@ class Axes:
 
 def _is_float(value: Value) -> bool:
   return bool(jnp.issubdtype(value.aval.dtype, jnp.inexact))
+
+
+def _vanishing(program: Program, cotangents: Sequence[Value], live: Liveness) -> set[Value]:
+  """What is zero wherever cotangents are."""
+  found = set(cotangents)
+  for node in program.nodes if found else ():
+    spec = live.specs.get(node)
+    zero = {at for at, value in enumerate(node.ins) if value in found}
+    if (
+      spec
+      and zero
+      and (zero & spec.kills or (not spec.alive and zero | spec.neutral >= set(range(len(node.ins)))))
+    ):
+      found.update(node.outs)
+  return found
 
 
 def _used(program: Program) -> list[Node]:

@@ -13,7 +13,6 @@ from fisherprune_jax._graph.facts import Info, whole_box
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of
-from fisherprune_jax._graph.variables import abstract
 from fisherprune_jax._types import PyTree
 
 EXAMPLES = "it is an axis of examples"
@@ -51,7 +50,9 @@ def study(
     args: its arguments; arrays, tracers or shapes.
     example_axes: for each leaf of ``args`` its example axis, None if it has none.
   """
-  program, out_tree = trace(fn, abstract(variables), *abstract(tuple(args)))
+  program, out_tree = trace(
+    fn, variables, *args
+  )  # as they are: their types say over which devices they differ
   captured = [const for _, const in program.consts if is_traced(const)]
   program.inputs += [value for value, const in program.consts if is_traced(const)]
   program.consts[:] = [(value, const) for value, const in program.consts if not is_traced(const)]

@@ -131,7 +131,8 @@ def _no_place(missing: Sequence[Atom], form: Form, array: Any, node: Node) -> st
   if form.examples.root() in missing:
     return (
       f"Masks of one row per example must meet arrays of examples, got {where} that has no example axis. Say where "
-      "the arguments have theirs: fp.auto_mask(..., batch_axes=...), auto.wrap(fn, batch_axes=...)."
+      "the arguments have theirs: fp.auto_mask(..., batch_axes=...), auto.wrap(fn, batch_axes=...). (After a primitive "
+      "without a rule nobody knows where they are: fp.register_rule.)"
     )
   return f"Masks of one row per layer must meet arrays of layers, got {where} outside of the loop."
 

@@ -26,7 +26,7 @@ MOST_KEPT = 8
 class Model:
   """What every form of a model has in common: its variables by path, how their axes are cut, and its groups."""
 
-  is_mapping: bool
+  has_params: bool
   paths: list[str]
   shapes: list[Shape]
   trees: list[list[Tree]]
@@ -34,15 +34,15 @@ class Model:
   places: list[list[Place]]
 
   def split(self, variables: PyTree) -> tuple[PyTree, dict[str, Any] | None]:
-    """The model's own variables, and the masks among them."""
+    """The model's own variables, and the masks among them; variables that have no ``"params"`` may come as these."""
     if not isinstance(variables, Mapping):
       return variables, None
     masks = variables.get(COLLECTION)
-    if self.is_mapping:
-      return (
-        {name: x for name, x in variables.items() if name != COLLECTION} if masks is not None else variables
-      ), masks
-    return (variables["params"] if set(variables) <= {"params", COLLECTION} else variables), masks
+    if not self.has_params and set(variables) <= {"params", COLLECTION}:
+      return variables.get("params", variables), masks
+    return variables if masks is None else {
+      name: x for name, x in variables.items() if name != COLLECTION
+    }, masks
 
   def in_order(self, variables: PyTree, values: Sequence[Any]) -> "list[Any | None]":
     """What belongs to this model's variables, of what belongs to the leaves of ``variables``; None of one that is not there."""

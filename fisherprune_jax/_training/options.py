@@ -17,6 +17,7 @@ from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._errors import describe, is_number, is_traced, require
 from fisherprune_jax._masks import check_masks
 from fisherprune_jax._training.criterion import Criterion, criterion_of
+from fisherprune_jax._training.floors import MinFeatures, floors_of
 from fisherprune_jax._types import AxisNames, Masks
 
 INJECTED = "or use fp.inject_hyperparams."
@@ -121,7 +122,7 @@ class Options:
   method: Annotated[str | Criterion, Fixed(_method)] = "fisher"
   debias: Annotated[bool, Fixed()] = True
   features_per_prune: Annotated[int, Fixed(_integer(least=1))] = 1
-  min_features: Annotated[int, Fixed(_integer(least=0))] = 1
+  min_features: Annotated[MinFeatures, Fixed()] = 1
   axis_name: Annotated[AxisNames, Fixed()] = None
   masks: Annotated[Masks | None, Fixed()] = None
   name: Annotated[str | None, Fixed(_name)] = None
@@ -129,11 +130,14 @@ class Options:
   def __post_init__(self) -> None:
     for name, kind in KINDS.items():
       kind.check(name, getattr(self, name))
-    narrowest = min(leaf.shape[-1] for leaf in jax.tree.leaves(self.cost.masks))
-    requirement = f"min_features must be at most {narrowest}, the size of the smallest mask"
-    require(self.min_features <= narrowest, requirement, self.min_features, "Lower it.")
+    floors_of(self.cost.masks, self.min_features)
     if self.masks is not None:
       check_masks(self.masks, self.cost.masks, "the cost model")
+
+  @property
+  def floors(self) -> Masks:
+    """How many features each mask keeps."""
+    return floors_of(self.cost.masks, self.min_features)
 
   @property
   def criterion(self) -> Criterion:

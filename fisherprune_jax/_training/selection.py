@@ -38,7 +38,7 @@ def rank(signals: Masks, costs: Masks, flops_weight: str | float | jax.Array) ->
   return jax.tree.map(lambda s, c: s - flops_weight * c, signals, costs)
 
 
-def prune_one(masks: Masks, scores: Masks, min_features: int) -> Choice:
+def prune_one(masks: Masks, scores: Masks, floors: Masks) -> Choice:
   """Switches off the live feature with the smallest score, if some mask can spare one.
 
   Ties go to the first mask in tree order, then to the lowest index. A score that is not finite never goes.
@@ -46,14 +46,14 @@ def prune_one(masks: Masks, scores: Masks, min_features: int) -> Choice:
   Args:
     masks: a tree of masks ``(..., C)``.
     scores: a tree like it.
-    min_features: how many features each mask (each row of a stack) keeps.
+    floors: how many features each mask (each row of a stack) keeps, a tree with leaves ``(..., 1)``.
   """
 
-  def eligible(mask: jax.Array, score: jax.Array) -> jax.Array:
-    spare = jnp.sum(mask, axis=-1, keepdims=True) > min_features
+  def eligible(mask: jax.Array, score: jax.Array, floor: jax.Array) -> jax.Array:
+    spare = jnp.sum(mask, axis=-1, keepdims=True) > floor
     return (mask > 0) & spare & jnp.isfinite(score)
 
-  can_go = flatten(jax.tree.map(eligible, masks, scores))
+  can_go = flatten(jax.tree.map(eligible, masks, scores, floors))
   ranked = jnp.where(can_go, flatten(scores), jnp.inf)
   found = jnp.any(can_go)
   # Where all that can go is finite, argmin takes the first of the smallest: the tie rule.

@@ -9,6 +9,7 @@ import optax
 
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._training.criterion import Criterion
+from fisherprune_jax._training.floors import MinFeatures
 from fisherprune_jax._training.gradients import own_gradients
 from fisherprune_jax._training.options import DECAY, FLOPS_TARGET, FLOPS_WEIGHT, Options
 from fisherprune_jax._training.selection import prune_one, rank, repeat_while
@@ -35,7 +36,7 @@ def fisher_prune(
   method: str | Criterion = "fisher",
   debias: bool = True,
   features_per_prune: int = 1,
-  min_features: int = 1,
+  min_features: MinFeatures = 1,
   axis_name: AxisNames = None,
   masks: Masks | None = None,
   name: str | None = None,
@@ -60,7 +61,10 @@ def fisher_prune(
       takes what that needs.
     debias: divide the running mean by one minus the product of the decays applied so far.
     features_per_prune: how many features go at once, the cost being taken anew after each.
-    min_features: how many features every mask keeps; 0 allows whole masks to go.
+    min_features: how many features every mask keeps: a number, or a fraction below 1 of its size; a mapping from glob
+      patterns of mask names (those of :func:`summary`; the first that fits counts) to either; or a tree like the masks.
+      0 allows whole masks to go. Blocks (masks named ``*.block``, see :func:`auto_mask`) may go unless a pattern says
+      otherwise.
     axis_name: a mapped axis (``pmap``, ``shard_map``), or a tuple of axes, to average the signals over; ``()`` where
       an axis has a name and the networks along it prune each on its own.
     masks: the 0/1 masks to start from, a tree like ``cost.masks``; None for all ones.
@@ -172,7 +176,7 @@ def _prune(
 
   def one(state: FisherPruneState) -> FisherPruneState:
     scores = rank(current, cost.per_feature(state.masks), weight)
-    masks, chosen, found = prune_one(state.masks, scores, options.min_features)
+    masks, chosen, found = prune_one(state.masks, scores, options.floors)
     return state._replace(
       masks=masks,
       pruned_at=jax.tree.map(lambda at, c: jnp.where(c, state.step, at), state.pruned_at, chosen),

@@ -1,0 +1,85 @@
+"""How many features each mask keeps."""
+
+import math
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import jax
+import numpy as np
+
+from fisherprune_jax._errors import is_number, require, same_structure
+from fisherprune_jax._masks import named_rows
+from fisherprune_jax._types import Masks
+
+Floor = int | float
+MinFeatures = Floor | Mapping[str, Any] | Masks
+"""A number for all masks, numbers by glob patterns of their names, or a tree like the masks."""
+BLOCKS = "*.block"
+"""Masks of whole residual branches, as ``auto_mask`` names them: they may always go, unless a pattern says otherwise."""
+
+
+def floors_of(masks: Masks, min_features: MinFeatures) -> Masks:
+  """The least number of features of every mask, ``(..., 1)`` for one ``(..., C)``.
+
+  Args:
+    masks: a tree of masks.
+    min_features: a number of features, or a fraction below 1 of the mask's size (rounded up); a mapping from glob
+      patterns of names, as ``fp.summary`` shows them, of which the first that fits counts; or a tree like the masks.
+
+  Raises:
+    ValueError: if a number is negative or larger than its mask, or a pattern fits no mask.
+
+  >>> import jax.numpy as jnp
+  >>> floors_of({"conv": jnp.ones(8), "head": jnp.ones(4)}, {"conv": 0.2, "*": 3})["conv"]
+  array([2])
+  """
+  rows = named_rows(masks)
+  if isinstance(min_features, Mapping) and not same_structure(min_features, masks):
+    wanted = _by_pattern([name for name, _ in rows], min_features)
+  elif same_structure(min_features, masks) and not is_number(min_features):
+    wanted = [np.asarray(leaf) for leaf in _spread(min_features, masks)]
+  else:
+    wanted = [0 if _is_block(name) else min_features for name, _ in rows]
+  found = [_number(name, mask.shape[-1], floor) for (name, mask), floor in zip(rows, wanted, strict=True)]
+  leaves, at = [], 0
+  for leaf in jax.tree.leaves(masks):
+    count = math.prod(leaf.shape[:-1])
+    leaves.append(np.reshape(found[at : at + count], (*leaf.shape[:-1], 1)))
+    at += count
+  return jax.tree.unflatten(jax.tree.structure(masks), leaves)
+
+
+def _is_block(name: str) -> bool:
+  return fnmatchcase(name.split("[")[0], BLOCKS)
+
+
+def _by_pattern(names: list[str], floors: Mapping[str, Any]) -> list[Any]:
+  unused = [pattern for pattern in floors if not any(fnmatchcase(name, pattern) for name in names)]
+  require(
+    not unused, f"min_features must name masks ({', '.join(names)})", unused, "Patterns are those of a shell."
+  )
+  default = {BLOCKS: 0, f"{BLOCKS}[[]*": 0, "*": 1}
+  return [
+    next(floor for pattern, floor in {**floors, **default}.items() if fnmatchcase(name, pattern))
+    for name in names
+  ]
+
+
+def _spread(floors: Masks, masks: Masks) -> list[Any]:
+  """One number for each row."""
+  pairs = zip(jax.tree.leaves(floors), jax.tree.leaves(masks), strict=True)
+  return [x for floor, mask in pairs for x in np.broadcast_to(np.asarray(floor), mask.shape[:-1]).ravel()]
+
+
+def _number(name: str, size: int, floor: Any) -> int:
+  remedy = "Give a number of features, or a fraction below 1."
+  valid = is_number(floor) and math.isfinite(floor) and floor >= 0 and (floor < 1 or floor == int(floor))
+  require(
+    valid, f"min_features must be at least 0, a whole number or a fraction below 1, for {name}", floor, remedy
+  )
+  least = math.ceil(float(floor) * size) if floor < 1 else int(floor)
+  require(
+    least <= size, f"min_features must be at most {size}, the size of the mask {name}", floor, "Lower it."
+  )
+  return least

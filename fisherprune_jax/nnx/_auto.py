@@ -50,7 +50,7 @@ class AutoMasked(nnx.Module):
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
     """The outputs of the model with these masks."""
-    graph, variables = _variables(self.model)
+    graph, variables = _split_variables(self.model)
     variables[COLLECTION] = nnx.to_pure_dict(nnx.state(self.masks, MaskVariable))
     output, state = self._forms[graph](variables, *args, **kwargs)
     nnx.update(self.model, state)
@@ -104,7 +104,7 @@ def auto_mask(
   >>> small.variables["params"]["model"]["layers"][0]["kernel"].shape
   (2, 2)
   """
-  graph, variables = _variables(model)
+  graph, variables = _split_variables(model)
   form = _form(graph, call)
   found = find(
     lambda variables, *args: form(variables, *args)[0],
@@ -116,7 +116,7 @@ def auto_mask(
   return AutoMasked(model, found, call, batch_axes)
 
 
-def _variables(model: nnx.Module) -> tuple[Any, dict[str, PyTree]]:
+def _split_variables(model: nnx.Module) -> tuple[Any, dict[str, PyTree]]:
   """The graph of a module without masks, and its variables."""
   graph, masks, params, state = split(model, nnx.Param)
   if masks:

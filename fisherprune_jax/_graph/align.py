@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.facts import Box
+from fisherprune_jax._graph.boxes import Box
 from fisherprune_jax._types import Size
 
 

@@ -10,6 +10,7 @@ A ``Spec`` names the *factors* of one application, as in ``b m k, b k n -> b m n
 From it liveness, cost and execution follow; no rule states any of them itself.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -88,6 +89,7 @@ class Spec:
     sees: operands of which the sign of a zero shows in the result, in more than the sign of a zero.
     blind: operands of which the sign of a zero does not show at all; of the others it becomes that of a zero.
     weak: summed factors of which the node could do without (for a diagnosis alone; no rule says so).
+    lasts: whether results are there even if operands are not (likewise).
     bind: ``bind(node, arrays, sizes)`` applies the primitive to live entries; None applies it as traced.
   """
 
@@ -106,7 +108,66 @@ class Spec:
   sees: frozenset[int] = frozenset()
   blind: frozenset[int] = frozenset()
   weak: frozenset[Factor] = frozenset()
+  lasts: bool = False
   bind: Bind | None = field(default=None, compare=False)
+
+  @functools.cached_property
+  def givers(self) -> dict[Factor, tuple[int, ...]]:
+    """Of every factor that operands have, which do, without those whose zeros say nothing."""
+    found: dict[Factor, tuple[int, ...]] = {}
+    for operand, axes in enumerate(self.ins):
+      for f in dict.fromkeys(f for axis in axes for f in factors_of(axis)) if operand not in self.neutral else ():
+        found[f] = (*found.get(f, ()), operand)
+    return found
+
+  @functools.cached_property
+  def summed(self) -> frozenset[Factor]:
+    """The factors that no result has, of which entries may be left out."""
+    shown = {f for axes in self.outs for axis in axes for f in factors_of(axis)}
+    return frozenset(self.sizes) - shown - self.whole
+
+  @functools.cached_property
+  def deciding(self) -> tuple[frozenset[int], ...]:
+    """Per result, the operands of which each alone makes all of it zero where all of that operand is."""
+    if self.lasts:
+      return (frozenset(),) * len(self.outs)
+    return tuple(
+      self.kills | {self.givers[f][0] for f in told_by(axes) if self.keeps_zeros(f) and len(self.givers[f]) == 1}
+      for axes in self.outs
+    )
+
+  @functools.cached_property
+  def adding(self) -> frozenset[int]:
+    """The operands that decide nothing alone: results are like sums of them."""
+    return frozenset(i for found in self.givers.values() for i in found).difference(*self.deciding)
+
+  @functools.cached_property
+  def vanishing(self) -> tuple[bool, ...]:
+    """Per result, whether all of it is zero where all operands are that are added."""
+
+    def follows(factor: Factor) -> bool:
+      all_added = self.adding.issuperset(self.givers.get(factor, ()))
+      return all_added and self.keeps_zeros(factor) and not self.lasts
+
+    return tuple(
+      any(map(follows, told_by(axes)))
+      or any(isinstance(axis, Sum) and all(map(follows, axis.parts)) for axis in axes)
+      for axes in self.outs
+    )
+
+  def keeps_zeros(self, factor: Factor) -> bool:
+    """Whether results are zero at a position where all operands that have the factor are, and there are such."""
+    return factor in self.givers and factor not in self.alive and factor not in self.whole
+
+
+def told_by(axes: Axes) -> set[Factor]:
+  """The factors that are not empty where these axes are not: they have no positions of others."""
+  return {
+    f
+    for axis in axes
+    if not (isinstance(axis, Sum) or (isinstance(axis, Pick) and axis.filled))
+    for f in factors_of(axis)
+  }
 
 
 def names_of(shape: Sequence[Size]) -> tuple[Factor, ...]:

@@ -9,8 +9,9 @@ looking further that one set is within another, and what two have in common.
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fisherprune_jax._graph.sets.basic import Weak
+from fisherprune_jax._graph.sets.basic import ALWAYS, Fixed, Weak
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make, members
+from fisherprune_jax._graph.sets.picking import Spread, nonempty
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.evaluate import Evaluation
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 class Junction(Set):
-  """Two sets of one size, position by position; its data are its atoms and those of the other kind in them.
+  """Two sets of one size, position by position; its data are its atoms, those of the other kind in them, and whether
+  a condition is among them.
 
   Attributes:
     every: whether a position has to be in both parts.
@@ -62,6 +64,15 @@ class And(Junction):
   def of_bits(a: Any, b: Any) -> Any:
     return a & b
 
+  def nonempty(self) -> Set | None:
+    """Its conditions, and that of the rest: so they stay one position and are not looked at for every one."""
+    if not self.data[2] or self.size == 1:
+      return None
+    found = members(self.data[0])
+    conditions = [part for part in found if isinstance(part, Spread)]
+    rest = [part for part in found if not isinstance(part, Spread)]
+    return intersection(*map(nonempty, conditions), nonempty(intersection(*rest)))
+
 
 class Or(Junction):
   """``union``."""
@@ -72,6 +83,9 @@ class Or(Junction):
   @staticmethod
   def of_bits(a: Any, b: Any) -> Any:
     return a | b
+
+  def nonempty(self) -> Set | None:
+    return ALWAYS if any(isinstance(part, Fixed) for part in self.parts) else None
 
 
 def intersection(*sets: Set) -> Set:
@@ -111,7 +125,7 @@ def combine(kind: type[Junction], a: Set, b: Set) -> Set:
 def _sides(kind: type[Junction], a: Set, b: Set) -> Sequence[tuple[Set, Set]]:
   """The parts of two sets that are to be combined first."""
   sides = a.sides(kind, b) if type(a) is type(b) else ()
-  return () if sides and (_is_within(a, b) or _is_within(b, a)) else sides
+  return () if sides and (is_within(a, b) or is_within(b, a)) else sides
 
 
 def _combined(kind: type[Junction], a: Set, b: Set, parts: Sequence[Set]) -> Set:
@@ -121,7 +135,7 @@ def _combined(kind: type[Junction], a: Set, b: Set, parts: Sequence[Set]) -> Set
   if isinstance(b, Weak):
     return b.beside(kind, a)
   for small, big in ((a, b), (b, a)):
-    if _is_within(small, big):
+    if is_within(small, big):
       return small if kind.every else big
   if type(a) is type(b) and (found := a.combined(kind, b, parts)):
     return found
@@ -140,10 +154,11 @@ def _by_atoms(kind: type[Junction], a: Set, b: Set) -> Set:
     few, many = sorted((a, b), key=lambda s: (s.atoms(kind) & ~common).bit_count())
     return _fold(kind, [many, _fold(kind, members(few.atoms(kind) & ~common))])
   parts = sorted((a, b), key=lambda s: s.serial)
-  return make(kind, a.size, parts, (atoms, duals), same=atoms)
+  conditional = any(isinstance(p, Spread) or (type(p) is kind and p.data[2]) for p in parts)
+  return make(kind, a.size, parts, (atoms, duals, conditional), same=atoms)
 
 
-def _is_within(small: Set, big: Set) -> bool:
+def is_within(small: Set, big: Set) -> bool:
   """Whether one set contains another by the look of their atoms."""
   if small is big or big.is_all or small.is_empty:
     return True

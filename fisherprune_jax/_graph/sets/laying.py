@@ -10,7 +10,7 @@ from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.sets.basic import Fixed, everything, fixed, nothing, weak
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
 from fisherprune_jax._graph.sets.junctions import Junction, intersection, union
-from fisherprune_jax._graph.sets.picking import any_of, any_over
+from fisherprune_jax._graph.sets.picking import any_over, nonempty
 from fisherprune_jax._types import Size
 
 if TYPE_CHECKING:
@@ -181,8 +181,3 @@ def split(base: Set, sizes: Sequence[Size]) -> list[Set]:
   except compat.UndecidedSize:  # they are symbolic, and it takes knowing which is larger
     return [everything(n) for n in sizes]
   return found or [any_over(base, sizes, axis) for axis in range(len(sizes))]
-
-
-def nonempty(s: Set) -> Set:
-  """One position, in the set if any position of ``s`` is."""
-  return s.nonempty() or any_of(s, np.zeros(s.size, int), 1)

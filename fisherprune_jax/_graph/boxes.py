@@ -1,0 +1,113 @@
+"""Entries of arrays: one set for each axis, what is known of several axes merged, and whether there are any at all."""
+
+from collections.abc import Hashable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple, TypeVar
+
+from fisherprune_jax._graph import compat, sets, together
+from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.together import Together
+from fisherprune_jax._types import Shape
+
+Box = tuple[Set, ...]
+F = TypeVar("F", bound=Hashable)
+
+
+class Where(NamedTuple):
+  """Some entries of an array.
+
+  Attributes:
+    box: per axis, where they are.
+    together: the same of several axes merged, where that is less.
+    when: a condition; where it does not hold there are none, whatever the box says. An array without axes has it too.
+  """
+
+  box: Box
+  together: Together = MappingProxyType({})
+  when: Set = sets.ALWAYS
+
+  @property
+  def some(self) -> Set:
+    """The condition that there are any."""
+    return sets.intersection(self.when, *map(sets.nonempty, self.box))
+
+  def in_a_turn(self) -> "Where":
+    """The same of one entry along the leading axis."""
+    first, *rest = self.box
+    when = sets.intersection(self.when, sets.nonempty(first))
+    return Where(tuple(rest), together.in_a_turn(self.together), when)
+
+  def in_all_turns(self, shape: Shape) -> "Where":
+    """The same of an array of this shape, which has one more axis in front."""
+    box = (*whole_box(shape[:1]), *self.box)
+    return Where(box, together.in_all_turns(self.together), self.when)
+
+
+def whole_box(shape: Shape) -> Box:
+  """The box that holds everything."""
+  return tuple(sets.everything(n) for n in shape)
+
+
+def weak_box(shape: Shape) -> Box:
+  """The box of what could do without."""
+  return tuple(map(sets.weak, shape))
+
+
+def empty_box(shape: Shape) -> Box:
+  """The box that holds nothing (along an axis of symbolic size, everything)."""
+  return tuple(sets.nothing(n) if compat.is_static_size(n) else sets.everything(n) for n in shape)
+
+
+def whole(shape: Shape) -> Where:
+  """All entries."""
+  return Where(whole_box(shape))
+
+
+def nowhere(shape: Shape) -> Where:
+  """No entry."""
+  return Where(empty_box(shape), when=sets.NEVER)
+
+
+def hull(*boxes: Box) -> Box:
+  """The smallest box that contains all of ``boxes``, whenever these hold."""
+  return tuple(sets.union(*column) for column in zip(*boxes, strict=True))
+
+
+def meet(a: Box, b: Box) -> Box:
+  """What two boxes share."""
+  return tuple(map(sets.intersection, a, b))
+
+
+def join(a: Where, b: Where) -> Where:
+  """The smallest box that contains both, and when there is either."""
+  if a == b:
+    return a
+  found, when = united([(w.when, dict(enumerate(w.box))) for w in (a, b)])
+  box = tuple(found.values())
+  parts = [(w.box, w.together, sets.ALWAYS if w.when is when else w.when) for w in (a, b)]
+  return Where(box, together.union(*parts, box), when)
+
+
+def united(parts: Sequence[tuple[Set, Mapping[F, Set]]]) -> tuple[dict[F, Set], Set]:
+  """The smallest product of sets that contains several, each of which is there under a condition.
+
+  Args:
+    parts: of each its condition, and its sets by what they are of (axes, factors).
+
+  Returns:
+    The sets, and the condition that any of the parts is there. A set is gated where it is the part's own, by what else
+    has to hold for the part to be there: with ``x`` alone of ``(x, y)``, ``(z, y)`` gone there is nothing of ``x``.
+  """
+  when = sets.union(*(condition for condition, _ in parts))
+  columns: dict[F, list[Set]] = {}
+  for _, found in parts:
+    for f, s in found.items():
+      columns.setdefault(f, []).append(s)
+  common = {f for f, column in columns.items() if len(column) == len(parts) and len({*column}) == 1}
+  gated: dict[F, list[Set]] = {f: column[:1] if f in common else [] for f, column in columns.items()}
+  for condition, found in parts:
+    own = {f: s for f, s in found.items() if f not in common}
+    for f, s in own.items():
+      others = [sets.nonempty(other) for g, other in own.items() if g != f]
+      gated[f].append(sets.gated(s, sets.intersection(*({condition} - {when}), *others, sets.ALWAYS)))
+  return {f: sets.union(*column) for f, column in gated.items()}, when

@@ -1,0 +1,46 @@
+"""Conditions: sets of one position, whether something is there at all.
+
+That a set is not empty is one (``nonempty``). What holds under a condition is said of the sets that it is about only
+where they do not say it themselves: a set is not gated by what is so anyway wherever any position is in it.
+"""
+
+from collections.abc import Iterable
+
+from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.sets.basic import ALWAYS
+from fisherprune_jax._graph.sets.expression import Set
+from fisherprune_jax._graph.sets.junctions import And, intersection, is_within
+from fisherprune_jax._graph.sets.laying import concat, outer
+from fisherprune_jax._graph.sets.picking import nonempty, spread
+
+
+def gated(s: Set, when: Set) -> Set:
+  """The positions of a set under a condition, none without it (of a symbolic size, all of them)."""
+  when = beyond(when, [s])
+  if when.is_all or s.is_weak or not compat.is_static_size(s.size):
+    return s
+  if len(s.factors) > 1:  # a product stays one
+    first, *rest = s.factors
+    return outer([_gated(first, when), *rest])
+  return concat([_gated(piece, when) for piece in s.pieces])
+
+
+def _gated(s: Set, when: Set) -> Set:
+  return intersection(s, spread(when, s.size))
+
+
+def beyond(when: Set, held: Iterable[Set]) -> Set:
+  """What a condition asks beyond that none of some sets is empty."""
+  implied = 0
+  for s in held:
+    if s.support & when.support:
+      inside = nonempty(s)
+      if is_within(inside, when):
+        return ALWAYS
+      implied |= inside.atoms(And)
+  while implied and not when.is_all:
+    rest = [part for part in (when.parts if isinstance(when, And) else (when,)) if part.atoms(And) & ~implied]
+    if len(rest) > 1 or rest == [when]:
+      break
+    when = rest[0] if rest else ALWAYS
+  return when

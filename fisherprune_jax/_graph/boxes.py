@@ -29,12 +29,12 @@ class Where(NamedTuple):
   @property
   def some(self) -> Set:
     """The condition that there are any."""
-    return sets.intersection(self.when, *map(sets.nonempty, self.box))
+    return sets.every(self.when, *map(sets.nonempty, self.box))
 
   def in_a_turn(self) -> "Where":
     """The same of one entry along the leading axis."""
     first, *rest = self.box
-    when = sets.intersection(self.when, sets.nonempty(first))
+    when = sets.every(self.when, sets.nonempty(first))
     return Where(tuple(rest), together.in_a_turn(self.together), when)
 
   def in_all_turns(self, shape: Shape) -> "Where":
@@ -88,6 +88,10 @@ def join(a: Where, b: Where) -> Where:
   return Where(box, together.union(*parts, box), when)
 
 
+def _is_nothing(when: Set, found: Mapping[F, Set]) -> bool:
+  return when.is_empty or any(s.is_empty for s in found.values())
+
+
 def united(parts: Sequence[tuple[Set, Mapping[F, Set]]]) -> tuple[dict[F, Set], Set]:
   """The smallest product of sets that contains several, each of which is there under a condition.
 
@@ -98,16 +102,19 @@ def united(parts: Sequence[tuple[Set, Mapping[F, Set]]]) -> tuple[dict[F, Set], 
     The sets, and the condition that any of the parts is there. A set is gated where it is the part's own, by what else
     has to hold for the part to be there: with ``x`` alone of ``(x, y)``, ``(z, y)`` gone there is nothing of ``x``.
   """
+  parts = [part for part in parts if not _is_nothing(*part)] or parts[:1]
   when = sets.union(*(condition for condition, _ in parts))
   columns: dict[F, list[Set]] = {}
-  for _, found in parts:
-    for f, s in found.items():
+  for _, part in parts:
+    for f, s in part.items():
       columns.setdefault(f, []).append(s)
   common = {f for f, column in columns.items() if len(column) == len(parts) and len({*column}) == 1}
-  gated: dict[F, list[Set]] = {f: column[:1] if f in common else [] for f, column in columns.items()}
-  for condition, found in parts:
-    own = {f: s for f, s in found.items() if f not in common}
+  weak = {f for f, column in columns.items() if any(s.is_weak for s in column)}  # beside it others have the say
+  found: dict[F, list[Set]] = {f: column[:1] if f in common else [] for f, column in columns.items()}
+  for condition, part in parts:
+    own = {f: s for f, s in part.items() if f not in common}
     for f, s in own.items():
       others = [sets.nonempty(other) for g, other in own.items() if g != f]
-      gated[f].append(sets.gated(s, sets.intersection(*({condition} - {when}), *others, sets.ALWAYS)))
-  return {f: sets.union(*column) for f, column in gated.items()}, when
+      own_when = sets.every(*({condition} - {when}), *others)
+      found[f].append(s if f in weak else sets.gated(s, own_when))
+  return {f: sets.union(*column) for f, column in found.items()}, when

@@ -5,7 +5,7 @@ static selection, or zeros put in where an entry is needed that nobody computes 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -58,6 +58,7 @@ class Run:
   program: Program
   live: Liveness
   ev: Evaluation
+  _found: dict[Value, tuple[bool, Box]] = field(default_factory=dict, repr=False)
 
   def __call__(self, inputs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Box]) -> list[Any]:
     """Executes the program.
@@ -81,20 +82,26 @@ class Run:
 
   def needs(self, value: Value) -> bool:
     """Whether anything is stored of an array."""
-    return value in self.live.asked and self.ev.holds(self.live.stored(value))
+    return self._stored(value)[0]
+
+  def box(self, value: Value) -> Box:
+    """What is stored of an array; an empty box if it is nothing along any axis."""
+    return self._stored(value)[1]
+
+  def _stored(self, value: Value) -> tuple[bool, Box]:
+    if value not in self._found:
+      where = self.live.stored(value)
+      self._found[value] = self.ev.holds(where), self.held(where)
+    return self._found[value]
+
+  def held(self, where: Where) -> Box:
+    """The box of some entries, empty if there are none."""
+    return self.ev.box(where)
 
   def runs(self, node: Node) -> bool:
     """Whether a node has to run."""
     also = self.live.also.get(node, sets.NEVER)
     return node.acts or any(map(self.needs, node.outs)) or self.ev.is_so(also)
-
-  def box(self, value: Value) -> Box:
-    """What is stored of an array; an empty box if it is nothing along any axis."""
-    return self.held(self.live.stored(value))
-
-  def held(self, where: Where) -> Box:
-    """The box of some entries, empty if there are none."""
-    return self.ev.box(where)
 
   def _given(self, x: jax.Array, held: Held, value: Value) -> "Stack | jax.Array":
     if isinstance(held, list):

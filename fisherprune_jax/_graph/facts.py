@@ -95,7 +95,7 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
   found = [
     Where(
       *together.laid(spec, tied, axes, box_of(axes, factors, out.shape)),
-      sets.intersection(*presence.of_operands(spec, infos, at, factors), *([sums] if spec.vanishing[at] else ()), sets.ALWAYS),
+      sets.every(*presence.of_operands(spec, infos, at, factors), *([sums] if spec.vanishing[at] else ())),
     )
     for at, (axes, out) in enumerate(zip(spec.outs, node.outs, strict=True))
   ]
@@ -201,7 +201,7 @@ def _added(spec: Spec, infos: Sequence[Info], shown: Sequence[Factors]) -> tuple
   for i in adding:
     own = {f: s for f, s in shown[i].items() if spec.keeps_zeros(f) and f not in spec.summed}
     others = [s for axis, s in zip(spec.ins[i], infos[i].possible, strict=True) if own.keys().isdisjoint(factors_of(axis))]
-    parts.append((sets.intersection(infos[i].when, *presence.inhabited(others)), own))
+    parts.append((sets.every(infos[i].when, *presence.inhabited(others)), own))
   return united(parts) if parts else ({}, sets.ALWAYS)
 
 

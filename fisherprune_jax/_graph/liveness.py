@@ -143,7 +143,7 @@ class Liveness:
     if value not in self.asked:
       return nowhere(value.shape)
     box, merged, when = self.asked[value]
-    return Where(meet(info.possible, box), merged, sets.intersection(info.when, when))
+    return Where(meet(info.possible, box), merged, sets.every(info.when, when))
 
   def ask(self, value: Value, where: Where) -> None:
     """Adds to what is asked of an array."""
@@ -174,7 +174,7 @@ class Liveness:
       for layer in range(value.shape[0])
     ]
     return [
-      Where(meet(where.box, asked[layer].box), when=sets.intersection(where.when, asked[layer].when))
+      Where(meet(where.box, asked[layer].box), when=sets.every(where.when, asked[layer].when))
       if layer in asked
       else nowhere(value.shape[1:])
       for layer, where in enumerate(possible)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.boxes import Where
 from fisherprune_jax._graph.sets import Set
-from fisherprune_jax._graph.spec import Factor, Spec, factors_of, told_by
+from fisherprune_jax._graph.spec import Factor, Spec, factors_of
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.facts import Info
@@ -35,7 +35,7 @@ def of_operands(
     held: sets that are known not to be empty.
     but: an operand of which nothing need be said.
   """
-  told = told_by(spec.outs[result]) - spec.whole
+  told = spec.told[result] - spec.whole
   deciding = spec.deciding[result]
   for k in sorted(deciding - {but}):
     yield infos[k].when
@@ -90,5 +90,5 @@ def of_node(
   for number, stored, asked in results:
     of_sum = [stored.when] if spec.adding and but not in spec.adding else []
     operands = of_operands(spec, infos, number, factors, held, but)
-    found.append(sets.intersection(asked, *of_sum, *inhabited(stored.box, held), *operands))
+    found.append(sets.every(asked, *of_sum, *inhabited(stored.box, held), *operands))
   return sets.union(*found)

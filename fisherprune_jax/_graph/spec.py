@@ -127,13 +127,20 @@ class Spec:
     return frozenset(self.sizes) - shown - self.whole
 
   @functools.cached_property
+  def told(self) -> tuple[frozenset[Factor], ...]:
+    """Per result, the factors that are not empty where its axes are not: these have no positions of others."""
+    return tuple(
+      frozenset(f for axis in axes if not _has_others(axis) for f in factors_of(axis)) for axes in self.outs
+    )
+
+  @functools.cached_property
   def deciding(self) -> tuple[frozenset[int], ...]:
     """Per result, the operands of which each alone makes all of it zero where all of that operand is."""
     if self.lasts:
       return (frozenset(),) * len(self.outs)
     return tuple(
-      self.kills | {self.givers[f][0] for f in told_by(axes) if self.keeps_zeros(f) and len(self.givers[f]) == 1}
-      for axes in self.outs
+      self.kills | {self.givers[f][0] for f in told if self.keeps_zeros(f) and len(self.givers[f]) == 1}
+      for told in self.told
     )
 
   @functools.cached_property
@@ -150,9 +157,8 @@ class Spec:
       return all_added and self.keeps_zeros(factor) and not self.lasts
 
     return tuple(
-      any(map(follows, told_by(axes)))
-      or any(isinstance(axis, Sum) and all(map(follows, axis.parts)) for axis in axes)
-      for axes in self.outs
+      any(map(follows, told)) or any(isinstance(axis, Sum) and all(map(follows, axis.parts)) for axis in axes)
+      for axes, told in zip(self.outs, self.told, strict=True)
     )
 
   def keeps_zeros(self, factor: Factor) -> bool:
@@ -160,14 +166,9 @@ class Spec:
     return factor in self.givers and factor not in self.alive and factor not in self.whole
 
 
-def told_by(axes: Axes) -> set[Factor]:
-  """The factors that are not empty where these axes are not: they have no positions of others."""
-  return {
-    f
-    for axis in axes
-    if not (isinstance(axis, Sum) or (isinstance(axis, Pick) and axis.filled))
-    for f in factors_of(axis)
-  }
+def _has_others(axis: Axis) -> bool:
+  """Whether an axis has positions that are none of one factor's."""
+  return isinstance(axis, Sum) or (isinstance(axis, Pick) and axis.filled)
 
 
 def names_of(shape: Sequence[Size]) -> tuple[Factor, ...]:

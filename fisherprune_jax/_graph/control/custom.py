@@ -212,7 +212,7 @@ class CustomVjp(Custom):
     infos, outs = [live.info(value) for value in node.ins], _floats(node.outs)
     unasked = [info_of(_nowhere(out), True) for out in outs]
     given = zip(_keep(infos, node.ins), live.forward(backwards, [*infos, *unasked]), strict=True)
-    of_nothing = [sets.intersection(a.nonzero.some, b.nonzero.some) for a, b in given]
+    of_nothing = [sets.every(a.nonzero.some, b.nonzero.some) for a, b in given]
     if any(when is not sets.NEVER for when in of_nothing):
       live.also[node] = sets.union(*of_nothing)  # a rule that makes a gradient of no cotangent
     cotangents = [info_of(live.asked.get(out, _nowhere(out)), True) for out in outs]

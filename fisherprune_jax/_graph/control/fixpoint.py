@@ -4,13 +4,14 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
+from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.boxes import Where, join, nowhere, whole, whole_box
 from fisherprune_jax._graph.facts import Info, either, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program
 
-MOST_PASSES = 8
-"""Passes over a loop's body before carried values that still grow are taken as a whole."""
+MOST_PASSES, EXACT_PASSES = 12, 4
+"""Passes over a loop's body before carried values that still grow are taken as a whole, and before conditions are."""
 
 
 def forward(
@@ -24,9 +25,11 @@ def forward(
   """What is known of the carried values before any turn, and of the body's outputs."""
   # A value that starts as zeros says nothing of where it can be non-zero.
   carried = [info_of(i.nonzero, i.varies) for i in init]
-  for _ in range(MOST_PASSES):
+  for turn in range(MOST_PASSES):
     outs = live.forward(body, [*consts, *carried, *each])
     grown = list(map(either if again else _as_carried, carried, outs))
+    if turn >= EXACT_PASSES:
+      grown = [info._replace(when=sets.ALWAYS) for info in grown]
     if grown == carried:  # sets are interned, so equal ones are the same object
       return carried, outs
     carried = grown
@@ -51,12 +54,13 @@ def backward(
   Returns what is asked of the carried values, before any turn or after one.
   """
   inputs = body.inputs[consts : consts + carry]
-  for _ in range(MOST_PASSES):
+  for turn in range(MOST_PASSES):
     live.backward(body, asked)
     before = list(asked)
     for at, inner in enumerate(inputs):
       if inner in live.asked:
-        asked[at] = join(asked[at] or nowhere(inner.shape), live.stored(inner))
+        joined = join(asked[at] or nowhere(inner.shape), live.stored(inner))
+        asked[at] = joined._replace(when=sets.ALWAYS) if turn >= EXACT_PASSES else joined
     if asked == before or not again:
       return asked[:carry]
   everything = [whole(inner.shape) for inner in inputs]

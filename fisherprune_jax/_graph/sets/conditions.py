@@ -14,6 +14,12 @@ from fisherprune_jax._graph.sets.laying import concat, outer
 from fisherprune_jax._graph.sets.picking import nonempty, spread
 
 
+def every(*conditions: Set) -> Set:
+  """All of some conditions."""
+  found = [when for when in conditions if when is not ALWAYS]
+  return intersection(*found) if found else ALWAYS
+
+
 def gated(s: Set, when: Set) -> Set:
   """The positions of a set under a condition, none without it (of a symbolic size, all of them)."""
   when = beyond(when, [s])

@@ -47,6 +47,14 @@ class Junction(Set):
   def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
     return self.every, [(part, position) for part in self.parts]
 
+  def _conditions(self) -> tuple[list[Set], list[Set]]:
+    """Its parts that are conditions laid out, or under such (of a union), and the others."""
+    found = members(self.data[0]) if self.data[2] else []
+    sides: tuple[list[Set], list[Set]] = [], []
+    for part in found:
+      sides[not (isinstance(part, Spread) or (isinstance(part, And) and part.data[2]))].append(part)
+    return sides
+
   def atoms(self, kind: "type[Junction]") -> int:
     return self.data[0] if kind is type(self) else 1 << self.number
 
@@ -66,12 +74,10 @@ class And(Junction):
 
   def nonempty(self) -> Set | None:
     """Its conditions, and that of the rest: so they stay one position and are not looked at for every one."""
-    if not self.data[2] or self.size == 1:
+    conditions, rest = self._conditions()
+    if not conditions or self.size == 1:
       return None
-    found = members(self.data[0])
-    conditions = [part for part in found if isinstance(part, Spread)]
-    rest = [part for part in found if not isinstance(part, Spread)]
-    return intersection(*map(nonempty, conditions), nonempty(intersection(*rest)))
+    return intersection(*map(nonempty, conditions), *([nonempty(intersection(*rest))] if rest else ()))
 
 
 class Or(Junction):
@@ -85,7 +91,12 @@ class Or(Junction):
     return a | b
 
   def nonempty(self) -> Set | None:
-    return ALWAYS if any(isinstance(part, Fixed) for part in self.parts) else None
+    if any(isinstance(part, Fixed) for part in self.parts):
+      return ALWAYS
+    conditions, rest = self._conditions()
+    if not conditions or self.size == 1:
+      return None
+    return union(*map(nonempty, conditions), *([nonempty(union(*rest))] if rest else ()))
 
 
 def intersection(*sets: Set) -> Set:
@@ -154,7 +165,7 @@ def _by_atoms(kind: type[Junction], a: Set, b: Set) -> Set:
     few, many = sorted((a, b), key=lambda s: (s.atoms(kind) & ~common).bit_count())
     return _fold(kind, [many, _fold(kind, members(few.atoms(kind) & ~common))])
   parts = sorted((a, b), key=lambda s: s.serial)
-  conditional = any(isinstance(p, Spread) or (type(p) is kind and p.data[2]) for p in parts)
+  conditional = any(isinstance(p, Spread) or (isinstance(p, Junction) and p.data[2]) for p in parts)
   return make(kind, a.size, parts, (atoms, duals, conditional), same=atoms)
 
 
@@ -164,6 +175,8 @@ def is_within(small: Set, big: Set) -> bool:
     return True
   if small.is_all or big.is_empty:
     return False
+  if isinstance(big, Spread) and small.support & big.support:
+    return is_within(nonempty(small), big.parts[0])
   conditions, choices = small.atoms(And), big.atoms(Or)
   return (
     not small.atoms(Or) & ~choices  # every choice of the small one is one of the big one

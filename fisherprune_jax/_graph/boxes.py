@@ -109,12 +109,24 @@ def united(parts: Sequence[tuple[Set, Mapping[F, Set]]]) -> tuple[dict[F, Set], 
     for f, s in part.items():
       columns.setdefault(f, []).append(s)
   common = {f for f, column in columns.items() if len(column) == len(parts) and len({*column}) == 1}
-  weak = {f for f, column in columns.items() if any(s.is_weak for s in column)}  # beside it others have the say
   found: dict[F, list[Set]] = {f: column[:1] if f in common else [] for f, column in columns.items()}
-  for condition, part in parts:
+  for condition, (_, part) in zip(sets.apart([condition for condition, _ in parts]), parts, strict=True):
     own = {f: s for f, s in part.items() if f not in common}
     for f, s in own.items():
       others = [sets.nonempty(other) for g, other in own.items() if g != f]
-      own_when = sets.every(*({condition} - {when}), *others)
-      found[f].append(s if f in weak else sets.gated(s, own_when))
+      found[f].append(_gated(s, sets.every(condition, *others), columns[f]))
   return {f: sets.union(*column) for f, column in found.items()}, when
+
+
+def _gated(s: Set, when: Set, column: Sequence[Set]) -> Set:
+  """A set under a condition, or under what of it keeps the union of a column simple: larger, if need be.
+
+  The condition must not hang on masks that the sets hang on, too: features on several sides are looked at one by one
+  (``sharing.py``), and in a stream under masks all later ones would be.
+  """
+  if when.is_all or any(other.is_weak for other in column if other is not s):
+    return s  # beside a weak one the others have the say
+  support = 0
+  for other in column:
+    support |= other.support
+  return sets.gated(s, sets.free_of(when, support))

@@ -4,14 +4,14 @@ That a set is not empty is one (``nonempty``). What holds under a condition is s
 where they do not say it themselves: a set is not gated by what is so anyway wherever any position is in it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.sets.basic import ALWAYS
-from fisherprune_jax._graph.sets.expression import Set
+from fisherprune_jax._graph.sets.expression import Set, members
 from fisherprune_jax._graph.sets.junctions import And, intersection, is_within
 from fisherprune_jax._graph.sets.laying import concat, outer
-from fisherprune_jax._graph.sets.picking import nonempty, spread
+from fisherprune_jax._graph.sets.picking import Nonempty, nonempty, spread
 
 
 def every(*conditions: Set) -> Set:
@@ -44,6 +44,33 @@ def beyond(when: Set, held: Iterable[Set]) -> Set:
       if is_within(inside, when):
         return ALWAYS
       implied |= inside.atoms(And)
+  return _without(when, implied)
+
+
+def apart(conditions: Sequence[Set]) -> list[Set]:
+  """What each of some conditions asks beyond what all of them do."""
+  common = -1
+  for when in conditions:
+    common &= when.atoms(And)
+  return [_without(when, common) for when in conditions]
+
+
+def free_of(when: Set, support: int) -> Set:
+  """What follows from a condition and hangs on none of some masks, as far as it is easy to see."""
+  if not when.support & support:
+    return when
+  found = []
+  for part in members(when.atoms(And)):
+    if not part.support & support:
+      found.append(part)
+    elif isinstance(part, Nonempty):
+      base = [p for p in members(part.parts[0].atoms(And)) if not p.support & support]
+      found += [nonempty(intersection(*base))] if base else []
+  return every(*found)
+
+
+def _without(when: Set, implied: int) -> Set:
+  """A condition without some of the parts that it is made of, by their bits, where these are easy to take off."""
   while implied and not when.is_all:
     rest = [part for part in (when.parts if isinstance(when, And) else (when,)) if part.atoms(And) & ~implied]
     if len(rest) > 1 or rest == [when]:

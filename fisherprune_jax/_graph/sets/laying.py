@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.sets.basic import Fixed, everything, fixed, nothing, weak
+from fisherprune_jax._graph.sets.basic import ALWAYS, Fixed, everything, fixed, nothing, weak
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
 from fisherprune_jax._graph.sets.junctions import Junction, intersection, union
 from fisherprune_jax._graph.sets.picking import any_over, nonempty
@@ -57,7 +57,8 @@ class Concat(Set):
     return part, np.where(there, index - np.int32(start), -1)
 
   def nonempty(self) -> Set:
-    return union(*map(nonempty, self.parts))
+    found = list(map(nonempty, self.parts))
+    return ALWAYS if ALWAYS in found else union(*found)
 
   def _part_at(self, position: int) -> tuple[int, Set]:
     """The part that holds a position, and where it starts."""

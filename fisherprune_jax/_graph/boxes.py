@@ -1,6 +1,6 @@
 """Entries of arrays: one set for each axis, what is known of several axes merged, and whether there are any at all."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
@@ -103,30 +103,38 @@ def united(parts: Sequence[tuple[Set, Mapping[F, Set]]]) -> tuple[dict[F, Set], 
     has to hold for the part to be there: with ``x`` alone of ``(x, y)``, ``(z, y)`` gone there is nothing of ``x``.
   """
   parts = [part for part in parts if not _is_nothing(*part)] or parts[:1]
-  when = sets.union(*(condition for condition, _ in parts))
   columns: dict[F, list[Set]] = {}
   for _, part in parts:
     for f, s in part.items():
       columns.setdefault(f, []).append(s)
   common = {f for f, column in columns.items() if len(column) == len(parts) and len({*column}) == 1}
+  owns = [{f: s for f, s in part.items() if f not in common} for _, part in parts]
+  conditions = [condition for condition, _ in parts]
   found: dict[F, list[Set]] = {f: column[:1] if f in common else [] for f, column in columns.items()}
-  for condition, (_, part) in zip(sets.apart([condition for condition, _ in parts]), parts, strict=True):
-    own = {f: s for f, s in part.items() if f not in common}
+  left_out = False
+  for condition, own in zip(sets.apart(conditions)[0], owns, strict=True):
     for f, s in own.items():
-      others = [sets.nonempty(other) for g, other in own.items() if g != f]
-      found[f].append(_gated(s, sets.every(condition, *others), columns[f]))
-  return {f: sets.union(*column) for f, column in found.items()}, when
+      gate = sets.every(condition, *(sets.nonempty(other) for g, other in own.items() if g != f))
+      simple = _simple(gate, columns[f])
+      found[f].append(sets.gated(s, simple))
+      left_out = left_out or simple is not gate
+  joined = {f: sets.union(*column) for f, column in found.items()}
+  if left_out:  # then sets no longer say when there is nothing: of that, too, what is simple
+    for at, own in enumerate(owns):
+      some = sets.every(*map(sets.nonempty, own.values()))
+      conditions[at] = sets.every(conditions[at], _simple(some, joined.values()))
+  return joined, sets.either(conditions)
 
 
-def _gated(s: Set, when: Set, column: Sequence[Set]) -> Set:
-  """A set under a condition, or under what of it keeps the union of a column simple: larger, if need be.
+def _simple(when: Set, beside: Iterable[Set]) -> Set:
+  """What follows from a condition and keeps an expression of some sets under it simple: larger, if need be.
 
-  The condition must not hang on masks that the sets hang on, too: features on several sides are looked at one by one
+  It must not hang on masks that the sets hang on, too: features on several sides are looked at one by one
   (``sharing.py``), and in a stream under masks all later ones would be.
   """
-  if when.is_all or any(other.is_weak for other in column if other is not s):
-    return s  # beside a weak one the others have the say
   support = 0
-  for other in column:
-    support |= other.support
-  return sets.gated(s, sets.free_of(when, support))
+  for s in beside:
+    if s.is_weak:
+      return sets.ALWAYS  # others have the say beside it, and have it in any case
+    support |= s.support
+  return sets.free_of(when, support)

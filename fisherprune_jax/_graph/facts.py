@@ -196,13 +196,15 @@ def _of_factors(spec: Spec, axes: Axes, box: Box) -> Factors:
 
 def _added(spec: Spec, infos: Sequence[Info], shown: Sequence[Factors]) -> tuple[Factors, Set]:
   """Where and when the operands that results are like sums of can be non-zero, those that are zero left out."""
+  if not spec.adding:
+    return {}, sets.ALWAYS
   adding = [i for i in sorted(spec.adding) if not infos[i].is_zero] or sorted(spec.adding)
   parts = []
   for i in adding:
     own = {f: s for f, s in shown[i].items() if spec.keeps_zeros(f) and f not in spec.summed}
     others = [s for axis, s in zip(spec.ins[i], infos[i].possible, strict=True) if own.keys().isdisjoint(factors_of(axis))]
     parts.append((sets.every(infos[i].when, *presence.inhabited(others)), own))
-  return united(parts) if parts else ({}, sets.ALWAYS)
+  return united(parts)
 
 
 # The second half: what is stored of the results hangs on the operands at the entries that follow from this alone. A

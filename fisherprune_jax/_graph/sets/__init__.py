@@ -30,6 +30,7 @@ from fisherprune_jax._graph.sets.basic import nothing as nothing
 from fisherprune_jax._graph.sets.basic import weak as weak
 from fisherprune_jax._graph.sets.conditions import apart as apart
 from fisherprune_jax._graph.sets.conditions import beyond as beyond
+from fisherprune_jax._graph.sets.conditions import either as either
 from fisherprune_jax._graph.sets.conditions import every as every
 from fisherprune_jax._graph.sets.conditions import free_of as free_of
 from fisherprune_jax._graph.sets.conditions import gated as gated

@@ -7,9 +7,9 @@ where they do not say it themselves: a set is not gated by what is so anyway whe
 from collections.abc import Iterable, Sequence
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.sets.basic import ALWAYS
+from fisherprune_jax._graph.sets.basic import ALWAYS, NEVER
 from fisherprune_jax._graph.sets.expression import Set, members
-from fisherprune_jax._graph.sets.junctions import And, intersection, is_within
+from fisherprune_jax._graph.sets.junctions import And, intersection, is_within, union
 from fisherprune_jax._graph.sets.laying import concat, outer
 from fisherprune_jax._graph.sets.picking import Nonempty, nonempty, spread
 
@@ -44,36 +44,53 @@ def beyond(when: Set, held: Iterable[Set]) -> Set:
       if is_within(inside, when):
         return ALWAYS
       implied |= inside.atoms(And)
-  return _without(when, implied)
+  return _taken_off(when, implied)[0]
 
 
-def apart(conditions: Sequence[Set]) -> list[Set]:
-  """What each of some conditions asks beyond what all of them do."""
-  common = -1
+def either(conditions: Sequence[Set]) -> Set:
+  """Any of some conditions; what all of them ask is said once."""
+  rests, common = apart(conditions)
+  return every(*common, union(*rests)) if rests else NEVER
+
+
+def apart(conditions: Sequence[Set]) -> tuple[list[Set], list[Set]]:
+  """What each of some conditions asks beyond what all of them do, and what all of them do."""
+  shared = -1
   for when in conditions:
-    common &= when.atoms(And)
-  return [_without(when, common) for when in conditions]
+    shared &= when.atoms(And)
+  if shared == -1 or not shared:
+    return list(conditions), []
+  split = [_taken_off(when, shared) for when in conditions]
+  if any(not taken for _, taken in split):
+    return list(conditions), []
+  return [rest for rest, _ in split], split[0][1]
 
 
 def free_of(when: Set, support: int) -> Set:
   """What follows from a condition and hangs on none of some masks, as far as it is easy to see."""
   if not when.support & support:
     return when
-  found = []
-  for part in members(when.atoms(And)):
+  found, pending = [], [when]
+  while pending:
+    part = pending.pop()
     if not part.support & support:
       found.append(part)
+    elif isinstance(part, And):
+      pending += part.parts
     elif isinstance(part, Nonempty):
       base = [p for p in members(part.parts[0].atoms(And)) if not p.support & support]
       found += [nonempty(intersection(*base))] if base else []
   return every(*found)
 
 
-def _without(when: Set, implied: int) -> Set:
-  """A condition without some of the parts that it is made of, by their bits, where these are easy to take off."""
+def _taken_off(when: Set, implied: int) -> tuple[Set, list[Set]]:
+  """A condition without some of its parts, by their bits, where these are easy to take off; and what was."""
+  taken = []
   while implied and not when.is_all:
-    rest = [part for part in (when.parts if isinstance(when, And) else (when,)) if part.atoms(And) & ~implied]
+    parts = when.parts if isinstance(when, And) else (when,)
+    rest = [part for part in parts if part.atoms(And) & ~implied]
     if len(rest) > 1 or rest == [when]:
       break
+    taken += [part for part in parts if part not in rest]
     when = rest[0] if rest else ALWAYS
-  return when
+  return when, taken

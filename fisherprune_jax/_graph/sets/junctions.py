@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fisherprune_jax._graph.sets.basic import ALWAYS, Fixed, Weak
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make, members
-from fisherprune_jax._graph.sets.picking import Spread, nonempty
+from fisherprune_jax._graph.sets.picking import Nonempty, Spread, nonempty
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.evaluate import Evaluation
   from fisherprune_jax._graph.gates import Builder, Gates
+
+
+MOST_COMPARED = 16
+"""Pairs of conditions that are looked at one by one, to see which follow from which."""
 
 
 class Junction(Set):
@@ -180,6 +184,18 @@ def is_within(small: Set, big: Set) -> bool:
   conditions, choices = small.atoms(And), big.atoms(Or)
   return (
     not small.atoms(Or) & ~choices  # every choice of the small one is one of the big one
-    or not big.atoms(And) & ~conditions  # every condition of the big one is one of the small one
+    or not (missing := big.atoms(And) & ~conditions)  # every condition of the big one is one of the small one
     or bool((conditions | 1 << small.number) & (choices | 1 << big.number))
+    or (small.size == 1 and _follow(conditions & ~big.atoms(And), missing))
+  )
+
+
+def _follow(given: int, wanted: int) -> bool:
+  """Whether each of some conditions, that a set is not empty, follows from another one that is given."""
+  if given.bit_count() * wanted.bit_count() > MOST_COMPARED:
+    return False
+  found = [s for s in members(given) if isinstance(s, Nonempty)]
+  return all(
+    isinstance(s, Nonempty) and any(g.parts[0].size == s.parts[0].size and is_within(g.parts[0], s.parts[0]) for g in found)
+    for s in members(wanted)
   )

@@ -57,8 +57,9 @@ class Concat(Set):
     return part, np.where(there, index - np.int32(start), -1)
 
   def nonempty(self) -> Set:
-    found = list(map(nonempty, self.parts))
-    return ALWAYS if ALWAYS in found else union(*found)
+    if any(part.is_all for part in self.parts):
+      return ALWAYS
+    return union(*map(nonempty, self.parts))
 
   def _part_at(self, position: int) -> tuple[int, Set]:
     """The part that holds a position, and where it starts."""

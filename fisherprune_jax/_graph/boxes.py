@@ -78,25 +78,29 @@ def meet(a: Box, b: Box) -> Box:
   return tuple(map(sets.intersection, a, b))
 
 
-def join(a: Where, b: Where) -> Where:
-  """The smallest box that contains both, and when there is either."""
+def join(a: Where, b: Where, within: Box = ()) -> Where:
+  """The smallest box that contains both, and when there is either; of use is only what is in the box ``within``."""
   if a == b:
     return a
-  found, when = united([(w.when, dict(enumerate(w.box))) for w in (a, b)])
+  parts = [(w.when, dict(enumerate(w.box))) for w in (a, b)]
+  found, when = united(parts, dict(enumerate(within)))
   box = tuple(found.values())
-  parts = [(w.box, w.together, sets.ALWAYS if w.when is when else w.when) for w in (a, b)]
-  return Where(box, together.union(*parts, box), when)
+  ways = [(w.box, w.together, sets.ALWAYS if w.when is when else w.when) for w in (a, b)]
+  return Where(box, together.union(*ways, box), when)
 
 
 def _is_nothing(when: Set, found: Mapping[F, Set]) -> bool:
   return when.is_empty or any(s.is_empty for s in found.values())
 
 
-def united(parts: Sequence[tuple[Set, Mapping[F, Set]]]) -> tuple[dict[F, Set], Set]:
+def united(
+  parts: Sequence[tuple[Set, Mapping[F, Set]]], within: Mapping[F, Set] = MappingProxyType({})
+) -> tuple[dict[F, Set], Set]:
   """The smallest product of sets that contains several, each of which is there under a condition.
 
   Args:
     parts: of each its condition, and its sets by what they are of (axes, factors).
+    within: what of the sets is of use.
 
   Returns:
     The sets, and the condition that any of the parts is there. A set is gated where it is the part's own, by what else
@@ -120,9 +124,10 @@ def united(parts: Sequence[tuple[Set, Mapping[F, Set]]]) -> tuple[dict[F, Set], 
       left_out = left_out or simple is not gate
   joined = {f: sets.union(*column) for f, column in found.items()}
   if left_out:  # then sets no longer say when there is nothing: of that, too, what is simple
+    kept = [sets.intersection(s, within.get(f, s)) for f, s in joined.items()]
     for at, own in enumerate(owns):
       some = sets.every(*map(sets.nonempty, own.values()))
-      conditions[at] = sets.every(conditions[at], _simple(some, joined.values()))
+      conditions[at] = sets.every(conditions[at], _simple(some, kept))
   return joined, sets.either(conditions)
 
 

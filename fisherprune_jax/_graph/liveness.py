@@ -149,7 +149,8 @@ class Liveness:
     """Adds to what is asked of an array."""
     if value.literal is None:
       self.asked_whole.add(value)
-      self.asked[value] = join(self.asked[value], where) if value in self.asked else where
+      before = self.asked.get(value)
+      self.asked[value] = where if before is None else join(before, where, self.infos[value].possible)
 
   def ask_layer(self, value: Value, layer: int, where: Where) -> None:
     """Adds to what is asked of one entry along the leading axis of an array."""

@@ -7,11 +7,14 @@ where they do not say it themselves: a set is not gated by what is so anyway whe
 from collections.abc import Iterable, Sequence
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.sets.basic import ALWAYS, NEVER
-from fisherprune_jax._graph.sets.expression import Set, members
+from fisherprune_jax._graph.sets.basic import ALWAYS, NEVER, everything
+from fisherprune_jax._graph.sets.expression import Set
 from fisherprune_jax._graph.sets.junctions import And, intersection, is_within, union
 from fisherprune_jax._graph.sets.laying import concat, outer
-from fisherprune_jax._graph.sets.picking import Nonempty, nonempty, spread
+from fisherprune_jax._graph.sets.picking import nonempty, spread
+
+MOST_LOOKED_AT = 100
+"""Expressions below a condition that are looked at to see what of it is free of some masks; it may be a deep one."""
 
 
 def every(*conditions: Set) -> Set:
@@ -67,20 +70,33 @@ def apart(conditions: Sequence[Set]) -> tuple[list[Set], list[Set]]:
 
 
 def free_of(when: Set, support: int) -> Set:
-  """What follows from a condition and hangs on none of some masks, as far as it is easy to see."""
-  if not when.support & support:
-    return when
+  """What follows from a condition and hangs on none of some masks."""
   found, pending = [], [when]
   while pending:
     part = pending.pop()
-    if not part.support & support:
-      found.append(part)
-    elif isinstance(part, And):
-      pending += part.parts
-    elif isinstance(part, Nonempty):
-      base = [p for p in members(part.parts[0].atoms(And)) if not p.support & support]
-      found += [nonempty(intersection(*base))] if base else []
+    if isinstance(part, And) and part.support & support:
+      pending += part.parts  # most of a long one is as it was
+    else:
+      found.append(_without_masks(part, support))
   return every(*found)
+
+
+def _without_masks(s: Set, support: int) -> Set:
+  """A set as it would be with all features of some masks alive, if that is soon found; or else everything."""
+  found: dict[Set, Set] = {}
+  pending = [s]
+  while pending and len(found) < MOST_LOOKED_AT:
+    here = pending[-1]
+    if not here.support & support:
+      found[here] = here
+    elif missing := [part for part in here.parts if part not in found]:
+      pending += missing
+      continue
+    else:
+      made = here.of([found[part] for part in here.parts]) if here.parts else None
+      found[here] = made or everything(here.size)
+    pending.pop()
+  return found.get(s) or everything(s.size)
 
 
 def _taken_off(when: Set, implied: int) -> tuple[Set, list[Set]]:

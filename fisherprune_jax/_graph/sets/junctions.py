@@ -51,6 +51,9 @@ class Junction(Set):
   def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
     return self.every, [(part, position) for part in self.parts]
 
+  def of(self, parts: Sequence[Set]) -> Set:
+    return combine(type(self), *parts)
+
   def _conditions(self) -> tuple[list[Set], list[Set]]:
     """Its parts that are conditions laid out, or under such (of a union), and the others."""
     found = members(self.data[0]) if self.data[2] else []

@@ -56,6 +56,9 @@ class Concat(Set):
       return None
     return part, np.where(there, index - np.int32(start), -1)
 
+  def of(self, parts: Sequence[Set]) -> Set:
+    return concat(parts)
+
   def nonempty(self) -> Set:
     if any(part.is_all for part in self.parts):
       return ALWAYS
@@ -133,6 +136,9 @@ class Outer(Set):
         return None
       groups.append(outer(group) if group else everything(1))
     return groups
+
+  def of(self, parts: Sequence[Set]) -> Set:
+    return outer(parts)
 
   def nonempty(self) -> Set:
     return intersection(*map(nonempty, self.parts))

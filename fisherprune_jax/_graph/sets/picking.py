@@ -47,6 +47,9 @@ class Take(Set):
       return take(self.parts[0], np.concatenate([self.data, other.data]))
     return None
 
+  def of(self, parts: Sequence[Set]) -> Set:
+    return take(parts[0], self.data)
+
   def nonempty(self) -> Set | None:
     (base,) = self.parts
     return nonempty(base) if np.unique(self.data[self.data >= 0]).size == base.size else None
@@ -84,6 +87,9 @@ class Spread(Set):
     hit[groups[groups >= 0]] = 0
     return take(self.parts[0], hit)
 
+  def of(self, parts: Sequence[Set]) -> Set:
+    return spread(parts[0], self.size)
+
   def nonempty(self) -> Set:
     return self.parts[0]
 
@@ -102,6 +108,9 @@ class Nonempty(Set):
 
   def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
     return False, [(self.parts[0], place) for place in range(self.parts[0].size)]
+
+  def of(self, parts: Sequence[Set]) -> Set:
+    return nonempty(parts[0])
 
 
 class AnyOf(Set):
@@ -128,6 +137,9 @@ class AnyOf(Set):
 
   def grouped(self, groups: np.ndarray, size: int) -> Set:
     return any_of(self.parts[0], np.where(self.data >= 0, groups[self.data], -1), size)
+
+  def of(self, parts: Sequence[Set]) -> Set:
+    return any_of(parts[0], self.data, self.size)
 
   def nonempty(self) -> Set | None:
     return nonempty(self.parts[0]) if (self.data >= 0).all() else None

@@ -54,7 +54,7 @@ def in_nobodys_way(node: Node, spec: Spec, live: Liveness) -> Spec:
   infos = [live.info(value) for value in node.ins]
   variables = frozenset(i for i, info in enumerate(infos) if not info.varies and not info.is_masked)
   others = spec.neutral | variables
-  lasts = not all(spec.deciding) and not (all(spec.vanishing) and variables.isdisjoint(spec.adding))
+  lasts = not all(spec.roles.deciding) and not (all(spec.roles.vanishing) and variables.isdisjoint(spec.roles.adding))
   shifted = {f for i in variables for axis in spec.ins[i] for f in factors_of(axis)}
   return replace(
     spec,

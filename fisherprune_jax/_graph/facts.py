@@ -95,7 +95,7 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
   found = [
     Where(
       *together.laid(spec, tied, axes, box_of(axes, factors, out.shape)),
-      sets.every(*presence.of_operands(spec, infos, at, factors), *([sums] if spec.vanishing[at] else ())),
+      sets.every(*presence.of_operands(spec, infos, at, factors), *([sums] if spec.roles.vanishing[at] else ())),
     )
     for at, (axes, out) in enumerate(zip(spec.outs, node.outs, strict=True))
   ]
@@ -163,21 +163,22 @@ def _is_exact(spec: Spec, factors: Factors, info: Info) -> bool:
 # docs/design.md has the whole argument, and where it ends: rules for derivatives, signs of zero, NaN and infinity.
 def _can_be_nonzero(spec: Spec, infos: Sequence[Info]) -> tuple[Factors, Set]:
   """Per factor where results can be non-zero (of one that is summed over: which terms can), and when a sum can."""
+  roles = spec.roles
   shown = [
     _of_factors(spec, axes, info.possible) if at not in spec.neutral else {}
     for at, (axes, info) in enumerate(zip(spec.ins, infos, strict=True))
   ]
-  sums, when = _added(spec, infos, shown)
+  sums, when = _added(spec, infos, shown) if roles.adding else ({}, sets.ALWAYS)
   found = {}
   for f, size in spec.sizes.items():
-    givers = spec.givers.get(f, ())
+    givers = roles.givers.get(f, ())
     if f in spec.whole:
       found[f] = sets.everything(size)
-    elif killing := [shown[i][f] for i in givers if f in spec.summed or i in spec.kills]:
+    elif killing := [shown[i][f] for i in givers if f in roles.summed or i in spec.kills]:
       found[f] = sets.intersection(*killing)
-    elif not spec.keeps_zeros(f):
+    elif f not in roles.keeping:
       found[f] = sets.everything(size)
-    elif f in sums and spec.adding.issuperset(givers):
+    elif f in sums and roles.adding.issuperset(givers):
       found[f] = sums[f]
     else:
       found[f] = sets.union(*(shown[i][f] for i in givers))
@@ -196,13 +197,11 @@ def _of_factors(spec: Spec, axes: Axes, box: Box) -> Factors:
 
 def _added(spec: Spec, infos: Sequence[Info], shown: Sequence[Factors]) -> tuple[Factors, Set]:
   """Where and when the operands that results are like sums of can be non-zero, those that are zero left out."""
-  if not spec.adding:
-    return {}, sets.ALWAYS
-  adding = [i for i in sorted(spec.adding) if not infos[i].is_zero] or sorted(spec.adding)
-  parts = []
-  for i in adding:
-    own = {f: s for f, s in shown[i].items() if spec.keeps_zeros(f) and f not in spec.summed}
-    others = [s for axis, s in zip(spec.ins[i], infos[i].possible, strict=True) if own.keys().isdisjoint(factors_of(axis))]
+  roles, parts = spec.roles, []
+  for i in [i for i in sorted(roles.adding) if not infos[i].is_zero] or sorted(roles.adding):
+    own = {f: s for f, s in shown[i].items() if f in roles.keeping and f not in roles.summed}
+    axes = zip(spec.ins[i], infos[i].possible, strict=True)
+    others = [s for axis, s in axes if own.keys().isdisjoint(factors_of(axis))]
     parts.append((sets.every(infos[i].when, *presence.inhabited(others)), own))
   return united(parts)
 
@@ -226,7 +225,7 @@ def needed(spec: Spec, infos: Sequence[Info], results: Sequence[Where | None]) -
     if where is not None
   ]
   found = asked[0][1] if len(asked) == 1 else united(asked)[0] if asked else {}
-  offered = [_of_factors(spec, axes, info.possible) for axes, info in zip(spec.ins, infos, strict=True)] if spec.summed else []
+  offered = [_of_factors(spec, axes, info.possible) for axes, info in zip(spec.ins, infos, strict=True)] if spec.roles.summed else []
   return {f: _needed(f, spec, found, offered) for f in spec.sizes}
 
 
@@ -234,7 +233,7 @@ def _needed(factor: Factor, spec: Spec, asked: Factors, offered: Sequence[Factor
   size = spec.sizes[factor]
   if factor in spec.whole:
     return sets.everything(size)
-  if factor not in spec.summed:
+  if factor not in spec.roles.summed:
     return asked[factor] if factor in asked else sets.nothing(size)
   terms = sets.intersection(*(s[factor] for s in offered if factor in s))  # what all operands offer
   return sets.intersection(sets.weak(size), terms) if factor in spec.weak else terms

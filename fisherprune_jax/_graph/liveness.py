@@ -44,6 +44,7 @@ class Liveness:
   asked_layers: dict[Value, dict[int, Where]] = field(default_factory=dict)
   asked_whole: set[Value] = field(default_factory=set)
   also: dict[Node, Set] = field(default_factory=dict)
+  conditions: "dict[Node, Condition]" = field(default_factory=dict)
 
   def forward(self, program: Program, inputs: Sequence[Info]) -> list[Info]:
     """Finds what is known of every value of a program; returns it for the outputs."""
@@ -96,7 +97,7 @@ class Liveness:
       (axes, where.box, where.together) for axes, where in zip(spec.outs, stored, strict=True) if where
     ]
     tied = together.backward(spec, results, factors)
-    when = self._condition(node)
+    when = self.conditions[node] = self._condition(node)
     for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
       if value.literal is None and (spec.same_as in (None, operand) or self.policy.multiplies):
         box, merged = together.laid(spec, tied, axes, box_of(axes, factors, value.shape))
@@ -118,7 +119,7 @@ class Liveness:
 
   def when(self, node: Node, held: Iterable[Set] = ()) -> Set:
     """The condition that a node has to run, beyond that some sets are not empty."""
-    return self._condition(node)(held)
+    return self.conditions[node](held) if node in self.conditions else self._condition(node)(held)
 
   def _condition(self, node: Node) -> "Condition":
     asked = [(at, out) for at, out in enumerate(node.outs) if out in self.asked]

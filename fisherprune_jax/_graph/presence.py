@@ -1,6 +1,6 @@
 """Whether there is anything at all of an array: the conditions beside its box.
 
-A result is nothing where an operand that it is a multiple of is (``Spec.deciding``), along whichever axis; and where all
+A result is nothing where an operand that it is a multiple of is (``Roles.deciding``), along whichever axis; and where all
 operands are that it is a sum of. A node of whose results nothing is stored asks for nothing. What sets say themselves
 is no part of a condition: an operand that has an axis of the result need not be told that it is empty.
 """
@@ -35,18 +35,18 @@ def of_operands(
     held: sets that are known not to be empty.
     but: an operand of which nothing need be said.
   """
-  told = spec.told[result] - spec.whole
-  deciding = spec.deciding[result]
+  roles = spec.roles
+  told, deciding, summed = roles.told[result] - spec.whole, roles.deciding[result], roles.summed
   for k in sorted(deciding - {but}):
     yield infos[k].when
-    own = told if k in spec.kills else {f for f in told if spec.givers.get(f) == (k,)}
+    own = told if k in spec.kills else {f for f in told if roles.givers.get(f) == (k,)}
     for axis, s in zip(spec.ins[k], infos[k].possible, strict=True):
       parts = factors_of(axis)
-      if not own.intersection(parts) and not (parts and spec.summed.issuperset(parts)):
+      if own.isdisjoint(parts) and not (parts and summed.issuperset(parts)):
         yield from inhabited([s], held)
-  if spec.summed:
-    summed = {f for k in deciding for axis in spec.ins[k] for f in factors_of(axis)} & spec.summed
-    yield from inhabited((factors[f] for f in spec.sizes if f in summed), held)
+  if summed:
+    found = {f for k in deciding for axis in spec.ins[k] for f in factors_of(axis)} & summed
+    yield from inhabited((factors[f] for f in spec.sizes if f in found), held)
 
 
 def inhabited(found: Iterable[Set], held: Collection[Set] = ()) -> Iterator[Set]:
@@ -88,7 +88,7 @@ def of_node(
   held = [part for s in held for part in s.factors]
   found = []
   for number, stored, asked in results:
-    of_sum = [stored.when] if spec.adding and but not in spec.adding else []
+    of_sum = [stored.when] if spec.roles.adding and but not in spec.roles.adding else []
     operands = of_operands(spec, infos, number, factors, held, but)
     found.append(sets.every(asked, *of_sum, *inhabited(stored.box, held), *operands))
   return sets.union(*found)

@@ -112,58 +112,64 @@ class Spec:
   bind: Bind | None = field(default=None, compare=False)
 
   @functools.cached_property
-  def givers(self) -> dict[Factor, tuple[int, ...]]:
-    """Of every factor that operands have, which do, without those whose zeros say nothing."""
-    found: dict[Factor, tuple[int, ...]] = {}
-    for operand, axes in enumerate(self.ins):
-      for f in dict.fromkeys(f for axis in axes for f in factors_of(axis)) if operand not in self.neutral else ():
-        found[f] = (*found.get(f, ()), operand)
-    return found
+  def roles(self) -> "Roles":
+    """What follows from it for zeros; found once for all that are alike."""
+    picks = any(isinstance(axis, Pick) for axes in self.outs for axis in axes)
+    find = _roles.__wrapped__ if picks else _roles  # an index is of one application, and may be long
+    factors = tuple(self.sizes)
+    return find(self.ins, self.outs, factors, self.kills, self.neutral, self.alive, self.whole, self.lasts)
 
-  @functools.cached_property
-  def summed(self) -> frozenset[Factor]:
-    """The factors that no result has, of which entries may be left out."""
-    shown = {f for axes in self.outs for axis in axes for f in factors_of(axis)}
-    return frozenset(self.sizes) - shown - self.whole
 
-  @functools.cached_property
-  def told(self) -> tuple[frozenset[Factor], ...]:
-    """Per result, the factors that are not empty where its axes are not: these have no positions of others."""
-    return tuple(
-      frozenset(f for axis in axes if not _has_others(axis) for f in factors_of(axis)) for axes in self.outs
-    )
+class Roles(NamedTuple):
+  """What follows from a ``Spec`` for arrays that are zero along some factor, or altogether.
 
-  @functools.cached_property
-  def deciding(self) -> tuple[frozenset[int], ...]:
-    """Per result, the operands of which each alone makes all of it zero where all of that operand is."""
-    if self.lasts:
-      return (frozenset(),) * len(self.outs)
-    return tuple(
-      self.kills | {self.givers[f][0] for f in told if self.keeps_zeros(f) and len(self.givers[f]) == 1}
-      for told in self.told
-    )
+  Attributes:
+    givers: of every factor that operands have, which do, without those whose zeros say nothing.
+    keeping: the factors at a position of which results are zero where all operands that have them are.
+    summed: the factors that no result has, of which entries may be left out.
+    told: per result, the factors that are not empty where its axes are not: these have no positions of others.
+    deciding: per result, the operands of which each alone makes all of it zero where all of that operand is.
+    adding: the operands that decide nothing alone: results are like sums of them.
+    vanishing: per result, whether all of it is zero where all operands are that are added.
+  """
 
-  @functools.cached_property
-  def adding(self) -> frozenset[int]:
-    """The operands that decide nothing alone: results are like sums of them."""
-    return frozenset(i for found in self.givers.values() for i in found).difference(*self.deciding)
+  givers: dict[Factor, tuple[int, ...]]
+  keeping: frozenset[Factor]
+  summed: frozenset[Factor]
+  told: tuple[frozenset[Factor], ...]
+  deciding: tuple[frozenset[int], ...]
+  adding: frozenset[int]
+  vanishing: tuple[bool, ...]
 
-  @functools.cached_property
-  def vanishing(self) -> tuple[bool, ...]:
-    """Per result, whether all of it is zero where all operands are that are added."""
 
-    def follows(factor: Factor) -> bool:
-      all_added = self.adding.issuperset(self.givers.get(factor, ()))
-      return all_added and self.keeps_zeros(factor) and not self.lasts
-
-    return tuple(
-      any(map(follows, told)) or any(isinstance(axis, Sum) and all(map(follows, axis.parts)) for axis in axes)
-      for axes, told in zip(self.outs, self.told, strict=True)
-    )
-
-  def keeps_zeros(self, factor: Factor) -> bool:
-    """Whether results are zero at a position where all operands that have the factor are, and there are such."""
-    return factor in self.givers and factor not in self.alive and factor not in self.whole
+@functools.lru_cache(maxsize=1024)
+def _roles(
+  ins: tuple[Axes, ...],
+  outs: tuple[Axes, ...],
+  factors: tuple[Factor, ...],
+  kills: frozenset[int],
+  neutral: frozenset[int],
+  alive: frozenset[Factor],
+  whole: frozenset[Factor],
+  lasts: bool,
+) -> Roles:
+  givers: dict[Factor, tuple[int, ...]] = {}
+  for operand, axes in enumerate(ins):
+    for f in (f for axis in axes for f in factors_of(axis)) if operand not in neutral else ():
+      if (found := givers.get(f, ()))[-1:] != (operand,):
+        givers[f] = (*found, operand)
+  keeping = frozenset(givers) - alive - whole
+  shown = {f for axes in outs for axis in axes for f in factors_of(axis)}
+  told = tuple(frozenset(f for axis in axes if not _has_others(axis) for f in factors_of(axis)) for axes in outs)
+  alone = [{givers[f][0] for f in by & keeping if len(givers[f]) == 1} for by in told]
+  deciding = tuple(frozenset() if lasts else kills | found for found in alone)
+  adding = frozenset(i for found in givers.values() for i in found).difference(*deciding)
+  follow = {f for f in keeping if adding.issuperset(givers[f]) and not lasts}
+  vanishing = tuple(
+    not follow.isdisjoint(by) or any(isinstance(axis, Sum) and follow.issuperset(axis.parts) for axis in axes)
+    for axes, by in zip(outs, told, strict=True)
+  )
+  return Roles(givers, keeping, frozenset(factors) - shown - whole, told, deciding, adding, vanishing)
 
 
 def _has_others(axis: Axis) -> bool:

@@ -199,7 +199,7 @@ class CustomVjp(Custom):
     forwards, backwards = rules
     values = live.forward(forwards, infos)
     live.forward(backwards, [*infos, *(Info(whole_box(v.shape), varies=True) for v in _floats(node.outs))])
-    alone = replace(live, asked={}, factors={}, asked_layers={}, asked_whole=set(), also={})
+    alone = replace(live, asked={}, factors={}, asked_layers={}, asked_whole=set(), also={}, conditions={})
     alone.backward(backwards, [info.nonzero for info in _keep(infos, node.ins)])
     cotangents = list(map(alone.stored, backwards.inputs[len(node.ins) :]))
     forwards_too = [info.where for info in values]

@@ -20,7 +20,9 @@ MOST_LOOKED_AT = 100
 def every(*conditions: Set) -> Set:
   """All of some conditions."""
   found = [when for when in conditions if when is not ALWAYS]
-  return intersection(*found) if found else ALWAYS
+  if len(found) > 1:
+    return intersection(*found)
+  return found[0] if found else ALWAYS
 
 
 def gated(s: Set, when: Set) -> Set:
@@ -89,6 +91,8 @@ def _without_masks(s: Set, support: int) -> Set:
     here = pending[-1]
     if not here.support & support:
       found[here] = here
+    elif not here.support & ~support:
+      found[here] = everything(here.size)
     elif missing := [part for part in here.parts if part not in found]:
       pending += missing
       continue

@@ -389,7 +389,8 @@ def check(net: Network, other: int) -> None:
       raise WildError("the sign of a sum that is exactly zero") from None
     raise
   check_costs(net, small)
-  if net.seed % 3 == 0 and gradients_tell([step.name for step in net.steps]):
+  emptied = not all(m.any() for m in net.masks.values())
+  if (emptied or net.seed % 3 == 0) and gradients_tell([step.name for step in net.steps], emptied):
     check_report(net, small)
 
 

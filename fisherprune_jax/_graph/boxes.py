@@ -11,6 +11,8 @@ from fisherprune_jax._types import Shape
 
 Box = tuple[Set, ...]
 F = TypeVar("F", bound=Hashable)
+FEW_MASKS = 4
+"""A condition on so few masks may stand beside sets that hang on them too: prices (``overlaps.py``) bear that."""
 
 
 class Where(NamedTuple):
@@ -127,7 +129,8 @@ def united(
     kept = [sets.intersection(s, within.get(f, s)) for f, s in joined.items()]
     for at, own in enumerate(owns):
       some = sets.every(*map(sets.nonempty, own.values()))
-      conditions[at] = sets.every(conditions[at], _simple(some, kept))
+      simple = some if some.support.bit_count() <= FEW_MASKS else _simple(some, kept)
+      conditions[at] = sets.every(conditions[at], simple)
   return joined, sets.either(conditions)
 
 

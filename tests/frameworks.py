@@ -14,6 +14,8 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 CLASSES = 10
+SIZE = 48
+"""Of an image: what is left of it after the last stride is 2 x 2, which batch norm can still tell apart."""
 LABELS = np.array([1, 7])
 
 
@@ -62,7 +64,7 @@ def images(size, *, channels_first=False):
 
 def haiku_resnet18() -> Network:
   net = hk.transform_with_state(lambda x, training: hk.nets.ResNet18(CLASSES)(x, training))
-  x = images(64)
+  x = images(SIZE)
   params, state = drawn(jax.eval_shape(lambda key: net.init(key, x, True), jax.random.key(0)))
 
   def apply(variables, x):
@@ -88,7 +90,7 @@ def as_list(weights, tree):
 
 def keras_application(name: str) -> Network:
   make = getattr(keras.applications, name)
-  model = make(weights=None, input_shape=(64, 64, 3), classes=CLASSES, classifier_activation=None)
+  model = make(weights=None, input_shape=(SIZE, SIZE, 3), classes=CLASSES, classifier_activation=None)
   trained, others = model.trainable_variables, model.non_trainable_variables
 
   def call(variables, x, training):
@@ -104,7 +106,7 @@ def keras_application(name: str) -> Network:
     "params": as_tree(trained, [w.value for w in trained]),
     "state": as_tree(others, [w.value for w in others]),
   }
-  return Network(lambda v, x: call(v, x, training=False)[0], train, drawn(variables), images(64))
+  return Network(lambda v, x: call(v, x, training=False)[0], train, drawn(variables), images(SIZE))
 
 
 class CNN(eqx.Module):

@@ -15,7 +15,7 @@ from tests.counting import count
 from tests.frameworks import LABELS, NETWORKS, Network
 
 ALL = pytest.mark.parametrize("name", NETWORKS)
-RATE, SHARE = 1e-3, 0.9
+SHARE = 0.9
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -143,21 +143,27 @@ def test_it_trains_to_a_target_and_then_on(name):
   network, auto, cost, masked = found(name)
   loss = auto.wrap(network.train)
   options = {"prune_every": 1, "features_per_prune": 500, "flops_target": SHARE * cost.dense}
-  tx = fp.pruning_sgd(RATE, cost, **options)
+  # Deep networks with the statistics of two examples have gradients of any size.
+  descent = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3, momentum=0.9))
+  tx = optax.chain(descent, fp.fisher_prune(cost, **options))
 
   @jax.jit
-  def step(variables, opt_state):
+  def grads_of(variables, masks):
     def loss_fn(params, masks, batch):
       return loss({"params": params, "state": variables["state"], "masks": masks}, *batch)
 
     differentiate = fp.value_and_grads(loss_fn, has_aux=True)
-    batch, masks = (network.x, LABELS), fp.get_masks(opt_state)
-    (value, state), (grads, mask_grads) = differentiate(variables["params"], masks, batch)
-    updates, opt_state = tx.update(grads, opt_state, variables["params"], mask_grads=mask_grads)
+    return differentiate(variables["params"], masks, (network.x, LABELS))
+
+  update = jax.jit(tx.update)
+
+  def step(variables, opt_state):
+    (value, state), (grads, mask_grads) = grads_of(variables, fp.get_masks(opt_state))
+    updates, opt_state = update(grads, opt_state, variables["params"], mask_grads=mask_grads)
     return {"params": optax.apply_updates(variables["params"], updates), "state": state}, opt_state, value
 
   variables, opt_state = network.variables, jax.jit(tx.init)(network.variables["params"])
-  for _ in range(40):
+  for _ in range(10):
     variables, opt_state, _ = step(variables, opt_state)
     if fp.get_state(opt_state).cost <= SHARE * cost.dense:
       break
@@ -167,11 +173,14 @@ def test_it_trains_to_a_target_and_then_on(name):
   thin, thin_state = small.variables, small.shrink_opt_state(tx, opt_state)
 
   @jax.jit
-  def thin_step(thin, opt_state):
+  def thin_grads_of(thin):
     def loss_fn(params):
       return small({"params": params, "state": thin["state"]}, network.x, LABELS)
 
-    (value, state), grads = jax.value_and_grad(loss_fn, has_aux=True)(thin["params"])
+    return jax.value_and_grad(loss_fn, has_aux=True)(thin["params"])
+
+  def thin_step(thin, opt_state):
+    (value, state), grads = thin_grads_of(thin)
     updates, opt_state = tx.update(grads, opt_state, thin["params"])
     return {"params": optax.apply_updates(thin["params"], updates), "state": state}, opt_state, value
 

@@ -115,10 +115,13 @@ class Run:
     for value, const in program.consts:
       if self.needs(value):
         arrays[value] = align(const, whole_box(value.shape), self.box(value), self.ev)
+    loose: list[Any] = []
     for node in program.nodes:
       if self.runs(node):
-        _execute(self, node, arrays)
-    return [self.read(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
+        outs = _execute(self, node, arrays)
+        loose += outs if node in self.live.also and not any(map(self.needs, node.outs)) else ()
+    outputs = [self.read(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
+    return _tied(outputs, loose)
 
   def read(self, arrays: Arrays, value: Value, box: Box) -> jax.Array:
     """An array at the entries of ``box``; zeros (none, mostly) of one of which nothing is stored."""
@@ -147,7 +150,7 @@ def _entry(array: jax.Array, layer: int) -> jax.Array:
   return lax.index_in_dim(array, layer, keepdims=False)
 
 
-def _execute(run: Run, node: Node, arrays: Arrays) -> None:
+def _execute(run: Run, node: Node, arrays: Arrays) -> Sequence[Any]:
   if node in run.live.subs:
     outs, boxes = STRUCTURED[node.name].execute(run, node, arrays)
   else:
@@ -155,6 +158,17 @@ def _execute(run: Run, node: Node, arrays: Arrays) -> None:
   for out, array, box in zip(node.outs, outs, boxes, strict=True):
     if run.needs(out):
       arrays[out] = align(array, box, run.box(out), run.ev)
+  return outs
+
+
+def _tied(outputs: list[Any], loose: Sequence[Any]) -> list[Any]:
+  """Outputs that hang on other arrays though they hold nothing of these: or no derivative rule of theirs is called."""
+  at = next((at for at, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)), None)
+  if not loose or at is None:
+    return outputs
+  out = outputs[at]
+  nothing = [x.reshape(-1)[:0].astype(out.dtype) for x in loose]
+  return [*outputs[:at], jnp.concatenate([out.reshape(-1), *nothing]).reshape(out.shape), *outputs[at + 1 :]]
 
 
 def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequence[Box]]:

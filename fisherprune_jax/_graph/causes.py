@@ -54,7 +54,9 @@ def in_nobodys_way(node: Node, spec: Spec, live: Liveness) -> Spec:
   infos = [live.info(value) for value in node.ins]
   variables = frozenset(i for i, info in enumerate(infos) if not info.varies and not info.is_masked)
   others = spec.neutral | variables
-  lasts = not all(spec.roles.deciding) and not (all(spec.roles.vanishing) and variables.isdisjoint(spec.roles.adding))
+  lasts = not all(spec.roles.deciding) and not (
+    all(spec.roles.vanishing) and variables.isdisjoint(spec.roles.adding)
+  )
   shifted = {f for i in variables for axis in spec.ins[i] for f in factors_of(axis)}
   return replace(
     spec,
@@ -183,7 +185,9 @@ class Causes:
 
   def _asked_more(self, place: Place) -> bool:
     value, axis = place
-    asked = [self._ev.box(live.asked[value])[axis] for live in (self._live, self._free) if value in live.asked]
+    asked = [
+      self._ev.box(live.asked[value])[axis] for live in (self._live, self._free) if value in live.asked
+    ]
     return len(asked) == 2 and (asked[1].is_weak or self._more(*asked))
 
   def _possibly_more(self, place: Place) -> bool:

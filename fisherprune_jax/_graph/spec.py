@@ -160,7 +160,9 @@ def _roles(
         givers[f] = (*found, operand)
   keeping = frozenset(givers) - alive - whole
   shown = {f for axes in outs for axis in axes for f in factors_of(axis)}
-  told = tuple(frozenset(f for axis in axes if not _has_others(axis) for f in factors_of(axis)) for axes in outs)
+  told = tuple(
+    frozenset(f for axis in axes if not _has_others(axis) for f in factors_of(axis)) for axes in outs
+  )
   alone = [{givers[f][0] for f in by & keeping if len(givers[f]) == 1} for by in told]
   deciding = tuple(frozenset() if lasts else kills | found for found in alone)
   adding = frozenset(i for found in givers.values() for i in found).difference(*deciding)

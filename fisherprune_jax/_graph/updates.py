@@ -37,7 +37,9 @@ def analyse(
   """
 
   def run(replacing: dict[int, Where | None]) -> Liveness:
-    asked = [replacing[at] if at in replacing else asked_of(value) for at, value in enumerate(program.outputs)]
+    asked = [
+      replacing[at] if at in replacing else asked_of(value) for at, value in enumerate(program.outputs)
+    ]
     return liveness.analyse(program, infos, asked, rules, policy, subs)
 
   live = run(dict.fromkeys(updates))

@@ -40,8 +40,7 @@ class Checkpoint:
     """The call, of a body that runs on live entries."""
     (body,) = run.live.subs[node]
     inputs = [
-      run.read(arrays, value, run.box(inner))
-      for value, inner in zip(node.ins, body.inputs, strict=True)
+      run.read(arrays, value, run.box(inner)) for value, inner in zip(node.ins, body.inputs, strict=True)
     ]
     boxes = list(map(run.box, node.outs))
     options = {name: node.params[name] for name in ("policy", "prevent_cse")}

@@ -199,6 +199,7 @@ def _follow(given: int, wanted: int) -> bool:
     return False
   found = [s for s in members(given) if isinstance(s, Nonempty)]
   return all(
-    isinstance(s, Nonempty) and any(g.parts[0].size == s.parts[0].size and is_within(g.parts[0], s.parts[0]) for g in found)
+    isinstance(s, Nonempty)
+    and any(g.parts[0].size == s.parts[0].size and is_within(g.parts[0], s.parts[0]) for g in found)
     for s in members(wanted)
   )

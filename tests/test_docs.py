@@ -18,7 +18,18 @@ PAGES = sorted([*DOCS.glob("*.md"), DOCS / "api.rst"])
 README = DOCS.parent / "README.md"
 GOES_ON = "goes on from the [complete example](index.md#a-complete-example)"
 COLUMN = 88
-GUIDES = ("linen", "nnx", "equinox", "haiku", "keras", "distributed", "checkpoints", "transformers", "examples", "recipes")
+GUIDES = (
+  "linen",
+  "nnx",
+  "equinox",
+  "haiku",
+  "keras",
+  "distributed",
+  "checkpoints",
+  "transformers",
+  "examples",
+  "recipes",
+)
 
 
 def public_names():

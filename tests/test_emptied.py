@@ -266,7 +266,9 @@ def test_statistics_of_an_emptied_layer_go_too(x64):
     (y, new), (z, found) = apply(v, x), small(small.variables, x)
     close(y, z)
     close(small.shrink(new["stats"]), found["stats"])
-    assert {leaf.size for leaf in jax.tree.leaves(found["stats"])} == {0}  # nor is there anything without biases
+    assert {leaf.size for leaf in jax.tree.leaves(found["stats"])} == {
+      0
+    }  # nor is there anything without biases
 
 
 def test_a_rule_that_makes_gradients_of_nothing_still_does(x64):
@@ -274,7 +276,9 @@ def test_a_rule_that_makes_gradients_of_nothing_still_does(x64):
   def nudged(x, w):
     return x * w
 
-  nudged.defvjp(lambda x, w: (x * w, (x, w)), lambda saved, g: (g * saved[1], jnp.sum(g * saved[0], 0) + saved[1]))
+  nudged.defvjp(
+    lambda x, w: (x * w, (x, w)), lambda saved, g: (g * saved[1], jnp.sum(g * saved[0], 0) + saved[1])
+  )
 
   def apply(v, x):
     y = x @ v["params"]["a"]

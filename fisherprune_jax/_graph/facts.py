@@ -174,6 +174,8 @@ def _is_exact(spec: Spec, factors: Factors, info: Info) -> bool:
 # and the arguments are. By induction along the program, as a rule promises of every factor that is neither `alive`
 # nor `whole`: where all operands that have it are zero, but for `neutral` ones, so is the result; and where one that
 # `kills` is zero, whatever the others are. An array that is a constant zero adds nothing to what others make possible.
+# Whether a result can be anything at all follows from the same (`Roles`, presence.py): not if an operand that decides
+# it alone is nothing, along whichever axis, or no term of a sum is left, or all operands are nothing that are added.
 # docs/design.md has the whole argument, and where it ends: rules for derivatives, signs of zero, NaN and infinity.
 def _can_be_nonzero(spec: Spec, infos: Sequence[Info]) -> tuple[Factors, Set]:
   """Per factor where results can be non-zero (of one that is summed over: which terms can), and when a sum can."""
@@ -224,7 +226,7 @@ def _added(spec: Spec, infos: Sequence[Info], shown: Sequence[Factors]) -> tuple
 # factor of a result is needed where the result is stored. One that no result has is summed over: there a term is zero
 # unless all operands that have the factor can be non-zero, so those entries are enough. An entry that is not stored is
 # then outside of the first half's box, and zero, or nobody asks for it: shown as zero, an array is what it was for
-# everyone who reads it.
+# everyone who reads it. Where nothing is stored of the results the node does not run, and asks for nothing.
 def needed(spec: Spec, infos: Sequence[Info], results: Sequence[Where | None]) -> Factors:
   """The backward pass of one node: the entries of its factors that it has to work on, if it has to run at all.
 

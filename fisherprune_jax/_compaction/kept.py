@@ -10,8 +10,8 @@ import numpy as np
 
 from fisherprune_jax._errors import describe
 from fisherprune_jax._graph import compat, sets
-from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.boxes import Box, Where, whole
+from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Value
 from fisherprune_jax._types import Array

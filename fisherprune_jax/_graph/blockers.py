@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from fisherprune_jax._errors import Path, path_name, warn
+from fisherprune_jax._graph.boxes import Where, weak_box, whole_box
 from fisherprune_jax._graph.causes import Causes, in_nobodys_way, is_in_the_way
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.boxes import Where, weak_box, whole_box
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node

@@ -15,8 +15,8 @@ from jax import lax
 
 from fisherprune_jax._graph import compat, sets
 from fisherprune_jax._graph.align import align, select, sources
-from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.boxes import Box, Where, whole_box
+from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Info, box_of
 from fisherprune_jax._graph.liveness import Liveness, analyse
 from fisherprune_jax._graph.program import Node, Program, Value

@@ -9,14 +9,13 @@ from jax import lax
 
 from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.align import align
+from fisherprune_jax._graph.boxes import Box, Where, join, whole_box
 from fisherprune_jax._graph.control import fixpoint, stacks
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.boxes import Box, Where, join, whole_box
 from fisherprune_jax._graph.facts import Info, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, Pairs, costs_of
-from fisherprune_jax._types import Shape
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run

@@ -23,8 +23,9 @@ MOST_COMPARED = 16
 
 
 class Junction(Set):
-  """Two sets of one size, position by position; its data are its atoms, those of the other kind in them, and whether
-  a condition is among them.
+  """Two sets of one size, position by position.
+
+  Its data are its atoms, those of the other kind in them, and whether a condition is among them.
 
   Attributes:
     every: whether a position has to be in both parts.

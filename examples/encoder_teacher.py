@@ -11,7 +11,7 @@ import numpy as np
 from encoder_network import tokenize
 from rich.progress import Progress
 
-LENGTH, BATCH = 32, 32  # tokens of a sentence, sentences of a batch
+LENGTH, BATCH = 32, 16  # tokens of a sentence, sentences of a batch
 SHORT = (
   LENGTH // 2
 )  # half of the docstrings are shorter: batches of these have twice as many, and as many tokens

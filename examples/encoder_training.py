@@ -21,10 +21,10 @@ from tensorboardX import SummaryWriter
 
 import fisherprune_jax as fp
 
-RATE, WEIGHT_DECAY = 3e-4, 0.01
-NOISE = 0.02  # in every coordinate of the targets while pruning, see ``loss_fn``
-PRUNED_BY, COMPACT_AT = 0.3, 0.35  # of the steps: when the cost is at the target, and when dead features go
-EVERY = 5  # steps from one pruning to the next
+RATE, WEIGHT_DECAY = 5e-4, 0.01
+NOISE = 0.015  # in every coordinate of the targets while pruning, see ``loss_fn``
+PRUNED_BY, COMPACT_AT = 0.25, 0.28  # of the steps: when the cost is at the target, and when dead features go
+EVERY = 10  # steps from one pruning to the next
 EVALUATIONS = 20
 
 
@@ -45,9 +45,14 @@ class Job(NamedTuple):
     """The step after which dead features are removed."""
     return int(COMPACT_AT * self.steps)
 
+  @property
+  def evaluate_every(self) -> int:
+    """Steps from one evaluation to the next."""
+    return max(1, self.steps // EVALUATIONS)
+
 
 class Run(NamedTuple):
-  """A training as checkpoints hold it; ``curve`` has rows (step, loss, validation cosine)."""
+  """A training as checkpoints hold it; ``curve`` has the latest rows (step, loss, validation cosine)."""
 
   params: Any
   opt_state: Any
@@ -58,10 +63,10 @@ class Stage(NamedTuple):
   """A part of the training: a range of steps of one network, with masks or without."""
 
   name: str
-  apply: Callable[..., Any]
+  encode: Callable[..., Any]
   step: Callable[..., Any]
   steps: range
-  masks_of: Callable[[Any], Any]
+  masked: bool
 
 
 class Pruned(NamedTuple):
@@ -131,58 +136,54 @@ def plain_step(apply: Callable[..., Any], tx: Any) -> Callable[..., Any]:
   return step
 
 
-def evaluate(stage: Stage, encode: Callable[..., Any], run: Run, loss: float, n: int, job: Job) -> str:
-  """Fills a row of the curve and writes it for TensorBoard; says it in a line."""
-  validation, variables = (
-    job.sentences["validation"],
-    variables_of(run.params, job.words, stage.masks_of(run.opt_state)),
-  )
-  agreement = cosine(embed(partial(encode, variables), validation), validation)
-  run.curve[(n - 1) // every_of(job)] = n, loss, agreement
-  with SummaryWriter(str(job.out / "events"), purge_step=n) as writer:
-    writer.add_scalar("loss", loss, n)
-    writer.add_scalar("cosine", agreement, n)
-  return f"cosine {agreement:.4f}"
+def evaluate(stage: Stage, run: Run, loss: float, n: int, job: Job, writer: SummaryWriter) -> Run:
+  """Adds a row to the curve, and writes it and what pruning did for TensorBoard."""
+  validation, masks = job.sentences["validation"], fp.get_masks(run.opt_state) if stage.masked else None
+  encode = partial(stage.encode, variables_of(run.params, job.words, masks))
+  stats = {"loss": loss, "cosine": cosine(embed(encode, validation), validation)}
+  for name, value in (stats | (fp.scalars(run.opt_state) if stage.masked else {})).items():
+    writer.add_scalar(name, float(value), n)
+  return run._replace(curve=np.vstack([run.curve[1:], [n, *stats.values()]]))
 
 
-def every_of(job: Job) -> int:
-  """Steps from one evaluation to the next."""
-  return max(1, job.steps // EVALUATIONS)
+def leave(n: int) -> None:
+  """Ends the process, and says how to go on."""
+  command = shlex.join(["python", *sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
+  sys.exit(f"Stopped after step {n:,}, and saved it. To go on: {command}")
 
 
 def fit(stage: Stage, run: Run, job: Job) -> tuple[Run, float]:
   """Trains over the steps of a stage, from its checkpoint on; also the milliseconds that a step took."""
-  took, encode = [], jax.jit(stage.apply)
+  first, last, took = stage.steps.start, stage.steps.stop, []
   keep = ocp.CheckpointManagerOptions(max_to_keep=1, cleanup_tmp_directories=True)
   with ocp.CheckpointManager(job.out.absolute() / "checkpoints" / stage.name, options=keep) as manager:
-    start = manager.latest_step() or stage.steps.start
-    if start > stage.steps.start:
+    if start := manager.latest_step() or 0:
       run = manager.restore(start, args=ocp.args.StandardRestore(run))
-    task = job.bars.add_task(stage.name, total=len(stage.steps), completed=start - stage.steps.start, now="")
-    for n in range(start + 1, stage.steps.stop + 1):
-      masks = stage.masks_of(run.opt_state)
-      batch = batch_at(job.sentences["train"], 0.0 if masks is None else NOISE, job.seed, n)
-      begun = time.perf_counter()
-      params, opt_state, loss = stage.step(run.params, run.opt_state, batch, job.words)
-      run, loss = run._replace(params=params, opt_state=opt_state), float(loss)
-      took.append(1e3 * (time.perf_counter() - begun))
-      if n % every_of(job) == 0 or n == job.steps:
-        job.bars.update(task, now=evaluate(stage, encode, run, loss, n, job))
-      job.bars.update(task, completed=n - stage.steps.start)
-      if n % job.save_every == 0 or n == stage.steps.stop or job.stop.is_set():
-        manager.save(n, args=ocp.args.StandardSave(run))
-      if job.stop.is_set():
-        manager.wait_until_finished()
-        command = shlex.join(["python", *sys.argv, *["--resume"] * ("--resume" not in sys.argv)])
-        sys.exit(f"Stopped after step {n:,}, and saved it. To go on: {command}")
+    start = max(start, first)
+    task = job.bars.add_task(stage.name, total=last - first, completed=start - first, now="")
+    with SummaryWriter(str(job.out / "events"), purge_step=start + 1) as writer:
+      for n in range(start + 1, last + 1):
+        batch = batch_at(job.sentences["train"], NOISE * stage.masked, job.seed, n)
+        begun = time.perf_counter()
+        params, opt_state, loss = stage.step(run.params, run.opt_state, batch, job.words)
+        run, loss = run._replace(params=params, opt_state=opt_state), float(loss)
+        took.append(1e3 * (time.perf_counter() - begun))
+        if n % job.evaluate_every == 0 or n == job.steps:
+          run = evaluate(stage, run, loss, n, job, writer)
+        job.bars.update(task, completed=n - first, now=f"cosine {run.curve[-1, 2]:.4f}")
+        if n % job.save_every == 0 or n == last or job.stop.is_set():
+          writer.flush()
+          manager.save(n, args=ocp.args.StandardSave(run))
+        if job.stop.is_set():
+          leave(n)
   return run, float(np.median(took or [np.nan]))
 
 
 def prune(auto: fp.AutoMask, cost: fp.CostModel, flops_target: float, job: Job) -> Pruned:
   """Trains while pruning, removes what was pruned, and goes on where the optimizer was."""
   tx, params = optimizer(job, cost, flops_target), jax.tree.map(jnp.array, trained(auto.variables))
-  run = Run(params, tx.init(params), np.zeros((-(-job.steps // every_of(job)), 3)))
-  stage = Stage("pruning", auto.apply, pruning_step(auto.apply, tx), range(job.middle), fp.get_masks)
+  run = Run(params, tx.init(params), np.full((-(-job.steps // job.evaluate_every), 3), np.nan))
+  stage = Stage("pruning", jax.jit(auto.apply), pruning_step(auto.apply, tx), range(job.middle), True)
   run, before = fit(stage, run, job)
 
   state, tokens = fp.get_state(run.opt_state), [x[:BATCH] for x in job.sentences["validation"][:2]]
@@ -191,7 +192,7 @@ def prune(auto: fp.AutoMask, cost: fp.CostModel, flops_target: float, job: Job) 
   difference = jnp.max(jnp.abs(auto.apply(variables, *tokens) - small(small.variables, *tokens)))
 
   run = Run(trained(small.variables), small.shrink_opt_state(tx, run.opt_state), run.curve)
-  stage = Stage("distilling", small, plain_step(small, tx), range(job.middle, job.steps), lambda state: None)
+  stage = Stage("distilling", jax.jit(small), plain_step(small, tx), range(job.middle, job.steps), False)
   run, after = fit(stage, run, job)
   small.variables = variables_of(run.params, job.words)  # what is exported
   return Pruned(state, small, run.curve, float(difference), {"before": before, "after": after})

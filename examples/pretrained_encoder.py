@@ -5,7 +5,7 @@
 
 MiniLM-L6 (22 million parameters) is loaded into a plain Flax network and checked; ``fp.auto_mask`` finds what can be
 pruned. Sentences are docstrings and functions of Python's standard library and of what JAX needs; the target is what the
-dense network says of them. Halfway the network is compacted, and trains on. Writes ``report.json``, ``curve.png``,
+dense network says of them. At the target the network is compacted, and trains on. Writes ``report.json``, ``curve.png``,
 ``encoder.stablehlo``, TensorBoard ``events`` and ``checkpoints``; ``--resume`` goes on after a kill or Ctrl-C.
 """
 
@@ -47,13 +47,13 @@ class Args:
   """Folder for report.json, curve.png, encoder.stablehlo, events, checkpoints and the teacher's embeddings."""
   flops_target: float = 0.5
   """Fraction of the dense network's FLOPs to prune to, above 0 and at most 1."""
-  steps: int = 1000
+  steps: int = 1400
   """Training steps."""
   share: float = 1.0
   """Of the modules that are read, from which sentences come."""
   seed: int = 0
   """Of the order of the sentences."""
-  save_every: int = 100
+  save_every: int = 200
   """Steps from one checkpoint to the next."""
   resume: bool = False
   """Go on from the checkpoints in the folder."""

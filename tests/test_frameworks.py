@@ -3,6 +3,7 @@
 import functools
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import keras
@@ -191,3 +192,75 @@ def test_it_trains_to_a_target_and_then_on(name):
   served = fp.compact(auto.apply, {**variables, "masks": everything["masks"]}, network.x)
   assert served.cost <= SHARE * cost.dense
   assert is_close(served(thin, network.x), masked({**variables, "masks": everything["masks"]}, network.x))
+
+
+class Between(eqx.Module):
+  """A layer that is given, between two linear ones; for one example of four rows."""
+
+  first: eqx.nn.Linear
+  layer: eqx.Module
+  last: eqx.nn.Linear
+
+  def __init__(self, layer):
+    self.first, self.last = eqx.nn.Linear(5, 8, key=KEY), eqx.nn.Linear(8, 3, key=KEY)
+    self.layer = layer
+
+  def __call__(self, x):
+    return jax.vmap(self.last)(self.layer(jnp.tanh(jax.vmap(self.first)(x))))
+
+
+class Rows(eqx.Module):
+  """A layer of vectors, for each row."""
+
+  layer: eqx.Module
+
+  def __call__(self, x):
+    return jax.vmap(self.layer)(x)
+
+
+class Convolved(eqx.Module):
+  """A convolution along the rows."""
+
+  layer: eqx.nn.Conv1d
+
+  def __call__(self, x):
+    return self.layer(x.T).T
+
+
+class Attention(eqx.Module):
+  layer: eqx.nn.MultiheadAttention
+
+  def __call__(self, x):
+    return self.layer(x, x, x)
+
+
+KEY = jax.random.key(0)
+LAYERS = {
+  "linear": (lambda: Rows(eqx.nn.Linear(8, 8, key=KEY)), True),
+  "convolution": (lambda: Convolved(eqx.nn.Conv1d(8, 8, 3, padding=1, key=KEY)), True),
+  "depthwise": (lambda: Convolved(eqx.nn.Conv1d(8, 8, 3, padding=1, groups=8, key=KEY)), False),
+  "layer norm": (lambda: Rows(eqx.nn.LayerNorm(8)), False),
+  "attention": (lambda: Attention(eqx.nn.MultiheadAttention(2, 8, key=KEY)), False),
+}
+
+
+@pytest.mark.parametrize(("make", "follows"), LAYERS.values(), ids=LAYERS)
+def test_which_layers_of_equinox_compute_with_smaller_arrays(make, follows):
+  """What its guide says; the compact network is exact for all of them."""
+  params, static = eqx.partition(Between(make()), eqx.is_inexact_array)
+  x = np.random.default_rng(0).normal(size=(2, 4, 5)).astype(np.float32)
+
+  def apply(params, x):
+    return jax.vmap(eqx.combine(params, static))(x)
+
+  auto = fp.auto_mask(apply, params, x)
+  variables = {"params": params, "masks": random_masks(auto.masks)}
+  small = fp.compact(auto.apply, variables, x)
+  wanted = auto.apply(variables, x)
+  assert is_close(small(small.variables, x), wanted)
+  try:
+    called = apply(small.variables["params"], x)
+  except Exception:  # each says so in its own way
+    assert not follows
+  else:
+    assert is_close(called, wanted) == follows

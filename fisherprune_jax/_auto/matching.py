@@ -65,7 +65,7 @@ def match(
       continue
     mine = {_leaf(form, values, place, trees, group) for place in own}
     if not mine & read:
-      raise _lacking(group, "sum over every group, but it reads none of")
+      raise _lacking(group, "The function must sum over every group, but it reads none of")
     for leaf in mine:
       turns = rows.get(leaf, ())
       if leaf in found.leaves:
@@ -91,7 +91,9 @@ def _match_blocks(
       variables = {values[at] for at, _, _ in own}
       mine = [branch for branch in there if branch.variables == variables]
       if not mine:
-        raise _lacking(group, "have every residual branch, but it has none of the variables of")
+        raise _lacking(
+          group, "The function must have every residual branch, but it has none of the variables of"
+        )
       atom = Atom(1)
       found.leaves[atom] = (group, mine[0].turns)
       found.branches.extend((branch, atom) for branch in mine)
@@ -106,8 +108,8 @@ def _check_rows(group: Group, turns: Sequence[Atom]) -> None:
 
 def _lacking(group: Group, what: str) -> ValueError:
   return ValueError(
-    f"The function must {what} {group.name!r} ({_members(group)}). Wrap a function that runs the whole model, or leave "
-    "the group out: fp.auto_mask(..., select=...)."
+    f"{what} {group.name!r} ({_members(group)}). Wrap a function that runs the whole model, or leave the group out: "
+    "fp.auto_mask(..., select=...)."
   )
 
 

@@ -20,10 +20,8 @@ SUMS = {"dot_general", "conv_general_dilated", "reduce_sum", "cumsum", "reduce_w
 INNER = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
-def gradients_tell(names: Sequence[str], emptied: bool = False) -> bool:
-  """Whether a gradient says of every slice of the parameters of these steps whether it matters, under emptied masks or not."""
-  if emptied and any(name.startswith("atan2") or " where " in name for name in names):
-    return False  # zero where an operand is nothing, by their values: of a positive second operand, by a mask chosen
+def gradients_tell(names: Sequence[str]) -> bool:
+  """Whether a gradient says of every slice of the parameters of these steps whether it matters."""
   positions = all(any(name.startswith(kind) for name in names) for kind in (WINDOWED, POSITIONED))
   return not positions and not any(name.startswith(tuple(UNTRUE)) for name in names)
 

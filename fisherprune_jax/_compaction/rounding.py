@@ -38,14 +38,17 @@ def round_up(masks: Mapping[Any, np.ndarray], widths: Iterable[Set], multiple: i
   grown = {key: np.array(mask) != 0 for key, mask in masks.items()}
   all_on = Evaluation({key: np.ones_like(mask) for key, mask in grown.items()})
   pending = list(widths)
-  while any(_grow(s, grown, pending, multiple, all_on) for s in pending):
-    pass  # what one width gained may have unsettled another: a union, say
+  growing = True
+  while growing:  # what one width gained may have unsettled another: a union, say
+    ev = Evaluation(grown)
+    growing = any(_grow(s, ev, grown, pending, multiple, all_on) for s in pending)
   return {key: mask.astype(np.float32) for key, mask in grown.items()}
 
 
-def _grow(s: Set, masks: Masks, widths: list[Set], multiple: int, all_on: Evaluation) -> bool:
+def _grow(
+  s: Set, ev: Evaluation, masks: Masks, widths: list[Set], multiple: int, all_on: Evaluation
+) -> bool:
   """Switches on features, in place, until one width is a multiple; returns whether any was."""
-  ev = Evaluation(masks)
   if not _missing(ev, s, multiple):
     return False
   grew = False

@@ -26,49 +26,50 @@ MATRICES = {
 """Of square matrices; a QR of tall ones."""
 
 
-def count(closed: Any, depends: list[bool]) -> int:
-  """FLOPs of a jaxpr, leaving out what depends on no input that ``depends`` marks."""
-  return _count(closed, depends)[0]
+def count(closed: Any, depends: list[bool], constants: bool = False) -> int:
+  """FLOPs of a jaxpr, leaving out what depends on no input that ``depends`` marks, unless ``constants`` count too."""
+  return _count(closed, depends, constants)[0]
 
 
-def _count(closed: Any, depends: list[bool]) -> tuple[int, list[bool]]:
+def _count(closed: Any, depends: list[bool], constants: bool) -> tuple[int, list[bool]]:
   jaxpr = getattr(closed, "jaxpr", closed)
   marked = {v for v, d in zip(jaxpr.invars, depends, strict=True) if d}
   total = 0
   for eqn in jaxpr.eqns:
     flags = [not isinstance(v, Literal) and v in marked for v in eqn.invars]
+    counts = constants or any(flags)
     name = eqn.primitive.name
     parts = () if name.startswith(("scatter", "reduce", "select_and")) else eqn.params.values()
     inner = next((p for p in parts if hasattr(p, "eqns")), None)
     if name == "cond":
-      found = [_count(branch, flags[1:]) for branch in eqn.params["branches"]]
+      found = [_count(branch, flags[1:], constants) for branch in eqn.params["branches"]]
       flops, outs = max(f for f, _ in found), [True] * len(eqn.outvars)
     elif name == "while":
       first, consts = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-      body, outs = _turn(eqn.params["body_jaxpr"], flags[first:], consts, len(eqn.outvars))
-      flops = body + _count(eqn.params["cond_jaxpr"], [*flags[:first], *outs])[0]
+      body, outs = _turn(eqn.params["body_jaxpr"], flags[first:], consts, len(eqn.outvars), constants)
+      flops = body + _count(eqn.params["cond_jaxpr"], [*flags[:first], *outs], constants)[0]
     elif name == "scan":
       consts, carry = scan_counts(eqn.params)
-      turn, outs = _turn(inner, flags, consts, carry)
+      turn, outs = _turn(inner, flags, consts, carry, constants)
       flops = eqn.params["length"] * turn
     elif name == "custom_linear_solve":
       solve, lengths = eqn.params["jaxprs"].solve, eqn.params["const_lengths"]
       first = lengths.matvec + lengths.vecmat
-      flops, outs = _count(solve, [*flags[first : first + lengths.solve], *flags[sum(lengths) :]])
+      flops, outs = _count(solve, [*flags[first : first + lengths.solve], *flags[sum(lengths) :]], constants)
     elif inner is not None:
-      flops, outs = _count(inner, flags)
+      flops, outs = _count(inner, flags, constants)
     else:
       flops, outs = _flops(eqn), [any(flags)] * len(eqn.outvars)
-    total += flops if any(flags) else 0
+    total += flops if counts else 0
     marked |= {v for v, d in zip(eqn.outvars, outs, strict=True) if d}
   return total, [not isinstance(v, Literal) and v in marked for v in jaxpr.outvars]
 
 
-def _turn(body: Any, flags: list[bool], consts: int, carry: int) -> tuple[int, list[bool]]:
+def _turn(body: Any, flags: list[bool], consts: int, carry: int, constants: bool) -> tuple[int, list[bool]]:
   """One turn of a loop; carried values depend on the arguments if they do at first or after any turn."""
   flags = list(flags)
   while True:
-    flops, outs = _count(body, flags)
+    flops, outs = _count(body, flags, constants)
     joined = [a or b for a, b in zip(flags[consts : consts + carry], outs, strict=False)]
     if joined == flags[consts : consts + carry]:
       return flops, [*joined, *outs[carry:]]

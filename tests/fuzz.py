@@ -296,9 +296,12 @@ def check_costs(net: Network, small: Any) -> None:
     got = float(drops[name][k]) * net.shape[0]
     assert abs(got - expected) <= 1e-6 * abs(expected) + 1e-9, f"drop of {name}[{k}]: {got}, not {expected}"
   jaxpr = jax.make_jaxpr(small)(small.variables, x)
-  if not _names(jaxpr) & UNCOUNTED and not _has_empty(jaxpr):
-    counted = count(jaxpr, [False] * len(jax.tree.leaves(small.variables)) + [True])
-    assert counted == exact, f"the compact program has {counted} FLOPs, the cost model says {exact}"
+  if not _names(jaxpr) & UNCOUNTED:
+    depends = [False] * len(jax.tree.leaves(small.variables)) + [True]
+    counted, most = count(jaxpr, depends), count(jaxpr, depends, constants=True)
+    # What follows from an array of which nothing is left is a constant, though not for the cost model.
+    right = counted <= exact <= most if _has_nothing(jaxpr) else counted == exact
+    assert right, f"the compact program has {counted} FLOPs, the cost model says {exact}"
 
 
 def _jaxprs(jaxpr: Any) -> Any:
@@ -315,14 +318,15 @@ def _names(jaxpr: Any) -> set[str]:
   return {eqn.primitive.name for inner in _jaxprs(jaxpr) for eqn in inner.eqns}
 
 
-def _has_empty(jaxpr: Any) -> bool:
-  """Whether some array has no entries: what follows from it is then constant, though not for the cost model."""
-  return any(
-    0 in getattr(v.aval, "shape", ())
-    for inner in _jaxprs(jaxpr)
-    for eqn in inner.eqns
-    for v in (*eqn.invars, *eqn.outvars)
-  )
+def _has_nothing(jaxpr: Any) -> bool:
+  """Whether some array has no entries, or is made of zeros, as one that is not there is shown."""
+  eqns = [eqn for inner in _jaxprs(jaxpr) for eqn in inner.eqns]
+  zeros = any(eqn.primitive.name == "broadcast_in_dim" and _is_zero(eqn.invars[0]) for eqn in eqns)
+  return zeros or any(0 in getattr(v.aval, "shape", ()) for eqn in eqns for v in (*eqn.invars, *eqn.outvars))
+
+
+def _is_zero(atom: Any) -> bool:
+  return hasattr(atom, "val") and not np.any(atom.val)
 
 
 def check_refusal(net: Network, error: ValueError) -> None:
@@ -386,11 +390,9 @@ def check(net: Network, other: int) -> None:
       raise WildError("the sign of a sum that is exactly zero") from None
     raise
   check_costs(net, small)
-  if (
-    net.seed % 3 == 0
-    and all(m.any() for m in net.masks.values())
-    and gradients_tell([step.name for step in net.steps])
-  ):
+  # Of emptied masks on both sides of a set conditions say less than gradients do (docs/design.md, where it ends).
+  emptied = not all(m.any() for m in net.masks.values())
+  if net.seed % 3 == 0 and not emptied and gradients_tell([step.name for step in net.steps]):
     check_report(net, small)
 
 

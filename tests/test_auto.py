@@ -277,6 +277,10 @@ def test_residual_branches_are_blocks():
   np.testing.assert_allclose(auto.apply(variables, X), residual(without, X), rtol=1e-6)
   small = fp.compact(auto.apply, variables, X)
   np.testing.assert_allclose(small(small.variables, X), residual(without, X), rtol=1e-5)
+  assert not any(leaf.size for leaf in jax.tree.leaves(small.variables["one"]))
+  cost = fp.cost_model(auto.apply, auto.variables, X)
+  twice = cost.exact(auto.masks) - cost.exact(masks)
+  assert twice == 4 * (7 * 11 + 7 + 6 * 13)  # the sum itself stays
 
 
 def test_blocks_may_go_while_features_keep_their_floor():

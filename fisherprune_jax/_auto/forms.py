@@ -9,7 +9,8 @@ import jax
 from fisherprune_jax._auto.atoms import Atom, block, tie
 from fisherprune_jax._auto.axes import Axes
 from fisherprune_jax._errors import is_traced
-from fisherprune_jax._graph.facts import Info, whole_box
+from fisherprune_jax._graph.boxes import whole_box
+from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of

@@ -10,8 +10,8 @@ import numpy as np
 
 from fisherprune_jax._errors import describe
 from fisherprune_jax._graph import compat, sets
+from fisherprune_jax._graph.boxes import Box, Where, whole
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.facts import Box
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Value
 from fisherprune_jax._types import Array
@@ -95,13 +95,16 @@ def _with_examples(index: Index) -> Index:
   return (*index[:-1], None, index[-1])
 
 
-def keep(value: Value, live: Liveness, ev: Evaluation, returned: Box | None = None) -> Kept:
+def keep(value: Value, live: Liveness, ev: Evaluation, returned: Where | None = None) -> Kept:
   """What is kept of a variable: what is stored of it, ``returned`` if given, all if nothing asks for it."""
-  stored = live.stored(value) if value in live.asked else tuple(map(sets.everything, value.shape))
-  index = tuple(map(ev.index, stored if returned is None else returned))
+
+  def index_of(where: Where) -> Index:
+    return tuple(map(ev.index, ev.box(where)))
+
+  stored = live.stored(value) if value in live.asked else whole(value.shape)
   layers = live.layers(value) if returned is None else None
   return Kept(
-    value.shape, index, None if layers is None else tuple(tuple(map(ev.index, layer)) for layer in layers)
+    value.shape, index_of(returned or stored), None if layers is None else tuple(map(index_of, layers))
   )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Value
@@ -18,10 +19,10 @@ Feature = tuple[Any, int]
 
 def widths_of(values: Iterable[Value], live: Liveness) -> list[Set]:
   """What is kept along each axis of these variables, where that depends on masks."""
-  boxes = [
-    box for value in values if value in live.asked for box in live.layers(value) or [live.stored(value)]
+  found = [
+    where for value in values if value in live.asked for where in live.layers(value) or [live.stored(value)]
   ]
-  return list(dict.fromkeys(s for box in boxes for s in box if s.support))
+  return list(dict.fromkeys(sets.gated(s, where.when) for where in found for s in where.box if s.support))
 
 
 def round_up(masks: Mapping[Any, np.ndarray], widths: Iterable[Set], multiple: int) -> Masks:
@@ -45,9 +46,7 @@ def round_up(masks: Mapping[Any, np.ndarray], widths: Iterable[Set], multiple: i
   return {key: mask.astype(np.float32) for key, mask in grown.items()}
 
 
-def _grow(
-  s: Set, ev: Evaluation, masks: Masks, widths: list[Set], multiple: int, all_on: Evaluation
-) -> bool:
+def _grow(s: Set, ev: Evaluation, masks: Masks, widths: list[Set], multiple: int, all_on: Evaluation) -> bool:
   """Switches on features, in place, until one width is a multiple; returns whether any was."""
   if not _missing(ev, s, multiple):
     return False

@@ -9,8 +9,8 @@ from fisherprune_jax._compaction.kept import Kept, keep
 from fisherprune_jax._compaction.plan import Plan
 from fisherprune_jax._errors import Path
 from fisherprune_jax._graph.blockers import not_covered
+from fisherprune_jax._graph.boxes import Box, whole_box
 from fisherprune_jax._graph.execute import Held, Run
-from fisherprune_jax._graph.facts import Box, whole_box
 from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.traced import Analysis, Traced, trace_apply
 from fisherprune_jax._graph.variables import VariableTree, signature

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fisherprune_jax._graph.boxes import Box
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.facts import Box
 from fisherprune_jax._types import Size
 
 

@@ -9,9 +9,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fisherprune_jax._errors import Path, path_name, warn
+from fisherprune_jax._graph.boxes import Where, weak_box, whole_box
 from fisherprune_jax._graph.causes import Causes, in_nobodys_way, is_in_the_way
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.facts import Info, weak_box, whole_box
+from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.rules import spec_of, unknown
@@ -130,7 +131,7 @@ def _without(analysis: Analysis, chosen: Callable[[Node], bool], outputs: bool) 
     return in_nobodys_way(node, spec, analysis.live) if is_in_the_way(spec) and chosen(node) else spec
 
   box = weak_box if outputs else whole_box
-  return analysis.by_rules(rules, lambda value: box(value.shape))
+  return analysis.by_rules(rules, lambda value: Where(box(value.shape)))
 
 
 def _cost(analysis: Analysis, live: Liveness, ev: Evaluation, meter: Meter) -> int:

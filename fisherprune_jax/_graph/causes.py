@@ -38,7 +38,8 @@ def _own_sums(spec: Spec) -> frozenset[Factor]:
 def in_nobodys_way(node: Node, spec: Spec, live: Liveness) -> Spec:
   """The spec of a node, as it would be if it could do without dead entries.
 
-  Where a later mask decides what is asked of it, it may bring to life what that mask keeps.
+  Where a later mask decides what is asked of it, it may bring to life what that mask keeps. What it makes of nothing
+  at all, as a bias behind a mask that was emptied, is not in the way: that is there for good.
   """
   shape = node.outs[0].shape if node.outs else None
   if node.ins and node.ins[0].shape == shape and not {*spec.ins[0]} & {*spec.outs[0]}:
@@ -46,13 +47,16 @@ def in_nobodys_way(node: Node, spec: Spec, live: Liveness) -> Spec:
   decided = {
     f
     for out, axes in zip(node.outs, spec.outs, strict=True)
-    for axis, asked in zip(axes, live.asked.get(out, ()), strict=False)
+    for axis, asked in zip(axes, live.asked[out].box if out in live.asked else (), strict=False)
     for f in factors_of(axis)
     if asked.support
   }
   infos = [live.info(value) for value in node.ins]
   variables = frozenset(i for i, info in enumerate(infos) if not info.varies and not info.is_masked)
   others = spec.neutral | variables
+  lasts = not all(spec.roles.deciding) and not (
+    all(spec.roles.vanishing) and variables.isdisjoint(spec.roles.adding)
+  )
   shifted = {f for i in variables for axis in spec.ins[i] for f in factors_of(axis)}
   return replace(
     spec,
@@ -61,6 +65,7 @@ def in_nobodys_way(node: Node, spec: Spec, live: Liveness) -> Spec:
     whole=frozenset(),
     sees=frozenset(),
     weak=_own_sums(spec),
+    lasts=lasts,
     opaque="",
   )
 
@@ -147,22 +152,28 @@ class Causes:
     both = (self._live, self._free)
     layers = [live.layers(value) for live in both]
     if not axis or layers == [None, None]:
-      return [(self._live.stored(value)[axis], self._free.stored(value)[axis])]
-    boxes = [r or [live.stored(value)[1:]] * value.shape[0] for r, live in zip(layers, both, strict=True)]
-    return [(kept[axis - 1], allowed[axis - 1]) for kept, allowed in zip(*boxes, strict=True)]
+      kept, allowed = (self._ev.box(live.stored(value)) for live in both)
+      return [(kept[axis], allowed[axis])]
+    wheres = [
+      r or [live.stored(value).in_a_turn()] * value.shape[0] for r, live in zip(layers, both, strict=True)
+    ]
+    boxes = zip(*(map(self._ev.box, r) for r in wheres), strict=True)
+    return [(kept[axis - 1], allowed[axis - 1]) for kept, allowed in boxes]
 
   def works_on_dead(self, node: Node) -> bool:
     """Whether a node that is in the way works on entries that are zero, or that nobody asks for."""
     spec, factors = self._live.specs.get(node), self._live.factors.get(node)
     if spec is None or factors is None or not spec.opaque:
       return False
-    offered = [(v, axes, self._live.info(v).possible) for v, axes in zip(node.ins, spec.ins, strict=True)]
+    if not self._ev.is_so(self._live.when(node)):
+      return False
+    offered = [(v, axes, self._live.info(v).where) for v, axes in zip(node.ins, spec.ins, strict=True)]
     results = zip(node.outs, spec.outs, strict=True)
     wanted = [(v, axes, self._live.asked[v]) for v, axes in results if v in self._live.asked]
     return any(
       self._more(compose(axis, factors, n), bound)
-      for value, axes, box in offered + wanted
-      for axis, n, bound in zip(axes, value.shape, box, strict=True)
+      for value, axes, where in offered + wanted
+      for axis, n, bound in zip(axes, value.shape, where.box, strict=True)
       if bound.support
     )
 
@@ -174,14 +185,16 @@ class Causes:
 
   def _asked_more(self, place: Place) -> bool:
     value, axis = place
-    asked = [live.asked[value][axis] for live in (self._live, self._free) if value in live.asked]
+    asked = [
+      self._ev.box(live.asked[value])[axis] for live in (self._live, self._free) if value in live.asked
+    ]
     return len(asked) == 2 and (asked[1].is_weak or self._more(*asked))
 
   def _possibly_more(self, place: Place) -> bool:
     value, axis = place
     if value.literal is not None:
       return False
-    return self._more(*(live.info(value).possible[axis] for live in (self._live, self._free)))
+    return self._more(*(self._ev.box(live.info(value).where)[axis] for live in (self._live, self._free)))
 
   def _forwards(self, start: Place) -> Node | None:
     """The nearest node behind a place that asks for more of it than it need."""
@@ -225,7 +238,10 @@ class Causes:
     value, at = place
     if node not in self._live.factors:
       return False
-    used, enough = compose(axis, self._live.factors[node], value.shape[at]), self._free.stored(value)[at]
+    if not self._ev.is_so(self._live.when(node)):
+      return False
+    used = compose(axis, self._live.factors[node], value.shape[at])
+    enough = self._ev.box(self._free.stored(value))[at]
     return enough.is_weak or self._more(used, enough)
 
   def _backwards(self, place: Place) -> Node | None:

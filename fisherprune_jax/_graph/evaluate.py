@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from fisherprune_jax._graph.boxes import Box, Where, empty_box
 from fisherprune_jax._graph.sets import Bits, Set, in_order
 from fisherprune_jax._types import Array, Size
 
@@ -32,6 +33,22 @@ class Evaluation:
   def count(self, s: Set) -> Any:
     """How many positions are in the set."""
     return s.count(self)
+
+  def is_so(self, when: Set) -> bool:
+    """Whether a condition holds, on the host."""
+    return when.is_all or bool(self.bits(when)[0])
+
+  def holds(self, where: Where) -> bool:
+    """Whether there are any of some entries, on the host."""
+    return self.is_so(where.when) and all(map(self._has_any, where.box))
+
+  def box(self, where: Where) -> Box:
+    """The box of some entries, on the host: empty along every axis if there are none."""
+    return where.box if self.holds(where) else empty_box([s.size for s in where.box])
+
+  def _has_any(self, s: Set) -> bool:
+    index = self.index(s)
+    return s.size != 0 if index is None else index.size > 0
 
   def index(self, s: Set) -> np.ndarray | None:
     """The positions in the set, on the host; None if it is all of them."""

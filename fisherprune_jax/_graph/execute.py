@@ -5,7 +5,7 @@ static selection, or zeros put in where an entry is needed that nobody computes 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fisherprune_jax._graph import compat
+from fisherprune_jax._graph import compat, sets
 from fisherprune_jax._graph.align import align, select, sources
+from fisherprune_jax._graph.boxes import Box, Where, whole_box
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.facts import Box, Info, box_of, whole_box
+from fisherprune_jax._graph.facts import Info, box_of
 from fisherprune_jax._graph.liveness import Liveness, analyse
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.rules import spec_of
@@ -57,6 +58,7 @@ class Run:
   program: Program
   live: Liveness
   ev: Evaluation
+  _found: dict[Value, tuple[bool, Box]] = field(default_factory=dict, repr=False)
 
   def __call__(self, inputs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Box]) -> list[Any]:
     """Executes the program.
@@ -73,62 +75,100 @@ class Run:
   ) -> list[Any]:
     """Executes a program that this one runs, on inputs that hold what ``held`` says."""
     inputs = [
-      self._given(x, box, value) if value in self.live.asked else None
+      self._given(x, box, value) if self.needs(value) else None
       for x, box, value in zip(xs, held, program.inputs, strict=True)
     ]
     return self.run(program, inputs, wanted)
 
+  def needs(self, value: Value) -> bool:
+    """Whether anything is stored of an array."""
+    return self._stored(value)[0]
+
+  def box(self, value: Value) -> Box:
+    """What is stored of an array; an empty box if it is nothing along any axis."""
+    return self._stored(value)[1]
+
+  def _stored(self, value: Value) -> tuple[bool, Box]:
+    if value not in self._found:
+      where = self.live.stored(value)
+      self._found[value] = self.ev.holds(where), self.held(where)
+    return self._found[value]
+
+  def held(self, where: Where) -> Box:
+    """The box of some entries, empty if there are none."""
+    return self.ev.box(where)
+
+  def runs(self, node: Node) -> bool:
+    """Whether a node has to run."""
+    also = self.live.also.get(node, sets.NEVER)
+    return node.acts or any(map(self.needs, node.outs)) or self.ev.is_so(also)
+
   def _given(self, x: jax.Array, held: Held, value: Value) -> "Stack | jax.Array":
     if isinstance(held, list):
       stack = Stack(x, held)
-      return stack if self.live.layers(value) is not None else stack.read(self.live.stored(value), self.ev)
-    return align(x, held, self.live.stored(value), self.ev)
+      return stack if self.live.layers(value) is not None else stack.read(self.box(value), self.ev)
+    return align(x, held, self.box(value), self.ev)
 
   def run(self, program: Program, inputs: Sequence[Any], wanted: Sequence[Box]) -> list[Any]:
     """Executes this program, or one that it calls, on what is stored of its inputs."""
-    arrays = dict(zip(program.inputs, inputs, strict=True))
+    arrays = {value: x for value, x in zip(program.inputs, inputs, strict=True) if self.needs(value)}
     for value, const in program.consts:
-      if value in self.live.asked:
-        arrays[value] = align(const, whole_box(value.shape), self.live.stored(value), self.ev)
+      if self.needs(value):
+        arrays[value] = align(const, whole_box(value.shape), self.box(value), self.ev)
+    loose: list[Any] = []
     for node in program.nodes:
-      if self.live.runs(node):
-        _execute(self, node, arrays)
-    return [self.read(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
+      if self.runs(node):
+        outs = _execute(self, node, arrays)
+        loose += outs if node in self.live.also and not any(map(self.needs, node.outs)) else ()
+    outputs = [self.read(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
+    return _tied(outputs, loose)
 
   def read(self, arrays: Arrays, value: Value, box: Box) -> jax.Array:
-    """An array at the entries of ``box``; zeros (none, mostly) of one that nothing asks for."""
+    """An array at the entries of ``box``; zeros (none, mostly) of one of which nothing is stored."""
     if value.literal is not None:
       return align(jnp.asarray(value.literal, value.aval.dtype), whole_box(value.shape), box, self.ev)
-    if value not in self.live.asked:
+    if value not in arrays:
       return jnp.zeros([self.ev.width(s) for s in box], value.aval.dtype)
-    return align(arrays[value], self.live.stored(value), box, self.ev)
+    return align(arrays[value], self.box(value), box, self.ev)
 
   def read_layer(self, arrays: Arrays, value: Value, layer: int, box: Box) -> jax.Array:
     """One entry of an array along its leading axis, at the entries of ``box``."""
-    if value not in self.live.asked:
+    if value not in arrays:
       return jnp.zeros([self.ev.width(s) for s in box], value.aval.dtype)
     array = arrays[value]
     if isinstance(array, Stack):
       return align(array.layer(layer, self.ev), array.boxes[layer], box, self.ev)
-    return align(_entry(array, layer), self.live.stored(value)[1:], box, self.ev)
+    return align(_entry(array, layer), self.box(value)[1:], box, self.ev)
 
   def again(self, program: Program, inputs: Sequence[Info], asked: Sequence[Box]) -> "Run":
     """A run of another program, under the same masks."""
-    return Run(program, analyse(program, inputs, asked, spec_of, self.live.policy), self.ev)
+    wanted = [Where(box) for box in asked]
+    return Run(program, analyse(program, inputs, wanted, spec_of, self.live.policy), self.ev)
 
 
 def _entry(array: jax.Array, layer: int) -> jax.Array:
   return lax.index_in_dim(array, layer, keepdims=False)
 
 
-def _execute(run: Run, node: Node, arrays: Arrays) -> None:
+def _execute(run: Run, node: Node, arrays: Arrays) -> Sequence[Any]:
   if node in run.live.subs:
     outs, boxes = STRUCTURED[node.name].execute(run, node, arrays)
   else:
     outs, boxes = _apply(run, node, arrays)
   for out, array, box in zip(node.outs, outs, boxes, strict=True):
-    if out in run.live.asked:
-      arrays[out] = align(array, box, run.live.stored(out), run.ev)
+    if run.needs(out):
+      arrays[out] = align(array, box, run.box(out), run.ev)
+  return outs
+
+
+def _tied(outputs: list[Any], loose: Sequence[Any]) -> list[Any]:
+  """Outputs that hang on other arrays though they hold nothing of these: or no derivative rule of theirs is called."""
+  at = next((at for at, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)), None)
+  if not loose or at is None:
+    return outputs
+  out = outputs[at]
+  nothing = [x.reshape(-1)[:0].astype(out.dtype) for x in loose]
+  return [*outputs[:at], jnp.concatenate([out.reshape(-1), *nothing]).reshape(out.shape), *outputs[at + 1 :]]
 
 
 def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequence[Box]]:

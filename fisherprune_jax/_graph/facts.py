@@ -1,21 +1,21 @@
 """What is known of one array, and what one application of a primitive makes of it by its ``Spec``."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._graph import compat, sets, together
-from fisherprune_jax._graph.program import Node, Value
+from fisherprune_jax._graph import compat, presence, sets, together
+from fisherprune_jax._graph.boxes import Box, Where, empty_box, join, united, whole_box
+from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec, Sum, compose, factors_of, project
 from fisherprune_jax._graph.together import Together
 from fisherprune_jax._types import Shape
 
-Box = tuple[Set, ...]
 Factors = dict[Factor, Set]
 LARGEST_KNOWN = 65_536
 """Arrays of integers and booleans up to this size are followed by value."""
@@ -27,11 +27,12 @@ class Info(NamedTuple):
   Attributes:
     possible: per axis, where it can be non-zero.
     const: the value of all its entries, where they are one known number.
-    mask: whether its entries are one wherever ``possible`` allows them to be non-zero.
+    mask: whether its entries are one wherever ``possible`` and ``when`` allow them to be non-zero.
     varies: whether it depends on the arguments, not on the variables alone.
     known: its value, if it is a small array of integers or booleans that no input decides.
     layers: what is known of each entry along the leading axis, where they differ: a stack of masks.
     together: where it can be non-zero by several axes merged, where that is less than ``possible`` says.
+    when: the condition that it can be non-zero at all.
   """
 
   possible: Box
@@ -41,6 +42,7 @@ class Info(NamedTuple):
   known: np.ndarray | None = None
   layers: "tuple[Info, ...] | None" = None
   together: Together = MappingProxyType({})
+  when: Set = sets.ALWAYS
 
   @property
   def is_zero(self) -> bool:
@@ -50,49 +52,29 @@ class Info(NamedTuple):
   @property
   def is_masked(self) -> bool:
     """Whether masks decide where it can be non-zero."""
-    return any(s.support for s in self.possible)
+    return any(s.support for s in (*self.possible, self.when))
+
+  @property
+  def where(self) -> Where:
+    """Where it can be non-zero; of a constant, what the box says."""
+    return Where(self.possible, self.together, self.when)
+
+  @property
+  def nonzero(self) -> Where:
+    """Where it can be non-zero: nowhere if it is a constant zero."""
+    if not self.is_zero:
+      return self.where
+    return Where(empty_box([s.size for s in self.possible]), when=sets.NEVER)
 
 
-def whole_box(shape: Shape) -> Box:
-  """The box that holds everything."""
-  return tuple(sets.everything(n) for n in shape)
-
-
-def weak_box(shape: Shape) -> Box:
-  """The box of what could do without."""
-  return tuple(map(sets.weak, shape))
-
-
-def empty_box(shape: Shape) -> Box:
-  """The box that holds nothing (along an axis of symbolic size, everything)."""
-  return tuple(sets.nothing(n) if compat.is_static_size(n) else sets.everything(n) for n in shape)
-
-
-def join(*boxes: Box) -> Box:
-  """The smallest box that contains all of ``boxes``."""
-  return tuple(sets.union(*column) for column in zip(*boxes, strict=True))
-
-
-def join_merged(a: tuple[Box, Together], b: tuple[Box, Together]) -> tuple[Box, Together]:
-  """The smallest box that contains both, with what both say of several axes merged."""
-  box = join(a[0], b[0])
-  return box, together.union(a, b, box)
+def info_of(where: Where, varies: bool) -> Info:
+  """What is known of an array of which only that is."""
+  return Info(where.box, varies=varies, together=where.together, when=where.when)
 
 
 def either(a: Info, b: Info) -> Info:
   """What is known of an array that is one or the other."""
-  box, axes = join_merged((a.possible, a.together), (b.possible, b.together))
-  return Info(box, varies=a.varies or b.varies, together=axes)
-
-
-def meet(a: Box, b: Box) -> Box:
-  """What two boxes share."""
-  return tuple(map(sets.intersection, a, b))
-
-
-def nonzero_box(info: Info) -> Box:
-  """Where an array can be non-zero: nowhere if it is a constant zero."""
-  return empty_box([s.size for s in info.possible]) if info.is_zero else info.possible
+  return info_of(join(a.where, b.where), a.varies or b.varies)
 
 
 def box_of(axes: Axes, factors: Factors, shape: Shape) -> Box:
@@ -108,22 +90,27 @@ def constant(value: Any, shape: tuple[Any, ...]) -> Info:
 
 def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
   """The forward pass of one node: what is known of its results."""
-  factors = {f: _can_be_nonzero(f, spec, infos) for f in spec.sizes}
+  factors, sums = _can_be_nonzero(spec, infos)
   varies = any(info.varies for info in infos)
   tied = together.forward(spec, [(info.possible, info.together) for info in infos])
   found = [
-    together.laid(spec, tied, axes, box_of(axes, factors, out.shape))
-    for axes, out in zip(spec.outs, node.outs, strict=True)
+    Where(
+      *together.laid(spec, tied, axes, box_of(axes, factors, out.shape)),
+      sets.every(
+        *presence.of_operands(spec, infos, at, factors), *([sums] if spec.roles.vanishing[at] else ())
+      ),
+    )
+    for at, (axes, out) in enumerate(zip(spec.outs, node.outs, strict=True))
   ]
   if (layer := _layer_taken(spec, infos)) is not None:
     return [layer]
   known = _fold(node, infos)
   if spec.moves:
-    first = infos[0]
-    ((box, axes),) = found
-    return [Info(box, first.const, first.mask and _is_exact(spec, factors, first), varies, known, None, axes)]
+    first, ((box, axes, when),) = infos[0], found
+    mask = first.mask and _is_exact(spec, factors, first)
+    return [Info(box, first.const, mask, varies, known, None, axes, when)]
   mask = all(info.mask for info in infos) if spec.same_as is not None else _are_masks_end_to_end(spec, infos)
-  return [Info(box, mask=mask, varies=varies, known=known, together=axes) for box, axes in found]
+  return [Info(box, None, mask, varies, known, None, axes, when) for box, axes, when in found]
 
 
 def _are_masks_end_to_end(spec: Spec, infos: Sequence[Info]) -> bool:
@@ -177,64 +164,96 @@ def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:
 
 def _is_exact(spec: Spec, factors: Factors, info: Info) -> bool:
   """Whether an array moved by ``spec`` is non-zero exactly where its new box says, as its old one did."""
-  return all(compose(axis, factors, s.size) is s for axis, s in zip(spec.ins[0], info.possible, strict=True))
+  return all(
+    compose(axis, factors, s.size) is s or (axis is None and 0 in spec.kills)
+    for axis, s in zip(spec.ins[0], info.possible, strict=True)
+  )
 
 
 # The soundness lemma, first half: outside of the boxes that follow from this, an array is zero, whatever the variables
 # and the arguments are. By induction along the program, as a rule promises of every factor that is neither `alive`
 # nor `whole`: where all operands that have it are zero, but for `neutral` ones, so is the result; and where one that
 # `kills` is zero, whatever the others are. An array that is a constant zero adds nothing to what others make possible.
+# Whether a result can be anything at all follows from the same (`Roles`, presence.py): not if an operand that decides
+# it alone is nothing, along whichever axis, or no term of a sum is left, or all operands are nothing that are added.
 # docs/design.md has the whole argument, and where it ends: rules for derivatives, signs of zero, NaN and infinity.
-def _can_be_nonzero(factor: Factor, spec: Spec, infos: Sequence[Info]) -> Set:
-  everything = sets.everything(spec.sizes[factor])
-  if factor in spec.whole:
-    return everything
-  seen = [
-    (operand, project(axis, s, factor, spec.sizes))
-    for operand, (axes, info) in enumerate(zip(spec.ins, infos, strict=True))
-    for axis, s in zip(axes, info.possible, strict=True)
-    if factor in factors_of(axis) and operand not in spec.neutral
+def _can_be_nonzero(spec: Spec, infos: Sequence[Info]) -> tuple[Factors, Set]:
+  """Per factor where results can be non-zero (of one that is summed over: which terms can), and when a sum can."""
+  roles = spec.roles
+  shown = [
+    _of_factors(spec, axes, info.possible) if at not in spec.neutral else {}
+    for at, (axes, info) in enumerate(zip(spec.ins, infos, strict=True))
   ]
-  free = factor in spec.alive or not seen
-  some = [s for operand, s in seen if not infos[operand].is_zero] or [s for _, s in seen]
-  base = everything if free else sets.union(*some)
-  return sets.intersection(base, *(s for operand, s in seen if operand in spec.kills))
+  sums, when = _added(spec, infos, shown) if roles.adding else ({}, sets.ALWAYS)
+  found = {}
+  for f, size in spec.sizes.items():
+    givers = roles.givers.get(f, ())
+    if f in spec.whole:
+      found[f] = sets.everything(size)
+    elif killing := [shown[i][f] for i in givers if f in roles.summed or i in spec.kills]:
+      found[f] = sets.intersection(*killing)
+    elif f not in roles.keeping:
+      found[f] = sets.everything(size)
+    elif f in sums and roles.adding.issuperset(givers):
+      found[f] = sums[f]
+    else:
+      found[f] = sets.union(*(shown[i][f] for i in givers))
+  return found, when
+
+
+def _of_factors(spec: Spec, axes: Axes, box: Box) -> Factors:
+  """The smallest sets of the factors of an array that its box allows."""
+  found: Factors = {}
+  for axis, s in zip(axes, box, strict=True):
+    for f in factors_of(axis):
+      one = project(axis, s, f, spec.sizes)
+      found[f] = sets.union(found[f], one) if f in found else one
+  return found
+
+
+def _added(spec: Spec, infos: Sequence[Info], shown: Sequence[Factors]) -> tuple[Factors, Set]:
+  """Where and when the operands that results are like sums of can be non-zero, those that are zero left out."""
+  roles, parts = spec.roles, []
+  for i in [i for i in sorted(roles.adding) if not infos[i].is_zero] or sorted(roles.adding):
+    own = {f: s for f, s in shown[i].items() if f in roles.keeping and f not in roles.summed}
+    axes = zip(spec.ins[i], infos[i].possible, strict=True)
+    others = [s for axis, s in axes if own.keys().isdisjoint(factors_of(axis))]
+    parts.append((sets.every(infos[i].when, *presence.inhabited(others)), own))
+  return united(parts)
 
 
 # The second half: what is stored of the results hangs on the operands at the entries that follow from this alone. A
 # factor of a result is needed where the result is stored. One that no result has is summed over: there a term is zero
 # unless all operands that have the factor can be non-zero, so those entries are enough. An entry that is not stored is
 # then outside of the first half's box, and zero, or nobody asks for it: shown as zero, an array is what it was for
-# everyone who reads it.
-def needed(
-  node: Node, spec: Spec, box: Callable[[Value], Box], stored: Callable[[Value], Box | None]
-) -> Factors:
-  """The backward pass of one node: the entries of its factors that it has to work on.
+# everyone who reads it. Where nothing is stored of the results the node does not run, and asks for nothing.
+def needed(spec: Spec, infos: Sequence[Info], results: Sequence[Where | None]) -> Factors:
+  """The backward pass of one node: the entries of its factors that it has to work on, if it has to run at all.
 
   Args:
-    node: the node.
     spec: how it relates axes.
-    box: where an operand can be non-zero.
-    stored: what is stored of a result, None if nothing asks for it.
+    infos: what is known of its operands.
+    results: what is stored of its results, None if nothing asks for one.
   """
-  return {f: _needed(f, node, spec, box, stored) for f in spec.sizes}
+  asked = [
+    (where.when, _of_factors(spec, axes, where.box))
+    for axes, where in zip(spec.outs, results, strict=True)
+    if where is not None
+  ]
+  found = asked[0][1] if len(asked) == 1 else united(asked)[0] if asked else {}
+  offered = (
+    [_of_factors(spec, axes, info.possible) for axes, info in zip(spec.ins, infos, strict=True)]
+    if spec.roles.summed
+    else []
+  )
+  return {f: _needed(f, spec, found, offered) for f in spec.sizes}
 
 
-def _needed(factor: Factor, node: Node, spec: Spec, box: Any, stored: Any) -> Set:
+def _needed(factor: Factor, spec: Spec, asked: Factors, offered: Sequence[Factors]) -> Set:
+  size = spec.sizes[factor]
   if factor in spec.whole:
-    return sets.everything(spec.sizes[factor])
-
-  def found(values: Sequence[Value], all_axes: Sequence[Axes], boxes: Any) -> list[Set]:
-    return [
-      project(axis, s, factor, spec.sizes)
-      for value, axes in zip(values, all_axes, strict=True)
-      if any(factor in factors_of(axis) for axis in axes) and (shown := boxes(value)) is not None
-      for axis, s in zip(axes, shown, strict=True)
-      if factor in factors_of(axis)
-    ]
-
-  if not any(factor in factors_of(axis) for axes in spec.outs for axis in axes):
-    offered = sets.intersection(*found(node.ins, spec.ins, box))  # contracted: what all operands offer
-    return sets.intersection(sets.weak(offered.size), offered) if factor in spec.weak else offered
-  asked = found(node.outs, spec.outs, stored)
-  return sets.union(*asked) if asked else sets.nothing(spec.sizes[factor])
+    return sets.everything(size)
+  if factor not in spec.roles.summed:
+    return asked[factor] if factor in asked else sets.nothing(size)
+  terms = sets.intersection(*(s[factor] for s in offered if factor in s))  # what all operands offer
+  return sets.intersection(sets.weak(size), terms) if factor in spec.weak else terms

@@ -6,53 +6,45 @@ axis. An entry that is not stored is zero, or nobody asks for it; so showing it 
 that is all that execution relies on.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 
-from fisherprune_jax._graph import signs, together
-from fisherprune_jax._graph.facts import (
-  Box,
-  Factors,
-  Info,
-  box_of,
-  constant,
-  empty_box,
-  join,
-  join_merged,
-  meet,
-  needed,
-  results,
-  whole_box,
-)
+from fisherprune_jax._graph import presence, sets, signs, together
+from fisherprune_jax._graph.boxes import Where, hull, join, meet, nowhere, whole_box
+from fisherprune_jax._graph.facts import Factors, Info, box_of, constant, needed, results
 from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
+from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Spec
 from fisherprune_jax._graph.structured import STRUCTURED, links
-from fisherprune_jax._graph.together import Together
 
 Rules = Callable[[Node, Sequence[Info]], Spec]
+Condition = Callable[..., Set]
+"""``condition(held, operand)``: that a node has to run, beyond that sets are not empty (``presence.of_node``)."""
 
 
 @dataclass
 class Liveness:
   """The facts found about one program, and about the programs that it runs (``subs``).
 
-  ``signed`` are the values of which the sign of a zero shows in some result: they are computed as they were.
+  ``signed`` are the values of which the sign of a zero shows in some result: they are computed as they were. ``also``
+  has conditions under which nodes run though nothing is stored of their results.
   """
 
   rules: Rules
   policy: MaskPolicy = MaskPolicy.DROP
   signed: AbstractSet[Value] = frozenset()
   infos: dict[Value, Info] = field(default_factory=dict)
-  asked: dict[Value, Box] = field(default_factory=dict)
+  asked: dict[Value, Where] = field(default_factory=dict)
   specs: dict[Node, Spec] = field(default_factory=dict)
   factors: dict[Node, Factors] = field(default_factory=dict)
   subs: dict[Node, list[Program]] = field(default_factory=dict)
-  asked_together: dict[Value, Together] = field(default_factory=dict)
-  asked_layers: dict[Value, dict[int, Box]] = field(default_factory=dict)
+  asked_layers: dict[Value, dict[int, Where]] = field(default_factory=dict)
   asked_whole: set[Value] = field(default_factory=set)
+  also: dict[Node, Set] = field(default_factory=dict)
+  conditions: "dict[Node, Condition]" = field(default_factory=dict)
 
   def forward(self, program: Program, inputs: Sequence[Info]) -> list[Info]:
     """Finds what is known of every value of a program; returns it for the outputs."""
@@ -83,14 +75,11 @@ class Liveness:
       self.subs[node] = [build() for build in builders]
     return self.subs[node]
 
-  def backward(
-    self, program: Program, asked: Sequence[Box | None], merged: Sequence[Together] | None = None
-  ) -> None:
-    """Asks for the outputs (of several axes merged, too), and for everything that they need in turn."""
-    merged = merged or [{}] * len(asked)
-    for value, box, axes in zip(program.outputs, asked, merged, strict=True):
-      if box is not None:
-        self.ask(value, box, axes)
+  def backward(self, program: Program, asked: Sequence[Where | None]) -> None:
+    """Asks for the outputs, and for everything that they need in turn."""
+    for value, where in zip(program.outputs, asked, strict=True):
+      if where is not None:
+        self.ask(value, where)
     for node in reversed(program.nodes):
       if not self.runs(node):
         continue
@@ -101,89 +90,103 @@ class Liveness:
 
   def backward_spec(self, node: Node) -> None:
     """Asks for what a node needs of its operands, by how it relates axes."""
-    spec = self.specs[node]
-    factors = needed(
-      node, spec, lambda v: self.info(v).possible, lambda v: self.stored(v) if v in self.asked else None
-    )
-    self.factors[node] = factors
+    spec, infos = self.specs[node], [self.info(value) for value in node.ins]
+    stored = self.wheres(node.outs)
+    factors = self.factors[node] = needed(spec, infos, stored)
     results = [
-      (axes, self.stored(out), self.asked_together.get(out, {}))
-      for out, axes in zip(node.outs, spec.outs, strict=True)
-      if out in self.asked
+      (axes, where.box, where.together) for axes, where in zip(spec.outs, stored, strict=True) if where
     ]
     tied = together.backward(spec, results, factors)
+    when = self.conditions[node] = self._condition(node)
     for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
-      if spec.same_as in (None, operand) or self.policy.multiplies:
-        self.ask(value, *together.laid(spec, tied, axes, box_of(axes, factors, value.shape)))
+      if value.literal is None and (spec.same_as in (None, operand) or self.policy.multiplies):
+        box, merged = together.laid(spec, tied, axes, box_of(axes, factors, value.shape))
+        self.ask(value, Where(box, merged, when(box, operand)))
 
-  def boxes(self, values: Sequence[Value]) -> list[Box | None]:
+  def wheres(self, values: Iterable[Value]) -> list[Where | None]:
     """What is stored of arrays; None of those that nobody asks for."""
     return [self.stored(value) if value in self.asked else None for value in values]
-
-  def merged(self, values: Sequence[Value]) -> list[Together]:
-    """What is asked of several axes of these arrays merged."""
-    return [self.asked_together.get(value, {}) for value in values]
 
   def pass_on(self, values: Sequence[Value], inputs: Sequence[Value]) -> None:
     """Asks of some operands what a program asks of the inputs that they are."""
     for value, inner in zip(values, inputs, strict=False):
       if inner in self.asked:
-        self.ask(value, self.stored(inner), self.asked_together[inner])
+        self.ask(value, self.stored(inner))
 
   def runs(self, node: Node) -> bool:
-    """Whether a node has to run: somebody asks for a result, or it acts on the world outside."""
-    return node.acts or any(out in self.asked for out in node.outs)
+    """Whether a node has to run under any masks: somebody asks for a result, or it acts on the world outside."""
+    return node.acts or node in self.also or any(out in self.asked for out in node.outs)
+
+  def when(self, node: Node, held: Iterable[Set] = ()) -> Set:
+    """The condition that a node has to run, beyond that some sets are not empty."""
+    return self.conditions[node](held) if node in self.conditions else self._condition(node)(held)
+
+  def _condition(self, node: Node) -> "Condition":
+    asked = [(at, out) for at, out in enumerate(node.outs) if out in self.asked]
+    if node.acts:
+      return lambda held=(), operand=None: sets.ALWAYS
+    if node in self.also or node not in self.factors:
+      some = sets.union(*(self.stored(out).some for _, out in asked), self.also.get(node, sets.NEVER))
+      return lambda held=(), operand=None: some
+    results = [presence.Result(at, self.stored(out), self.asked[out].when) for at, out in asked]
+    infos = [self.info(value) for value in node.ins]
+    return functools.partial(presence.of_node, self.specs[node], infos, results, self.factors[node])
 
   def info(self, value: Value) -> Info:
     """What is known of a value."""
     return self.infos[value] if value.literal is None else constant(value.literal, value.shape)
 
-  def stored(self, value: Value) -> Box:
-    """Per axis, the entries of an array that are kept."""
-    box = self.info(value).possible
+  def stored(self, value: Value) -> Where:
+    """The entries of an array that are kept."""
+    info = self.info(value)
     if value.literal is not None:
-      return box
-    return meet(box, self.asked[value]) if value in self.asked else empty_box(value.shape)
-
-  def ask(self, value: Value, box: Box, merged: Together = MappingProxyType({})) -> None:
-    """Adds to what is asked of an array, and of several of its axes merged."""
-    self.asked_whole.add(value)
-    self._add(value, box, merged)
-
-  def ask_layer(self, value: Value, layer: int, box: Box) -> None:
-    """Adds to what is asked of one entry along the leading axis of an array."""
-    layers = self.asked_layers.setdefault(value, {})
-    layers[layer] = join(layers[layer], box) if layer in layers else box
-    self._add(value, (*whole_box(value.shape[:1]), *box))
-
-  def _add(self, value: Value, box: Box, merged: Together = MappingProxyType({})) -> None:
-    if value.literal is not None:
-      return
+      return info.where
     if value not in self.asked:
-      self.asked[value], self.asked_together[value] = box, merged
-      return
-    before = self.asked[value], self.asked_together[value]
-    self.asked[value], self.asked_together[value] = join_merged(before, (box, merged))
+      return nowhere(value.shape)
+    box, merged, when = self.asked[value]
+    return Where(meet(info.possible, box), merged, sets.every(info.when, when))
 
-  def layers(self, value: Value) -> list[Box] | None:
+  def ask(self, value: Value, where: Where) -> None:
+    """Adds to what is asked of an array."""
+    if value.literal is None:
+      self.asked_whole.add(value)
+      before = self.asked.get(value)
+      self.asked[value] = where if before is None else join(before, where, self.infos[value].possible)
+
+  def ask_layer(self, value: Value, layer: int, where: Where) -> None:
+    """Adds to what is asked of one entry along the leading axis of an array."""
+    if value.literal is not None:
+      return
+    layers = self.asked_layers.setdefault(value, {})
+    layers[layer] = join(layers[layer], where) if layer in layers else where
+    # All layers together are asked for what any of them is: what each is has the say.
+    box, when = (*whole_box(value.shape[:1]), *where.box), where.when
+    if value in self.asked:
+      before = self.asked[value]
+      box, when = hull(before.box, box), sets.union(before.when, when)
+    self.asked[value] = Where(box, when=when)
+
+  def layers(self, value: Value) -> list[Where] | None:
     """What is stored of each entry along the leading axis, if entries are all that anybody asks for."""
     if value not in self.asked_layers or value in self.asked_whole:
       return None
     info, asked = self.infos[value], self.asked_layers[value]
-    boxes = [
-      info.possible[1:] if info.layers is None else info.layers[layer].possible
+    possible = [
+      info.where.in_a_turn() if info.layers is None else info.layers[layer].where
       for layer in range(value.shape[0])
     ]
     return [
-      meet(box, asked[layer]) if layer in asked else empty_box(value.shape[1:])
-      for layer, box in enumerate(boxes)
+      Where(meet(where.box, asked[layer].box), when=sets.every(where.when, asked[layer].when))
+      if layer in asked
+      else nowhere(value.shape[1:])
+      for layer, where in enumerate(possible)
     ]
 
 
 def analyse(
   program: Program,
   inputs: Sequence[Info],
-  asked: Sequence[Box | None],
+  asked: Sequence[Where | None],
   rules: Rules,
   policy: MaskPolicy = MaskPolicy.DROP,
   subs: dict[Node, list[Program]] | None = None,

@@ -63,7 +63,7 @@ class _Sums:
         self.supports[at] |= self.groups[-1].support
       else:
         self.terms[at].append(t)
-        self.supports[at] |= _bits(s.support for s in _sets_of(t))
+        self.supports[at] |= _bits(s.support for s in t.sets)
     return at
 
 
@@ -74,7 +74,7 @@ class Prices:
     self._sums = _Sums(terms)
     self._terms = list(itertools.chain(*self._sums.terms))
     self._monomials = list(_monomials(self._sums.terms))
-    found = [*(s for t in self._terms for s in _sets_of(t)), *(s for m in self._monomials for s in m.factors)]
+    found = [*(s for t in self._terms for s in t.sets), *(s for m in self._monomials for s in m.factors)]
     self._roots = {s: at for at, s in enumerate(dict.fromkeys(found))}
     self._circuit = Circuit(self._roots, masks)
     self._gates = np.concatenate([np.zeros(0, int), *(self._circuit.gates[s] for s in self._roots)])
@@ -171,10 +171,6 @@ def _bits(supports: Iterable[int]) -> int:
   for support in supports:
     out |= support
   return out
-
-
-def _sets_of(t: Term) -> tuple[Set, ...]:
-  return (*t.outer, *(t.inner or ()))
 
 
 def _products_of_others(values: jax.Array) -> jax.Array:

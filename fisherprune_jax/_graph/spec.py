@@ -10,6 +10,7 @@ A ``Spec`` names the *factors* of one application, as in ``b m k, b k n -> b m n
 From it liveness, cost and execution follow; no rule states any of them itself.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -88,6 +89,7 @@ class Spec:
     sees: operands of which the sign of a zero shows in the result, in more than the sign of a zero.
     blind: operands of which the sign of a zero does not show at all; of the others it becomes that of a zero.
     weak: summed factors of which the node could do without (for a diagnosis alone; no rule says so).
+    lasts: whether results are there even if operands are not (likewise).
     bind: ``bind(node, arrays, sizes)`` applies the primitive to live entries; None applies it as traced.
   """
 
@@ -106,7 +108,75 @@ class Spec:
   sees: frozenset[int] = frozenset()
   blind: frozenset[int] = frozenset()
   weak: frozenset[Factor] = frozenset()
+  lasts: bool = False
   bind: Bind | None = field(default=None, compare=False)
+
+  @functools.cached_property
+  def roles(self) -> "Roles":
+    """What follows from it for zeros; found once for all that are alike."""
+    picks = any(isinstance(axis, Pick) for axes in self.outs for axis in axes)
+    find = _roles.__wrapped__ if picks else _roles  # an index is of one application, and may be long
+    factors = tuple(self.sizes)
+    return find(self.ins, self.outs, factors, self.kills, self.neutral, self.alive, self.whole, self.lasts)
+
+
+class Roles(NamedTuple):
+  """What follows from a ``Spec`` for arrays that are zero along some factor, or altogether.
+
+  Attributes:
+    givers: of every factor that operands have, which do, without those whose zeros say nothing.
+    keeping: the factors at a position of which results are zero where all operands that have them are.
+    summed: the factors that no result has, of which entries may be left out.
+    told: per result, the factors that are not empty where its axes are not: these have no positions of others.
+    deciding: per result, the operands of which each alone makes all of it zero where all of that operand is.
+    adding: the operands that decide nothing alone: results are like sums of them.
+    vanishing: per result, whether all of it is zero where all operands are that are added.
+  """
+
+  givers: dict[Factor, tuple[int, ...]]
+  keeping: frozenset[Factor]
+  summed: frozenset[Factor]
+  told: tuple[frozenset[Factor], ...]
+  deciding: tuple[frozenset[int], ...]
+  adding: frozenset[int]
+  vanishing: tuple[bool, ...]
+
+
+@functools.lru_cache(maxsize=1024)
+def _roles(
+  ins: tuple[Axes, ...],
+  outs: tuple[Axes, ...],
+  factors: tuple[Factor, ...],
+  kills: frozenset[int],
+  neutral: frozenset[int],
+  alive: frozenset[Factor],
+  whole: frozenset[Factor],
+  lasts: bool,
+) -> Roles:
+  givers: dict[Factor, tuple[int, ...]] = {}
+  for operand, axes in enumerate(ins):
+    for f in (f for axis in axes for f in factors_of(axis)) if operand not in neutral else ():
+      if (found := givers.get(f, ()))[-1:] != (operand,):
+        givers[f] = (*found, operand)
+  keeping = frozenset(givers) - alive - whole
+  shown = {f for axes in outs for axis in axes for f in factors_of(axis)}
+  told = tuple(
+    frozenset(f for axis in axes if not _has_others(axis) for f in factors_of(axis)) for axes in outs
+  )
+  alone = [{givers[f][0] for f in by & keeping if len(givers[f]) == 1} for by in told]
+  deciding = tuple(frozenset() if lasts else kills | found for found in alone)
+  adding = frozenset(i for found in givers.values() for i in found).difference(*deciding)
+  follow = {f for f in keeping if adding.issuperset(givers[f]) and not lasts}
+  vanishing = tuple(
+    not follow.isdisjoint(by) or any(isinstance(axis, Sum) and follow.issuperset(axis.parts) for axis in axes)
+    for axes, by in zip(outs, told, strict=True)
+  )
+  return Roles(givers, keeping, frozenset(factors) - shown - whole, told, deciding, adding, vanishing)
+
+
+def _has_others(axis: Axis) -> bool:
+  """Whether an axis has positions that are none of one factor's."""
+  return isinstance(axis, Sum) or (isinstance(axis, Pick) and axis.filled)
 
 
 def names_of(shape: Sequence[Size]) -> tuple[Factor, ...]:

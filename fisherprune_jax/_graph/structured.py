@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from fisherprune_jax._graph.facts import Box, Info
+from fisherprune_jax._graph.boxes import Box
+from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.terms import Dearest, Term
 
@@ -51,7 +52,7 @@ class Meter(Protocol):
     """What it counts, for tables."""
 
   def __call__(self, node: Node, live: "Liveness") -> Iterable[Term] | None:
-    """What a node that runs no program costs; None where nobody knows."""
+    """What a node that runs no program costs when it runs; None where nobody knows."""
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:
     """What a primitive costs on one number, which the compact program has beside those that were traced."""
@@ -80,7 +81,7 @@ STRUCTURED: dict[str, Structured] = {}
 
 
 def costs_of(program: Program, live: "Liveness", meter: Meter) -> Iterator[Cost]:
-  """What the nodes of a program cost; nothing where results depend on the variables alone."""
+  """What the nodes of a program cost where they run; nothing where results depend on the variables alone."""
   for node in program.nodes:
     if not any(out in live.asked and live.infos[out].varies for out in node.outs):
       continue
@@ -89,7 +90,7 @@ def costs_of(program: Program, live: "Liveness", meter: Meter) -> Iterator[Cost]
     elif (terms := meter(node, live)) is None:
       yield Cost(node, node.name, Term(0, ()), counted=False)
     else:
-      yield from (Cost(node, node.name, term) for term in terms)
+      yield from (Cost(node, node.name, term.under(live.when(node, term.sets))) for term in terms)
 
 
 def links(node: Node, live: "Liveness") -> list[Link]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.sets import Set, beyond
 from fisherprune_jax._graph.spec import Factor, Flops
 
 
@@ -23,6 +23,16 @@ class Term(NamedTuple):
   def key(self) -> Any:
     """Terms with equal keys differ by their scale alone."""
     return self[1:]
+
+  @property
+  def sets(self) -> tuple[Set, ...]:
+    """All sets whose sizes it has; where one is empty it is zero."""
+    return (*self.outer, *(self.inner or ()))
+
+  def under(self, when: Set) -> "Term":
+    """The same under a condition, and nothing without it."""
+    when = beyond(when, self.sets)
+    return self if when.is_all else self._replace(outer=_in_order((*self.outer, when)))
 
 
 def term(flops: Flops, factors: dict[Factor, Set]) -> Term:
@@ -43,7 +53,11 @@ def _split_constants(number: int, found: Iterable[Set]) -> tuple[int, tuple[Set,
       number *= s.size
     else:
       rest.append(s)
-  return int(number), tuple(sorted(rest, key=lambda s: s.serial))
+  return int(number), _in_order(rest)
+
+
+def _in_order(found: Iterable[Set]) -> tuple[Set, ...]:
+  return tuple(sorted(found, key=lambda s: s.serial))
 
 
 class Dearest(NamedTuple):

@@ -117,12 +117,13 @@ def reordered(s: Set, before: Sequence[Factor], after: Sequence[Factor], sizes: 
 
 
 def union(
-  a: tuple[Sequence[Set], Together], b: tuple[Sequence[Set], Together], joined: Sequence[Set]
+  a: tuple[Sequence[Set], Together, Set], b: tuple[Sequence[Set], Together, Set], joined: Sequence[Set]
 ) -> dict[tuple[int, ...], Set]:
-  """What two readers ask of axes together, where that is less than the box of both."""
+  """What two readers ask of axes together, each under a condition, where that is less than the box of both."""
   found = {}
   for places in {**a[1], **b[1]}:
-    asked = sets.union(*(_asked(box, together, places) for box, together in (a, b)))
+    parts = (sets.gated(_asked(box, together, places), when) for box, together, when in (a, b))
+    asked = sets.union(*parts)
     if asked is not sets.outer([joined[at] for at in places]):
       found[places] = asked
   return found

@@ -9,7 +9,8 @@ import jax
 from fisherprune_jax._errors import path_name
 from fisherprune_jax._graph import control as control
 from fisherprune_jax._graph import sets
-from fisherprune_jax._graph.facts import Box, Info, join, whole_box
+from fisherprune_jax._graph.boxes import Where, hull, whole_box
+from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness, Rules
 from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Program, Value, trace
@@ -60,7 +61,7 @@ class Analysis:
 
   traced: Traced
   live: Liveness
-  returned: dict[int, Box]
+  returned: dict[int, Where]
 
   @property
   def program(self) -> Program:
@@ -72,7 +73,7 @@ class Analysis:
     """The values of the variables' leaves."""
     return self.traced.variables
 
-  def by_rules(self, rules: Rules, asked_of: Callable[[Value], Box]) -> Liveness:
+  def by_rules(self, rules: Rules, asked_of: Callable[[Value], Where]) -> Liveness:
     """What would be live by other rules, if the outputs asked for something else; of the same values."""
     live, traced = self.live, self.traced
     return analyse(traced.program, traced.infos, traced.updates, rules, live.policy, asked_of, live.subs)[0]
@@ -146,5 +147,5 @@ def _with_examples(info: Info, size: int) -> Info:
 
 def _stack_of(layers: list[Info]) -> Info:
   return Info(
-    (*whole_box((len(layers),)), *join(*(layer.possible for layer in layers))), layers=tuple(layers)
+    (*whole_box((len(layers),)), *hull(*(layer.possible for layer in layers))), layers=tuple(layers)
   )

@@ -8,7 +8,8 @@ somebody else asks for; what is asked there is what the output gets.
 from collections.abc import Callable, Sequence
 
 from fisherprune_jax._graph import liveness, sets
-from fisherprune_jax._graph.facts import Box, Info, whole_box
+from fisherprune_jax._graph.boxes import Where, join, whole
+from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness, Rules
 from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
@@ -26,17 +27,19 @@ def analyse(
   updates: Updates,
   rules: Rules,
   policy: MaskPolicy,
-  asked_of: Callable[[Value], Box] = lambda value: whole_box(value.shape),
+  asked_of: Callable[[Value], Where] = lambda value: whole(value.shape),
   subs: dict[Node, list[Program]] | None = None,
-) -> tuple[Liveness, dict[int, Box]]:
+) -> tuple[Liveness, dict[int, Where]]:
   """Finds what is live if outputs that replace variables ask for nothing of their own, and others for what ``asked_of`` says.
 
   Returns:
     The liveness, and for every such output the entries that come back: what is stored of its input.
   """
 
-  def run(boxes: dict[int, Box | None]) -> Liveness:
-    asked = [boxes[at] if at in boxes else asked_of(value) for at, value in enumerate(program.outputs)]
+  def run(replacing: dict[int, Where | None]) -> Liveness:
+    asked = [
+      replacing[at] if at in replacing else asked_of(value) for at, value in enumerate(program.outputs)
+    ]
     return liveness.analyse(program, infos, asked, rules, policy, subs)
 
   live = run(dict.fromkeys(updates))
@@ -46,16 +49,14 @@ def analyse(
   returned = {at: _asked_of_producers(program.outputs[at], live, sources) for at in updates}
   while True:
     live = run(dict(returned))
-    grown = {at: _join(box, live, program.inputs[updates[at]]) for at, box in returned.items()}
+    grown = {at: _join(where, live, program.inputs[updates[at]]) for at, where in returned.items()}
     if grown == returned:  # sets are interned, so equal ones are the same object
       return live, returned
     returned = grown
 
 
-def _join(box: Box, live: Liveness, value: Value) -> Box:
-  if value not in live.asked:
-    return box
-  return tuple(map(sets.union, box, live.stored(value)))
+def _join(where: Where, live: Liveness, value: Value) -> Where:
+  return join(where, live.stored(value)) if value in live.asked else where
 
 
 def _sources(program: Program) -> Sources:
@@ -67,8 +68,8 @@ def _sources(program: Program) -> Sources:
   return found
 
 
-def _asked_of_producers(value: Value, live: Liveness, sources: Sources) -> Box:
-  return tuple(_follow(value, axis, live, sources) for axis in range(len(value.shape)))
+def _asked_of_producers(value: Value, live: Liveness, sources: Sources) -> Where:
+  return Where(tuple(_follow(value, axis, live, sources) for axis in range(len(value.shape))))
 
 
 def _follow(value: Value, axis: int, live: Liveness, sources: Sources) -> Set:
@@ -80,7 +81,8 @@ def _follow(value: Value, axis: int, live: Liveness, sources: Sources) -> Set:
       continue
     seen.add(here)
     if here[0] in live.asked:
-      found.append(live.stored(here[0])[here[1]])
+      stored = live.stored(here[0])
+      found.append(sets.gated(stored.box[here[1]], stored.when))
     else:
       pending += _back(*here, live, sources)
   return sets.union(*found) if found else sets.everything(value.shape[axis])

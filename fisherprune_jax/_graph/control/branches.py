@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from jax import lax
 
 from fisherprune_jax._graph import program
-from fisherprune_jax._graph.facts import Box, Info, either, whole_box
+from fisherprune_jax._graph.boxes import Box, Where, whole_box
+from fisherprune_jax._graph.facts import Info, either, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
@@ -28,13 +29,13 @@ class Cond:
     varies = any(info.varies for info in infos)
     found = [live.forward(branch, infos[1:]) for branch in branches]
     outs = [functools.reduce(either, results) for results in zip(*found, strict=True)]
-    return [Info(out.possible, varies=varies, together=out.together) for out in outs]
+    return [info_of(out.where, varies) for out in outs]
 
   def backward(self, node: Node, live: Liveness) -> None:
     """Operands have to give what any branch needs."""
-    live.ask(node.ins[0], whole_box(node.ins[0].shape))
+    live.ask(node.ins[0], Where(whole_box(node.ins[0].shape), when=live.when(node)))
     for branch in live.subs[node]:
-      live.backward(branch, live.boxes(node.outs), live.merged(node.outs))
+      live.backward(branch, live.wheres(node.outs))
       live.pass_on(node.ins[1:], branch.inputs)
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
@@ -44,15 +45,14 @@ class Cond:
     yield from (cost for found in costs for cost in found if not cost.counted)
     if len(branches) > 2:
       yield from (
-        Cost(node, "clamp", term) for term in meter.of_scalar("clamp")
+        Cost(node, "clamp", term.under(live.when(node))) for term in meter.of_scalar("clamp")
       )  # lax.switch makes sure of its index
     if any(branches):
       yield Cost(node, "cond (its dearest branch)", Dearest(tuple(branches)))
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The chosen branch, on what it needs of the operands."""
-    boxes = [run.live.stored(out) for out in node.outs]
-    held = [run.live.stored(value) for value in node.ins[1:]]
+    boxes, held = list(map(run.box, node.outs)), list(map(run.box, node.ins[1:]))
     operands = [run.read(arrays, value, box) for value, box in zip(node.ins[1:], held, strict=True)]
 
     def runner(branch: program.Program) -> Callable[..., list[Any]]:

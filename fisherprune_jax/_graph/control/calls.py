@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from fisherprune_jax._graph import program
-from fisherprune_jax._graph.facts import Box, Info
+from fisherprune_jax._graph.boxes import Box
+from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
@@ -28,8 +29,7 @@ class Checkpoint:
   def backward(self, node: Node, live: Liveness) -> None:
     """What the body needs."""
     (body,) = live.subs[node]
-    asked = live.boxes(node.outs)
-    live.backward(body, asked, live.merged(node.outs))
+    live.backward(body, live.wheres(node.outs))
     live.pass_on(node.ins, body.inputs)
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
@@ -40,10 +40,9 @@ class Checkpoint:
     """The call, of a body that runs on live entries."""
     (body,) = run.live.subs[node]
     inputs = [
-      run.read(arrays, value, run.live.stored(inner))
-      for value, inner in zip(node.ins, body.inputs, strict=True)
+      run.read(arrays, value, run.box(inner)) for value, inner in zip(node.ins, body.inputs, strict=True)
     ]
-    boxes = [run.live.stored(out) for out in node.outs]
+    boxes = list(map(run.box, node.outs))
     options = {name: node.params[name] for name in ("policy", "prevent_cse")}
     return jax.checkpoint(lambda *xs: run.run(body, xs, boxes), **options)(*inputs), boxes
 

@@ -21,19 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._graph import compat, program
-from fisherprune_jax._graph.facts import Box, Info, empty_box, join, nonzero_box, whole_box
+from fisherprune_jax._graph import compat, program, sets
+from fisherprune_jax._graph.boxes import Box, Where, join, nowhere, whole_box
+from fisherprune_jax._graph.facts import Info, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
-from fisherprune_jax._graph.together import Together, union
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
 
 Call = Callable[..., Any]
-Where = tuple[Box, Together]
-"""Entries of an array, by axis and by several axes merged."""
 
 
 class Thin(NamedTuple):
@@ -79,12 +77,12 @@ class Custom:
     if not rules:
       return outs
     reached = self.reach(node, rules, infos, live)
-    found = [_join((out.possible, out.together), where) for out, where in zip(outs, reached, strict=True)]
+    found = [join(out.where, where) for out, where in zip(outs, reached, strict=True)]
     return [
-      out._replace(together=together)
-      if out.possible == box
-      else Info(box, varies=out.varies, together=together)
-      for out, (box, together) in zip(outs, found, strict=True)
+      out._replace(together=where.together)
+      if (out.possible, out.when) == (where.box, where.when)
+      else info_of(where, out.varies)
+      for out, where in zip(outs, found, strict=True)
     ]
 
   def _rules_if_any(self, node: Node) -> list[Program]:
@@ -96,7 +94,7 @@ class Custom:
   def backward(self, node: Node, live: Liveness) -> None:
     """What the body needs, and what the rule does."""
     body, *rules = live.subs[node]
-    live.backward(body, live.boxes(node.outs), live.merged(node.outs))
+    live.backward(body, live.wheres(node.outs))
     if rules:
       self.ask(node, rules, live)
     for part in live.subs[node]:
@@ -109,8 +107,7 @@ class Custom:
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     """The call, of a body and of a rule that run on live entries."""
     body, *rules = run.live.subs[node]
-    held = [run.live.stored(value) for value in node.ins]
-    boxes = [run.live.stored(out) for out in node.outs]
+    held, boxes = list(map(run.box, node.ins)), list(map(run.box, node.outs))
 
     def rule(at: int, given: list[Box], wanted: list[Box]) -> Call:
       if rules:
@@ -151,18 +148,15 @@ class CustomJvp(Custom):
 
   def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Where]:
     """Where the rule's values and tangents can be non-zero, of operands that are zero where they are known to be."""
-    tangents = [
-      Info(nonzero_box(info), varies=info.varies, together=info.together) for info in _keep(infos, node.ins)
-    ]
-    infos = live.forward(rules[0], [*infos, *tangents])
-    found = [(info.possible, info.together) for info in infos]
+    tangents = [info_of(info.nonzero, info.varies) for info in _keep(infos, node.ins)]
+    found = [info.where for info in live.forward(rules[0], [*infos, *tangents])]
     values, dots = found[: len(node.outs)], found[len(node.outs) :]
-    return list(map(_join, values, _spread(dots, node.outs, _nowhere)))
+    return list(map(join, values, _spread(dots, node.outs, _nowhere)))
 
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
     """Tangents are asked for as values are."""
-    asked, merged = live.boxes(node.outs), live.merged(node.outs)
-    live.backward(rules[0], [*asked, *_keep(asked, node.outs)], [*merged, *_keep(merged, node.outs)])
+    asked = live.wheres(node.outs)
+    live.backward(rules[0], [*asked, *_keep(asked, node.outs)])
     live.pass_on(_floats(node.ins), rules[0].inputs[len(node.ins) :])
 
   def call(self, thin: Thin) -> Call:
@@ -205,29 +199,28 @@ class CustomVjp(Custom):
     forwards, backwards = rules
     values = live.forward(forwards, infos)
     live.forward(backwards, [*infos, *(Info(whole_box(v.shape), varies=True) for v in _floats(node.outs))])
-    alone = replace(live, asked={}, factors={}, asked_together={}, asked_layers={}, asked_whole=set())
-    wanted = _keep(infos, node.ins)
-    alone.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
-    inputs = backwards.inputs[len(node.ins) :]
-    cotangents = list(zip(map(alone.stored, inputs), alone.merged(inputs), strict=True))
-    forwards_too = [(info.possible, info.together) for info in values]
-    return list(map(_join, forwards_too, _spread(cotangents, node.outs, _nowhere)))
+    alone = replace(live, asked={}, factors={}, asked_layers={}, asked_whole=set(), also={}, conditions={})
+    alone.backward(backwards, [info.nonzero for info in _keep(infos, node.ins)])
+    cotangents = list(map(alone.stored, backwards.inputs[len(node.ins) :]))
+    forwards_too = [info.where for info in values]
+    return list(map(join, forwards_too, _spread(cotangents, node.outs, _nowhere)))
 
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
     """An operand is asked for where the rule can hand gradient to it, though the function ignores it."""
     forwards, backwards = rules
-    live.backward(forwards, live.boxes(node.outs), live.merged(node.outs))
+    live.backward(forwards, live.wheres(node.outs))
     infos, outs = [live.info(value) for value in node.ins], _floats(node.outs)
-    boxes = [live.asked.get(out, empty_box(out.shape)) for out in outs]
-    cotangents = [
-      Info(box, varies=True, together=merged) for box, merged in zip(boxes, live.merged(outs), strict=True)
-    ]
+    unasked = [info_of(_nowhere(out), True) for out in outs]
+    given = zip(_keep(infos, node.ins), live.forward(backwards, [*infos, *unasked]), strict=True)
+    of_nothing = [sets.every(a.nonzero.some, b.nonzero.some) for a, b in given]
+    if any(when is not sets.NEVER for when in of_nothing):
+      live.also[node] = sets.union(*of_nothing)  # a rule that makes a gradient of no cotangent
+    cotangents = [info_of(live.asked.get(out, _nowhere(out)), True) for out in outs]
     gradients = live.forward(backwards, [*infos, *cotangents])
-    wanted = _keep(infos, node.ins)
-    live.backward(backwards, [nonzero_box(info) for info in wanted], [info.together for info in wanted])
+    live.backward(backwards, [info.nonzero for info in _keep(infos, node.ins)])
     for value, gradient in zip(_floats(node.ins), gradients, strict=True):
       if not gradient.is_zero:
-        live.ask(value, gradient.possible, gradient.together)
+        live.ask(value, gradient.where)
 
   def call(self, thin: Thin) -> Call:
     """The call with its reverse-mode rule."""
@@ -249,13 +242,8 @@ def _is_inner(node: Node) -> bool:
   return any(isinstance(STRUCTURED.get(eqn.primitive.name), Custom) for eqn in node.callers)
 
 
-def _join(a: Where, b: Where) -> Where:
-  box = join(a[0], b[0])
-  return box, union(a, b, box)
-
-
 def _nowhere(value: Value) -> Where:
-  return empty_box(value.shape), {}
+  return nowhere(value.shape)
 
 
 def _traced(node: Node, dense: Call, *values: Sequence[Value]) -> Program:

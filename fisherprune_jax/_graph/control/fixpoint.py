@@ -1,24 +1,17 @@
 """What is live in every turn of a loop: a fixpoint over the values that turns hand on."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
-from fisherprune_jax._graph.facts import (
-  Box,
-  Info,
-  either,
-  empty_box,
-  join,
-  join_merged,
-  nonzero_box,
-  whole_box,
-)
+from fisherprune_jax._graph import sets
+from fisherprune_jax._graph.boxes import Where, join, nowhere, whole, whole_box
+from fisherprune_jax._graph.facts import Info, either, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program
-from fisherprune_jax._graph.together import Together
 
-MOST_PASSES = 8
-"""Passes over a loop's body before carried values that still grow are taken as a whole."""
+MOST_PASSES, EXACT_PASSES = 12, 4
+"""Passes over a loop's body before carried values that still grow are taken as a whole, and before conditions are."""
 
 
 def forward(
@@ -31,10 +24,12 @@ def forward(
 ) -> tuple[list[Info], list[Info]]:
   """What is known of the carried values before any turn, and of the body's outputs."""
   # A value that starts as zeros says nothing of where it can be non-zero.
-  carried = [Info(nonzero_box(i), varies=i.varies, together={} if i.is_zero else i.together) for i in init]
-  for _ in range(MOST_PASSES):
+  carried = [info_of(i.nonzero, i.varies) for i in init]
+  for turn in range(MOST_PASSES):
     outs = live.forward(body, [*consts, *carried, *each])
     grown = list(map(either if again else _as_carried, carried, outs))
+    if turn >= EXACT_PASSES:
+      grown = [info._replace(when=sets.ALWAYS) for info in grown]
     if grown == carried:  # sets are interned, so equal ones are the same object
       return carried, outs
     carried = grown
@@ -52,36 +47,30 @@ def _shape(info: Info) -> list[Any]:
 
 
 def backward(
-  body: Program,
-  consts: int,
-  carry: int,
-  asked: list[Box | None],
-  merged: list[Together],
-  live: Liveness,
-  again: bool = True,
-) -> list[Together]:
+  body: Program, consts: int, carry: int, asked: list[Where | None], live: Liveness, again: bool = True
+) -> list[Where | None]:
   """Asks for the outputs of every turn, the carried ones being the inputs of the next.
 
-  Returns what is asked of several axes merged of what the first turn is given.
+  Returns what is asked of the carried values, before any turn or after one.
   """
   inputs = body.inputs[consts : consts + carry]
-  for _ in range(MOST_PASSES):
-    live.backward(body, asked, merged)
-    before = list(asked), list(merged)
+  for turn in range(MOST_PASSES):
+    live.backward(body, asked)
+    before = list(asked)
     for at, inner in enumerate(inputs):
       if inner in live.asked:
-        so_far = asked[at] or empty_box(inner.shape), merged[at]
-        asked[at], merged[at] = join_merged(so_far, (live.stored(inner), live.asked_together[inner]))
-    if (asked, merged) == before or not again:
-      return merged[:carry]
-  whole = [whole_box(inner.shape) for inner in inputs]
-  live.backward(body, [*whole, *asked[carry:]])
-  return [{}] * carry
+        joined = join(asked[at] or nowhere(inner.shape), live.stored(inner))
+        asked[at] = joined._replace(when=sets.ALWAYS) if turn >= EXACT_PASSES else joined
+    if asked == before or not again:
+      return asked[:carry]
+  everything = [whole(inner.shape) for inner in inputs]
+  live.backward(body, [*everything, *asked[carry:]])
+  return list(everything)
 
 
-def carried(node: Node, body: Program, consts: int, carry: int, live: Liveness) -> list[Box]:
+def carried(node: Node, body: Program, consts: int, carry: int, live: Liveness) -> list[Where]:
   """What is kept of the carried values between turns."""
   return [
-    join(live.stored(inner), live.stored(after), live.stored(out))
+    functools.reduce(join, (live.stored(inner), live.stored(after), live.stored(out)))
     for inner, after, out in zip(body.inputs[consts:][:carry], body.outputs, node.outs, strict=False)
   ]

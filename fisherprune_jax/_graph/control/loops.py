@@ -7,20 +7,15 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from jax import lax
 
-from fisherprune_jax._graph import compat, program, together
+from fisherprune_jax._graph import compat, program
 from fisherprune_jax._graph.align import align
+from fisherprune_jax._graph.boxes import Box, Where, join, whole_box
 from fisherprune_jax._graph.control import fixpoint, stacks
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.facts import (
-  Box,
-  Info,
-  join,
-  whole_box,
-)
+from fisherprune_jax._graph.facts import Info, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, Pairs, costs_of
-from fisherprune_jax._types import Shape
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
@@ -37,16 +32,13 @@ class Scan:
     (body,) = live.programs(
       node, functools.partial(program.build, node.params["jaxpr"], (*node.callers, node.eqn))
     )
-    each = [
-      Info(info.possible[1:], varies=info.varies, together=together.in_a_turn(info.together))
-      for info in infos[consts + carry :]
-    ]
+    each = [info_of(info.where.in_a_turn(), info.varies) for info in infos[consts + carry :]]
     before, outs = fixpoint.forward(
       body, infos[:consts], infos[consts : consts + carry], each, live, _again(node)
     )
     carried = outs[:carry] if _runs(node) else before
     stacked = [
-      Info(_stack(out.possible, v.shape), varies=out.varies, together=together.in_all_turns(out.together))
+      info_of(out.where.in_all_turns(v.shape), out.varies)
       for v, out in zip(node.outs[carry:], outs[carry:], strict=True)
     ]
     return [*carried, *stacked]
@@ -58,14 +50,11 @@ class Scan:
       return
     consts, carry = compat.scan_counts(node.params)
     (body,) = live.subs[node]
-    boxes, axes = live.boxes(node.outs), live.merged(node.outs)
-    asked = [*boxes[:carry], *(box and box[1:] for box in boxes[carry:])]
-    merged = [*axes[:carry], *map(together.in_a_turn, axes[carry:])]
-    carried = fixpoint.backward(body, consts, carry, asked, merged, live, _again(node))
-    inner = live.merged(body.inputs)
-    wanted = [*inner[:consts], *carried, *map(together.in_all_turns, inner[consts + carry :])]
-    for value, box, tied in zip(node.ins, self._held(node, body, live), wanted, strict=True):
-      live.ask(value, box, tied)
+    asked = live.wheres(node.outs)
+    asked = [*asked[:carry], *(where and where.in_a_turn() for where in asked[carry:])]
+    fixpoint.backward(body, consts, carry, asked, live, _again(node))
+    for value, where in zip(node.ins, self._held(node, body, live), strict=True):
+      live.ask(value, where)
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """Every turn counts."""
@@ -81,10 +70,11 @@ class Scan:
       return stacks.execute(run, node, arrays)
     consts, carry = compat.scan_counts(node.params)
     (body,) = run.live.subs[node]
-    outer = self._held(node, body, run.live)
+    outer = list(map(run.held, self._held(node, body, run.live)))
+    outer[consts + carry :] = [_every_turn(box) for box in outer[consts + carry :]]
     inner = [*outer[: consts + carry], *(box[1:] for box in outer[consts + carry :])]
     kept = inner[consts : consts + carry]
-    boxes = [_stack(run.live.stored(out)[1:], out.shape) for out in node.outs[carry:]]  # every turn writes
+    boxes = [_every_turn(run.box(out)) for out in node.outs[carry:]]  # every turn writes
     inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
 
     def turn(carried: list[Any], each: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -107,18 +97,13 @@ class Scan:
     )
     return [Link(body, _pairs(node.ins, body.inputs), _pairs(node.outs, body.outputs), turns)]
 
-  def _held(self, node: Node, body: Program, live: Liveness) -> list[Box]:
+  def _held(self, node: Node, body: Program, live: Liveness) -> list[Where]:
     """What the loop is given of its operands."""
     consts, carry = compat.scan_counts(node.params)
     stored = [live.stored(inner) for inner in body.inputs]
-    return [
-      *stored[:consts],
-      *fixpoint.carried(node, body, consts, carry, live),
-      *(
-        _stack(box, v.shape)
-        for v, box in zip(node.ins[consts + carry :], stored[consts + carry :], strict=True)
-      ),
-    ]
+    each = zip(node.ins[consts + carry :], stored[consts + carry :], strict=True)
+    carried = fixpoint.carried(node, body, consts, carry, live)
+    return [*stored[:consts], *carried, *(where.in_all_turns(v.shape) for v, where in each)]
 
 
 class While:
@@ -142,14 +127,15 @@ class While:
     """The condition asks too."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = live.subs[node]
-    live.backward(cond, [whole_box(cond.outputs[0].shape)])  # under vmap each example has its own
+    each = whole_box(cond.outputs[0].shape)  # under vmap each example has its own
+    live.backward(cond, [Where(each, when=live.when(node))])
     asked = [
-      join(live.stored(out), live.stored(inner)) if out in live.asked or inner in live.asked else None
+      _alone(join(live.stored(out), live.stored(inner))) if out in live.asked or inner in live.asked else None
       for out, inner in zip(node.outs, cond.inputs[first:], strict=True)
     ]
-    fixpoint.backward(body, consts, len(node.outs), asked, [{} for _ in asked], live)
-    for value, box in zip(node.ins, self._held(node, live), strict=True):
-      live.ask(value, box)
+    fixpoint.backward(body, consts, len(node.outs), asked, live)
+    for value, where in zip(node.ins, self._held(node, live), strict=True):
+      live.ask(value, _alone(where))
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """One turn counts: how many there will be is not known."""
@@ -161,7 +147,7 @@ class While:
     """The same loop around a smaller body."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = run.live.subs[node]
-    held = self._held(node, run.live)
+    held = list(map(run.held, self._held(node, run.live)))
     kept, each = held[first + consts :], whole_box(cond.outputs[0].shape)
     inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
 
@@ -193,7 +179,7 @@ class While:
       Link(cond, _pairs([*node.ins[:first], *carried], cond.inputs), [], []),
     ]
 
-  def _held(self, node: Node, live: Liveness) -> list[Box]:
+  def _held(self, node: Node, live: Liveness) -> list[Where]:
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = live.subs[node]
     of_cond = [live.stored(inner) for inner in cond.inputs]
@@ -231,9 +217,14 @@ def _where(
   return chosen
 
 
-def _stack(box: Box, shape: Shape) -> Box:
-  """The box of an array whose leading axis is the turns."""
-  return (*whole_box(shape[:1]), *box)
+def _alone(where: Where) -> Where:
+  """Entries by one axis at a time."""
+  return Where(where.box, when=where.when)
+
+
+def _every_turn(box: Box) -> Box:
+  """A box with all turns, which are its leading axis."""
+  return (*whole_box([box[0].size]), *box[1:])
 
 
 STRUCTURED["scan"] = Scan()

@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fisherprune_jax._graph import compat, program
-from fisherprune_jax._graph.facts import Box, Info, results, whole_box
+from fisherprune_jax._graph.boxes import Box, Where, whole_box
+from fisherprune_jax._graph.facts import Info, results
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
@@ -37,8 +38,9 @@ class LinearSolve:
   def backward(self, node: Node, live: Liveness) -> None:
     """Every entry of what it is given is needed."""
     (body,) = live.subs[node]
-    live.backward(body, [whole_box(out.shape) for out in body.outputs])
     live.backward_spec(node)
+    when = live.when(node)
+    live.backward(body, [Where(whole_box(out.shape), when=when) for out in body.outputs])
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """What solving costs."""

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 
-from fisherprune_jax._graph import compat, program
-from fisherprune_jax._graph.facts import Box, Info, join, whole_box
+from fisherprune_jax._graph import compat, program, sets
+from fisherprune_jax._graph.boxes import Box, hull, whole_box
+from fisherprune_jax._graph.facts import Info, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.structured import Cost, Link, Meter, costs_of
@@ -40,22 +41,22 @@ def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
 def backward(node: Node, live: Liveness) -> None:
   """From the last turn to the first."""
   consts, carry = compat.scan_counts(node.params)
-  asked = live.boxes(node.outs)
-  carried, written = asked[:carry], [box and box[1:] for box in asked[carry:]]
+  asked = live.wheres(node.outs)
+  carried, written = asked[:carry], [where and where.in_a_turn() for where in asked[carry:]]
   for turn in reversed(_order(node)):
     body = live.subs[node][turn]
     live.backward(body, [*carried, *written])
-    boxes = live.boxes(body.inputs)
-    carried = boxes[consts : consts + carry]
-    for value, box in zip(node.ins[:consts], boxes[:consts], strict=True):
-      if box is not None:
-        live.ask(value, box)
-    for value, box in zip(node.ins[consts + carry :], boxes[consts + carry :], strict=True):
-      if box is not None:
-        live.ask_layer(value, turn, box)
-  for value, box in zip(node.ins[consts : consts + carry], carried, strict=True):
-    if box is not None:
-      live.ask(value, box)
+    wanted = live.wheres(body.inputs)
+    carried = wanted[consts : consts + carry]
+    for value, where in zip(node.ins[:consts], wanted[:consts], strict=True):
+      if where is not None:
+        live.ask(value, where)
+    for value, where in zip(node.ins[consts + carry :], wanted[consts + carry :], strict=True):
+      if where is not None:
+        live.ask_layer(value, turn, where)
+  for value, where in zip(node.ins[consts : consts + carry], carried, strict=True):
+    if where is not None:
+      live.ask(value, where)
 
 
 def costs(node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
@@ -67,22 +68,20 @@ def costs(node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
 def execute(run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
   """The turns one after the other."""
   consts, carry = compat.scan_counts(node.params)
-  boxes = [
-    (*whole_box(out.shape[:1]), *run.live.stored(out)[1:]) for out in node.outs[carry:]
-  ]  # of all turns
-  fixed = [run.live.stored(value) for value in node.ins[:consts]]
+  boxes = [(*whole_box(out.shape[:1]), *run.box(out)[1:]) for out in node.outs[carry:]]  # of all turns
+  fixed = list(map(run.box, node.ins[:consts]))
   shared = [run.read(arrays, value, box) for value, box in zip(node.ins, fixed, strict=False)]
-  held = [run.live.stored(value) for value in node.ins[consts : consts + carry]]
+  held = list(map(run.box, node.ins[consts : consts + carry]))
   carried = [run.read(arrays, value, box) for value, box in zip(node.ins[consts:], held, strict=False)]
   written: list[list[Any]] = [[] for _ in range(node.params["length"])]
   for turn in _order(node):
     body = run.live.subs[node][turn]
-    layers = [run.live.stored(inner) for inner in body.inputs[consts + carry :]]
+    layers = list(map(run.box, body.inputs[consts + carry :]))
     each = [
       run.read_layer(arrays, value, turn, box)
       for value, box in zip(node.ins[consts + carry :], layers, strict=True)
     ]
-    after = [run.live.stored(out) for out in body.outputs[:carry]]
+    after = list(map(run.box, body.outputs[:carry]))
     wanted = [*after, *(box[1:] for box in boxes)]
     outs = run.call(body, [*shared, *carried, *each], [*fixed, *held, *layers], wanted)
     carried, held, written[turn] = outs[:carry], after, outs[carry:]
@@ -108,10 +107,11 @@ def _order(node: Node) -> list[int]:
 
 
 def _layer(info: Info, turn: int) -> Info:
-  return Info(info.possible[1:], varies=info.varies) if info.layers is None else info.layers[turn]
+  return info_of(info.where.in_a_turn(), info.varies) if info.layers is None else info.layers[turn]
 
 
 def _stacked(layers: Sequence[Info]) -> Info:
   """What is known of the results of all turns, stacked."""
-  box = (*whole_box((len(layers),)), *join(*(info.possible for info in layers)))
-  return Info(box, varies=any(info.varies for info in layers), layers=tuple(layers))
+  box = (*whole_box((len(layers),)), *hull(*(info.possible for info in layers)))
+  when = sets.union(*(info.when for info in layers))
+  return Info(box, varies=any(info.varies for info in layers), layers=tuple(layers), when=when)

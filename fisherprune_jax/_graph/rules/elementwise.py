@@ -60,12 +60,14 @@ def elementwise(node: Node, infos: Sequence[Info]) -> Spec:
   moves = node.name in MOVES and node.name != "select_n"
   zeros = _zeros(node, infos)
   keeps_zero = zeros.kept or bool(kills)
+  others = frozenset(range(len(ins))) - neutral
+  alone = others if keeps_zero and len(others) == 1 else frozenset()
   alive = {f for f in names if not keeps_zero or _broadcasts(f, ins, neutral)}
   return Spec(
     ins=ins,
     outs=(names,) * len(node.outs),
     sizes=sized((names, shape)),
-    kills=kills,
+    kills=kills | alone,
     neutral=frozenset(neutral),
     alive=frozenset(alive),
     flops=() if node.name in MOVES or same_as is not None else (Flops(names, scale=weight(node)),),
@@ -107,9 +109,13 @@ def _opaque(
 
 def _kills(node: Node, infos: Sequence[Info]) -> frozenset[int]:
   # 0 / 0 is not zero: a numerator's zeros count only over a denominator that has none of its own.
-  if node.name == "div" and not (infos[1].const is None and all(s.is_all for s in infos[1].possible)):
+  if node.name == "div" and not (infos[1].const is None and _is_everywhere(infos[1])):
     return frozenset()
   return PRODUCTS.get(node.name, frozenset())
+
+
+def _is_everywhere(info: Info) -> bool:
+  return info.when.is_all and all(s.is_all for s in info.possible)
 
 
 def _same_as(node: Node, infos: Sequence[Info]) -> int | None:

@@ -18,7 +18,7 @@ def transpose(node: Node, infos: Sequence[Info]) -> Spec:
   """``a b -> b a``."""
   names = names_of(node.ins[0].shape)
   out = tuple(names[axis] for axis in node.params["permutation"])
-  return Spec((names,), (out,), sized((names, node.ins[0].shape)), moves=True)
+  return Spec((names,), (out,), sized((names, node.ins[0].shape)), kills=frozenset({0}), moves=True)
 
 
 def squeeze(node: Node, infos: Sequence[Info]) -> Spec:
@@ -26,7 +26,7 @@ def squeeze(node: Node, infos: Sequence[Info]) -> Spec:
   gone = node.params["dimensions"]
   ins = tuple(None if i in gone else f for i, f in enumerate(names_of(node.ins[0].shape)))
   sizes = sized((ins, node.ins[0].shape))
-  return Spec((ins,), (tuple(sizes),), sizes, moves=True)
+  return Spec((ins,), (tuple(sizes),), sizes, kills=frozenset({0}), moves=True)
 
 
 def broadcast_in_dim(node: Node, infos: Sequence[Info]) -> Spec:
@@ -41,6 +41,7 @@ def broadcast_in_dim(node: Node, infos: Sequence[Info]) -> Spec:
     ins=(ins, *((),) * (len(node.ins) - 1)),
     outs=(names,),
     sizes=sized((names, shape)),
+    kills=frozenset({0}),
     moves=True,
     bind=_bind_with_sizes("shape"),
   )
@@ -145,6 +146,7 @@ def _filled(node: Node, picks: Sequence[np.ndarray | None]) -> Spec:
   outs = (replace(axis, filled=True) if isinstance(axis, Pick) else axis for axis in spec.outs[0])
   return replace(
     spec,
+    kills=frozenset(),
     ins=(spec.ins[0], ()),
     outs=(tuple(outs),),
     alive=frozenset(f for i, f in enumerate(names_of(node.ins[0].shape)) if {*fills} - {i}),
@@ -162,6 +164,7 @@ def picked(node: Node, picks: Sequence[np.ndarray | None]) -> Spec:
     ins=(names, *((None,) * len(value.shape) for value in node.ins[1:])),
     outs=(outs,),
     sizes=sized((names, node.ins[0].shape)),
+    kills=frozenset({0}),
     neutral=frozenset(range(1, len(node.ins))),
     moves=all(index is None or (index >= 0).all() for index in picks),
     bind=lambda node, arrays, sizes: [arrays[0]],  # where nothing is picked, everything is taken

@@ -37,6 +37,7 @@ def reduction(node: Node, infos: Sequence[Info]) -> Spec:
     ins=(names,),
     outs=(outs,),
     sizes=sized((names, shape)),
+    kills=frozenset({0}) if sums else frozenset(),
     # Over nothing a sum is zero; a product is one, a maximum the least number that there is.
     alive=frozenset() if sums or not _has(terms, 0) else frozenset(outs),
     whole=frozenset() if sums else reduced,

@@ -44,6 +44,7 @@ def reshape(node: Node, infos: Sequence[Info]) -> Spec:
     ins=(tuple(ins[axis] for axis in range(len(shape))), *((),) * (len(node.ins) - 1)),
     outs=(tuple(map(_axis, found.outs)),),
     sizes=found.sizes,
+    kills=frozenset({0}),
     whole=frozenset(found.whole),
     moves=not found.whole,
     opaque="a reshape of shapes without common factors" if found.whole else "",

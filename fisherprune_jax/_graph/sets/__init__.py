@@ -15,16 +15,25 @@ whoever reads all that a set is made of does not recurse, but goes through it in
 
 Each kind of expression is one class with all that is particular to it (``expression.py`` says what that is):
 those made of no others in ``basic.py``, unions and intersections in ``junctions.py``, what picks positions in
-``picking.py``, what lays sets out on a merged axis in ``laying.py``. Another kind is another class, with its
+``picking.py``, what lays sets out on a merged axis in ``laying.py``. Conditions, sets of one position, are in
+``conditions.py``. Another kind is another class, with its
 constructor beside it; nothing else has to know.
 """
 
+from fisherprune_jax._graph.sets.basic import ALWAYS as ALWAYS
+from fisherprune_jax._graph.sets.basic import NEVER as NEVER
 from fisherprune_jax._graph.sets.basic import Leaf as Leaf
 from fisherprune_jax._graph.sets.basic import everything as everything
 from fisherprune_jax._graph.sets.basic import fixed as fixed
 from fisherprune_jax._graph.sets.basic import leaf as leaf
 from fisherprune_jax._graph.sets.basic import nothing as nothing
 from fisherprune_jax._graph.sets.basic import weak as weak
+from fisherprune_jax._graph.sets.conditions import apart as apart
+from fisherprune_jax._graph.sets.conditions import beyond as beyond
+from fisherprune_jax._graph.sets.conditions import either as either
+from fisherprune_jax._graph.sets.conditions import every as every
+from fisherprune_jax._graph.sets.conditions import free_of as free_of
+from fisherprune_jax._graph.sets.conditions import gated as gated
 from fisherprune_jax._graph.sets.expression import Bits as Bits
 from fisherprune_jax._graph.sets.expression import Place as Place
 from fisherprune_jax._graph.sets.expression import Set as Set
@@ -33,9 +42,9 @@ from fisherprune_jax._graph.sets.expression import keys_of as keys_of
 from fisherprune_jax._graph.sets.junctions import intersection as intersection
 from fisherprune_jax._graph.sets.junctions import union as union
 from fisherprune_jax._graph.sets.laying import concat as concat
-from fisherprune_jax._graph.sets.laying import nonempty as nonempty
 from fisherprune_jax._graph.sets.laying import outer as outer
 from fisherprune_jax._graph.sets.laying import split as split
 from fisherprune_jax._graph.sets.picking import any_of as any_of
 from fisherprune_jax._graph.sets.picking import any_over as any_over
+from fisherprune_jax._graph.sets.picking import nonempty as nonempty
 from fisherprune_jax._graph.sets.picking import take as take

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.gates import FALSE, TRUE
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, bit_of, make
 from fisherprune_jax._types import Size
@@ -64,6 +65,9 @@ class Whole(Set):
   def split(self, sizes: Sequence[Size]) -> list[Set]:
     return [self.resized(n) for n in sizes]
 
+  def nonempty(self) -> Set:
+    return fixed([not (compat.is_static_size(self.size) and self.size == 0)])
+
   def resized(self, size: Size) -> Set:
     """The same of another size."""
     return make(type(self), size)
@@ -111,6 +115,9 @@ class Fixed(Set):
   def is_empty(self) -> bool:
     return not self.data.any()
 
+  def nonempty(self) -> Set:
+    return fixed([self.data.any()])
+
   def known_at(self, positions: np.ndarray) -> np.ndarray:
     return self.data[positions]
 
@@ -134,3 +141,7 @@ class Leaf(Set):
 
   def _masks_below(self) -> int:
     return bit_of(self.data)
+
+
+ALWAYS, NEVER = everything(1), nothing(1)
+"""Conditions, sets of one position, that hold whatever the masks are, or never."""

@@ -139,6 +139,10 @@ class Set:
     """One position, in the set if any of its own is."""
     return None
 
+  def of(self, parts: "Sequence[Set]") -> "Set | None":
+    """The same made of other parts."""
+    return None
+
   # How unions and intersections see it (``junctions.py``).
 
   def atoms(self, kind: "type[Junction]") -> int:

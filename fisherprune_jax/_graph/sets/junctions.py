@@ -9,16 +9,23 @@ looking further that one set is within another, and what two have in common.
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fisherprune_jax._graph.sets.basic import Weak
+from fisherprune_jax._graph.sets.basic import ALWAYS, Fixed, Weak
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make, members
+from fisherprune_jax._graph.sets.picking import Nonempty, Spread, nonempty
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.evaluate import Evaluation
   from fisherprune_jax._graph.gates import Builder, Gates
 
 
+MOST_COMPARED = 16
+"""Pairs of conditions that are looked at one by one, to see which follow from which."""
+
+
 class Junction(Set):
-  """Two sets of one size, position by position; its data are its atoms and those of the other kind in them.
+  """Two sets of one size, position by position.
+
+  Its data are its atoms, those of the other kind in them, and whether a condition is among them.
 
   Attributes:
     every: whether a position has to be in both parts.
@@ -45,6 +52,17 @@ class Junction(Set):
   def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
     return self.every, [(part, position) for part in self.parts]
 
+  def of(self, parts: Sequence[Set]) -> Set:
+    return combine(type(self), *parts)
+
+  def _conditions(self) -> tuple[list[Set], list[Set]]:
+    """Its parts that are conditions laid out, or under such (of a union), and the others."""
+    found = members(self.data[0]) if self.data[2] else []
+    sides: tuple[list[Set], list[Set]] = [], []
+    for part in found:
+      sides[not (isinstance(part, Spread) or (isinstance(part, And) and part.data[2]))].append(part)
+    return sides
+
   def atoms(self, kind: "type[Junction]") -> int:
     return self.data[0] if kind is type(self) else 1 << self.number
 
@@ -62,6 +80,13 @@ class And(Junction):
   def of_bits(a: Any, b: Any) -> Any:
     return a & b
 
+  def nonempty(self) -> Set | None:
+    """Its conditions, and that of the rest: so they stay one position and are not looked at for every one."""
+    conditions, rest = self._conditions()
+    if not conditions or self.size == 1:
+      return None
+    return intersection(*map(nonempty, conditions), *([nonempty(intersection(*rest))] if rest else ()))
+
 
 class Or(Junction):
   """``union``."""
@@ -72,6 +97,14 @@ class Or(Junction):
   @staticmethod
   def of_bits(a: Any, b: Any) -> Any:
     return a | b
+
+  def nonempty(self) -> Set | None:
+    if any(isinstance(part, Fixed) for part in self.parts):
+      return ALWAYS
+    conditions, rest = self._conditions()
+    if not conditions or self.size == 1:
+      return None
+    return union(*map(nonempty, conditions), *([nonempty(union(*rest))] if rest else ()))
 
 
 def intersection(*sets: Set) -> Set:
@@ -111,7 +144,7 @@ def combine(kind: type[Junction], a: Set, b: Set) -> Set:
 def _sides(kind: type[Junction], a: Set, b: Set) -> Sequence[tuple[Set, Set]]:
   """The parts of two sets that are to be combined first."""
   sides = a.sides(kind, b) if type(a) is type(b) else ()
-  return () if sides and (_is_within(a, b) or _is_within(b, a)) else sides
+  return () if sides and (is_within(a, b) or is_within(b, a)) else sides
 
 
 def _combined(kind: type[Junction], a: Set, b: Set, parts: Sequence[Set]) -> Set:
@@ -121,7 +154,7 @@ def _combined(kind: type[Junction], a: Set, b: Set, parts: Sequence[Set]) -> Set
   if isinstance(b, Weak):
     return b.beside(kind, a)
   for small, big in ((a, b), (b, a)):
-    if _is_within(small, big):
+    if is_within(small, big):
       return small if kind.every else big
   if type(a) is type(b) and (found := a.combined(kind, b, parts)):
     return found
@@ -140,18 +173,34 @@ def _by_atoms(kind: type[Junction], a: Set, b: Set) -> Set:
     few, many = sorted((a, b), key=lambda s: (s.atoms(kind) & ~common).bit_count())
     return _fold(kind, [many, _fold(kind, members(few.atoms(kind) & ~common))])
   parts = sorted((a, b), key=lambda s: s.serial)
-  return make(kind, a.size, parts, (atoms, duals), same=atoms)
+  conditional = any(isinstance(p, Spread) or (isinstance(p, Junction) and p.data[2]) for p in parts)
+  return make(kind, a.size, parts, (atoms, duals, conditional), same=atoms)
 
 
-def _is_within(small: Set, big: Set) -> bool:
+def is_within(small: Set, big: Set) -> bool:
   """Whether one set contains another by the look of their atoms."""
   if small is big or big.is_all or small.is_empty:
     return True
   if small.is_all or big.is_empty:
     return False
+  if isinstance(big, Spread) and small.support & big.support:
+    return is_within(nonempty(small), big.parts[0])
   conditions, choices = small.atoms(And), big.atoms(Or)
   return (
     not small.atoms(Or) & ~choices  # every choice of the small one is one of the big one
-    or not big.atoms(And) & ~conditions  # every condition of the big one is one of the small one
+    or not (missing := big.atoms(And) & ~conditions)  # every condition of the big one is one of the small one
     or bool((conditions | 1 << small.number) & (choices | 1 << big.number))
+    or (small.size == 1 and _follow(conditions & ~big.atoms(And), missing))
+  )
+
+
+def _follow(given: int, wanted: int) -> bool:
+  """Whether each of some conditions, that a set is not empty, follows from another one that is given."""
+  if given.bit_count() * wanted.bit_count() > MOST_COMPARED:
+    return False
+  found = [s for s in members(given) if isinstance(s, Nonempty)]
+  return all(
+    isinstance(s, Nonempty)
+    and any(g.parts[0].size == s.parts[0].size and is_within(g.parts[0], s.parts[0]) for g in found)
+    for s in members(wanted)
   )

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.sets.basic import Fixed, everything, fixed, nothing, weak
+from fisherprune_jax._graph.sets.basic import ALWAYS, Fixed, everything, fixed, nothing, weak
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
 from fisherprune_jax._graph.sets.junctions import Junction, intersection, union
-from fisherprune_jax._graph.sets.picking import any_of, any_over
+from fisherprune_jax._graph.sets.picking import any_over, nonempty
 from fisherprune_jax._types import Size
 
 if TYPE_CHECKING:
@@ -56,7 +56,12 @@ class Concat(Set):
       return None
     return part, np.where(there, index - np.int32(start), -1)
 
+  def of(self, parts: Sequence[Set]) -> Set:
+    return concat(parts)
+
   def nonempty(self) -> Set:
+    if any(part.is_all for part in self.parts):
+      return ALWAYS
     return union(*map(nonempty, self.parts))
 
   def _part_at(self, position: int) -> tuple[int, Set]:
@@ -132,6 +137,9 @@ class Outer(Set):
       groups.append(outer(group) if group else everything(1))
     return groups
 
+  def of(self, parts: Sequence[Set]) -> Set:
+    return outer(parts)
+
   def nonempty(self) -> Set:
     return intersection(*map(nonempty, self.parts))
 
@@ -181,8 +189,3 @@ def split(base: Set, sizes: Sequence[Size]) -> list[Set]:
   except compat.UndecidedSize:  # they are symbolic, and it takes knowing which is larger
     return [everything(n) for n in sizes]
   return found or [any_over(base, sizes, axis) for axis in range(len(sizes))]
-
-
-def nonempty(s: Set) -> Set:
-  """One position, in the set if any position of ``s`` is."""
-  return s.nonempty() or any_of(s, np.zeros(s.size, int), 1)

@@ -47,6 +47,71 @@ class Take(Set):
       return take(self.parts[0], np.concatenate([self.data, other.data]))
     return None
 
+  def of(self, parts: Sequence[Set]) -> Set:
+    return take(parts[0], self.data)
+
+  def nonempty(self) -> Set | None:
+    (base,) = self.parts
+    return nonempty(base) if np.unique(self.data[self.data >= 0]).size == base.size else None
+
+
+class Spread(Set):
+  """``take`` of a set of one position, again and again: a condition, laid out over an axis."""
+
+  __slots__ = ()
+
+  def bits(self, ev: "Evaluation") -> Bits:
+    return ev.xp.broadcast_to(ev.bits(self.parts[0]), (self.size,))
+
+  def gates(self, builder: "Builder") -> "Gates":
+    return np.repeat(builder.of(self.parts[0])[0], self.size), False
+
+  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
+    return True, [(self.parts[0], 0)]
+
+  def sides(self, kind: "type[Junction]", other: Set) -> list[tuple[Set, Set]]:
+    return [(self.parts[0], other.parts[0])]
+
+  def combined(self, kind: "type[Junction]", other: Set, parts: Sequence[Set]) -> Set:
+    return spread(parts[0], self.size)
+
+  def below(self, index: np.ndarray) -> tuple[Set, np.ndarray]:
+    return self.parts[0], np.minimum(index, 0)
+
+  def joined(self, other: Set) -> Set | None:
+    same = isinstance(other, Spread) and other.parts == self.parts
+    return spread(self.parts[0], self.size + other.size) if same else None
+
+  def grouped(self, groups: np.ndarray, size: int) -> Set:
+    hit = np.full(size, -1)
+    hit[groups[groups >= 0]] = 0
+    return take(self.parts[0], hit)
+
+  def of(self, parts: Sequence[Set]) -> Set:
+    return spread(parts[0], self.size)
+
+  def nonempty(self) -> Set:
+    return self.parts[0]
+
+
+class Nonempty(Set):
+  """``nonempty``."""
+
+  __slots__ = ()
+
+  def bits(self, ev: "Evaluation") -> Bits:
+    return ev.xp.any(ev.bits(self.parts[0])).reshape(1)
+
+  def gates(self, builder: "Builder") -> "Gates":
+    found, once = builder.of(self.parts[0])
+    return builder.any_of_each(np.zeros(found.size, int), found, 1, shared=not once), once
+
+  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
+    return False, [(self.parts[0], place) for place in range(self.parts[0].size)]
+
+  def of(self, parts: Sequence[Set]) -> Set:
+    return nonempty(parts[0])
+
 
 class AnyOf(Set):
   """``any_of``; its data are the groups."""
@@ -73,6 +138,12 @@ class AnyOf(Set):
   def grouped(self, groups: np.ndarray, size: int) -> Set:
     return any_of(self.parts[0], np.where(self.data >= 0, groups[self.data], -1), size)
 
+  def of(self, parts: Sequence[Set]) -> Set:
+    return any_of(parts[0], self.data, self.size)
+
+  def nonempty(self) -> Set | None:
+    return nonempty(self.parts[0]) if (self.data >= 0).all() else None
+
 
 def take(base: Set, index: np.ndarray | Sequence[int]) -> Set:
   """Position ``i`` of the result is position ``index[i]`` of ``base``; -1 is never in the set."""
@@ -88,7 +159,19 @@ def take(base: Set, index: np.ndarray | Sequence[int]) -> Set:
     return fixed(there & known)
   if index.size == base.size and np.array_equal(index, np.arange(base.size)):
     return base
+  if base.size == 1 and there.all():
+    return make(Spread, index.size, (base,))
   return make(Take, index.size, (base,), index.astype(np.int32))
+
+
+def spread(when: Set, size: int) -> Set:
+  """A condition laid out over an axis: every position is in the set if the only one of ``when`` is."""
+  return take(when, np.zeros(size, np.int32))
+
+
+def nonempty(s: Set) -> Set:
+  """One position, in the set if any position of ``s`` is."""
+  return s.nonempty() or (s if s.size == 1 else make(Nonempty, 1, (s,)))
 
 
 def any_of(base: Set, groups: np.ndarray | Sequence[int], size: int) -> Set:
@@ -97,6 +180,8 @@ def any_of(base: Set, groups: np.ndarray | Sequence[int], size: int) -> Set:
   if found := base.grouped(groups, size):
     return found
   there = np.flatnonzero(groups >= 0)
+  if size == 1 and there.size == base.size > 0:
+    return nonempty(base)
   if (known := base.known_at(there)) is not None:
     hit = np.zeros(size, bool)
     hit[groups[there[known]]] = True

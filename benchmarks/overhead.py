@@ -30,6 +30,7 @@ import fisherprune_jax as fp
 VARIANTS = {
   "plain": "plain network, momentum SGD",
   "masked": "with masks, momentum SGD",
+  "automatic": "with automatic masks, momentum SGD",
   "pruning": "with masks and fisher_prune",
   "prunes": "the same, a step that prunes",
 }
@@ -96,12 +97,12 @@ def pin() -> None:
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
-def cross_entropy(model: nn.Module, variables: Any, batch: Any) -> jax.Array:
+def cross_entropy(apply: Callable[..., Any], variables: Any, batch: Any) -> jax.Array:
   x, labels = batch
-  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(model.apply(variables, x), labels))
+  return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(apply(variables, x), labels))
 
 
-def plain_step(model: nn.Module, masks: Any) -> tuple[Callable, Callable]:
+def plain_step(apply: Callable[..., Any], masks: Any) -> tuple[Callable, Callable]:
   """Momentum SGD; ``masks`` are constants, or None for a network without."""
   tx = optax.sgd(1e-2, momentum=0.9)
 
@@ -109,7 +110,7 @@ def plain_step(model: nn.Module, masks: Any) -> tuple[Callable, Callable]:
   def step(params: Any, opt_state: Any, masks: Any, batch: Any) -> Any:
     def loss_fn(params: Any) -> jax.Array:
       variables = {"params": params} if masks is None else {"params": params, "masks": masks}
-      return cross_entropy(model, variables, batch)
+      return cross_entropy(apply, variables, batch)
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
     updates, opt_state = tx.update(grads, opt_state, params)
@@ -118,12 +119,12 @@ def plain_step(model: nn.Module, masks: Any) -> tuple[Callable, Callable]:
   return tx.init, lambda params, opt_state, batch: step(params, opt_state, masks, batch)
 
 
-def pruning_step(model: nn.Module, cost: fp.CostModel, prune_every: int) -> tuple[Callable, Callable]:
+def pruning_step(apply: Callable[..., Any], cost: fp.CostModel, prune_every: int) -> tuple[Callable, Callable]:
   """Momentum SGD and pruning, as a user writes it."""
   tx = optax.chain(optax.sgd(1e-2, momentum=0.9), fp.fisher_prune(cost, prune_every=prune_every))
 
   def loss_fn(params: Any, masks: Any, batch: Any) -> jax.Array:
-    return cross_entropy(model, {"params": params, "masks": masks}, batch)
+    return cross_entropy(apply, {"params": params, "masks": masks}, batch)
 
   @partial(jax.jit, donate_argnums=(0, 1))
   def step(params: Any, opt_state: Any, batch: Any) -> Any:
@@ -137,10 +138,12 @@ def pruning_step(model: nn.Module, cost: fp.CostModel, prune_every: int) -> tupl
 
 def time_steps(name: str, case: Case, cost: fp.CostModel, params: Any, batch: Any) -> dict[str, Any]:
   """Medians per step of every variant."""
-  masked, plain = case.model(), case.model(masked=False)
+  masked, plain = case.model().apply, case.model(masked=False).apply
+  auto = fp.auto_mask(plain, {"params": params}, batch[0])
   made = {
     "plain": plain_step(plain, None),
     "masked": plain_step(masked, cost.masks),
+    "automatic": plain_step(auto.apply, auto.masks),
     "pruning": pruning_step(masked, cost, 100),
     "prunes": pruning_step(masked, cost, 1),
   }
@@ -173,6 +176,23 @@ def time_analysis(
   return cost, timers | {"cost_model_first": dict(zip(("wall_ms", "cpu_ms"), build.times[0], strict=True))}
 
 
+def time_applies(case: Case, variables: Any, x: jax.Array, repeats: int) -> dict[str, Any]:
+  """Medians of the network without masks, with those of its author, and with automatic ones."""
+  plain = case.model(masked=False).apply
+  bare = {"params": variables["params"]}
+  auto = fp.auto_mask(plain, bare, x)
+  calls = {
+    "apply_plain": (jax.jit(plain), bare),
+    "apply_masked": (jax.jit(case.model().apply), variables),
+    "apply_automatic": (jax.jit(auto.apply), auto.variables),
+  }
+  timers = {title: Timer() for title in calls}
+  for _ in range(repeats):
+    for title, (apply, given) in calls.items():
+      timers[title](apply, given, x)
+  return {title: timer.median() for title, timer in timers.items()}
+
+
 def measure(name: str, case: Case) -> dict[str, Any]:
   rng = np.random.default_rng(0)
   batch = (
@@ -182,6 +202,7 @@ def measure(name: str, case: Case) -> dict[str, Any]:
   variables = case.model().init(jax.random.key(0), batch[0])
   cost, analysis = time_analysis(case, variables, batch[0])
   steps = time_steps(name, case, cost, variables["params"], batch)
+  analysis |= time_applies(case, variables, batch[0], 2 * case.steps)
   ratios = {
     variant: {unit: steps[variant][unit] / steps["plain"][unit] for unit in ("wall_ms", "cpu_ms")}
     for variant in steps

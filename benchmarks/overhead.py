@@ -119,7 +119,9 @@ def plain_step(apply: Callable[..., Any], masks: Any) -> tuple[Callable, Callabl
   return tx.init, lambda params, opt_state, batch: step(params, opt_state, masks, batch)
 
 
-def pruning_step(apply: Callable[..., Any], cost: fp.CostModel, prune_every: int) -> tuple[Callable, Callable]:
+def pruning_step(
+  apply: Callable[..., Any], cost: fp.CostModel, prune_every: int
+) -> tuple[Callable, Callable]:
   """Momentum SGD and pruning, as a user writes it."""
   tx = optax.chain(optax.sgd(1e-2, momentum=0.9), fp.fisher_prune(cost, prune_every=prune_every))
 

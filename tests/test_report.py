@@ -221,3 +221,24 @@ def test_what_stays_without_a_gradient_is_in_the_report(case, x64):
         kept,
         needed[name, axis],
       )
+
+
+@pytest.mark.parametrize("of", ["triangular", "symmetric", "any"])
+def test_solving_for_as_many_columns_as_rows(of):
+  solve = {
+    "triangular": lambda a, b: jax.scipy.linalg.solve_triangular(a, b, lower=True),
+    "symmetric": lambda a, b: jax.scipy.linalg.solve(a, b, assume_a="pos"),
+    "any": jnp.linalg.solve,
+  }[of]
+
+  def use(x):
+    square = x.T @ x
+    return x @ solve(square + 9 * jnp.eye(8), square)
+
+  apply, variables, x = pruned(8, "mask", use, 2)
+  small = fp.compact(apply, variables, x)
+  held = {(h.path, h.axis) for b in small.blockers for h in b.holds}
+  alive = int(variables["masks"]["mask_1"]["mask"].sum())
+  rows = len(small.variables["params"]["dense_3"]["kernel"])
+  assert (rows, ("params/dense_3/kernel", 0) in held) == ((alive, False) if of == "triangular" else (8, True))
+  np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ is followed: forwards as long as more is asked for, backwards where more is poss
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.liveness import Liveness
@@ -19,6 +19,7 @@ from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Axis, Factor, Spec, compose, factors_of, names_of
 from fisherprune_jax._graph.structured import links
 
+A = TypeVar("A", Axis, Factor)
 Place = tuple[Value, int]
 """One axis of one value."""
 
@@ -72,10 +73,21 @@ def in_nobodys_way(node: Node, spec: Spec, live: Liveness) -> Spec:
 
 def _entry_by_entry(spec: Spec, shape: Sequence[int]) -> Spec:
   linked = dict(zip([*spec.ins[0], *spec.outs[0]], 2 * names_of(shape), strict=True))
-  ins, outs = (
-    tuple(tuple(linked.get(axis, axis) for axis in axes) for axes in group) for group in (spec.ins, spec.outs)
+
+  def renamed(axes: Sequence[A]) -> tuple[A | Factor, ...]:
+    return tuple(linked.get(axis, axis) for axis in axes)
+
+  counts = (
+    count._replace(outer=renamed(count.outer), inner=None if count.inner is None else renamed(count.inner))
+    for count in spec.flops
   )
-  return replace(spec, ins=ins, outs=outs, sizes={linked.get(f, f): n for f, n in spec.sizes.items()})
+  return replace(
+    spec,
+    ins=tuple(map(renamed, spec.ins)),
+    outs=tuple(map(renamed, spec.outs)),
+    sizes={linked.get(f, f): n for f, n in spec.sizes.items()},
+    flops=tuple(counts),
+  )
 
 
 class Stay(NamedTuple):

@@ -14,7 +14,7 @@ import pytest
 
 import fisherprune_jax as fp
 from fisherprune_jax._compaction.kept import Kept
-from fisherprune_jax._cost.cost import cost_of
+from fisherprune_jax._cost.measures import cost_of
 from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.prices import Prices

@@ -12,7 +12,7 @@ from fisherprune_jax._auto.groups import Group, Skipped, find, find_blocks
 from fisherprune_jax._auto.matching import tree_of
 from fisherprune_jax._auto.table import table
 from fisherprune_jax._auto.wrapping import Model, Wrapped
-from fisherprune_jax._cost.cost import cost_model
+from fisherprune_jax._cost.measures import cost_model
 from fisherprune_jax._errors import Path, describe, path_name, require
 from fisherprune_jax._graph.examples import batch_size, example_axes
 from fisherprune_jax._graph.variables import abstract

@@ -14,7 +14,7 @@ from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.opt_states import shrink_opt_state, shrink_pruning
 from fisherprune_jax._compaction.plan import make_plan
 from fisherprune_jax._compaction.runner import Runner
-from fisherprune_jax._cost.cost import cost_of
+from fisherprune_jax._cost.measures import cost_of
 from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._errors import describe, path_name
 from fisherprune_jax._graph.blockers import Blocker, Stays, check, what_stays

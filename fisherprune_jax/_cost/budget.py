@@ -20,34 +20,38 @@ class ExactCost(NamedTuple):
   """A cost in whole numbers.
 
   Attributes:
-    digits: ``digits(masks)``, the cost of a traced batch, in as many digits as ``dense`` needs.
+    digits: ``digits(masks)``, the cost in units of ``per``, in as many digits as ``dense`` needs.
     dense: that of all-ones masks, the largest there is.
-    examples: how many examples the batch has.
+    per: what one unit is per example, as a third of a FLOP where three examples were traced.
   """
 
   digits: Callable[[Masks], exact.Digits]
   dense: int
-  examples: int
+  per: Fraction
 
   def exceeds(self, masks: Masks, target: float | Array) -> jax.Array:
-    """Whether the count of a batch is above ``target`` times its examples."""
+    """Whether the cost per example is above ``target``."""
     if isinstance(target, jax.Array):
       return self._exceeds_array(masks, target)
-    limit = limit_of(target, self.examples)
+    limit = limit_of(target, 1 / self.per)
     if limit >= self.dense:
       return jnp.bool_(False)
     return exact.above(self.digits(masks), exact.constant(limit, exact.digits_for(self.dense)))
 
   def _exceeds_array(self, masks: Masks, target: jax.Array) -> jax.Array:
     digits = exact.digits_for(self.dense)
-    near = target <= 1.5 * self.dense / self.examples  # or it is above any cost, and might have more digits
-    limit = exact.of_array(jnp.where(near, target, 0), digits, BEHIND)
-    limit = exact.times(limit, exact.constant(self.examples, digits))
+    near = target <= 1.5 * float(self.dense * self.per)  # or it is above any cost, and might have more digits
+    target = jnp.where(near, target, 0)
+    units = 1 / self.per
+    if units.denominator == 1:
+      limit = exact.times(exact.of_array(target, digits, BEHIND), exact.constant(int(units), digits))
+    else:  # of seconds, say: then an array is as exact as its product with a number is
+      limit = exact.of_array(target * float(units), digits, BEHIND)
     return near & exact.above(self.digits(masks), limit[BEHIND:])
 
 
-def limit_of(target: float | Array, examples: int) -> int:
-  """The largest count of a batch of examples that is not above a target per example.
+def limit_of(target: float | Array, units: Fraction | int) -> int:
+  """The largest number of units that is not above a target, of which one is so many.
 
   A float is taken with its rounding: a quotient of whole numbers that it is the nearest float to is not above it.
 
@@ -59,4 +63,4 @@ def limit_of(target: float | Array, examples: int) -> int:
     number = math.nextafter(number, math.inf)
     if not math.isfinite(number):
       return 1 << 4096  # above anything
-  return math.floor(Fraction(number) * examples)
+  return math.floor(Fraction(number) * units)

@@ -1,55 +1,17 @@
-"""The cost of a masked network in FLOPs per example, and what each feature contributes to it."""
+"""The cost of a masked network, and what each feature contributes to it."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._cost.budget import ExactCost
-from fisherprune_jax._cost.meters import FlopsMeter
-from fisherprune_jax._errors import require_same_tree
-from fisherprune_jax._graph import exact as whole_numbers
-from fisherprune_jax._graph.blockers import check, sample_masks
-from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.examples import batch_size
-from fisherprune_jax._graph.prices import Prices
-from fisherprune_jax._graph.structured import Meter, costs_of
-from fisherprune_jax._graph.terms import collect, total
-from fisherprune_jax._graph.traced import Analysis, trace_apply
-from fisherprune_jax._graph.variables import MaskSelector, VariableTree, sizes_of, vectors_of
-from fisherprune_jax._masks import flatten, unflatten
-from fisherprune_jax._types import ApplyFn, Array, BatchAxes, Masks, PyTree
-
-
-class NotCounted(float):
-  """What nobody knows the cost of: nothing in a sum, and shown as ``not counted``, not as a zero."""
-
-  def __repr__(self) -> str:
-    return "not counted"
-
-  def __format__(self, spec: str) -> str:
-    return "not counted"
-
-  __str__ = __repr__
-
-
-class Row(NamedTuple):
-  """One line of a cost breakdown, in FLOPs per example.
-
-  Attributes:
-    where: the user's source line.
-    primitive: its name; with ``(not counted)`` behind it if no rule says what it costs.
-    dense: with every feature alive.
-    now: under the masks; as ``dense``, zero in a sum and shown as ``not counted`` if that is so.
-  """
-
-  where: str
-  primitive: str
-  dense: float
-  now: float
+from fisherprune_jax._cost.counted import Counted, Row
+from fisherprune_jax._errors import is_number, require, require_same_tree
+from fisherprune_jax._types import Array, Masks
 
 
 class CostModel:
@@ -60,6 +22,20 @@ class CostModel:
   Attributes:
     masks: the tree of all-ones masks.
     dense: the cost per example with every feature alive.
+    unit: what it is measured in, such as ``"FLOPs"``.
+
+  ``a + b`` and ``2.0 * a`` of cost models on the same masks are cost models.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> apply = lambda v, x: (x @ v["a"]) * v["masks"] @ v["b"]
+  >>> variables = {"a": jnp.ones((3, 4)), "b": jnp.ones((4, 2)), "masks": jnp.ones(4)}
+  >>> flops, params = (fp.cost_model(apply, variables, jnp.ones((5, 3)), measure=m) for m in ("flops", "params"))
+  >>> both = flops + 0.5 * params
+  >>> flops.dense, params.dense, both.dense
+  (34.0, 20.0, 44.0)
+  >>> both.per_feature(both.masks)
+  Array([11.5, 11.5, 11.5, 11.5], dtype=float32)
   """
 
   def __init__(
@@ -67,23 +43,30 @@ class CostModel:
     masks: Masks,
     total: Callable[[Masks], jax.Array],
     per_feature: Callable[[Masks], Masks],
-    exact: Callable[[Masks], Masks] | None = None,
-    breakdown: Callable[[Masks], list[Row]] | None = None,
-    dense: float | None = None,
-    exact_cost: ExactCost | None = None,
+    unit: str = "",
+    counted: Counted | None = None,
   ) -> None:
     with jax.ensure_compile_time_eval():  # it may be made inside a function that is traced
       self.masks = jax.tree.map(lambda m: jnp.ones(m.shape, jnp.float32), masks)
-      self.dense = float(total(self.masks)) if dense is None else dense
+      self.dense = float(total(self.masks)) if counted is None else counted.worth(counted.dense)
+    self.unit = unit
     self._total = jax.jit(total)
     self._per_feature = per_feature
-    self._exact = exact
-    self._breakdown = breakdown
-    self._exact_cost = None if exact_cost is None else exact_cost._replace(digits=jax.jit(exact_cost.digits))
+    self._counted = counted
+    self._exact_cost = None if counted is None else counted.exact_cost
+
+  @classmethod
+  def of(cls, counted: Counted, unit: str) -> "CostModel":
+    """The cost model of a sum of terms."""
+    return cls(counted.masks, counted.total, counted.per_feature, unit, counted)
 
   @classmethod
   def from_functions(
-    cls, masks: Masks, total: Callable[[Masks], Masks], per_feature: Callable[[Masks], Masks]
+    cls,
+    masks: Masks,
+    total: Callable[[Masks], Masks],
+    per_feature: Callable[[Masks], Masks],
+    unit: str = "",
   ) -> "CostModel":
     """A cost model of your own.
 
@@ -92,6 +75,7 @@ class CostModel:
       total: ``total(masks)``, a scalar: the cost per example. Must be jit-able.
       per_feature: ``per_feature(masks)``, a tree like ``masks``: the drop in cost if that one feature also
         went. Must be jit-able.
+      unit: what it is measured in, for tables.
 
     Returns:
       A cost model with no breakdown, whose ``exact`` rounds ``total``.
@@ -104,7 +88,38 @@ class CostModel:
     >>> cost.dense
     21.0
     """
-    return cls(masks, lambda m: jnp.asarray(total(m), jnp.float32), jax.jit(per_feature))
+    return cls(masks, lambda m: jnp.asarray(total(m), jnp.float32), jax.jit(per_feature), unit)
+
+  def __add__(self, other: Any) -> "CostModel":
+    """The sum of two costs on the same masks, exact where both are."""
+    if not isinstance(other, CostModel):
+      return NotImplemented
+    _check_same(self.masks, other.masks)
+    unit = self.unit if self.unit == other.unit else f"{self.unit or 'cost'} + {other.unit or 'cost'}"
+    if self._counted is not None and other._counted is not None:
+      return CostModel.of(self._counted.plus(other._counted), unit)
+
+    def per_feature(masks: Masks) -> Masks:
+      return jax.tree.map(jnp.add, self.per_feature(masks), other.per_feature(masks))
+
+    return CostModel(self.masks, lambda masks: self(masks) + other(masks), jax.jit(per_feature), unit)
+
+  def __mul__(self, factor: Any) -> "CostModel":
+    """A cost so many times as large, for sums of costs in different units."""
+    if not is_number(factor):
+      return NotImplemented
+    require(0 < factor < math.inf, "A cost model can be multiplied by a positive number", factor)
+    number = Fraction(repr(np.asarray(factor).item()))  # 0.1 is a tenth, as it is written
+    unit = f"{float(factor):g} {self.unit or 'cost'}"
+    if self._counted is not None:
+      return CostModel.of(self._counted.times(number), unit)
+
+    def per_feature(masks: Masks) -> Masks:
+      return jax.tree.map(lambda drop: factor * drop, self.per_feature(masks))
+
+    return CostModel(self.masks, lambda masks: factor * self(masks), jax.jit(per_feature), unit)
+
+  __rmul__ = __mul__
 
   def __call__(self, masks: Masks) -> jax.Array:
     """The cost per example under ``masks``, a float32 scalar; jit-able."""
@@ -116,12 +131,10 @@ class CostModel:
     self._check(masks)
     return self._per_feature(masks)
 
-  def exact(self, masks: Masks) -> int:
-    """The cost of one traced batch, as an integer computed on the host."""
+  def exact(self, masks: Masks) -> int | float:
+    """The cost of one traced batch, computed on the host: an integer, unless a unit (seconds) is divided."""
     self._check(masks)
-    if self._exact is None:
-      return round(float(self._total(masks)))
-    return self._exact(masks)
+    return round(float(self._total(masks))) if self._counted is None else self._counted.exact(masks)
 
   def exceeds(self, masks: Masks, target: float | Array) -> jax.Array:
     """Whether the cost is above a target per example, a boolean scalar; jit-able.
@@ -149,9 +162,9 @@ class CostModel:
     return self._exact_cost.exceeds(masks, target)
 
   def breakdown(self, masks: Masks) -> list[Row]:
-    """Where the FLOPs are: one row per source line and primitive, dense and under ``masks``."""
+    """Where the cost is: one row per source line and primitive (per parameter), dense and under ``masks``."""
     self._check(masks)
-    return [] if self._breakdown is None else self._breakdown(masks)
+    return [] if self._counted is None else self._counted.breakdown(masks)
 
   def _check(self, masks: Masks) -> None:
     if isinstance(masks, int | np.integer) or (hasattr(masks, "ndim") and masks.ndim == 0):
@@ -161,124 +174,18 @@ class CostModel:
         "static_args=('cost', 'prune_every', 'burn_in', 'features_per_prune', 'min_features') and "
         "hyperparam_dtype=jnp.float32."
       )
-    require_same_tree(
-      masks, self.masks, "masks", "the cost model's masks", "Build the cost model for this model."
-    )
+    how = "Build the cost model for this model."
+    require_same_tree(masks, self.masks, "masks", "the cost model's masks", how)
     for given, ours in zip(jax.tree.leaves(masks), jax.tree.leaves(self.masks), strict=True):
       if given.shape != ours.shape:
         raise ValueError(
-          f"A mask must have the shape {ours.shape} that the cost model was built for, got {given.shape}. "
-          "Build the cost model for this model."
+          f"A mask must have the shape {ours.shape} that the cost model was built for, got {given.shape}. {how}"
         )
 
 
-def cost_model(
-  apply_fn: ApplyFn,
-  variables: PyTree,
-  *args: PyTree,
-  masks: MaskSelector = "masks",
-  batch_axes: BatchAxes = 0,
-  primitives: Sequence[str] | None = None,
-  pad_taps: bool = True,
-  strict: bool = False,
-) -> CostModel:
-  r"""Counts the FLOPs of ``apply_fn(variables, *args)`` as a function of its masks.
-
-  The function is traced once. An inner product of ``K`` terms costs ``2 K - 1``, elementwise arithmetic and
-  comparisons 1 per element, reductions 1 per element read, data movement 0; see the README. Only
-  live entries count: the cost is that of the program that :func:`compact` builds for the same masks, so it is
-
-  .. math:: cost(m) = \sum_{primitives} c \prod_{axes} |\text{live}_{axis}(m)|
-
-  Args:
-    apply_fn: ``apply_fn(variables, *args)``, such as ``model.apply``.
-    variables: the variables, arrays or ``jax.ShapeDtypeStruct``, with the masks among them.
-    *args: the other arguments, likewise.
-    masks: the collection that holds the masks, or a predicate on tree paths.
-    batch_axes: where the example axes of ``args`` are, like ``jax.vmap``'s ``in_axes``: ``(None, 0)`` for a key
-      before the batch, 1 for time-major input. With None alone (graphs padded to one size) FLOPs are per call.
-    primitives: names of the primitives to count, such as ``("dot_general",)``; None counts all.
-    pad_taps: whether the taps of convolutions and windows that fall on padding count, as most counters have it; False
-      counts what is multiplied and added alone, as XLA does for convolutions.
-    strict: raise where a dead feature cannot be removed, instead of keeping it.
-
-  Returns:
-    The cost model: ``cost(masks)`` is in FLOPs per example.
-
-  Raises:
-    ValueError: without masks, without an example axis where ``batch_axes`` says that there is one, or, if
-      ``strict``, where something cannot be removed.
-
-  >>> import jax, jax.numpy as jnp
-  >>> import flax.linen as nn
-  >>> import fisherprune_jax as fp
-  >>> model = nn.Sequential([nn.Dense(8), fp.Mask(), nn.Dense(3)])
-  >>> x = jnp.ones((2, 4))
-  >>> variables = model.init(jax.random.key(0), x)
-  >>> cost = fp.cost_model(model.apply, variables, x)
-  >>> cost.dense  # 8 (2*4 - 1) + 8 for the bias, 3 (2*8 - 1) + 3
-  112.0
-
-  References:
-    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
-    <https://arxiv.org/abs/1801.05787>`_, 2018
-
-    Golub and Van Loan, *Matrix Computations*, for the counts of linear algebra
-
-    JAX, `The jaxpr language <https://docs.jax.dev/en/latest/jaxpr.html>`_
-  """
-  tree = VariableTree(variables, masks)
-  examples = batch_size(args, batch_axes)
-  analysis = trace_apply(apply_fn, tree, args).analyse()
-  names, everything = None if primitives is None else frozenset(primitives), FlopsMeter()
-  check(analysis, tree, examples, everything, sample_masks(tree.mask_leaves) if strict else ())
-  meter = everything._replace(primitives=names, pad_taps=pad_taps)
-  return cost_of(analysis, tree.mask_tree, examples, meter)
-
-
-def cost_of(analysis: Analysis, masks: Masks, examples: int, meter: Meter) -> CostModel:
-  """The cost model of an analysed function."""
-  costs = list(costs_of(analysis.program, analysis.live, meter))
-  terms = collect(cost.term for cost in costs)
-  # Made when it is asked for: who wants the count of given masks alone can do without.
-  prices = functools.cache(lambda: Prices(terms, sizes_of(jax.tree.leaves(masks))))
-
-  def per_example(masks: Masks) -> jax.Array:
-    return prices().total(_alive(masks)) / examples
-
-  drops = jax.jit(lambda masks: prices().drops(_alive(masks)) / examples)
-
-  def per_feature(masks: Masks) -> Masks:
-    return unflatten(drops(masks), masks)
-
-  def exact(masks: Masks) -> int:
-    return total(terms, _evaluation(masks))
-
-  def digits(masks: Masks) -> whole_numbers.Digits:
-    sizes = functools.partial(prices().sizes, _alive(masks))
-    return whole_numbers.total(terms, sizes, whole_numbers.digits_for(dense))
-
-  def breakdown(masks: Masks) -> list[Row]:
-    ones = jax.tree.map(lambda m: np.ones(m.shape), masks)
-    states = [_evaluation(ones), _evaluation(masks)]
-    rows: dict[tuple[str, str], list[float]] = {}
-    for cost in costs:
-      if not cost.counted:
-        rows[cost.node.source, f"{cost.label} (not counted)"] = [NotCounted()] * 2
-        continue
-      row = rows.setdefault((cost.node.source, cost.label), [0.0, 0.0])
-      for i, ev in enumerate(states):
-        row[i] += total([cost.term], ev) / examples
-    return [Row(*where, *counts) for where, counts in rows.items()]
-
-  dense = exact(jax.tree.map(lambda m: np.ones(m.shape), masks))
-  exact_cost = ExactCost(digits, dense, examples)
-  return CostModel(masks, per_example, per_feature, exact, breakdown, dense / examples, exact_cost)
-
-
-def _evaluation(masks: Masks) -> Evaluation:
-  return Evaluation(vectors_of(jax.tree.leaves(masks)))
-
-
-def _alive(masks: Masks) -> jax.Array:
-  return flatten(masks) != 0
+def _check_same(a: Masks, b: Masks) -> None:
+  """Raises unless two cost models are of the same masks."""
+  how = "Build both for the same model and variables."
+  require_same_tree(b, a, "The masks of a cost to add", "the masks of the other", how)
+  for x, y in zip(jax.tree.leaves(b), jax.tree.leaves(a), strict=True):
+    require(x.shape == y.shape, f"Costs to add must have masks of one shape, {y.shape}", x.shape, how)

@@ -35,6 +35,11 @@ class Term(NamedTuple):
     return self if when.is_all else self._replace(outer=_in_order((*self.outer, when)))
 
 
+def sized(number: int, found: Iterable[Set]) -> Term:
+  """A number times the sizes of some sets."""
+  return Term(*_split_constants(number, found))
+
+
 def term(flops: Flops, factors: dict[Factor, Set]) -> Term:
   """A rule's count, at the live sets of its factors; whole axes become part of the numbers."""
   scale, outer = _split_constants(flops.scale, [factors[f] for f in flops.outer])
@@ -70,6 +75,15 @@ class Dearest(NamedTuple):
   def key(self) -> Any:
     """As of a term."""
     return self.sums
+
+  @property
+  def sets(self) -> tuple[Set, ...]:
+    """None: that one of a term is empty says nothing of the others."""
+    return ()
+
+  def under(self, when: Set) -> "Dearest":
+    """As of a term."""
+    return self._replace(sums=tuple(tuple(t.under(when) for t in terms) for terms in self.sums))
 
 
 Terms = Iterable[Term | Dearest]

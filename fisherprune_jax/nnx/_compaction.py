@@ -5,12 +5,13 @@ from typing import Any
 from flax import nnx
 
 from fisherprune_jax._compaction import compact as compaction
-from fisherprune_jax._cost import cost
+from fisherprune_jax._cost import measures
+from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax.nnx._modules import Call, MaskVariable, functional, split
 
 
-def cost_model(model: nnx.Module, *args: Any, call: Call | None = None, **options: Any) -> cost.CostModel:
+def cost_model(model: nnx.Module, *args: Any, call: Call | None = None, **options: Any) -> CostModel:
   """``fp.cost_model`` for a module.
 
   Args:
@@ -28,7 +29,7 @@ def cost_model(model: nnx.Module, *args: Any, call: Call | None = None, **option
   12.0
   """
   apply_fn, variables = functional(model, call=call)
-  return cost.cost_model(apply_fn, variables, *args, **options)
+  return measures.cost_model(apply_fn, variables, *args, **options)
 
 
 def compact(

@@ -27,6 +27,8 @@ from fisherprune_jax._training.history import Pruned as Pruned
 from fisherprune_jax._training.history import history as history
 from fisherprune_jax._training.history import masks_at as masks_at
 from fisherprune_jax._training.injection import inject_hyperparams as inject_hyperparams
+from fisherprune_jax._training.once import estimate_signals as estimate_signals
+from fisherprune_jax._training.once import prune as prune
 from fisherprune_jax._training.plots import plot_history as plot_history
 from fisherprune_jax._training.state import FisherPruneState as FisherPruneState
 from fisherprune_jax._training.summary import scalars as scalars

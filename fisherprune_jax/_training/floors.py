@@ -1,14 +1,14 @@
 """How many features each mask keeps."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import jax
 import numpy as np
 
-from fisherprune_jax._errors import is_number, require, same_structure
+from fisherprune_jax._errors import is_known, is_number, require, same_structure
 from fisherprune_jax._masks import named_rows
 from fisherprune_jax._types import Masks
 
@@ -19,13 +19,37 @@ BLOCKS = "*.block"
 """Masks of whole residual branches, as ``auto_mask`` names them: they may always go, unless a pattern says otherwise."""
 
 
-def floors_of(masks: Masks, min_features: MinFeatures) -> Masks:
+def fits(name: str, pattern: str) -> bool:
+  """Whether a glob pattern fits the name of a mask, or that of the stack that it is a row of.
+
+  >>> fits("layers[0]", "layers"), fits("layers[0]", "layers[0]"), fits("layers[0]", "conv*")
+  (True, True, False)
+  """
+  stack = name.split("[")[0]
+  return name == pattern or fnmatchcase(name, pattern) or fnmatchcase(stack, pattern)
+
+
+def first_that_fits(name: str, by_pattern: Mapping[str, Any], default: Any) -> Any:
+  """What the first pattern says that fits a name."""
+  return next((value for pattern, value in by_pattern.items() if fits(name, pattern)), default)
+
+
+def require_used(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+  """Raises where a pattern fits no mask."""
+  unused = [pattern for pattern in patterns if not any(fits(name, pattern) for name in names)]
+  require(
+    not unused, f"{option} must name masks ({', '.join(names)})", unused, "Patterns are those of a shell."
+  )
+
+
+def floors_of(masks: Masks, min_features: MinFeatures, exclude: Sequence[str] = ()) -> Masks:
   """The least number of features of every mask, ``(..., 1)`` for one ``(..., C)``.
 
   Args:
     masks: a tree of masks.
     min_features: a number of features, or a fraction below 1 of the mask's size (rounded up); a mapping from glob
       patterns of names, as ``fp.summary`` shows them, of which the first that fits counts; or a tree like the masks.
+    exclude: patterns of masks that keep everything.
 
   Raises:
     ValueError: if a number is negative or larger than its mask, or a pattern fits no mask.
@@ -40,7 +64,13 @@ def floors_of(masks: Masks, min_features: MinFeatures) -> Masks:
   elif same_structure(min_features, masks) and not is_number(min_features):
     wanted = [np.asarray(leaf) for leaf in _spread(min_features, masks)]
   else:
-    wanted = [0 if _is_block(name) else min_features for name, _ in rows]
+    wanted = [0 if fits(name, BLOCKS) else min_features for name, _ in rows]
+  require_used("exclude", exclude, [name for name, _ in rows])
+  left_alone = [any(fits(name, pattern) for pattern in exclude) for name, _ in rows]
+  wanted = [
+    mask.shape[-1] if alone else floor
+    for alone, (_, mask), floor in zip(left_alone, rows, wanted, strict=True)
+  ]
   found = [_number(name, mask.shape[-1], floor) for (name, mask), floor in zip(rows, wanted, strict=True)]
   leaves, at = [], 0
   for leaf in jax.tree.leaves(masks):
@@ -50,20 +80,9 @@ def floors_of(masks: Masks, min_features: MinFeatures) -> Masks:
   return jax.tree.unflatten(jax.tree.structure(masks), leaves)
 
 
-def _is_block(name: str) -> bool:
-  return fnmatchcase(name.split("[")[0], BLOCKS)
-
-
 def _by_pattern(names: list[str], floors: Mapping[str, Any]) -> list[Any]:
-  unused = [pattern for pattern in floors if not any(fnmatchcase(name, pattern) for name in names)]
-  require(
-    not unused, f"min_features must name masks ({', '.join(names)})", unused, "Patterns are those of a shell."
-  )
-  default = {BLOCKS: 0, f"{BLOCKS}[[]*": 0, "*": 1}
-  return [
-    next(floor for pattern, floor in {**floors, **default}.items() if fnmatchcase(name, pattern))
-    for name in names
-  ]
+  require_used("min_features", floors, names)
+  return [first_that_fits(name, floors, 0 if fits(name, BLOCKS) else 1) for name in names]
 
 
 def _spread(floors: Masks, masks: Masks) -> list[Any]:
@@ -83,3 +102,13 @@ def _number(name: str, size: int, floor: Any) -> int:
     least <= size, f"min_features must be at most {size}, the size of the mask {name}", floor, "Lower it."
   )
   return least
+
+
+def check_floors(masks: Masks, floors: Masks) -> None:
+  """Raises where a mask has fewer features than it has to keep; values of tracers pass."""
+  least = [floor for leaf in jax.tree.leaves(floors) for floor in np.reshape(leaf, -1)]
+  for (name, mask), floor in zip(named_rows(masks), least, strict=True):
+    if is_known(mask):
+      alive = int(np.sum(np.asarray(mask) > 0))
+      remedy = "Lower min_features, or start from masks that keep as many."
+      require(alive >= floor, f"masks must keep min_features={floor} of {name}", alive, remedy)

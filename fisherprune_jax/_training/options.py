@@ -6,7 +6,8 @@ schedules and ``fp.inject_hyperparams`` follow from that; what an option means i
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, get_type_hints
 
 import jax
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._errors import describe, is_number, is_traced, require
+from fisherprune_jax._errors import describe, is_number, is_traced, require, warn
 from fisherprune_jax._masks import check_masks
+from fisherprune_jax._training.bundles import Multiple, Rows, rows_of
 from fisherprune_jax._training.criterion import Criterion, criterion_of
-from fisherprune_jax._training.floors import MinFeatures, floors_of
+from fisherprune_jax._training.floors import MinFeatures, check_floors, floors_of
 from fisherprune_jax._types import AxisNames, Masks
 
 INJECTED = "or use fp.inject_hyperparams."
@@ -42,14 +44,18 @@ class Number:
     allows: whether a number is in its range, which holds of arrays too.
     range: the range in words.
     word: what it may be in place of a number; then it is as fixed as any other word.
+    optional: whether it may be None.
   """
 
   allows: Callable[[Any], Any]
   range: str
   word: str | None = None
+  optional: bool = False
 
   def check(self, name: str, value: Any) -> None:
     """Raises unless a value is in the range; tracers pass, schedules are asked for step 1."""
+    if value is None and self.optional:
+      return
     if getattr(value, "dtype", None) in (jnp.float16, jnp.bfloat16):
       raise TypeError(
         f"{name} must have at least the precision of float32, got {describe(value)}. Under "
@@ -76,6 +82,7 @@ class Number:
 DECAY = Number(lambda d: (d >= 0) & (d < 1), "in [0, 1)")
 FLOPS_WEIGHT = Number(lambda w: w == w, "'auto', a number or a schedule", word="auto")
 FLOPS_TARGET = Number(lambda t: t >= 0, "a number of FLOPs, at least 0")
+TARGET = Number(lambda t: t >= 0, "a number in the unit of the cost, at least 0", optional=True)
 
 
 def _cost(name: str, value: Any) -> None:
@@ -99,6 +106,22 @@ def _integer(least: int) -> Callable[[str, Any], None]:
   return check
 
 
+def _patterns(name: str, value: Any) -> None:
+  if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):
+    raise TypeError(
+      f"{name} must be a list of glob patterns of mask names, such as ['conv*'], got {value!r}."
+    )
+
+
+def _warn_of_fraction(cost: CostModel, target: Any) -> None:
+  """A target below one of a cost of millions is meant as a fraction, mostly."""
+  if is_number(target) and not is_traced(target) and 0 < target < 1 and cost.dense > 1000:
+    warn(
+      f"A target of {float(target):g} {cost.unit} is below anything that a network of {cost.dense:,.0f} comes to. Of a "
+      f"fraction, say target={float(target):g} * cost.dense."
+    )
+
+
 def _method(name: str, value: Any) -> None:
   criterion_of(value, name)
 
@@ -119,10 +142,15 @@ class Options:
   decay: Annotated[optax.ScalarOrSchedule, DECAY] = 0.96
   flops_weight: Annotated[str | optax.ScalarOrSchedule, FLOPS_WEIGHT] = "auto"
   flops_target: Annotated[optax.ScalarOrSchedule, FLOPS_TARGET] = 0.0
+  target: Annotated[optax.ScalarOrSchedule | None, TARGET] = None
   method: Annotated[str | Criterion, Fixed(_method)] = "fisher"
   debias: Annotated[bool, Fixed()] = True
   features_per_prune: Annotated[int, Fixed(_integer(least=1))] = 1
   min_features: Annotated[MinFeatures, Fixed()] = 1
+  exclude: Annotated[Sequence[str], Fixed(_patterns)] = ()
+  multiple_of: Annotated[Multiple, Fixed()] = 1
+  uniform: Annotated[Sequence[str], Fixed(_patterns)] = ()
+  recost: Annotated[int, Fixed(_integer(least=1))] = 1
   axis_name: Annotated[AxisNames, Fixed()] = None
   masks: Annotated[Masks | None, Fixed()] = None
   name: Annotated[str | None, Fixed(_name)] = None
@@ -130,14 +158,32 @@ class Options:
   def __post_init__(self) -> None:
     for name, kind in KINDS.items():
       kind.check(name, getattr(self, name))
-    floors_of(self.cost.masks, self.min_features)
+    # Optax may have made an array of the default.
+    is_default = is_traced(self.flops_target) or (
+      is_number(self.flops_target) and float(self.flops_target) == 0
+    )
+    if self.target is not None and not is_default:
+      raise ValueError("target and flops_target are one option under two names, got both. Pass target alone.")
+    _warn_of_fraction(self.cost, self.flops_target if self.target is None else self.target)
+    rows_of(self.cost.masks, self.floors, self.multiple_of, self.uniform)
     if self.masks is not None:
       check_masks(self.masks, self.cost.masks, "the cost model")
+      check_floors(self.masks, floors_of(self.cost.masks, self.min_features))
 
-  @property
+  @functools.cached_property
   def floors(self) -> Masks:
     """How many features each mask keeps."""
-    return floors_of(self.cost.masks, self.min_features)
+    return floors_of(self.cost.masks, self.min_features, self.exclude)
+
+  @functools.cached_property
+  def rows(self) -> Rows:
+    """Which features go together."""
+    return rows_of(self.cost.masks, self.floors, self.multiple_of, self.uniform)
+
+  @property
+  def goal(self) -> str:
+    """The name that the target was given under."""
+    return "flops_target" if self.target is None else "target"
 
   @property
   def criterion(self) -> Criterion:
@@ -160,4 +206,4 @@ KINDS: dict[str, Fixed | Number] = {
 
 def is_static(name: str, value: Any) -> bool:
   """Whether an option cannot be a hyperparameter that is set between steps: it is fixed, or its value is a word."""
-  return isinstance(KINDS.get(name), Fixed) or (name in KINDS and isinstance(value, str))
+  return isinstance(KINDS.get(name), Fixed) or (name in KINDS and (value is None or isinstance(value, str)))

@@ -1,4 +1,4 @@
-"""Which feature goes next."""
+"""Which features go next."""
 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
@@ -7,23 +7,25 @@ import jax
 import jax.numpy as jnp
 
 from fisherprune_jax._masks import flatten, unflatten
+from fisherprune_jax._training.bundles import Rows
 from fisherprune_jax._types import Masks
 
 State = TypeVar("State")
+Weight = str | float | jax.Array
 
 EPSILON = 1e-6
 """Added to a feature's cost before dividing by it, as the classic optimizer does."""
 
 
 class Choice(NamedTuple):
-  """Masks after a choice; ``chosen`` is one at the feature that went, ``found`` whether there was one."""
+  """Masks after a choice; ``chosen`` is one at the features that went, ``found`` whether there were any."""
 
   masks: Masks
   chosen: Masks
   found: jax.Array
 
 
-def rank(signals: Masks, costs: Masks, flops_weight: str | float | jax.Array) -> Masks:
+def rank(signals: Masks, costs: Masks, flops_weight: Weight) -> Masks:
   r"""The score by which features are ranked; the smallest goes first.
 
   .. math:: signal / (cost + 10^{-6}) \quad\text{or}\quad signal - w \cdot cost
@@ -58,8 +60,53 @@ def prune_one(masks: Masks, scores: Masks, floors: Masks) -> Choice:
   found = jnp.any(can_go)
   # Where all that can go is finite, argmin takes the first of the smallest: the tie rule.
   hit = (jnp.arange(ranked.size) == jnp.argmin(ranked)) & found
+  return _without(masks, hit)
+
+
+def prune_some(
+  masks: Masks, signals: Masks, costs: Masks, weight: Weight, rows: Rows, count: jax.Array
+) -> Choice:
+  """Switches off at least one bundle, and further ones as long as they come to no more than ``count`` features.
+
+  A *bundle* is what goes together: the features that bring a mask to the next smaller width that it may have, of all rows of
+  a stack that is uniform. Its score is that of its signals and costs added up. A mask loses one bundle at most, or as many
+  single features as it can spare.
+
+  Args:
+    masks: a tree of masks ``(..., C)``.
+    signals: a tree like it; where one is not finite its feature stays.
+    costs: a tree like it.
+    weight: as of ``rank``.
+    rows: how the features lie in rows, and which go together.
+    count: how many features may go.
+  """
+  alive, signal, cost = flatten(masks) > 0, flatten(signals), flatten(costs)
+  scores = jnp.where(alive & jnp.isfinite(signal), rank(signal, cost, weight), jnp.inf)
+  scores = jnp.where(jnp.isfinite(scores), scores, jnp.inf)
+  place = rows.places(scores)
+  if rows.are_single:
+    taken = jnp.isfinite(scores) & (place < rows.spare(alive))
+    of, size, merit = jnp.arange(alive.size), jnp.ones(alive.size), jnp.where(taken, scores, jnp.inf)
+  else:
+    taken = place < rows.next_bundle(alive)
+    of, units = jnp.asarray(rows.unit), rows.units
+    whole = rows.all_of(jnp.isfinite(scores) | ~taken)
+    size = jax.ops.segment_sum(taken.astype(jnp.float32), of, units)
+    sums = [jax.ops.segment_sum(jnp.where(taken, x, 0), of, units) for x in (signal, cost)]
+    total = rank(sums[0], sums[1], weight)
+    merit = jnp.where(whole & rows.all_ready(alive), total, jnp.inf)
+  order = jnp.argsort(merit, stable=True)
+  together = jnp.cumsum(size[order])
+  first = jnp.arange(merit.size) == 0
+  goes = jnp.zeros(merit.size, bool).at[order].set((first | (together <= count)) & jnp.isfinite(merit[order]))
+  return _without(masks, taken & goes[of])
+
+
+def _without(masks: Masks, hit: jax.Array) -> Choice:
   chosen = unflatten(hit, masks)
-  return Choice(jax.tree.map(lambda m, c: jnp.where(c, jnp.zeros_like(m), m), masks, chosen), chosen, found)
+  return Choice(
+    jax.tree.map(lambda m, c: jnp.where(c, jnp.zeros_like(m), m), masks, chosen), chosen, jnp.any(hit)
+  )
 
 
 def repeat_while(
@@ -74,3 +121,35 @@ def repeat_while(
     return carry[0] + 1, step(carry[1])
 
   return jax.lax.while_loop(more, body, (jnp.int32(0), state))[1]
+
+
+def repeat_in_steps(
+  go_on: Callable[[State], jax.Array],
+  step: Callable[[State, jax.Array], tuple[State, jax.Array]],
+  state: State,
+  times: int,
+  at_once: int,
+) -> State:
+  """Lets features go several at once, and fewer where that would be too many, as long as ``go_on(state)``.
+
+  Args:
+    go_on: whether features have to go.
+    step: ``step(state, count)``, the state without ``count`` more, and how many they are; one bundle at least.
+    state: where to begin.
+    times: how many may go.
+    at_once: how many to try at once. Where that leads so far that none would have to go any more, it is halved, so that
+      the last bundle goes alone.
+  """
+
+  def more(carry: tuple[jax.Array, jax.Array, State]) -> jax.Array:
+    gone, _, state = carry
+    return (gone < times) & go_on(state)
+
+  def body(carry: tuple[jax.Array, jax.Array, State]) -> tuple[jax.Array, jax.Array, State]:
+    gone, size, state = carry
+    tried, went = step(state, jnp.minimum(size, times - gone))
+    fits = (size <= 1) | go_on(tried)
+    state = jax.tree.map(lambda new, old: jnp.where(fits, new, old), tried, state)
+    return gone + jnp.where(fits, went, 0), jnp.where(fits, size, jnp.maximum(size // 2, 1)), state
+
+  return jax.lax.while_loop(more, body, (jnp.int32(0), jnp.int32(at_once), state))[2]

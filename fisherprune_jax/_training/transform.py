@@ -1,6 +1,6 @@
 """Fisher pruning as an Optax gradient transformation with a purely functional state."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,11 +8,20 @@ import jax.numpy as jnp
 import optax
 
 from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._masks import flatten
+from fisherprune_jax._training.bundles import Multiple
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.floors import MinFeatures
 from fisherprune_jax._training.gradients import own_gradients
 from fisherprune_jax._training.options import DECAY, FLOPS_TARGET, FLOPS_WEIGHT, Options
-from fisherprune_jax._training.selection import prune_one, rank, repeat_while
+from fisherprune_jax._training.selection import (
+  Choice,
+  prune_one,
+  prune_some,
+  rank,
+  repeat_in_steps,
+  repeat_while,
+)
 from fisherprune_jax._training.state import (
   FisherPruneState,
   check_state,
@@ -33,10 +42,15 @@ def fisher_prune(
   decay: optax.ScalarOrSchedule = 0.96,
   flops_weight: str | optax.ScalarOrSchedule = "auto",
   flops_target: optax.ScalarOrSchedule = 0.0,
+  target: optax.ScalarOrSchedule | None = None,
   method: str | Criterion = "fisher",
   debias: bool = True,
   features_per_prune: int = 1,
   min_features: MinFeatures = 1,
+  exclude: Sequence[str] = (),
+  multiple_of: Multiple = 1,
+  uniform: Sequence[str] = (),
+  recost: int = 1,
   axis_name: AxisNames = None,
   masks: Masks | None = None,
   name: str | None = None,
@@ -57,14 +71,22 @@ def fisher_prune(
     decay: of the running mean, in [0, 1); a number or a schedule of the step.
     flops_weight: ``"auto"``, or nats per FLOP: a number or a schedule.
     flops_target: FLOPs per example to come down to; a number or a schedule. 0 means no target.
+    target: the same under a name that fits any measure: in the unit of the cost.
     method: what says how much a feature matters: ``"fisher"``, or a :class:`Criterion` of your own, for which ``update``
       takes what that needs.
     debias: divide the running mean by one minus the product of the decays applied so far.
-    features_per_prune: how many features go at once, the cost being taken anew after each.
+    features_per_prune: how many features go at once, the cost being taken anew after each (see ``recost``).
     min_features: how many features every mask keeps: a number, or a fraction below 1 of its size; a mapping from glob
       patterns of mask names (those of :func:`summary`; the first that fits counts) to either; or a tree like the masks.
       0 allows whole masks to go. Blocks (masks named ``*.block``, see :func:`auto_mask`) may go unless a pattern says
       otherwise.
+    exclude: glob patterns of masks that are left alone.
+    multiple_of: features of a mask go in such numbers that its width is a multiple of this (or at the floor) from the first
+      time on; a number, or a mapping from glob patterns to numbers. Those that matter least for what they cost
+      go, signals and costs of what goes together being added up.
+    uniform: glob patterns of stacked masks ``(L, C)`` whose rows lose features together, one from each row at a time.
+    recost: after how many features of one prune the cost is taken anew: more is faster where a network has very many. The
+      target is met as exactly: where so many would be too many, fewer go, and the last one alone.
     axis_name: a mapped axis (``pmap``, ``shard_map``), or a tuple of axes, to average the signals over; ``()`` where
       an axis has a name and the networks along it prune each on its own.
     masks: the 0/1 masks to start from, a tree like ``cost.masks``; None for all ones.
@@ -112,7 +134,7 @@ def fisher_prune(
     own = {"masks": state.masks, "step": step, "axis_name": options.axis_name}
     signal = options.criterion.signal_of({**extra_args, "updates": updates, "params": params, **own})
     state, counts = _accumulate(state._replace(step=step), signal, options)
-    return updates, _prune(state, counts, edited, options)
+    return updates, prune_if_due(state, counts, edited, options)
 
   tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
   return tx if options.name is None else _under_name(tx, options.name, options.criterion)
@@ -161,12 +183,12 @@ def _accumulate(
   return state, counts
 
 
-def _prune(
+def prune_if_due(
   state: FisherPruneState, counts: jax.Array, edited: jax.Array, options: Options
 ) -> FisherPruneState:
   """Switches features off if this is a step to do so; takes the cost anew then, and when masks were edited."""
   cost = options.cost
-  target, weight = options.at("flops_target", state.step), options.at("flops_weight", state.step)
+  target, weight = options.at(options.goal, state.step), options.at("flops_weight", state.step)
   current = corrected(state) if options.debias else state.scores
   due = counts & (state.step > options.burn_in) & (state.step % options.prune_every == 0)
   due &= FLOPS_TARGET.allows(target) & FLOPS_WEIGHT.allows(weight)
@@ -174,22 +196,36 @@ def _prune(
   def above(state: FisherPruneState) -> jax.Array:
     return (target <= 0) | cost.exceeds(state.masks, target)
 
+  def go_on(state: FisherPruneState) -> jax.Array:
+    return due & above(state) & ~state.exhausted
+
+  def after(state: FisherPruneState, choice: Choice) -> FisherPruneState:
+    return state._replace(
+      masks=choice.masks,
+      pruned_at=jax.tree.map(lambda at, c: jnp.where(c, state.step, at), state.pruned_at, choice.chosen),
+      cost=jnp.asarray(cost(choice.masks), jnp.float32),
+      exhausted=~choice.found,
+    )
+
   def one(state: FisherPruneState) -> FisherPruneState:
     scores = rank(current, cost.per_feature(state.masks), weight)
-    masks, chosen, found = prune_one(state.masks, scores, options.floors)
-    return state._replace(
-      masks=masks,
-      pruned_at=jax.tree.map(lambda at, c: jnp.where(c, state.step, at), state.pruned_at, chosen),
-      cost=jnp.asarray(cost(masks), jnp.float32),
-      exhausted=~found,
-    )
+    return after(state, prune_one(state.masks, scores, options.floors))
+
+  def some(state: FisherPruneState, count: jax.Array) -> tuple[FisherPruneState, jax.Array]:
+    drops = cost.per_feature(state.masks)
+    choice = prune_some(state.masks, current, drops, weight, options.rows, count)
+    return after(state, choice), jnp.sum(flatten(choice.chosen), dtype=jnp.int32)
 
   def act(before: FisherPruneState) -> FisherPruneState:
     # The state's own cost is not trusted: whoever edits masks and history by hand may leave it as it was.
     state = before._replace(cost=jnp.asarray(cost(before.masks), jnp.float32))
     tries = due & above(state)
     state = state._replace(exhausted=state.exhausted & ~(edited | tries))
-    state = repeat_while(lambda s: due & above(s) & ~s.exhausted, one, state, options.features_per_prune)
+    times = options.features_per_prune
+    if options.recost == 1 and options.rows.are_single:
+      state = repeat_while(go_on, one, state, times)
+    else:
+      state = repeat_in_steps(go_on, some, state, times, options.recost)
     moved = edited | (state.cost != before.cost) | differ(state.masks, before.masks)
     shares = jax.lax.cond(moved, lambda s: shares_of(cost, s.masks, s.cost), lambda s: s.shares, state)
     return state._replace(shares=shares)

@@ -1,0 +1,140 @@
+"""Features that go together: in multiples, and one from each row of a stack."""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._errors import is_number, require
+from fisherprune_jax._masks import named_rows
+from fisherprune_jax._training.floors import BLOCKS, first_that_fits, fits, require_used
+from fisherprune_jax._types import Masks
+
+Multiple = int | Mapping[str, int]
+"""One for all masks, or by glob patterns of their names; 1 where no pattern fits."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+  """How the features of all masks, end to end, lie in rows (vectors), and which rows lose features together.
+
+  Attributes:
+    starts: where each row begins, and where the last one ends.
+    floors: per row, how many features it keeps.
+    multiples: per row, of what its width is a multiple while it is above the floor.
+    together: per row, a number that is the same for rows that lose features together.
+  """
+
+  starts: np.ndarray
+  floors: np.ndarray
+  multiples: np.ndarray
+  together: np.ndarray
+
+  @property
+  def are_single(self) -> bool:
+    """Whether features go one by one."""
+    return bool((self.multiples == 1).all() and len({*self.together}) == len(self.together))
+
+  @property
+  def units(self) -> int:
+    """How many bundles there are at a time."""
+    return int(self.together.max()) + 1
+
+  @functools.cached_property
+  def unit(self) -> np.ndarray:
+    """Per feature, the bundle that it may be in."""
+    return self.together[self._row]
+
+  @functools.cached_property
+  def _row(self) -> np.ndarray:
+    return np.repeat(np.arange(len(self.floors)), np.diff(self.starts))
+
+  def places(self, scores: jax.Array) -> jax.Array:
+    """Per feature, how many of its row come before it, by score; the first of equals first."""
+    order = jnp.lexsort((scores, self._row))
+    rank = jnp.zeros(scores.size, jnp.int32).at[order].set(jnp.arange(scores.size, dtype=jnp.int32))
+    return rank - self.starts[:-1].astype(np.int32)[self._row]
+
+  def widths(self, alive: jax.Array) -> jax.Array:
+    """Per row, how many features it has."""
+    return jax.ops.segment_sum(alive.astype(jnp.int32), jnp.asarray(self._row), len(self.floors))
+
+  def spare(self, alive: jax.Array) -> jax.Array:
+    """Per feature, how many its row could lose."""
+    return (self.widths(alive) - self.floors)[self._row]
+
+  def next_bundle(self, alive: jax.Array) -> jax.Array:
+    """Per feature, how many its row loses at a time; 0 where the floor is reached."""
+    return self._losses(alive)[self._row]
+
+  def all_ready(self, alive: jax.Array) -> jax.Array:
+    """Per bundle, whether all of its rows have something to lose."""
+    return self._every(self._losses(alive) > 0, self.together)
+
+  def all_of(self, holds: jax.Array) -> jax.Array:
+    """Per bundle, whether something holds of all features that may be in it."""
+    return self._every(holds, self.unit)
+
+  def _losses(self, alive: jax.Array) -> jax.Array:
+    width = self.widths(alive)
+    goal = jnp.maximum((width - 1) // self.multiples * self.multiples, self.floors)
+    return jnp.maximum(width - goal, 0)
+
+  def _every(self, holds: jax.Array, of: np.ndarray) -> jax.Array:
+    return jax.ops.segment_min(holds.astype(jnp.int32), jnp.asarray(of), self.units) > 0
+
+
+def rows_of(masks: Masks, floors: Masks, multiple_of: Multiple, uniform: Sequence[str]) -> Rows:
+  """The rows of a tree of masks, whose floors are known.
+
+  Raises:
+    ValueError: for a multiple that is not positive or larger than its mask, or a pattern that fits no mask.
+
+  >>> import jax.numpy as jnp
+  >>> masks, floors = {"conv": jnp.ones(8), "layers": jnp.ones((2, 4))}, {"conv": [1], "layers": [[1], [1]]}
+  >>> rows = rows_of(masks, floors, {"conv": 4}, ["layers"])
+  >>> rows.starts.tolist(), rows.multiples.tolist(), rows.together.tolist()
+  ([0, 8, 12, 16], [4, 1, 1], [0, 1, 1])
+  """
+  named = named_rows(masks)
+  names = [name for name, _ in named]
+  sizes = [mask.shape[-1] for _, mask in named]
+  least = np.concatenate([np.reshape(floor, -1) for floor in jax.tree.leaves(floors)])
+  given = zip(names, sizes, least, _given(names, multiple_of), strict=True)
+  multiples = [
+    1 if floor == size else _multiple(name, size, multiple) for name, size, floor, multiple in given
+  ]
+  leaf = np.concatenate([np.full(math.prod(m.shape[:-1]), at) for at, m in enumerate(jax.tree.leaves(masks))])
+  require_used("uniform", uniform, names)
+  together: list[int] = []
+  units: dict[tuple[int, ...], int] = {}
+  for row, (name, at) in enumerate(zip(names, leaf.tolist(), strict=True)):
+    is_uniform = any(fits(name, pattern) for pattern in uniform)
+    together.append(units.setdefault((at,) if is_uniform else (at, row), len(units)))
+  return Rows(
+    np.cumsum([0, *sizes]),
+    least,
+    np.asarray(multiples),
+    np.asarray(together),
+  )
+
+
+def _given(names: Sequence[str], multiple_of: Multiple) -> list[int]:
+  if not isinstance(multiple_of, Mapping):
+    return [1 if fits(name, BLOCKS) else multiple_of for name in names]
+  require_used("multiple_of", multiple_of, names)
+  return [first_that_fits(name, multiple_of, 1) for name in names]
+
+
+def _multiple(name: str, size: int, multiple: int) -> int:
+  valid = is_number(multiple) and multiple == int(multiple) and multiple >= 1
+  require(valid, f"multiple_of must be a whole number, at least 1, for {name}", multiple)
+  remedy = "Name the masks that it is for: multiple_of={'conv*': 8}."
+  require(
+    multiple <= size, f"multiple_of must be at most {size}, the size of the mask {name}", multiple, remedy
+  )
+  return int(multiple)

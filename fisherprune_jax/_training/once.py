@@ -1,0 +1,133 @@
+"""Pruning once, without training: signals over some batches, then masks at the target."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._errors import is_traced, require, require_same_tree, warn
+from fisherprune_jax._masks import flatten
+from fisherprune_jax._training.criterion import criterion_of
+from fisherprune_jax._training.gradients import Reduction, value_and_grads
+from fisherprune_jax._training.options import Options
+from fisherprune_jax._training.state import FisherPruneState, start
+from fisherprune_jax._training.transform import prune_if_due
+from fisherprune_jax._types import Masks, PyTree
+
+
+def prune(cost: CostModel, signals: Masks, target: float, **options: Any) -> Masks:
+  """Masks at a target, chosen at once: as :func:`fisher_prune` chooses, one feature after the other, with these signals.
+
+  Args:
+    cost: what the network costs.
+    signals: how much each feature matters, a tree like the masks: from :func:`estimate_signals`, or any numbers.
+    target: what the network may cost, in the unit of the cost.
+    **options: those of :func:`fisher_prune` that say what goes: ``flops_weight``, ``min_features``, ``exclude``,
+      ``multiple_of``, ``uniform``, ``recost``, and ``masks`` to start from.
+
+  Returns:
+    0/1 masks, float32. If nothing is left that may go before the target is met, a warning says so.
+
+  Raises:
+    ValueError, TypeError: for a target that is not positive, signals of another tree, options out of their range.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> cost = fp.CostModel.from_functions(
+  ...   {"m": jnp.ones(4)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
+  >>> fp.prune(cost, {"m": jnp.array([3.0, 1.0, 4.0, 2.0])}, target=2.0)["m"]
+  Array([1., 0., 1., 0.], dtype=float32)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+  """
+  allowed = ("flops_weight", "min_features", "exclude", "multiple_of", "uniform", "recost", "masks")
+  if unknown := sorted(options.keys() - {*allowed}):
+    raise TypeError(f"fp.prune takes the options {', '.join(allowed)}, got {', '.join(unknown)}.")
+  chosen = Options(
+    cost, target=target, prune_every=1, debias=False, features_per_prune=flatten(cost.masks).size, **options
+  )
+  require(not callable(target) and target > 0, "target must be a positive number", target)
+  how = "Pass what fp.estimate_signals returns, or a tree of one number per feature."
+  require_same_tree(signals, cost.masks, "signals", "the cost model's masks", how)
+  for signal, mask in zip(jax.tree.leaves(signals), jax.tree.leaves(cost.masks), strict=True):
+    require(
+      jnp.shape(signal) == mask.shape,
+      f"signals must have the shape {mask.shape} of a mask",
+      jnp.shape(signal),
+      how,
+    )
+  state = start(cost, chosen.masks)
+  scores = jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), signals)
+  state = _prune(state._replace(scores=scores, step=jnp.int32(1)), chosen)
+  if not is_traced(state.exhausted) and bool(state.exhausted):
+    warn(
+      f"The target of {target:,g} {cost.unit} was not met: nothing is left that may go at {float(state.cost):,g}. Lower "
+      "min_features, exclude less, or raise the target."
+    )
+  return state.masks
+
+
+def _prune(state: FisherPruneState, options: Options) -> FisherPruneState:
+  run = jax.jit(lambda state: prune_if_due(state, jnp.bool_(True), jnp.bool_(False), options))
+  return run(state)
+
+
+def estimate_signals(
+  loss_fn: Callable[..., Any],
+  params: PyTree,
+  masks: Masks,
+  batches: Iterable[PyTree],
+  *,
+  has_aux: bool = False,
+  reduction: Reduction = "mean",
+) -> Masks:
+  r"""The mean Fisher signal of a trained network over some batches, for :func:`prune`.
+
+  .. math:: signal_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
+
+  Args:
+    loss_fn: ``loss_fn(params, masks, batch)``, as of :func:`value_and_grads`.
+    params: the parameters.
+    masks: the masks as they are, such as ``cost.masks``.
+    batches: any iterable of batches; each example counts as much, so batches may be of several sizes.
+    has_aux: as of :func:`value_and_grads`.
+    reduction: likewise.
+
+  Returns:
+    A float32 tree like the masks, in nats.
+
+  Raises:
+    ValueError: without batches.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> loss_fn = lambda w, masks, x: jnp.mean(jnp.sum(w * masks["m"] * x, axis=1))
+  >>> batches = [jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[5.0, 6.0]])]
+  >>> fp.estimate_signals(loss_fn, jnp.ones(2), {"m": jnp.ones(2)}, batches)["m"]
+  Array([5.8333335, 9.333334 ], dtype=float32)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+  """
+  criterion, grads_of = criterion_of("fisher"), value_and_grads(loss_fn, has_aux=has_aux, reduction=reduction)
+
+  @jax.jit
+  def add(total: Masks, signal: Masks, count: float) -> Masks:
+    return jax.tree.map(lambda t, s: t + count * s, total, signal)
+
+  @jax.jit
+  def signal_of(params: PyTree, masks: Masks, batch: PyTree) -> Masks:
+    _, (_, mask_grads) = grads_of(params, masks, batch)
+    return criterion.signal_of({"masks": masks, "mask_grads": mask_grads, "axis_name": None})
+
+  total, examples = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks), 0
+  for batch in batches:
+    count = jax.tree.leaves(batch)[0].shape[0]
+    total, examples = add(total, signal_of(params, masks, batch), float(count)), examples + count
+  require(examples > 0, "batches must hold at least one example", examples, "Iterators may be used up.")
+  return jax.tree.map(lambda t: t / examples, total)

@@ -15,6 +15,8 @@ from tests.models import CASES, random_masks
 pytestmark = pytest.mark.filterwarnings("ignore:fisherprune_jax has no rule")
 ALL = pytest.mark.parametrize("name", CASES)
 OTHERS = ("macs", "params", "bytes")
+MACHINE = fp.Roofline(flops_per_second=1.0, bytes_per_second=4.0)
+"""Some nodes of small networks are bound by one of both here, some by the other."""
 CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
 SELECTS = """
   conv_1d_causal_dilated conv_grouped mobile_net_block depthwise_multiplier batch_norm_after_the_mask
@@ -42,18 +44,18 @@ def without(masks, path, k):
 @ALL
 def test_every_feature_costs_what_brute_force_says(name):
   apply, variables, x, masks = setting(name, alive=0.8)
-  each = [fp.cost_model(apply, variables, x, measure=measure) for measure in OTHERS]
-  # One number that has all three in it: each in digits of its own.
-  cost = each[0] + 3 * each[1] + 0.5 * each[2]
+  each = [fp.cost_model(apply, variables, x, measure=measure) for measure in (*OTHERS, MACHINE)]
+  # One number that has all of them in it.
+  cost = each[0] + 3 * each[1] + 0.5 * each[2] + 7 * each[3]
   before = [c.exact(masks) for c in each]
   n = x.shape[0]
-  assert float(cost(masks)) == pytest.approx(before[0] / n + 3 * before[1] + 0.5 * before[2] / n, rel=1e-6)
+  worth = np.array([1 / n, 3, 0.5 / n, 7 / n])
+  assert float(cost(masks)) == pytest.approx(worth @ before, rel=1e-6)
   found = jax.tree.leaves(cost.per_feature(masks))
   for drops, (path, mask) in zip(found, jax.tree_util.tree_leaves_with_path(masks), strict=True):
     for k in np.ndindex(mask.shape):
       left = [c.exact(without(masks, path, k)) for c in each]
-      macs, params, moved = np.subtract(before, left)
-      assert drops[k] == pytest.approx(macs / n + 3 * params + 0.5 * moved / n, rel=1e-5), (path, k)
+      assert drops[k] == pytest.approx(worth @ np.subtract(before, left), rel=1e-5), (path, k)
 
 
 @ALL
@@ -120,6 +122,40 @@ def test_bytes_and_multiply_accumulates_against_xla():
   assert found["macs"] == 4 * (4 * 3 + 2 * 4)
   jaxpr = jax.make_jaxpr(small)(small.variables, X)
   assert found["flops"] == count(jaxpr, [False, False, True])
+
+
+def test_the_larger_of_both_times_counts_node_by_node():
+  machine = fp.Roofline(flops_per_second=3.0, bytes_per_second=2.0)
+  cost = fp.cost_model(two_layers, V, X, measure=machine)
+  small = fp.compact(two_layers, V, X)
+  flops, moved = (
+    {row.primitive: row.now for row in fp.cost_model(two_layers, V, X, measure=m).breakdown(V["masks"])}
+    for m in ("flops", "bytes")
+  )
+  # Both products stand in one line; taken apart by hand.
+  first = max(4 * 4 * 5 / 3, 4 * (12 + 12 + 16) / 2)
+  second = max(4 * 2 * 7 / 3, 4 * (16 + 8 + 8) / 2)
+  tanh = max(flops["tanh"] * 4 / 3, moved["tanh"] * 4 / 2)
+  assert cost.unit == "seconds"
+  assert float(cost(V["masks"])) == pytest.approx((first + second + tanh) / 4, rel=1e-6)
+  assert cost.exact(V["masks"]) == pytest.approx(first + second + tanh)
+  now = float(cost(V["masks"]))
+  assert [bool(cost.exceeds(V["masks"], t)) for t in (now * 0.999, now * 1.001)] == [True, False]
+  assert [bool(cost.exceeds(V["masks"], jnp.float32(t))) for t in (now * 0.999, now * 1.001)] == [True, False]
+  assert small.cost == flops["dot_general"] + flops["tanh"]
+
+
+def test_one_example_is_bound_by_bytes_and_many_by_flops():
+  few, many = (
+    fp.cost_model(two_layers, V, jnp.ones((n, 3)), measure=fp.Roofline(1e3, 1e3)).dense for n in (1, 4096)
+  )
+  bytes_, flops = (
+    fp.cost_model(two_layers, V, jnp.ones((n, 3)), measure=m).dense
+    for n, m in ((1, "bytes"), (4096, "flops"))
+  )
+  assert few == pytest.approx(bytes_ / 1e3)
+  assert many >= flops / 1e3
+  assert many < few
 
 
 def test_bytes_follow_the_types():
@@ -194,13 +230,18 @@ def test_a_network_is_pruned_to_a_number_of_parameters():
 
 def test_bad_input_is_refused():
   flops = fp.cost_model(two_layers, V, X)
-  with pytest.raises(ValueError, match=r"measure must be one of flops, macs, params, bytes.*got 'watts'"):
+  with pytest.raises(
+    ValueError, match=r"measure must be one of flops, macs, params, bytes, or an fp.Roofline, got 'watts'"
+  ):
     fp.cost_model(two_layers, V, X, measure="watts")
   with pytest.raises(ValueError, match="primitives must be None"):
     fp.cost_model(two_layers, V, X, measure="params", primitives=("dot_general",))
   other = fp.CostModel.from_functions(jnp.ones(3), lambda m: m.sum(), lambda m: m)
   with pytest.raises(ValueError, match=r"masks of one shape, \(6,\), got \(3,\)"):
     flops + other
+  for rates in ((0.0, 1.0), (1.0, -1.0), (float("inf"), 1.0), ("fast", 1.0)):
+    with pytest.raises(ValueError, match="of a Roofline must be a positive number"):
+      fp.Roofline(*rates)
   for factor in (0, -1.0, float("nan"), float("inf")):
     with pytest.raises(ValueError, match="multiplied by a positive number"):
       factor * flops

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._cost.counted import Counted, Entry
-from fisherprune_jax._cost.meters import BytesMeter, FlopsMeter, MacsMeter
+from fisherprune_jax._cost.meters import BytesMeter, FlopsMeter, MacsMeter, Roofline, RooflineMeter
 from fisherprune_jax._errors import path_name, require
 from fisherprune_jax._graph.blockers import check, sample_masks
 from fisherprune_jax._graph.boxes import whole
@@ -31,7 +31,7 @@ def cost_model(
   *args: PyTree,
   masks: MaskSelector = "masks",
   batch_axes: BatchAxes = 0,
-  measure: str = "flops",
+  measure: str | Roofline = "flops",
   primitives: Sequence[str] | None = None,
   pad_taps: bool = True,
   strict: bool = False,
@@ -52,8 +52,8 @@ def cost_model(
     batch_axes: where the example axes of ``args`` are, like ``jax.vmap``'s ``in_axes``: ``(None, 0)`` for a key
       before the batch, 1 for time-major input. With None alone (graphs padded to one size) FLOPs are per call.
     measure: ``"flops"``; ``"macs"``, the terms of inner products alone; ``"params"``, live entries of the variables
-      that are not masks (in all, not per example); or ``"bytes"``, what the nodes of the program read and write, each its
-      operands and its results.
+      that are not masks (in all, not per example); ``"bytes"``, what the nodes of the program read and write, each its
+      operands and its results; or a :class:`Roofline`, for seconds.
     primitives: names of the primitives to count, such as ``("dot_general",)``; None counts all.
     pad_taps: whether the taps of convolutions and windows that fall on padding count, as most counters have it; False
       counts what is multiplied and added alone, as XLA does for convolutions.
@@ -84,7 +84,8 @@ def cost_model(
 
     JAX, `The jaxpr language <https://docs.jax.dev/en/latest/jaxpr.html>`_
   """
-  require(measure in MEASURES, f"measure must be one of {', '.join(MEASURES)}", measure)
+  known = isinstance(measure, Roofline) or measure in MEASURES
+  require(known, f"measure must be one of {', '.join(MEASURES)}, or an fp.Roofline", measure)
   tree = VariableTree(variables, masks)
   examples = batch_size(args, batch_axes)
   analysis = trace_apply(apply_fn, tree, args).analyse()
@@ -95,14 +96,19 @@ def cost_model(
       Counted(tuple(parameters(analysis, tree)), tree.mask_tree, Fraction(1), 1), "parameters"
     )
   names = None if primitives is None else frozenset(primitives)
+  if isinstance(measure, Roofline):
+    meter = RooflineMeter(FlopsMeter(names, pad_taps), BytesMeter(names), measure.weights)
+    return cost_of(analysis, tree.mask_tree, examples, meter, measure.seconds)
   return cost_of(analysis, tree.mask_tree, examples, MEASURES[measure](names, pad_taps))
 
 
-def cost_of(analysis: Analysis, masks: Masks, examples: int, meter: Meter) -> CostModel:
-  """The cost model of an analysed function, node by node."""
+def cost_of(
+  analysis: Analysis, masks: Masks, examples: int, meter: Meter, one: Fraction = Fraction(1)
+) -> CostModel:
+  """The cost model of an analysed function, node by node; ``one`` is what the meter's unit is in that of the cost."""
   costs = costs_of(analysis.program, analysis.live, meter)
   entries = (Entry(cost.node.source, cost.label, meter.unit, cost.term, cost.counted) for cost in costs)
-  return CostModel.of(Counted(tuple(entries), masks, Fraction(1, examples), examples), meter.unit)
+  return CostModel.of(Counted(tuple(entries), masks, one / examples, examples), meter.unit)
 
 
 def parameters(analysis: Analysis, tree: VariableTree) -> Iterator[Entry]:

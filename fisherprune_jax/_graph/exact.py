@@ -5,13 +5,14 @@ are worked on at once. What lies above the last digit falls away, as with any ma
 right, whatever came in between.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisherprune_jax._graph.nested import MAIN, Group, Sums, choices
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.terms import Dearest, Term
 from fisherprune_jax._types import Array
@@ -86,31 +87,30 @@ def of_array(x: jax.Array, digits: int, behind: int) -> Digits:
 
 def total(terms: Terms, counts: Counts, digits: int) -> Digits:
   """The sum of terms, as ``terms.total`` gives it on the host; ``counts`` of sets gives a vector of their sizes."""
-  each = list(dict.fromkeys(_plain(terms)))
-  place = {term: at for at, term in enumerate(each)}
-  values = _values(each, counts, digits) if each else constant(0, digits)
-
-  def add_up(terms: Terms) -> Digits:
-    own = np.asarray([place[t] for t in terms if isinstance(t, Term)], np.int32)
-    out = constant(0, digits)
-    for start in range(0, own.size, BASE):
-      part = own[start : start + BASE]
-      out = add(out, carried([jnp.sum(column[part], dtype=jnp.uint32) for column in values]))
-    for t in terms:
-      if isinstance(t, Dearest):
-        out = add(out, times(_largest([add_up(part) for part in t.sums]), constant(t.scale, digits)))
-    return out
-
-  return add_up(terms)
+  sums = Sums(terms)
+  values = _values(sums.all_terms, counts, digits) if sums.all_terms else [jnp.zeros(0, jnp.uint32)] * digits
+  main, own = constant(0, digits), len(sums.terms[MAIN])
+  for start in range(0, own, BASE):
+    part = slice(start, min(start + BASE, own))
+    main = add(main, carried([jnp.sum(column[part], dtype=jnp.uint32) for column in values]))
+  if not sums.levels:
+    return main
+  more = [jnp.concatenate([column, jnp.zeros(1, jnp.uint32)])[sums.inner] for column in values]
+  others = carried([jnp.sum(column, axis=1, dtype=jnp.uint32) for column in more])
+  totals: Digits = [jnp.concatenate([jnp.asarray(x)[None], y]) for x, y in zip(main, others, strict=True)]
+  for level in sums.levels:
+    totals = _with_groups(totals, level)
+  return [column[MAIN] for column in totals]
 
 
-def _plain(terms: Terms) -> Iterator[Term]:
-  for t in terms:
-    if isinstance(t, Term):
-      yield t
-    else:
-      for part in t.sums:
-        yield from _plain(part)
+def _with_groups(totals: Digits, level: list[Group]) -> Digits:
+  """Adds to sums the largest of those that stand in them."""
+  largest = _largest([[column[places] for column in totals] for places in choices(level).T])
+  scales = [group.scale for group in level]
+  largest = times(largest, _column(scales, digits_for(max(scales))))
+  parents = np.array([group.parent for group in level])
+  # Of fewer groups than a digit has values, so that columns hold what they add up to.
+  return carried([jnp.asarray(x).at[parents].add(y) for x, y in zip(totals, largest, strict=True)])
 
 
 def _largest(numbers: Sequence[Digits]) -> Digits:

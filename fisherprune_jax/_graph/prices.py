@@ -9,9 +9,8 @@ one term, that counts too much (``overlaps.py``), and what is too much is taken 
 Programs are of one size, whatever the network: they work on a few arrays of static indices.
 """
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,60 +18,18 @@ import numpy as np
 
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.circuit import Circuit
+from fisherprune_jax._graph.nested import MAIN, Group, Sums, choices
 from fisherprune_jax._graph.overlaps import Lanes, Monomial, Overlaps
 from fisherprune_jax._graph.sets import Set
-from fisherprune_jax._graph.terms import Dearest, Term, Terms, collect
-
-MAIN = 0
-"""The sum of everything, among the sums."""
-
-
-class _Group(NamedTuple):
-  """Of several sums the largest counts, ``scale`` times, in the sum ``parent``; all hang on ``support``."""
-
-  parent: int
-  scale: int
-  sums: tuple[int, ...]
-  support: int
-
-
-class _Sums:
-  """Sums of terms that stand in each other, as the branches of conditionals do.
-
-  Attributes:
-    terms: by sum, its own terms.
-    groups: the groups of sums of which the largest counts, inner ones first.
-    supports: by sum, the masks that it hangs on, as bits.
-  """
-
-  def __init__(self, terms: Terms) -> None:
-    self.terms: list[list[Term]] = []
-    self.groups: list[_Group] = []
-    self.supports: list[int] = []
-    self._enter(terms)
-
-  def _enter(self, terms: Terms) -> int:
-    """Lists a sum, and after it those that it hangs on; returns its place."""
-    at = len(self.terms)
-    self.terms.append([])
-    self.supports.append(0)
-    for t in collect(terms):
-      if isinstance(t, Dearest):
-        places = tuple(map(self._enter, t.sums))
-        self.groups.append(_Group(at, t.scale, places, _bits(self.supports[place] for place in places)))
-        self.supports[at] |= self.groups[-1].support
-      else:
-        self.terms[at].append(t)
-        self.supports[at] |= _bits(s.support for s in t.sets)
-    return at
+from fisherprune_jax._graph.terms import Term, Terms
 
 
 class Prices:
   """Terms over masks of known sizes, given by key. Features are those of all masks, end to end, as booleans."""
 
   def __init__(self, terms: Terms, masks: Mapping[Any, int]) -> None:
-    self._sums = _Sums(terms)
-    self._terms = list(itertools.chain(*self._sums.terms))
+    self._sums = Sums(terms)
+    self._terms = self._sums.all_terms
     self._monomials = list(_monomials(self._sums.terms))
     found = [*(s for t in self._terms for s in t.sets), *(s for m in self._monomials for s in m.factors)]
     self._roots = {s: at for at, s in enumerate(dict.fromkeys(found))}
@@ -104,10 +61,10 @@ class Prices:
     found = self._circuit.drops(live, self._weights(counts), jnp)
     excess = self._overlaps.excess(found, counts[self._places])
     found = found.at[self._lane[self._overlaps.monomial], self._overlaps.feature].add(-excess)
-    if self._sums.groups:
+    if self._sums.levels:
       totals = self._totals(counts)
-      for group in self._sums.groups:
-        found = self._with_group(found, group, totals)
+      for level in self._sums.levels:
+        found = self._with_groups(found, level, totals)
     return found[self._lane_of_sum[MAIN]]
 
   def _counts(self, live: jax.Array) -> jax.Array:
@@ -127,17 +84,19 @@ class Prices:
       out[at, : len(row)] = row
     return out
 
-  def _totals(self, counts: jax.Array) -> list[jax.Array]:
+  def _totals(self, counts: jax.Array) -> jax.Array:
     """The value of every sum."""
     outer = jnp.prod(counts[self._places_of(t.outer for t in self._terms)], axis=1)
     inner = jnp.prod(counts[self._places_of(t.inner or () for t in self._terms)], axis=1)
     scales, taps = (np.array([t[i] for t in self._terms], np.float32) for i in (0, 3))
     plain = np.array([t.inner is None for t in self._terms], bool)
     values = scales * outer * jnp.where(plain, 1, jnp.maximum(2 * taps * inner - 1, 0))
-    ends = itertools.accumulate(map(len, self._sums.terms), initial=0)
-    totals = [jnp.sum(values[low:high]) for low, high in itertools.pairwise(ends)]
-    for group in self._sums.groups:
-      totals[group.parent] += group.scale * jnp.max(jnp.stack([totals[at] for at in group.sums]))
+    main = jnp.sum(values[: len(self._sums.terms[MAIN])])
+    others = jnp.sum(jnp.concatenate([values, jnp.zeros(1)])[self._sums.inner], axis=1)
+    totals = jnp.concatenate([main[None], others])
+    for level in self._sums.levels:
+      largest = jnp.max(totals[choices(level)], axis=1)
+      totals = totals.at[np.array([g.parent for g in level])].add(_scales(level) * largest)
     return totals
 
   def _weights(self, counts: jax.Array) -> jax.Array:
@@ -151,26 +110,30 @@ class Prices:
     out = jnp.zeros((self._own.shape[0], self._circuit.size), jnp.float32)
     return out.at[:, self._gates].add(of_roots[:, root])
 
-  def _with_group(self, found: jax.Array, group: _Group, totals: list[jax.Array]) -> jax.Array:
-    """The largest sum drops to what the sum that is then the largest still has."""
-    features = self._circuit.features_of(group.support)
-    of_sums = [
-      np.isin(features, self._circuit.features_of(self._sums.supports[at])) for at in group.sums
-    ]  # a lane may be shared with what hangs on other masks
+  def _with_groups(self, found: jax.Array, level: list[Group], totals: jax.Array) -> jax.Array:
+    """The largest sum of a group drops to what the sum that is then the largest still has."""
+    own = [self._circuit.features_of(group.support) for group in level]
+    group, features = np.repeat(np.arange(len(level)), [f.size for f in own]), np.concatenate(own)
+    sums, lanes = choices(level), np.array(self._lane_of_sum)
+    # A lane may be shared with what hangs on other masks.
+    hangs = {
+      at: np.isin(np.arange(self._circuit.features), self._circuit.features_of(self._sums.supports[at]))
+      for at in {*sums.flat}
+    }
     falls = [
-      found[self._lane_of_sum[at], features] * own for at, own in zip(group.sums, of_sums, strict=True)
+      found[lanes[column[group]], features]
+      * np.array([hangs[at][f] for at, f in zip(column[group], features, strict=True)])
+      for column in sums.T
     ]
-    values = jnp.stack([totals[at] for at in group.sums])
-    behind = jnp.max(values) - values  # exactly zero for the largest one
-    drop = jnp.min(behind[:, None] + jnp.stack(falls), axis=0)
-    return found.at[self._lane_of_sum[group.parent], features].add(group.scale * drop)
+    values = totals[sums]
+    behind = jnp.max(values, axis=1, keepdims=True) - values  # exactly zero for the largest one
+    drop = jnp.min(behind[group] + jnp.stack(falls, axis=1), axis=1)
+    parents = np.array([lanes[g.parent] for g in level])
+    return found.at[parents[group], features].add(_scales(level)[group] * drop)
 
 
-def _bits(supports: Iterable[int]) -> int:
-  out = 0
-  for support in supports:
-    out |= support
-  return out
+def _scales(level: list[Group]) -> np.ndarray:
+  return np.array([group.scale for group in level], np.float32)
 
 
 def _products_of_others(values: jax.Array) -> jax.Array:

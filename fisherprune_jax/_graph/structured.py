@@ -51,7 +51,7 @@ class Meter(Protocol):
   def unit(self) -> str:
     """What it counts, for tables."""
 
-  def __call__(self, node: Node, live: "Liveness") -> Iterable[Term] | None:
+  def __call__(self, node: Node, live: "Liveness") -> Iterable[Term | Dearest] | None:
     """What a node that runs no program costs when it runs; None where nobody knows."""
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:

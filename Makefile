@@ -32,15 +32,15 @@ encoder: install  ## prune a pretrained sentence encoder to half its FLOPs, or g
 	$(BIN)/python examples/pretrained_encoder.py --out encoder --resume
 
 test: install lint  ## lint, types, doctests and tests
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --durations 5
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) --durations 5
 
 test-fast: install  ## the quick part of the tests, for work
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m 'not slow'
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
 
 test-latest:  ## the same tests on the newest JAX, under a newer Python
 	@test -n "$(LATEST_PYTHON)" || { echo "Python 3.12 or newer is needed, found none; set LATEST_PYTHON."; exit 1; }
 	$(MAKE) install VENV=$(LATEST_VENV) PYTHON=$(LATEST_PYTHON)
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(LATEST_VENV)/bin/python -m pytest -n $(JOBS) --dist loadgroup --durations 5
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(LATEST_VENV)/bin/python -m pytest -n $(JOBS) --durations 5
 
 lint: install  ## format check, lint and types
 	$(BIN)/ruff format --check .

@@ -26,27 +26,10 @@ SLOW = """
 """.split()
 
 
-# Tests that share something made once for each process: it is made for one worker, if ``--dist loadgroup`` is given.
-OF_ONE_NETWORK = "auto_models compaction frameworks".split()
-OF_ONE_FILE = "example_ranking_mlp".split()
-
-
-def group_of(item):
-  """What has to run on one worker together with ``item``, by a name; None where there is nothing."""
-  stem = item.path.stem.removeprefix("test_")
-  if stem in OF_ONE_FILE:
-    return stem
-  params = item.callspec.params if hasattr(item, "callspec") else {}
-  network = params.get("name", params.get("case"))
-  return f"{stem} {getattr(network, 'name', network)}" if stem in OF_ONE_NETWORK and network else None
-
-
 def pytest_collection_modifyitems(items):
   for item in items:
     if item.path.stem.removeprefix("test_") in SLOW:
       item.add_marker("slow")
-    if group := group_of(item):
-      item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

@@ -92,9 +92,17 @@ def export_difference(small: fp.Compact, path: Path, sentences: Sentences) -> fl
 
 
 def measure(
-  auto: fp.AutoMask, cost: fp.CostModel, pruned: Any, sentences: dict[str, Sentences], bars: Progress
+  auto: fp.AutoMask,
+  cost: fp.CostModel,
+  pruned: Any,
+  sentences: dict[str, Sentences],
+  bars: Progress,
+  turns: int,
 ) -> dict[str, Any]:
-  """What ``report.json`` says of the dense network, of the pruned one, and of the first weights under its masks."""
+  """What ``report.json`` says of the dense network, of the pruned one, and of the first weights under its masks.
+
+  Milliseconds are medians of so many ``turns``.
+  """
   small, masks, params = pruned.small, pruned.state.masks, auto.variables["params"]
   cut = fp.compact(auto.apply, {"params": params, "masks": masks}, *sentences["validation"][:2])
   networks = {
@@ -115,7 +123,7 @@ def measure(
     calls = {
       name: partial(*networks[net][:2], *tokens) for name, net in (("dense", "dense"), ("compact", "pruned"))
     }
-    timings[str(size)] = times(calls, turns=30)
+    timings[str(size)] = times(calls, turns)
     bars.advance(task)
   return report | {
     "flops_fraction": small.cost / cost.dense,

@@ -2,13 +2,16 @@
 
 import os
 
-from tests.flags import QUICK, keras_home
+from tests.flags import QUICK, compiled_programs, keras_home
 
 os.environ["XLA_FLAGS"] = (
   f"{os.environ.get('XLA_FLAGS', '')} {QUICK} --xla_force_host_platform_device_count=8"
 )
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["KERAS_HOME"] = keras_home()
+os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled_programs()
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
 import pytest

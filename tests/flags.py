@@ -1,6 +1,7 @@
-"""How XLA compiles in the tests: they run small programs once, so their time goes into compiling. Where Keras writes."""
+"""How XLA compiles in the tests: they run small programs once, so their time goes into compiling. Where files go meanwhile."""
 
 import atexit
+import os
 import platform
 import tempfile
 from importlib.metadata import version
@@ -15,8 +16,21 @@ _HAS_THEM = version("jaxlib").startswith("0.10.") and platform.machine() == "x86
 QUICK = " ".join(["--xla_backend_optimization_level=0", *(_QUICK_LOOPS if _HAS_THEM else [])])
 
 
+def folder() -> str:
+  """One that is there for as long as this process."""
+  made = tempfile.TemporaryDirectory()
+  atexit.register(made.cleanup)
+  return made.name
+
+
 def keras_home() -> str:
   """Where Keras keeps its settings while tests run: it writes them when it is imported, by default among the user's."""
-  home = tempfile.TemporaryDirectory()
-  atexit.register(home.cleanup)
-  return home.name
+  return folder()
+
+
+def compiled_programs() -> str:
+  """Where what is compiled once is kept from being compiled again, by another worker or by a process of a test.
+
+  All of them inherit the folder; the first process makes it, unless one is given that stays from run to run.
+  """
+  return os.environ.get("JAX_COMPILATION_CACHE_DIR") or folder()

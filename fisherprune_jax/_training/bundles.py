@@ -59,6 +59,17 @@ class Rows:
     rank = jnp.zeros(scores.size, jnp.int32).at[order].set(jnp.arange(scores.size, dtype=jnp.int32))
     return rank - self.starts[:-1].astype(np.int32)[self._row]
 
+  def earlier(self, at: jax.Array) -> jax.Array:
+    """Of some features in order, how many before each are of its row."""
+    row = jnp.asarray(self._row)[at]
+    order = jnp.argsort(row, stable=True)
+    first = jnp.searchsorted(row[order], row[order])
+    return jnp.zeros(at.size, jnp.int32).at[order].set(jnp.arange(at.size, dtype=jnp.int32) - first)
+
+  def add_up(self, values: jax.Array) -> jax.Array:
+    """Per bundle, the sum over the features that may be in it."""
+    return jax.ops.segment_sum(values, jnp.asarray(self.unit), self.units)
+
   def widths(self, alive: jax.Array) -> jax.Array:
     """Per row, how many features it has."""
     return jax.ops.segment_sum(alive.astype(jnp.int32), jnp.asarray(self._row), len(self.floors))

@@ -64,7 +64,7 @@ def prune_one(masks: Masks, scores: Masks, floors: Masks) -> Choice:
 
 
 def prune_some(
-  masks: Masks, signals: Masks, costs: Masks, weight: Weight, rows: Rows, count: jax.Array
+  masks: Masks, signals: Masks, costs: Masks, weight: Weight, rows: Rows, count: jax.Array, most: int
 ) -> Choice:
   """Switches off at least one bundle, and further ones as long as they come to no more than ``count`` features.
 
@@ -79,27 +79,35 @@ def prune_some(
     weight: as of ``rank``.
     rows: how the features lie in rows, and which go together.
     count: how many features may go.
+    most: the largest that ``count`` can be.
   """
   alive, signal, cost = flatten(masks) > 0, flatten(signals), flatten(costs)
-  scores = jnp.where(alive & jnp.isfinite(signal), rank(signal, cost, weight), jnp.inf)
-  scores = jnp.where(jnp.isfinite(scores), scores, jnp.inf)
-  place = rows.places(scores)
+  scores = rank(signal, cost, weight)
+  can_go = alive & jnp.isfinite(signal) & jnp.isfinite(scores)
+  scores = jnp.where(can_go, scores, jnp.inf)
   if rows.are_single:
-    taken = jnp.isfinite(scores) & (place < rows.spare(alive))
-    of, size, merit = jnp.arange(alive.size), jnp.ones(alive.size), jnp.where(taken, scores, jnp.inf)
-  else:
-    taken = place < rows.next_bundle(alive)
-    of, units = jnp.asarray(rows.unit), rows.units
-    whole = rows.all_of(jnp.isfinite(scores) | ~taken)
-    size = jax.ops.segment_sum(taken.astype(jnp.float32), of, units)
-    sums = [jax.ops.segment_sum(jnp.where(taken, x, 0), of, units) for x in (signal, cost)]
-    total = rank(sums[0], sums[1], weight)
-    merit = jnp.where(whole & rows.all_ready(alive), total, jnp.inf)
+    return _without(masks, _singles(scores, alive, rows, count, most))
+  taken = rows.places(scores) < rows.next_bundle(alive)
+  size, price, merit = (rows.add_up(jnp.where(taken, x, 0)) for x in (jnp.ones_like(scores), cost, signal))
+  ready = rows.all_of(can_go | ~taken) & rows.all_ready(alive)
+  merit = jnp.where(ready, rank(merit, price, weight), jnp.inf)
   order = jnp.argsort(merit, stable=True)
-  together = jnp.cumsum(size[order])
-  first = jnp.arange(merit.size) == 0
-  goes = jnp.zeros(merit.size, bool).at[order].set((first | (together <= count)) & jnp.isfinite(merit[order]))
-  return _without(masks, taken & goes[of])
+  goes = _as_many_as(size[order], count) & jnp.isfinite(merit[order])
+  return _without(masks, taken & jnp.zeros(merit.size, bool).at[order].set(goes)[rows.unit])
+
+
+def _singles(scores: jax.Array, alive: jax.Array, rows: Rows, count: jax.Array, most: int) -> jax.Array:
+  """The features of the smallest scores, without those that their rows cannot spare; no more than ``most`` are looked at."""
+  spare = rows.spare(alive)
+  lowest, at = jax.lax.top_k(-jnp.where(spare > 0, scores, jnp.inf), min(most, scores.size))
+  goes = jnp.isfinite(lowest) & (rows.earlier(at) < spare[at])
+  goes &= _as_many_as(goes.astype(jnp.float32), count)
+  return jnp.zeros(scores.size, bool).at[at].set(goes)
+
+
+def _as_many_as(sizes: jax.Array, count: jax.Array) -> jax.Array:
+  """Which of some bundles, in this order, come to no more than a number of features; the first does in any case."""
+  return (jnp.arange(sizes.size) == 0) | (jnp.cumsum(sizes) <= count)
 
 
 def _without(masks: Masks, hit: jax.Array) -> Choice:

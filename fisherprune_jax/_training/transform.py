@@ -213,7 +213,7 @@ def prune_if_due(
 
   def some(state: FisherPruneState, count: jax.Array) -> tuple[FisherPruneState, jax.Array]:
     drops = cost.per_feature(state.masks)
-    choice = prune_some(state.masks, current, drops, weight, options.rows, count)
+    choice = prune_some(state.masks, current, drops, weight, options.rows, count, options.recost)
     return after(state, choice), jnp.sum(flatten(choice.chosen), dtype=jnp.int32)
 
   def act(before: FisherPruneState) -> FisherPruneState:

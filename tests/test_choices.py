@@ -119,6 +119,15 @@ def test_widths_are_multiples_at_any_time():
   assert "6/20" in fp.summary(state)
 
 
+def test_in_double_precision_the_choices_are_the_same():
+  cost = network()
+  signals = signals_like(cost.masks)
+  for options in ({"multiple_of": 4}, {"recost": 5}, {"uniform": ["a"], "recost": 3}):
+    expected = fp.prune(cost, signals, 0.5 * cost.dense, **options)
+    with jax.enable_x64(True):
+      same(fp.prune(network(), signals, 0.5 * cost.dense, **options), expected)
+
+
 @pytest.mark.parametrize("recost", [2, 7, 1000])
 def test_a_cost_that_is_taken_anew_less_often_meets_the_target_as_exactly(recost):
   cost = linear()  # here every choice is the same, since nothing changes what others cost

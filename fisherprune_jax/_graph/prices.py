@@ -92,7 +92,7 @@ class Prices:
     plain = np.array([t.inner is None for t in self._terms], bool)
     values = scales * outer * jnp.where(plain, 1, jnp.maximum(2 * taps * inner - 1, 0))
     main = jnp.sum(values[: len(self._sums.terms[MAIN])])
-    others = jnp.sum(jnp.concatenate([values, jnp.zeros(1)])[self._sums.inner], axis=1)
+    others = jnp.sum(jnp.concatenate([values, jnp.zeros(1, values.dtype)])[self._sums.inner], axis=1)
     totals = jnp.concatenate([main[None], others])
     for level in self._sums.levels:
       largest = jnp.max(totals[choices(level)], axis=1)

@@ -10,6 +10,8 @@ from fisherprune_jax._auto.groups import Group as Group
 from fisherprune_jax._auto.groups import Skipped as Skipped
 from fisherprune_jax._compaction.compact import Compact as Compact
 from fisherprune_jax._compaction.compact import compact as compact
+from fisherprune_jax._compaction.loading import Loaded as Loaded
+from fisherprune_jax._compaction.loading import load as load
 from fisherprune_jax._cost.cost import CostModel as CostModel
 from fisherprune_jax._cost.counted import Row as Row
 from fisherprune_jax._cost.measures import cost_model as cost_model

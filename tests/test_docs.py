@@ -26,6 +26,7 @@ GUIDES = (
   "keras",
   "distributed",
   "checkpoints",
+  "saving",
   "transformers",
   "examples",
   "recipes",

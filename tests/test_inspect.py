@@ -105,4 +105,4 @@ def test_the_command_says_how_it_is_called(capsys):
 def test_the_module_exits_with_what_the_command_returns(path, name, code, monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["fisherprune_jax", "inspect", str(path.parent / name)])
   with pytest.raises(SystemExit, match=str(code)):
-    runpy.run_module("fisherprune_jax", run_name="__main__", alter_sys=True)
+    runpy.run_path(f"{fp.__path__[0]}/__main__.py", run_name="__main__")

@@ -87,9 +87,9 @@ class Compact:
   def kept(self) -> PyTree:
     """Which entries of the network that it all began with are kept: a tree like ``variables``.
 
-    In the place of each leaf is a tuple with the original positions along each axis. Where every layer of a stack keeps
-    entries of its own, those are of shape ``(L, n)``, a row for each layer, with -1 for padding. They
-    are those of the first network also after several compactions; see ``before`` of :func:`compact`.
+    In the place of each leaf is a tuple with the original positions along each axis, of shape ``(n,)``; where every layer
+    of a stack keeps entries of its own ``(L, n)``, with -1 for padding. They are those of the first network also
+    after several compactions; see ``before`` of :func:`compact`.
     """
     return jax.tree.map(lambda original: original.index, self._plan.present(self._originals))
 
@@ -202,16 +202,12 @@ class Compact:
     >>> variables = {"w": jnp.ones((3, 4)), "masks": jnp.array([1.0, 0.0, 1.0, 0.0])}
     >>> small = fp.compact(lambda v, x: jnp.sum(x @ v["w"] * v["masks"], 1), variables, jnp.ones((1, 3)))
     >>> small.save(os.path.join(tempfile.mkdtemp(), "small.safetensors"))
-
-    References:
-      `safetensors <https://huggingface.co/docs/safetensors>`_
     """
-    chosen = self.variables if variables is None else variables
     shapes = exporting.shapes_of(args or self._args, self._plan.batch_axes, batch)
-    known = saving.known_of(
-      self._plan, self._originals, self.cost, self.dense, self._cost_model.dense, self._stays
-    )
-    saving.save(path, self, chosen, shapes, known, history, platforms)
+    dense = self.dense, self._cost_model.dense
+    known = saving.known_of(self._plan, self._originals, self.cost, *dense, self._stays)
+    variables = self.variables if variables is None else variables
+    saving.save(path, self, variables, shapes, known, history, platforms)
 
   def __reduce__(self) -> Any:
     raise TypeError(

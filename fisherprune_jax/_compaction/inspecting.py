@@ -51,7 +51,7 @@ def described(path: PathLike) -> list[Table | list[str]]:
   parts: list[Table | list[str]] = [
     _first_lines(path, content),
     Table(("mask", "before", "after", "kept"), masks),
-    Table(("variable", "before", "after", "kept"), _variables(content)),
+    Table(("variable", "before", "after", "kept"), _variable_rows(content)),
     Table(("in all", "before", "after", "kept"), _totals(content)),
   ]
   stays = content.header["stays"] or ["Nothing stays that masks would let go."]
@@ -68,7 +68,7 @@ def _first_lines(path: PathLike, content: Content) -> list[str]:
   ]
 
 
-def _variables(content: Content) -> list[Cells]:
+def _variable_rows(content: Content) -> list[Cells]:
   """Shapes of what is no mask, before and after."""
   rows: list[Cells] = []
   for line, original in zip(content.header["leaves"], originals_of(content), strict=True):

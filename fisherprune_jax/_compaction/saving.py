@@ -72,7 +72,7 @@ def save(
   """Writes ``function(variables, *args)`` for arguments of these shapes."""
   files.check_installed()
   files.check_place(path)
-  arrays, leaves = _variables(variables, known)
+  arrays, leaves = _variable_arrays(variables, known)
   past, went = _history(opt_state)
   program, trees = _program(function, variables, shapes, platforms)
   header = {"jax": jax.__version__, "leaves": leaves, "history_masks": past, **trees, **known.header}
@@ -86,7 +86,7 @@ def stored(name: str, leaf: Any) -> tuple[np.ndarray, str | None]:
   return files.on_host(name, leaf), str(jax.random.key_impl(leaf)) if files.is_key(leaf) else None
 
 
-def _variables(variables: PyTree, known: Known) -> tuple[Arrays, list[dict[str, Any]]]:
+def _variable_arrays(variables: PyTree, known: Known) -> tuple[Arrays, list[dict[str, Any]]]:
   """Arrays by name, and a line of the header for each variable."""
   how = "Pass small.variables as training has made them, in compact shapes."
   require_same_tree(variables, known.originals, "variables", "small.variables", how)

@@ -89,7 +89,7 @@ class CompactModule(nnx.Module):
 
   def __call__(self, *args: Any) -> Any:
     """The outputs of the module that it came from."""
-    output = self._small(self._variables(), *args)
+    output = self._small(self._own_variables(), *args)
     if self._small.updates is None:
       return output
     output, changed = output
@@ -104,9 +104,9 @@ class CompactModule(nnx.Module):
       *args: example arguments; without any, those that the network was compacted with.
       **options: those of ``fp.Compact.save``.
     """
-    self._small.save(path, *args, variables=self._variables(), **options)
+    self._small.save(path, *args, variables=self._own_variables(), **options)
 
-  def _variables(self) -> dict[str, PyTree]:
+  def _own_variables(self) -> dict[str, PyTree]:
     _, variables = functional(self)
     return {name: variables[name] for name in self._small.variables}
 

@@ -318,7 +318,7 @@ def test_double_precision_is_not_halved(tmp_path):
 
 def test_weights_on_several_devices_are_saved(tmp_path):
   mesh = jax.make_mesh((2,), ("d",), devices=jax.devices()[:2])
-  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, None))
+  rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "d"))
   trained = {**small().variables, "v": jax.device_put(small().variables["v"], rows)}
   small().save(tmp_path / "net", variables=trained)
   same(fp.load(tmp_path / "net").variables, small().variables)
@@ -327,6 +327,19 @@ def test_weights_on_several_devices_are_saved(tmp_path):
 def test_saving_under_jit_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"concrete variables.*outside jit"):
     jax.jit(lambda v: small().save(tmp_path / "net", variables=v))(small().variables)
+
+
+@pytest.mark.parametrize("options", [{}, {"keep_masks": True}, {"round_to": 4}])
+def test_masks_chosen_by_their_path_and_how_they_are_kept(tmp_path, options):
+  variables = {**VARIABLES, "scale": jnp.asarray(2.0)}  # weakly typed
+  chosen = {"masks": lambda path: path[-1].key == "m", **options}
+  compact = fp.compact(lambda v, x: v["scale"] * mlp(v, x), variables, X, **chosen)
+  compact.save(tmp_path / "net")
+  loaded, x = fp.load(tmp_path / "net"), jnp.concatenate([X, X])
+  same(loaded.variables, compact.variables)
+  same(loaded.kept, compact.kept)
+  close(loaded(loaded.variables, x), compact(compact.variables, x))
+  assert loaded.widths == {"masks/m": (4, 4 if "round_to" in options else 3)}
 
 
 # Arguments
@@ -451,7 +464,22 @@ def test_a_program_that_jax_cannot_read_is_said_to_be_one(copy):
   program = content.arrays["program"].copy()
   program[:64] = 0
   files.write(copy, content._replace(arrays={**content.arrays, "program": program}))
-  with pytest.raises(ValueError, match=rf"of JAX {jax.__version__} in .*copy"):
+  with pytest.raises(ValueError, match=rf"of JAX {jax.__version__} in '.*copy'.*Install a JAX"):
+    fp.load(copy)
+
+
+def test_a_program_of_a_newer_jax_is_found_when_it_is_loaded(copy, monkeypatch):
+  content = files.read(copy)
+  files.write(copy, content._replace(header={**content.header, "jax": "99.0"}))
+  fp.load(copy)  # it can be read
+
+  def newer(self):
+    raise RuntimeError("Failed to deserialize StableHLO")
+
+  monkeypatch.setattr(jax.export.Exported, "mlir_module", newer)
+  with pytest.raises(
+    ValueError, match=r"of JAX 99\.0 in .*Failed to deserialize StableHLO.*Install a JAX that is as new"
+  ):
     fp.load(copy)
 
 

@@ -85,7 +85,7 @@ class Compact:
 
   @property
   def kept(self) -> PyTree:
-    """Which entries of the network that it all began with are kept: a tree like ``variables``.
+    """Which entries of the network that it all began with are kept, as a tree like ``variables``.
 
     In the place of each leaf is a tuple with the original positions along each axis, of shape ``(n,)``; where every layer
     of a stack keeps entries of its own ``(L, n)``, with -1 for padding. They are those of the first network also

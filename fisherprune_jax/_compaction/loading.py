@@ -1,5 +1,6 @@
 """A compact network from a file, without the code of the model."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -158,13 +159,19 @@ def _without_variables(content: Content) -> Content:
 
 
 def _program(path: PathLike, content: Content) -> export.Exported:
+  """The program; raises where this JAX cannot read it, now rather than when it is called."""
+  saved_by = content.header["jax"]
   try:
-    return export.deserialize(bytearray(content.arrays[PROGRAM].tobytes()))
+    exported = export.deserialize(bytearray(content.arrays[PROGRAM].tobytes()))
+    if saved_by != jax.__version__:
+      exported.mlir_module()
   except Exception as error:  # what it raises of a format that it does not know is nowhere said
     raise ValueError(
-      f"The program of a file must be one that the JAX here reads, got one of JAX {content.header['jax']} in {path!r}, with "
-      f"JAX {jax.__version__} here: {error}. Save the network again with a JAX of about this age."
+      f"The program of a file must be one that the JAX here reads, got one of JAX {saved_by} in {os.fspath(path)!r}, with "
+      f"JAX {jax.__version__} here: {error}. Install a JAX that is as new, or save the network again with an older one. "
+      "(Its variables can be read with safetensors.)"
     ) from error
+  return exported
 
 
 def _check_precision(path: PathLike, content: Content) -> None:
@@ -174,7 +181,7 @@ def _check_precision(path: PathLike, content: Content) -> None:
   ]
   if wide:
     raise ValueError(
-      f"A file with 64-bit numbers needs them turned on, got {wide[0]} of {content.arrays[wide[0]].dtype} in {path!r}. "
+      f"A file with 64-bit numbers needs them turned on, got {wide[0]} of {content.arrays[wide[0]].dtype} in {os.fspath(path)!r}. "
       'Say jax.config.update("jax_enable_x64", True) first.'
     )
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.export import default_export_platform
 
 from fisherprune_jax._compaction import files, report
 from fisherprune_jax._compaction.exporting import export
@@ -152,7 +153,9 @@ def _program(
     variables, args = jax.tree.unflatten(order, [in_order[at] for at in range(len(leaves))])
     return jax.tree.leaves(plain(function(variables, *args)))
 
-  exported = export(flat, [leaves[at] for at in places], platforms or sorted({"cpu", jax.default_backend()}))
+  exported = export(
+    flat, [leaves[at] for at in places], platforms or sorted({"cpu", default_export_platform()})
+  )
   outputs = jax.eval_shape(function, abstract(variables), *shapes)
   trees = {"variables": variables, "arguments": tuple(shapes), "outputs": outputs}
   return np.frombuffer(exported.serialize(vjp_order=1), np.uint8), {

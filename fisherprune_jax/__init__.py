@@ -1,6 +1,8 @@
 """Fisher pruning for JAX: prune a network to a FLOPs target while it trains, and get back the smaller one."""
 
-from fisherprune_jax import nnx as nnx
+import importlib as _importlib
+import typing as _typing
+
 from fisherprune_jax import rules as rules
 from fisherprune_jax._auto.auto import AutoMask as AutoMask
 from fisherprune_jax._auto.auto import auto_mask as auto_mask
@@ -8,6 +10,8 @@ from fisherprune_jax._auto.groups import Group as Group
 from fisherprune_jax._auto.groups import Skipped as Skipped
 from fisherprune_jax._compaction.compact import Compact as Compact
 from fisherprune_jax._compaction.compact import compact as compact
+from fisherprune_jax._compaction.loading import Loaded as Loaded
+from fisherprune_jax._compaction.loading import load as load
 from fisherprune_jax._cost.cost import CostModel as CostModel
 from fisherprune_jax._cost.counted import Row as Row
 from fisherprune_jax._cost.measures import cost_model as cost_model
@@ -34,8 +38,29 @@ from fisherprune_jax._training.plots import plot_history as plot_history
 from fisherprune_jax._training.state import FisherPruneState as FisherPruneState
 from fisherprune_jax._training.summary import scalars as scalars
 from fisherprune_jax._training.summary import summary as summary
-from fisherprune_jax._training.train_state import TrainState as TrainState
 from fisherprune_jax._training.transform import fisher_prune as fisher_prune
-from fisherprune_jax.linen import Mask as Mask
+
+if _typing.TYPE_CHECKING:
+  from fisherprune_jax import linen as linen
+  from fisherprune_jax import nnx as nnx
+  from fisherprune_jax._training.train_state import TrainState as TrainState
+  from fisherprune_jax.linen import Mask as Mask
 
 __version__ = "0.1.0"
+
+_OF_FLAX = ("linen", "nnx", "Mask", "TrainState")
+
+
+def __getattr__(name: str) -> _typing.Any:
+  """What is made of Flax's classes, when it is first asked for: a process that serves a saved network needs no Flax."""
+  if name not in _OF_FLAX:
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+  # All at once: ``nnx`` tells Flax that variables called "masks" are masks, before ``nnx.bridge`` meets those of a ``Mask``.
+  linen, nnx = (_importlib.import_module(f"{__name__}.{face}") for face in ("linen", "nnx"))
+  train_state = _importlib.import_module(f"{__name__}._training.train_state")
+  globals().update(linen=linen, nnx=nnx, Mask=linen.Mask, TrainState=train_state.TrainState)
+  return globals()[name]
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *_OF_FLAX})

@@ -26,6 +26,7 @@ GUIDES = (
   "keras",
   "distributed",
   "checkpoints",
+  "saving",
   "transformers",
   "examples",
   "recipes",
@@ -34,8 +35,8 @@ GUIDES = (
 
 def public_names():
   """What users may call, as dotted names."""
-  for name, value in vars(fp).items():
-    if not name.startswith("_") and not inspect.ismodule(value):
+  for name in dir(fp):
+    if not name.startswith("_") and not inspect.ismodule(getattr(fp, name)):
       yield f"fisherprune_jax.{name}"
   for name, value in vars(fp.nnx).items():
     if not name.startswith("_") and not inspect.ismodule(value):

@@ -96,6 +96,11 @@ class Wrapped:
   batch_axes: BatchAxes = 0
   _kept: dict[Any, tuple[Masked, dict[Atom, Any]]] = field(default_factory=dict)
 
+  @property
+  def __wrapped__(self) -> Callable[..., PyTree]:
+    """The function, where it is looked for in Python."""
+    return self.fn
+
   def __call__(self, variables: PyTree, *args: PyTree, **kwargs: Any) -> PyTree:
     """The function, with the masks of ``variables``."""
     own, masks = self.model.split(variables)

@@ -5,25 +5,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from jax import export
 
-from fisherprune_jax._compaction import exporting, report
+from fisherprune_jax._compaction import exporting, report, saving
+from fisherprune_jax._compaction.files import PathLike
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.opt_states import shrink_opt_state, shrink_pruning
-from fisherprune_jax._compaction.plan import make_plan
+from fisherprune_jax._compaction.originals import originals
+from fisherprune_jax._compaction.plan import check_request, make_plan
 from fisherprune_jax._compaction.runner import Runner
 from fisherprune_jax._cost.measures import cost_of
 from fisherprune_jax._cost.meters import FlopsMeter
-from fisherprune_jax._errors import describe, path_name
 from fisherprune_jax._graph.blockers import Blocker, Stays, check, what_stays
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
 from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.traced import trace_apply
-from fisherprune_jax._graph.variables import MaskSelector, VariableTree, vectors_of
-from fisherprune_jax._masks import check_switches
+from fisherprune_jax._graph.variables import MaskSelector, VariableTree, abstract, vectors_of
 from fisherprune_jax._training.state import make_inert
 from fisherprune_jax._types import ApplyFn, BatchAxes, Picker, PyTree
 
@@ -38,6 +37,7 @@ class Compact:
     variables: the variables in the tree that they came in, with smaller leaves and without the masks.
     masks: the masks of what is kept: those given, and with ``round_to`` a few more features.
     cost: FLOPs per example.
+    dense: FLOPs per example of the network that it all began with.
     updates: picks from the output what replaces variables, or None.
   """
 
@@ -52,6 +52,7 @@ class Compact:
     updates: Picker | None,
     round_to: int,
     strict: bool,
+    before: "Compact | None",
   ) -> None:
     examples = batch_size(args, batch_axes)
     traced = trace_apply(apply_fn, tree, args, updates)
@@ -72,12 +73,25 @@ class Compact:
     self._cost_model = cost_of(self._analysis, tree.mask_tree, examples, METER)
     self.masks, self.updates = self._plan.masks, updates
     self.cost: float = self._cost_model.exact(self.masks) / examples
+    self.dense: float = before.dense if before else self._cost_model.dense
     self.variables = self._plan.present(jax.tree.map(Kept.slice, self._plan.kept, tree.variables))
+    self._args = abstract(tuple(args))
+    self._originals: PyTree = originals(self._plan.kept, before._originals if before else ())
 
   @functools.cached_property
   def _stays(self) -> Stays:
     plan = self._plan
     return what_stays(self._analysis, plan.tree, plan.ev, plan.examples, METER)
+
+  @property
+  def kept(self) -> PyTree:
+    """Which entries of the network that it all began with are kept, as a tree like ``variables``.
+
+    In the place of each leaf is a tuple with the original positions along each axis, of shape ``(n,)``; where every layer
+    of a stack keeps entries of its own ``(L, n)``, with -1 for padding. They are those of the first network also
+    after several compactions; see ``before`` of :func:`compact`.
+    """
+    return jax.tree.map(lambda original: original.index, self._plan.present(self._originals))
 
   @property
   def blockers(self) -> list[Blocker]:
@@ -126,7 +140,8 @@ class Compact:
 
   def report(self) -> str:
     """A text table, layer by layer: widths before and after, and what could not be removed and why."""
-    return report.table(self._plan, self.cost, self._cost_model.dense, self._stays)
+    table = report.widths(self._plan, self.cost, self._cost_model.dense)
+    return report.text(table, report.what_stays(self._stays))
 
   def export(
     self, *args: PyTree, platforms: Sequence[str] | None = None, batch: str | None = "batch"
@@ -152,12 +167,52 @@ class Compact:
 
       JAX, `Shape polymorphism <https://docs.jax.dev/en/latest/export/shape_poly.html>`_
     """
-    return exporting.export(self, args, self._plan.batch_axes, platforms, batch)
+    shapes = exporting.shapes_of(args, self._plan.batch_axes, batch)
+    return exporting.export(lambda *xs: self(self.variables, *xs), shapes, platforms)
+
+  def save(
+    self,
+    path: PathLike,
+    *args: PyTree,
+    variables: PyTree = None,
+    history: optax.OptState = None,
+    platforms: Sequence[str] | None = None,
+    batch: str | None = "batch",
+  ) -> None:
+    """Writes one file with all that :func:`load` needs to run the network and to train it on, without the model's code.
+
+    It is written whole, or what was there stays as it was; the guide on saving has its format.
+
+    Args:
+      path: the file.
+      *args: example arguments, as in :meth:`export`; without any, those that the network was compacted with.
+      variables: other values of ``self.variables``, as training has made them.
+      history: the optimizer state from before compaction, to say when each feature went.
+      platforms: what to lower for, such as ``("cpu", "cuda")``; None for the CPU and what runs here.
+      batch: the name of the batch size in the program, which is free; None for the one size of the arguments.
+
+    Raises:
+      ImportError: without ``safetensors`` and ``flatbuffers``, which are in the extra ``save``.
+      ValueError: if the function computes with its batch size so that a symbol does not do, or if ``variables`` or
+        ``history`` are not of this network.
+      OSError: if the file cannot be written.
+
+    >>> import os, tempfile, jax.numpy as jnp
+    >>> import fisherprune_jax as fp
+    >>> variables = {"w": jnp.ones((3, 4)), "masks": jnp.array([1.0, 0.0, 1.0, 0.0])}
+    >>> small = fp.compact(lambda v, x: jnp.sum(x @ v["w"] * v["masks"], 1), variables, jnp.ones((1, 3)))
+    >>> small.save(os.path.join(tempfile.mkdtemp(), "small.safetensors"))
+    """
+    shapes = exporting.shapes_of(args or self._args, self._plan.batch_axes, batch)
+    dense = self.dense, self._cost_model.dense
+    known = saving.known_of(self._plan, self._originals, self.cost, *dense, self._stays)
+    variables = self.variables if variables is None else variables
+    saving.save(path, self, variables, shapes, known, history, platforms)
 
   def __reduce__(self) -> Any:
     raise TypeError(
-      "A Compact cannot be pickled, as it holds the function that it was made of. Save small.variables (with "
-      "Orbax, say) and the masks, and call fp.compact again with the same function; or keep small.export(...).serialize()."
+      "A Compact cannot be pickled, as it holds the function that it was made of. small.save(path) writes a file for "
+      "fp.load; or save small.variables (with Orbax, say) and the masks, and call fp.compact again with the same function."
     )
 
 
@@ -171,6 +226,7 @@ def compact(
   updates: Picker | None = None,
   round_to: int = 1,
   strict: bool = False,
+  before: Compact | None = None,
 ) -> Compact:
   """Removes what the masks switched off: a smaller network with the same outputs.
 
@@ -191,6 +247,8 @@ def compact(
     round_to: keep just enough dead features for every width to be a multiple of this, or whole: hardware
       likes 8. They are still multiplied by their masks, so outputs and gradients are the same.
     strict: raise where a dead feature cannot be removed, instead of keeping it.
+    before: the compact network that ``apply_fn`` runs, if it is none itself, or one under ``jax.jit``, ``auto_mask`` or
+      ``functools.partial``: what is kept (``Compact.kept``) is then said of the network before that.
 
   Returns:
     The compact network: ``small(small.variables, *args)``.
@@ -220,7 +278,7 @@ def compact(
     JAX, `The jaxpr language <https://docs.jax.dev/en/latest/jaxpr.html>`_
   """
   tree = VariableTree(variables, masks)
-  _check(tree, round_to)
+  check_request(tree, round_to)
   return Compact(
     apply_fn,
     tree,
@@ -230,18 +288,12 @@ def compact(
     updates=updates,
     round_to=round_to,
     strict=strict,
+    before=before or _inside(apply_fn),
   )
 
 
-def _check(tree: VariableTree, round_to: int) -> None:
-  """Raises unless the masks are arrays of 0 and 1, and widths can be rounded so."""
-  if round_to < 1:
-    raise ValueError(f"round_to must be at least 1, got {round_to}. 8 suits most hardware; 1 rounds nothing.")
-  for path, leaf in tree.paths:
-    if tree.is_mask(path):
-      if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
-        raise TypeError(
-          f"compact needs concrete masks, got {describe(leaf)} at {path_name(path)}. Call it outside jit: shapes "
-          "depend on the masks."
-        )
-      check_switches(path, leaf)
+def _inside(function: Any) -> Compact | None:
+  """The compact network that a function is, or that it wraps as is usual in Python."""
+  while function is not None and not isinstance(function, Compact):
+    function = getattr(function, "__wrapped__", getattr(function, "func", None))
+  return function

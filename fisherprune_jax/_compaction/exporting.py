@@ -1,7 +1,6 @@
-"""A compact network as StableHLO, with its weights inside."""
+"""A compact network as StableHLO."""
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from jax import export as jax_export
@@ -11,29 +10,25 @@ from fisherprune_jax._graph.examples import map_with_axes
 from fisherprune_jax._graph.variables import abstract
 from fisherprune_jax._types import BatchAxes, PyTree, Size
 
-if TYPE_CHECKING:
-  from fisherprune_jax._compaction.compact import Compact
-
 
 def export(
-  small: "Compact",
-  args: Sequence[PyTree],
-  batch_axes: BatchAxes,
-  platforms: Sequence[str] | None,
-  batch: str | None,
+  function: Callable[..., PyTree], args: Sequence[PyTree], platforms: Sequence[str] | None
 ) -> jax_export.Exported:
-  """Exports ``small(small.variables, *args)``; ``batch`` names the size of example axes, None leaves it alone."""
-  shapes = abstract(tuple(args))
-  if batch is not None:
-    shapes = _with_symbol(shapes, batch_axes, batch)
+  """Exports ``function(*args)`` for shapes of which some sizes may be symbols."""
   try:
-    return jax_export.export(jax.jit(lambda *xs: small(small.variables, *xs)), platforms=platforms)(*shapes)
+    return jax_export.export(jax.jit(function), platforms=platforms)(*args)
   except UndecidedSize as error:
     raise ValueError(
       f"A network that is exported for any size must not compute with it in a way that a symbol cannot follow: {error} "
-      "Export it for one batch size, export(..., batch=None), or give your own symbols with constraints "
-      "(jax.export.symbolic_shape) as sizes of the arguments."
+      "Export it for one batch size, export(..., batch=None) or save(..., batch=None), or give your own symbols with "
+      "constraints (jax.export.symbolic_shape) as sizes of the arguments."
     ) from error
+
+
+def shapes_of(args: Sequence[PyTree], batch_axes: BatchAxes, batch: str | None) -> tuple[PyTree, ...]:
+  """The shapes of arguments; ``batch`` names the size of example axes, None leaves it alone."""
+  shapes = abstract(tuple(args))
+  return shapes if batch is None else _with_symbol(shapes, batch_axes, batch)
 
 
 def _with_symbol(shapes: PyTree, batch_axes: BatchAxes, name: str) -> PyTree:

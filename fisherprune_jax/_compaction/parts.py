@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.nnx.traversals import flatten_mapping, unflatten_mapping
 
 from fisherprune_jax._errors import path_name, same_structure
 
@@ -101,10 +100,25 @@ def at_paths(paths: Sequence[tuple[Any, ...]]) -> Part:
   """Picks leaves of a module by their paths, whichever collection of its variables holds them."""
 
   def part(variables: Any) -> Any:
-    leaves = {path: leaf for tree in variables.values() for path, leaf in flatten_mapping(tree).items()}
-    return unflatten_mapping({path: leaves[path] for path in paths})
+    leaves = {path: leaf for tree in variables.values() for path, leaf in _flat(tree)}
+    found: dict[Any, Any] = {}
+    for path in paths:
+      node = found
+      for key in path[:-1]:
+        node = node.setdefault(key, {})
+      node[path[-1]] = leaves[path]
+    return found
 
   return part
+
+
+def _flat(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+  """The leaves of nested mappings with their paths."""
+  for key, child in tree.items():
+    if isinstance(child, Mapping):
+      yield from _flat(child, (*path, key))
+    else:
+      yield (*path, key), child
 
 
 def _filter(named: set[Keys]) -> Part:

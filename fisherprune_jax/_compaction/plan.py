@@ -3,15 +3,17 @@
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from fisherprune_jax._compaction.kept import Kept, keep
 from fisherprune_jax._compaction.rounding import round_up, widths_of
-from fisherprune_jax._errors import describe, require_same_tree, same_structure
+from fisherprune_jax._errors import describe, path_name, require_same_tree, same_structure
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.traced import Analysis, Traced
 from fisherprune_jax._graph.variables import VariableTree, leaves_from, vectors_of
+from fisherprune_jax._masks import check_switches
 from fisherprune_jax._types import BatchAxes, Masks, Picker, PyTree
 
 
@@ -107,3 +109,17 @@ def _kept(analysis: Analysis, tree: VariableTree, ev: Evaluation) -> PyTree:
   returned = {analysis.traced.updates[at]: box for at, box in analysis.returned.items()}
   leaves = [keep(value, analysis.live, ev, returned.get(at)) for at, value in enumerate(analysis.variables)]
   return jax.tree.unflatten(jax.tree.structure(tree.variables), leaves)
+
+
+def check_request(tree: VariableTree, round_to: int) -> None:
+  """Raises unless the masks are arrays of 0 and 1, and widths can be rounded so."""
+  if round_to < 1:
+    raise ValueError(f"round_to must be at least 1, got {round_to}. 8 suits most hardware; 1 rounds nothing.")
+  for path, leaf in tree.paths:
+    if tree.is_mask(path):
+      if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):
+        raise TypeError(
+          f"compact needs concrete masks, got {describe(leaf)} at {path_name(path)}. Call it outside jit: shapes "
+          "depend on the masks."
+        )
+      check_switches(path, leaf)

@@ -1,7 +1,7 @@
 """The compact network as a text table."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -16,8 +16,8 @@ from fisherprune_jax._types import Array
 Line = tuple[str, str, str, str]
 
 
-def table(plan: Plan, cost: float, dense: float, stays: Stays) -> str:
-  """Masks, variables and totals before and after; what had to stay, and the FLOPs left by all of it."""
+def widths(plan: Plan, cost: float, dense: float) -> list[str]:
+  """Lines of a table: masks, variables and totals before and after."""
   masks = [_mask_line(name, leaf) for name, leaf, _, is_mask in _leaves(plan) if is_mask]
   rest = [(name, kept) for name, _, kept, is_mask in _leaves(plan) if not is_mask]
   before = sum(math.prod(kept.shape) for _, kept in rest)
@@ -26,8 +26,7 @@ def table(plan: Plan, cost: float, dense: float, stays: Stays) -> str:
     ("numbers in all variables", f"{before:,}", f"{after:,}", _share(after, before)),
     ("FLOPs per example", f"{dense:,.0f}", f"{cost:,.0f}", _share(cost, dense)),
   ]
-  body = align([("layer", "before", "after", "kept"), *masks, *(_variable_line(*r) for r in rest), *totals])
-  return "\n".join([*body, *_what_stays(stays)])
+  return align([("layer", "before", "after", "kept"), *masks, *(_variable_line(*r) for r in rest), *totals])
 
 
 def _leaves(plan: Plan) -> Iterator[tuple[str, Array, Kept, bool]]:
@@ -45,15 +44,20 @@ def _variable_line(name: str, kept: Kept) -> Line:
   return name, _times(before), _times(after), _share(math.prod(after), math.prod(before))
 
 
-def _what_stays(stays: Stays) -> list[str]:
+def what_stays(stays: Stays) -> list[str]:
+  """Lines that say what had to stay, and the FLOPs left by all of it; none if all went."""
   if not stays.blockers:
     return []
   return [
-    "",
     "Kept, because dead entries cannot be removed there soundly, with the FLOPs that each source line alone keeps:",
     *(line for blocker in stays.blockers for line in lines(blocker)),
     f"All of these together leave {stays.flops:,.0f} FLOPs per example on the table.",
   ]
+
+
+def text(table: Sequence[str], stays: Sequence[str]) -> str:
+  """Both of these as one text."""
+  return "\n".join([*table, "", *stays] if stays else table)
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -1,11 +1,11 @@
 """Finding the pruning state inside any Optax state, and putting other masks into it."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
-from flax import nnx
 
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._errors import Path, path_name
@@ -140,7 +140,8 @@ def _is_state(x: Any) -> bool:
 
 
 def _is_variable(x: Any) -> bool:
-  return isinstance(x, nnx.Variable)
+  nnx = sys.modules.get("flax.nnx")  # where nobody has imported it there are none
+  return nnx is not None and isinstance(x, nnx.Variable)
 
 
 def _value(x: Any) -> Any:

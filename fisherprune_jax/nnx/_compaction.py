@@ -5,9 +5,12 @@ from typing import Any
 from flax import nnx
 
 from fisherprune_jax._compaction import compact as compaction
+from fisherprune_jax._compaction.files import PathLike
 from fisherprune_jax._cost import measures
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._masks import COLLECTION
+from fisherprune_jax._types import PyTree
+from fisherprune_jax.nnx._auto import AutoMasked
 from fisherprune_jax.nnx._modules import Call, MaskVariable, functional, split
 
 
@@ -60,6 +63,9 @@ def compact(
   apply_fn, variables = functional(model, call=call, mutable=mutable)
   if mutable:
     options.setdefault("updates", lambda output: output[1])
+  inner = model.model if isinstance(model, AutoMasked) else model
+  if isinstance(inner, CompactModule):
+    options.setdefault("before", inner.small)
   return compaction.compact(apply_fn, variables, *args, **options)
 
 
@@ -76,15 +82,33 @@ class CompactModule(nnx.Module):
         setattr(self, name, value)
     self._small = small
 
+  @property
+  def small(self) -> compaction.Compact:
+    """The compact network; its own variables are those from before it was trained on."""
+    return self._small
+
   def __call__(self, *args: Any) -> Any:
     """The outputs of the module that it came from."""
-    _, variables = functional(self)
-    output = self._small({name: variables[name] for name in self._small.variables}, *args)
+    output = self._small(self._own_variables(), *args)
     if self._small.updates is None:
       return output
     output, changed = output
     nnx.update(self, changed["state"])
     return output
+
+  def save(self, path: PathLike, *args: Any, **options: Any) -> None:
+    """Writes the network with the variables as they stand; see ``fp.Compact.save``.
+
+    Args:
+      path: the file.
+      *args: example arguments; without any, those that the network was compacted with.
+      **options: those of ``fp.Compact.save``.
+    """
+    self._small.save(path, *args, variables=self._own_variables(), **options)
+
+  def _own_variables(self) -> dict[str, PyTree]:
+    _, variables = functional(self)
+    return {name: variables[name] for name in self._small.variables}
 
 
 def module(small: compaction.Compact, model: nnx.Module) -> CompactModule:

@@ -1,0 +1,30 @@
+"""``python -m fisherprune_jax inspect FILE``: what a saved network is."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from fisherprune_jax._compaction.inspecting import show
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command; returns what the process exits with."""
+  parser = argparse.ArgumentParser(prog="python -m fisherprune_jax", description="Compact networks in files.")
+  commands = parser.add_subparsers(dest="command", required=True)
+  inspect = commands.add_parser("inspect", help="print what a saved network is")
+  inspect.add_argument("file", metavar="FILE", help="what small.save wrote")
+  file = parser.parse_args(argv).file
+  try:
+    show(file)
+    sys.stdout.flush()
+  except BrokenPipeError:  # whoever reads has seen enough: head, say
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  except (ValueError, OSError, ImportError) as error:
+    print(f"{parser.prog}: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

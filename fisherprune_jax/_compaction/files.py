@@ -1,0 +1,189 @@
+"""One file of arrays and a header: safetensors with a checksum, written whole or not at all."""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._types import Array
+
+FORMAT = "fisherprune_jax"
+"""The key of the header among the metadata."""
+VERSION = 1
+"""Counts up where an older library could not read what is written."""
+CHECKSUM = "sha256"
+UNKNOWN = "0" * hashlib.sha256().digest_size * 2
+"""What stands in the place of the checksum while it is taken, of the whole file."""
+NEEDS = ("safetensors", "flatbuffers")
+NATIVE = set(
+  "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2".split()
+)
+"""Types that safetensors has names for, in every version; others are written as bytes."""
+
+PathLike = str | os.PathLike[str]
+
+
+class Content(NamedTuple):
+  """What a file holds.
+
+  Attributes:
+    header: a dictionary of what JSON has, but for "version" and "arrays", which are put in.
+    arrays: on the host, by name.
+  """
+
+  header: dict[str, Any]
+  arrays: dict[str, np.ndarray]
+
+
+def check_installed() -> None:
+  """Raises if a package is missing that files are written and read with."""
+  missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+  if missing:
+    raise ImportError(
+      f"A compact network is saved and loaded with {' and '.join(NEEDS)}, got no {' and no '.join(missing)}: "
+      "pip install 'fisherprune-jax[save]'."
+    )
+
+
+def check_place(path: PathLike) -> None:
+  """Raises where no file can be written, before any work is done for it."""
+  folder = os.path.dirname(_target(path))
+  if os.path.isdir(path):
+    raise IsADirectoryError(
+      f"save needs the path of a file, got the folder {os.fspath(path)!r}. Name a file in it."
+    )
+  if not os.path.isdir(folder):
+    raise FileNotFoundError(
+      f"save needs a folder that is there, got {folder!r}. Make it first: os.makedirs(...)."
+    )
+
+
+def write(path: PathLike, content: Content) -> None:
+  """Writes a file, or leaves what is there as it was."""
+  from safetensors.numpy import save
+
+  arrays = {name: [array.dtype.name, array.shape] for name, array in content.arrays.items()}
+  header = {**content.header, "version": VERSION, "arrays": arrays}
+  metadata = {FORMAT: json.dumps(header), CHECKSUM: UNKNOWN}
+  whole = bytearray(save({name: _written(array) for name, array in content.arrays.items()}, metadata))
+  at = _place_of(whole, UNKNOWN)
+  whole[at : at + len(UNKNOWN)] = _checksum(whole, at).encode()
+  with _replacing(_target(path)) as temporary, open(temporary, "xb") as file:
+    file.write(whole)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def read(path: PathLike) -> Content:
+  """Reads a file that ``write`` wrote.
+
+  Raises:
+    ValueError: if it is another kind of file, of a newer version, or damaged.
+  """
+  import safetensors
+
+  with open(path, "rb") as file:
+    whole = file.read()
+  metadata = _metadata(whole)
+  if metadata is None:
+    raise ValueError(
+      f"A file to load must be one that small.save wrote, got {os.fspath(path)!r}, which is none or has lost its "
+      f"beginning ({len(whole):,} bytes). Give another path, or save the network again."
+    )
+  header, claimed = metadata
+  if header["version"] > VERSION:
+    raise ValueError(
+      f"A file to load must be of format version {VERSION} or older, got version {header['version']} in "
+      f"{os.fspath(path)!r}. Install a newer fisherprune-jax."
+    )
+  at = _place_of(whole, claimed)
+  if at < 0 or _checksum(whole, at) != claimed:
+    raise ValueError(
+      f"A file to load must be as it was written, got {os.fspath(path)!r}, which is cut short or changed: its checksum "
+      "differs. Copy it again from where it came from, or save the network again."
+    )
+  found = {name: tensor["data"] for name, tensor in safetensors.deserialize(whole)}
+  return Content(header, {name: _read(found[name], *kind) for name, kind in header["arrays"].items()})
+
+
+def on_host(name: str, leaf: Array) -> np.ndarray:
+  """The values of an array; of a random key its data."""
+  if is_key(leaf):
+    leaf = jax.random.key_data(leaf)
+  if not getattr(leaf, "is_fully_addressable", True):
+    raise ValueError(
+      f"Arrays to save must be at hand here, got {name} on devices of other processes too. Gather it first: "
+      "jax.experimental.multihost_utils.process_allgather."
+    )
+  return np.asarray(leaf)
+
+
+def is_key(leaf: Array) -> bool:
+  """Whether an array is one of random keys."""
+  return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
+
+
+def _written(array: np.ndarray) -> np.ndarray:
+  """An array as safetensors takes it."""
+  array = np.array(array, order="C")
+  return array if array.dtype.name in NATIVE else np.frombuffer(array.tobytes(), np.uint8)
+
+
+def _read(data: bytes, dtype: str, shape: Sequence[int]) -> np.ndarray:
+  return np.frombuffer(data, jnp.dtype(dtype)).reshape(shape)
+
+
+def _metadata(whole: bytes) -> tuple[dict[str, Any], str] | None:
+  """The header and the checksum that a file claims; None if it has none."""
+  end = 8 + int.from_bytes(whole[:8], "little")
+  if len(whole) < 8 or end > len(whole):
+    return None
+  try:
+    metadata = json.loads(whole[8:end])["__metadata__"]
+    header, checksum = json.loads(metadata[FORMAT]), metadata[CHECKSUM]
+  except (ValueError, KeyError, TypeError, RecursionError):
+    return None
+  known = isinstance(header, dict) and isinstance(header.get("version"), int) and isinstance(checksum, str)
+  return (header, checksum) if known and checksum.isascii() and len(checksum) == len(UNKNOWN) else None
+
+
+def _place_of(whole: bytes | bytearray, checksum: str) -> int:
+  """Where the checksum stands; -1 if nowhere."""
+  before = f'"{CHECKSUM}":"'
+  at = whole.find(f'{before}{checksum}"'.encode())
+  return at if at < 0 else at + len(before)
+
+
+def _checksum(whole: bytes | bytearray, at: int) -> str:
+  """The checksum of a file in which nothing is said of it."""
+  view, digest = memoryview(whole), hashlib.sha256()
+  for part in (view[:at], UNKNOWN.encode(), view[at + len(UNKNOWN) :]):
+    digest.update(part)
+  return digest.hexdigest()
+
+
+def _target(path: PathLike) -> str:
+  """What is replaced: a link stays one, and what it leads to is."""
+  return os.path.realpath(os.fspath(path))
+
+
+@contextlib.contextmanager
+def _replacing(target: str) -> Iterator[str]:
+  """A new name in the same folder; what was written there takes the place of the target, or is gone."""
+  folder, name = os.path.split(target)
+  temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
+  try:
+    yield temporary
+    os.replace(temporary, target)
+  except BaseException:
+    with contextlib.suppress(OSError):
+      os.unlink(temporary)
+    raise

@@ -1,0 +1,131 @@
+"""What is in a file, as tables for people."""
+
+import importlib.util
+import itertools
+import math
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from fisherprune_jax._compaction import files
+from fisherprune_jax._compaction.files import Content, PathLike
+from fisherprune_jax._compaction.loading import history_of, originals_of
+from fisherprune_jax._tables import align
+from fisherprune_jax._training.history import Pruned
+
+Cells = tuple[str, ...]
+
+
+class Table(NamedTuple):
+  """A heading and rows, the first column to the left and the others to the right."""
+
+  heading: Cells
+  rows: Sequence[Cells]
+
+
+def show(path: PathLike) -> None:
+  """Prints what a file holds: by ``rich`` on a terminal, if that is installed, or else as plain text.
+
+  Raises:
+    ValueError: if it is no file of a compact network, or damaged.
+    OSError: if it cannot be read.
+  """
+  parts = described(path)
+  if importlib.util.find_spec("rich") and sys.stdout.isatty():
+    _show_rich(parts)
+  else:
+    print("\n\n".join("\n".join(_lines(part)) for part in parts))
+
+
+def described(path: PathLike) -> list[Table | list[str]]:
+  """Tables, and lines of text, that say what a file holds."""
+  files.check_installed()
+  content = files.read(path)
+  masks = [
+    (name, f"{before:,}", f"{after:,}", _share(after, before))
+    for name, before, after in content.header["widths"]
+  ]
+  parts: list[Table | list[str]] = [
+    _first_lines(path, content),
+    Table(("mask", "before", "after", "kept"), masks),
+    Table(("variable", "before", "after", "kept"), _variable_rows(content)),
+    Table(("in all", "before", "after", "kept"), _totals(content)),
+  ]
+  stays = content.header["stays"] or ["Nothing stays that masks would let go."]
+  past = history_of(content)
+  return [*parts, stays, *([Table(("step", "mask", "features that went"), _went(past))] if past else [])]
+
+
+def _first_lines(path: PathLike, content: Content) -> list[str]:
+  header = content.header
+  return [
+    f"{os.fspath(path)}: a compact network, {os.path.getsize(path):,} bytes, format {header['version']}",
+    f"program of {len(content.arrays['program']):,} bytes for {', '.join(header['platforms'])}, by JAX {header['jax']}",
+    f"called with {', '.join(header['takes'][len(header['leaves']) :]) or 'nothing but variables'}",
+  ]
+
+
+def _variable_rows(content: Content) -> list[Cells]:
+  """Shapes of what is no mask, before and after."""
+  rows: list[Cells] = []
+  for line, original in zip(content.header["leaves"], originals_of(content), strict=True):
+    if not line["mask"]:
+      before, after = math.prod(original.shape), math.prod(original.compact_shape)
+      name = line["array"].removeprefix("variables/")
+      rows.append((name, _times(original.shape), _times(original.compact_shape), _share(after, before)))
+  return rows
+
+
+def _totals(content: Content) -> list[Cells]:
+  numbers, size = np.zeros(2, int), np.zeros(2, int)
+  for line, original in zip(content.header["leaves"], originals_of(content), strict=True):
+    if not line["mask"]:
+      both = np.array([math.prod(original.shape), math.prod(original.compact_shape)])
+      array = content.arrays[line["array"]]
+      numbers += both
+      size += both * array.nbytes // max(both[1], 1)
+  rows: list[tuple[str, Sequence[float]]] = [
+    ("FLOPs per example", (content.header["dense"], content.header["cost"])),
+    ("numbers in all variables", numbers.tolist()),
+    ("bytes of all variables", size.tolist()),
+  ]
+  return [(name, f"{before:,.0f}", f"{after:,.0f}", _share(after, before)) for name, (before, after) in rows]
+
+
+def _went(past: Iterable[Pruned]) -> list[Cells]:
+  """What went at each step, mask by mask."""
+  groups = itertools.groupby(past, key=lambda went: (went.step, went.mask))
+  return [
+    (f"{step:,}", mask, " ".join(str(went.feature) for went in group)) for (step, mask), group in groups
+  ]
+
+
+def _lines(part: Table | Sequence[str]) -> Sequence[str]:
+  return align([part.heading, *part.rows]) if isinstance(part, Table) else part
+
+
+def _show_rich(parts: Sequence[Table | Sequence[str]]) -> None:
+  from rich import box, console, table, text
+
+  out = console.Console()
+  for part in parts:
+    if not isinstance(part, Table):
+      out.print(text.Text("\n".join(part) + "\n"))  # as text, in which brackets are no markup
+      continue
+    shown = table.Table(box=box.SIMPLE_HEAD)
+    for at, name in enumerate(part.heading):
+      shown.add_column(name, justify="left" if at == 0 else "right", overflow="fold")
+    for row in part.rows:
+      shown.add_row(*map(text.Text, row))
+    out.print(shown)
+
+
+def _times(shape: Sequence[int]) -> str:
+  return "x".join(map(str, shape)) or "1"
+
+
+def _share(part: float, whole: float) -> str:
+  return f"{100 * part / whole:.1f} %" if whole else "-"

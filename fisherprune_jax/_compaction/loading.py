@@ -1,0 +1,216 @@
+"""A compact network from a file, without the code of the model."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+
+from fisherprune_jax._compaction import files, report
+from fisherprune_jax._compaction.files import Content, PathLike
+from fisherprune_jax._compaction.originals import Original
+from fisherprune_jax._compaction.plain import from_json, plain
+from fisherprune_jax._compaction.saving import HISTORY, PROGRAM, stored
+from fisherprune_jax._errors import describe, path_name, require_same_tree
+from fisherprune_jax._training.history import Pruned
+from fisherprune_jax._types import PyTree
+
+
+class Loaded:
+  """A compact network from a file; made by :func:`load`.
+
+  Attributes:
+    variables: the variables, in dictionaries, lists and tuples.
+    kept: which entries of the first network they are, like ``Compact.kept``.
+    cost: FLOPs per example.
+    dense: FLOPs per example of the network that it all began with.
+    widths: of each mask how many features it had and has.
+    history: when each feature went, if the network was saved with that.
+    exported: the program, a function of all leaves of variables and arguments.
+  """
+
+  def __init__(self, path: PathLike) -> None:
+    files.check_installed()
+    content = files.read(path)
+    header = content.header
+    self.exported = _program(path, content)
+    self._content = _without_variables(content)
+    self._trees = {name: from_json(header[name]) for name in ("variables", "arguments", "outputs")}
+    _check_precision(path, content)
+    self.variables = self._tree("variables", [_leaf(line, content) for line in header["leaves"]])
+    self.kept = self._tree("variables", [original.index for original in originals_of(content)])
+    self.cost: float = header["cost"]
+    self.dense: float = header["dense"]
+    self.widths = {name: (before, after) for name, before, after in header["widths"]}
+    self.history = history_of(content)
+    self._call = jax.jit(self._run)
+
+  def __call__(self, variables: PyTree, *args: PyTree) -> PyTree:
+    """The outputs for compact ``variables``; under ``jit`` and ``grad`` too, by variables and by arguments.
+
+    Args:
+      variables: a tree like ``self.variables``.
+      *args: the other arguments, at any batch size if the network was saved so.
+
+    Raises:
+      ValueError: for another tree, shape or type than those that the network was saved for.
+    """
+    variables, args = plain(variables), plain(args)
+    how = "Pass a tree like loaded.variables."
+    require_same_tree(variables, self._trees["variables"], "variables", "loaded.variables", how)
+    how = "Pass what the network was called with before it was saved."
+    require_same_tree(args, self._trees["arguments"], "The arguments", "those that it was saved for", how)
+    return self._tree("outputs", self._call(variables, args))
+
+  def report(self) -> str:
+    """The text that ``Compact.report`` gave when the network was saved."""
+    return report.text(self._content.header["report"], self._content.header["stays"])
+
+  def save(self, path: PathLike, variables: PyTree = None) -> None:
+    """Writes the network anew; see ``Compact.save``.
+
+    Args:
+      path: the file; it may be the one that it was loaded from.
+      variables: other values of ``self.variables``, as training has made them.
+    """
+    files.check_place(path)
+    given = plain(self.variables if variables is None else variables)
+    how = "Pass a tree like loaded.variables."
+    require_same_tree(given, self._trees["variables"], "variables", "loaded.variables", how)
+    named = _named("variables", given)
+    _fitting_all(named, self.exported.in_avals[: len(named)])
+    leaves = zip(self._content.header["leaves"], jax.tree.leaves(given), strict=True)
+    arrays = {line["array"]: stored(line["array"], leaf)[0] for line, leaf in leaves}
+    files.write(path, self._content._replace(arrays={**self._content.arrays, **arrays}))
+
+  def _run(self, variables: PyTree, args: PyTree) -> list[jax.Array]:
+    # Checked here, where what it is called with has the types that JAX gives it.
+    named = [*_named("variables", variables), *_named("argument", args)]
+    return self.exported.call(*_fitting_all(named, self.exported.in_avals))
+
+  def _tree(self, name: str, leaves: Sequence[Any]) -> PyTree:
+    return jax.tree.unflatten(jax.tree.structure(self._trees[name]), leaves)
+
+
+def load(path: PathLike) -> Loaded:
+  """Reads a compact network that ``Compact.save`` wrote; neither the model's code nor Flax is needed.
+
+  Args:
+    path: the file.
+
+  Returns:
+    The network: ``loaded(loaded.variables, *args)``, which can be differentiated once, in reverse, and trained on.
+
+  Raises:
+    ImportError: without ``safetensors`` and ``flatbuffers``, which are in the extra ``save``.
+    ValueError: if the file is another one, damaged, or written by a newer version; or if it holds 64-bit numbers
+      where JAX has these turned off.
+    OSError: if it cannot be read.
+
+  >>> import os, tempfile, jax, jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> variables = {"w": jnp.ones((3, 4)), "masks": jnp.array([1.0, 0.0, 1.0, 0.0])}
+  >>> small = fp.compact(lambda v, x: jnp.sum(x @ v["w"] * v["masks"], 1), variables, jnp.ones((1, 3)))
+  >>> path = os.path.join(tempfile.mkdtemp(), "small.safetensors")
+  >>> small.save(path)
+  >>> loaded = fp.load(path)
+  >>> loaded(loaded.variables, jnp.ones((5, 3)))  # five examples, where it was saved with one
+  Array([6., 6., 6., 6., 6.], dtype=float32)
+  >>> jax.grad(lambda v: jnp.sum(loaded(v, jnp.ones((1, 3)))))(loaded.variables)["w"].shape
+  (3, 2)
+  >>> loaded.kept["w"]
+  (array([0, 1, 2]), array([0, 2]))
+  """
+  return Loaded(path)
+
+
+def originals_of(content: Content) -> list[Original]:
+  """What is known of each variable from before."""
+  return [_original(line, content) for line in content.header["leaves"]]
+
+
+def history_of(content: Content) -> list[Pruned]:
+  """When each feature went."""
+  masks = content.header["history_masks"]
+  rows = content.arrays.get(HISTORY, np.zeros((0, 3), np.int32)).tolist()
+  return [Pruned(step, masks[at], feature) for step, at, feature in rows]
+
+
+def _original(line: dict[str, Any], content: Content) -> Original:
+  index = [
+    content.arrays[line["kept"][str(axis)]].astype(int) if str(axis) in line["kept"] else np.arange(size)
+    for axis, size in enumerate(line["original"])
+  ]
+  return Original(tuple(line["original"]), tuple(index))
+
+
+def _leaf(line: dict[str, Any], content: Content) -> jax.Array:
+  array = jnp.asarray(content.arrays[line["array"]])
+  return array if line["key"] is None else jax.random.wrap_key_data(array, impl=line["key"])
+
+
+def _without_variables(content: Content) -> Content:
+  """The rest of a file: the variables are on the device."""
+  ours = {line["array"] for line in content.header["leaves"]}
+  return content._replace(arrays={name: x for name, x in content.arrays.items() if name not in ours})
+
+
+def _program(path: PathLike, content: Content) -> export.Exported:
+  """The program; raises where this JAX cannot read it, now rather than when it is called."""
+  saved_by = content.header["jax"]
+  try:
+    exported = export.deserialize(bytearray(content.arrays[PROGRAM].tobytes()))
+    if saved_by != jax.__version__:
+      exported.mlir_module()
+  except Exception as error:  # what it raises of a format that it does not know is nowhere said
+    raise ValueError(
+      f"The program of a file must be one that the JAX here reads, got one of JAX {saved_by} in {os.fspath(path)!r}, with "
+      f"JAX {jax.__version__} here: {error}. Install a JAX that is as new, or save the network again with an older one. "
+      "(Its variables can be read with safetensors.)"
+    ) from error
+  return exported
+
+
+def _check_precision(path: PathLike, content: Content) -> None:
+  """Raises where JAX would quietly halve numbers."""
+  wide = [
+    line["array"] for line in content.header["leaves"] if _is_halved(content.arrays[line["array"]].dtype)
+  ]
+  if wide:
+    raise ValueError(
+      f"A file with 64-bit numbers needs them turned on, got {wide[0]} of {content.arrays[wide[0]].dtype} in {os.fspath(path)!r}. "
+      'Say jax.config.update("jax_enable_x64", True) first.'
+    )
+
+
+def _is_halved(dtype: np.dtype) -> bool:
+  return bool(jax.dtypes.canonicalize_dtype(dtype) != dtype)
+
+
+def _named(what: str, tree: PyTree) -> list[tuple[str, Any]]:
+  return [(f"{what}/{path_name(path)}", leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _fitting_all(named: Sequence[tuple[str, Any]], expected: Sequence[Any]) -> list[Any]:
+  """Leaves as the program takes them; raises where they are others."""
+  return [_fitting(name, leaf, aval) for (name, leaf), aval in zip(named, expected, strict=True)]
+
+
+def _fitting(name: str, leaf: Any, aval: Any) -> Any:
+  """A leaf as the program takes it; a Python number is of whatever type is asked for."""
+  leaf = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else jnp.asarray(leaf, aval.dtype)
+  if getattr(leaf, "weak_type", False) and not leaf.shape:
+    leaf = leaf.astype(aval.dtype)
+  symbolic = [export.is_symbolic_dim(size) for size in aval.shape]
+  same = len(symbolic) == len(leaf.shape) and all(
+    is_free or have == want for have, want, is_free in zip(leaf.shape, aval.shape, symbolic, strict=True)
+  )
+  if not same or leaf.dtype != aval.dtype:
+    raise ValueError(
+      f"A network from a file takes arrays of the shapes and types that it was saved for, {aval} at {name}, got "
+      f"{describe(leaf)}. Convert it, or save the network again with such arguments: small.save(path, *args)."
+    )
+  return leaf

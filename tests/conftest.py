@@ -19,10 +19,10 @@ import pytest
 # What takes most of the time: whole tables of networks, trainings, processes of their own. ``make test-fast`` leaves it out.
 SLOW = """
   auto_models
-  batches budget compaction conformance cost devices docs edits example_axes example_code_transformer
+  batches budget choices compaction conformance cost devices docs edits example_axes example_code_transformer
   example_pretrained_encoder example_ranking_mlp exactness export frameworks fuzz growth linen linen_training nnx nnx_auto
-  opt_states precision report restarts
-  rounding seeing several threads training
+  emptied measures opt_states precision report restarts
+  rounding saving seeing several threads training
 """.split()
 
 

@@ -12,7 +12,7 @@ from fisherprune_jax._compaction import exporting, report, saving
 from fisherprune_jax._compaction.files import PathLike
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.opt_states import shrink_opt_state, shrink_pruning
-from fisherprune_jax._compaction.originals import originals
+from fisherprune_jax._compaction.originals import inside, originals
 from fisherprune_jax._compaction.plan import check_request, make_plan
 from fisherprune_jax._compaction.runner import Runner
 from fisherprune_jax._cost.measures import cost_of
@@ -90,6 +90,12 @@ class Compact:
     In the place of each leaf is a tuple with the original positions along each axis, of shape ``(n,)``; where every layer
     of a stack keeps entries of its own ``(L, n)``, with -1 for padding. They are those of the first network also
     after several compactions; see ``before`` of :func:`compact`.
+
+    >>> import jax.numpy as jnp
+    >>> import fisherprune_jax as fp
+    >>> variables = {"w": jnp.ones((3, 4)), "masks": jnp.array([1.0, 0.0, 1.0, 0.0])}
+    >>> fp.compact(lambda v, x: jnp.sum(x @ v["w"] * v["masks"], 1), variables, jnp.ones((1, 3))).kept
+    {'w': (array([0, 1, 2]), array([0, 2]))}
     """
     return jax.tree.map(lambda original: original.index, self._plan.present(self._originals))
 
@@ -288,12 +294,5 @@ def compact(
     updates=updates,
     round_to=round_to,
     strict=strict,
-    before=before or _inside(apply_fn),
+    before=before or inside(apply_fn, Compact),
   )
-
-
-def _inside(function: Any) -> Compact | None:
-  """The compact network that a function is, or that it wraps as is usual in Python."""
-  while function is not None and not isinstance(function, Compact):
-    function = getattr(function, "__wrapped__", getattr(function, "func", None))
-  return function

@@ -13,7 +13,7 @@ from fisherprune_jax._compaction import files, report
 from fisherprune_jax._compaction.files import Content, PathLike
 from fisherprune_jax._compaction.originals import Original
 from fisherprune_jax._compaction.plain import from_json, plain
-from fisherprune_jax._compaction.saving import HISTORY, PROGRAM, stored
+from fisherprune_jax._compaction.saving import HISTORY, PROGRAM, as_arrays, stored
 from fisherprune_jax._errors import describe, path_name, require_same_tree
 from fisherprune_jax._training.history import Pruned
 from fisherprune_jax._types import PyTree
@@ -77,7 +77,7 @@ class Loaded:
       variables: other values of ``self.variables``, as training has made them.
     """
     files.check_place(path)
-    given = plain(self.variables if variables is None else variables)
+    given = as_arrays(plain(self.variables if variables is None else variables))
     how = "Pass a tree like loaded.variables."
     require_same_tree(given, self._trees["variables"], "variables", "loaded.variables", how)
     named = _named("variables", given)

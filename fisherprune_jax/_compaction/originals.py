@@ -1,6 +1,7 @@
 """Where the entries of a compact network were in the network that it all began with."""
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from fisherprune_jax._compaction.kept import Index, Kept
 from fisherprune_jax._errors import Path, path_name
 from fisherprune_jax._types import PyTree
 
+T = TypeVar("T")
 Indices = tuple[np.ndarray, ...]
 """For each axis the original positions ``(n,)``; ``(L, n)`` where each of L stacked layers keeps entries of its own."""
 Names = tuple[str, ...]
@@ -65,6 +67,13 @@ def originals(kept: PyTree, before: PyTree) -> PyTree:
     return found[0].then(own) if found else own
 
   return jax.tree_util.tree_map_with_path(of_leaf, kept)
+
+
+def inside(function: Any, kind: type[T]) -> T | None:
+  """The compact network that a function is, or that it wraps as is usual in Python."""
+  while function is not None and not isinstance(function, kind):
+    function = getattr(function, "__wrapped__", getattr(function, "func", None))
+  return function
 
 
 def names_of(path: Path) -> Names:

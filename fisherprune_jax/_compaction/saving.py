@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.export import default_export_platform
@@ -73,11 +74,17 @@ def save(
   """Writes ``function(variables, *args)`` for arguments of these shapes."""
   files.check_installed()
   files.check_place(path)
+  variables = as_arrays(variables)
   arrays, leaves = _variable_arrays(variables, known)
   past, went = _history(opt_state)
   program, trees = _program(function, variables, shapes, platforms)
   header = {"jax": jax.__version__, "leaves": leaves, "history_masks": past, **trees, **known.header}
   files.write(path, files.Content(header, {**arrays, **went, PROGRAM: program}))
+
+
+def as_arrays(tree: PyTree) -> PyTree:
+  """A tree of arrays as JAX has them: of NumPy's, and of numbers, with the precision that is turned on."""
+  return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), tree)
 
 
 def stored(name: str, leaf: Any) -> tuple[np.ndarray, str | None]:

@@ -22,7 +22,7 @@ SLOW = """
   batches budget choices compaction conformance cost devices docs edits example_axes example_code_transformer
   example_pretrained_encoder example_ranking_mlp exactness export frameworks fuzz growth linen linen_training nnx nnx_auto
   emptied measures opt_states precision report restarts
-  rounding saving seeing several threads training
+  kept rounding saving seeing several threads training
 """.split()
 
 

@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, SingleDeviceSharding
 
+from fisherprune_jax._compaction.placing import put_like, sharding_for
 from fisherprune_jax._errors import describe
 from fisherprune_jax._graph import compat, sets
 from fisherprune_jax._graph.boxes import Box, Where, whole
@@ -80,8 +82,13 @@ class Kept:
         f"A leaf to shrink must have its parameter's shape {self.shape}, got {describe(leaf)}. "
         "Pass a tree shaped like the full parameters."
       )
-    # On the host nothing has to be compiled, which takes longer than all the rest.
-    return _put_like(leaf, self._cut(np.asarray(leaf), np)) if _is_at_hand(leaf) else self._cut(leaf, jnp)
+    # On the host nothing has to be compiled, which takes longer than all the rest; and no device holds more than its part.
+    if _is_at_hand(leaf):
+      return put_like(leaf, self._cut(np.asarray(leaf), np))
+    if compat.is_concrete(leaf) and isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      cut = jax.jit(lambda leaf: self._cut(leaf, jnp), out_shardings=sharding_for(leaf, self.compact_shape))
+      return cut(leaf)
+    return self._cut(leaf, jnp)
 
   def _cut(self, leaf: Array, xp: ModuleType) -> Any:
     if self.layers is None:
@@ -129,13 +136,9 @@ def _slice(leaf: Array, index: Index, xp: ModuleType) -> Any:
 
 
 def _is_at_hand(leaf: Array) -> bool:
-  """Whether an array can be read here as it is: a value, on one device, of a type that NumPy knows."""
+  """Whether an array can be read here as it is: a value, on devices of this process, of a type that NumPy knows."""
   if not isinstance(leaf, jax.Array):
     return isinstance(leaf, np.ndarray)
   known = compat.is_concrete(leaf) and compat.dtype_of(leaf) != np.dtype(object) and not leaf.weak_type
-  return known and len(leaf.sharding.device_set) == 1 and leaf.is_fully_addressable
-
-
-def _put_like(leaf: Array, array: np.ndarray) -> jax.Array:
-  """An array as JAX holds it, where the leaf is if that was said (or else wherever arrays go)."""
-  return jax.device_put(array, leaf.sharding if isinstance(leaf, jax.Array) and leaf.committed else None)
+  is_plain = isinstance(leaf.sharding, NamedSharding | SingleDeviceSharding)
+  return known and is_plain and leaf.is_fully_addressable

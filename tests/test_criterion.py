@@ -264,8 +264,8 @@ def test_the_options_of_the_table_are_those_of_the_signature():
 
 
 def test_what_is_no_number_is_static():
-  numbers = {"decay", "flops_target", "flops_weight"}
+  numbers = {"decay", "flops_target", "flops_weight", "target"}
   for name, option in inspect.signature(fp.fisher_prune).parameters.items():
     assert is_static(name, 0.5) == (name not in numbers)
-    assert is_static(name, option.default) == (name not in numbers - {"flops_weight"})
+    assert is_static(name, option.default) == (name not in numbers - {"flops_weight", "target"})
   assert not is_static("learning_rate", 0.5)

@@ -63,7 +63,7 @@ def text_of(page):
     assert found.count(start) == found.count(end) == 1
     return found.split(start)[1].split(end)[0]
 
-  pattern = r"^```\{include\} (.+)\n:start-after: (.+)\n:end-before: (.+)\n```$"
+  pattern = r"^```\{include\} (.+)\n:start-after: (.+)\n:end-before: (.+)(?:\n:.+)*\n```$"
   return re.sub(pattern, included, page.read_text(), flags=re.MULTILINE)
 
 

@@ -54,7 +54,7 @@ def sizes(family, n):
   model = trace_apply(apply, tree, (x,)).analyse()
   terms = collect(cost.term for cost in costs_of(model.program, model.live, FlopsMeter()))
   prices = Prices(terms, sizes_of(tree.mask_leaves))
-  boxes = [model.live.stored(value) for node in model.program.nodes for value in node.outs]
+  boxes = [model.live.stored(value).box for node in model.program.nodes for value in node.outs]
   found = sets.in_order(s for box in boxes for s in box)
   sharing, features = prices._circuit._sharing, prices._circuit.features
   return {
@@ -81,7 +81,7 @@ SMALL = {
 }
 SLACK = {
   # Reshapes cut the stream up: every later unit hangs on all earlier ones in ways that are looked at one by one.
-  "shuffles": {"pairs": 4.5},
+  "shuffles": {"pairs": 4.5, "weights": 3.5},
   "grouped_norms": {"weights": 4.5},
   # The operands of its concatenations are as many.
   "dense_net": {"parts": 4.2},
@@ -155,7 +155,7 @@ def test_a_lookup_in_a_large_table_is_as_large_as_the_table():
   np.testing.assert_allclose(small(small.variables, x), apply(variables, x))
   tree = VariableTree(variables, "masks")
   model = trace_apply(apply, tree, (x,)).analyse()
-  boxes = [model.live.stored(value) for node in model.program.nodes for value in (*node.ins, *node.outs)]
+  boxes = [model.live.stored(value).box for node in model.program.nodes for value in (*node.ins, *node.outs)]
   found = sets.in_order(s for box in boxes for s in box)
   assert max(s.data.size for s in found if isinstance(s.data, np.ndarray)) <= 30_000
 

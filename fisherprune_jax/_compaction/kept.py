@@ -140,5 +140,6 @@ def _is_at_hand(leaf: Array) -> bool:
   if not isinstance(leaf, jax.Array):
     return isinstance(leaf, np.ndarray)
   known = compat.is_concrete(leaf) and compat.dtype_of(leaf) != np.dtype(object) and not leaf.weak_type
-  is_plain = isinstance(leaf.sharding, NamedSharding | SingleDeviceSharding)
-  return known and is_plain and leaf.is_fully_addressable
+  if not known or not leaf.is_fully_addressable:
+    return False
+  return isinstance(leaf.sharding, NamedSharding | SingleDeviceSharding)

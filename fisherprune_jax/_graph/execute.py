@@ -140,6 +140,33 @@ class Run:
       return align(array.layer(layer, self.ev), array.boxes[layer], box, self.ev)
     return align(_entry(array, layer), self.box(value)[1:], box, self.ev)
 
+  def stacks(
+    self, arrays: Arrays, values: Sequence[Value], layers: Sequence[Sequence[Box]]
+  ) -> list[jax.Array] | None:
+    """Stacks as they are, if each layer holds just what ``layers`` says, and as much as the others; else None."""
+    found = []
+    for place, value in enumerate(values):
+      boxes = [boxes[place] for boxes in layers]
+      if len({self._widths(box) for box in boxes}) > 1:
+        return None
+      array = arrays.get(value)
+      if array is None:
+        array = jnp.zeros((len(boxes), *self._widths(boxes[0])), value.aval.dtype)
+      else:
+        held = array.boxes if isinstance(array, Stack) else [self.box(value)[1:]] * len(boxes)
+        array = array.array if isinstance(array, Stack) else array
+        if len(array) != len(boxes) or not all(map(self.is_same, held, boxes)):
+          return None
+      found.append(array)
+    return found
+
+  def is_same(self, a: Box, b: Box) -> bool:
+    """Whether two boxes hold the same under these masks."""
+    return all(x is y or np.array_equal(self.ev.bits(x), self.ev.bits(y)) for x, y in zip(a, b, strict=True))
+
+  def _widths(self, box: Box) -> tuple[int, ...]:
+    return tuple(self.ev.width(s) for s in box)
+
   def again(self, program: Program, inputs: Sequence[Info], asked: Sequence[Box]) -> "Run":
     """A run of another program, under the same masks."""
     wanted = [Where(box) for box in asked]

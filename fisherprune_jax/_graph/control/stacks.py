@@ -2,9 +2,12 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from fisherprune_jax._graph import compat, program, sets
 from fisherprune_jax._graph.boxes import Box, hull, whole_box
@@ -66,26 +69,94 @@ def costs(node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
 
 
 def execute(run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
-  """The turns one after the other."""
+  """The turns one after the other; as a loop where all of them do the same."""
   consts, carry = compat.scan_counts(node.params)
   boxes = [(*whole_box(out.shape[:1]), *run.box(out)[1:]) for out in node.outs[carry:]]  # of all turns
   fixed = list(map(run.box, node.ins[:consts]))
   shared = [run.read(arrays, value, box) for value, box in zip(node.ins, fixed, strict=False)]
   held = list(map(run.box, node.ins[consts : consts + carry]))
   carried = [run.read(arrays, value, box) for value, box in zip(node.ins[consts:], held, strict=False)]
-  written: list[list[Any]] = [[] for _ in range(node.params["length"])]
-  for turn in _order(node):
-    body = run.live.subs[node][turn]
+  turns = _turns(run, node, fixed, held, [box[1:] for box in boxes])
+  layers = run.stacks(arrays, node.ins[consts + carry :], [turns[at].layers for at in _order(node)])
+  if layers is not None and _are_alike(turns, shared, carried, layers):
+
+    def step(carried: list[Any], layer: list[Any]) -> tuple[list[Any], list[Any]]:
+      outs = turns[0](shared, carried, layer)
+      return outs[:carry], outs[carry:]
+
+    carried, written = lax.scan(step, carried, layers, len(turns), node.params["reverse"])
+    return [*carried, *written], [*held, *boxes]
+  columns: list[list[Any]] = [[] for _ in turns]
+  for at, turn in zip(_order(node), turns, strict=True):
+    xs = zip(node.ins[consts + carry :], turn.layers, strict=True)
+    each = [run.read_layer(arrays, value, at, box) for value, box in xs]
+    outs = turn(shared, carried, each)
+    carried, columns[at] = outs[:carry], outs[carry:]
+  written = [jnp.stack(column) for column in zip(*columns, strict=True)]
+  return [*carried, *written], [*(turns[-1].after if turns else held), *boxes]
+
+
+class Turn(NamedTuple):
+  """One turn of a loop: ``turn(shared, carried, layer)`` gives what is carried on, and what is written.
+
+  Attributes:
+    run: runs it.
+    body: its program.
+    before: what its inputs hold, but for the layers.
+    layers: what its own parts of the stacks hold.
+    after: what is carried on.
+    wanted: of all results.
+  """
+
+  run: "Run"
+  body: program.Program
+  before: list[Box]
+  layers: list[Box]
+  after: list[Box]
+  wanted: list[Box]
+
+  def __call__(self, shared: list[Any], carried: list[Any], layer: list[Any]) -> list[Any]:
+    return self.run.call(self.body, [*shared, *carried, *layer], [*self.before, *self.layers], self.wanted)
+
+
+def _turns(run: "Run", node: Node, fixed: list[Box], held: list[Box], written: list[Box]) -> list[Turn]:
+  """All turns, in the order that they run in."""
+  consts, carry = compat.scan_counts(node.params)
+  found = []
+  for at in _order(node):
+    body = run.live.subs[node][at]
     layers = list(map(run.box, body.inputs[consts + carry :]))
-    each = [
-      run.read_layer(arrays, value, turn, box)
-      for value, box in zip(node.ins[consts + carry :], layers, strict=True)
-    ]
     after = list(map(run.box, body.outputs[:carry]))
-    wanted = [*after, *(box[1:] for box in boxes)]
-    outs = run.call(body, [*shared, *carried, *each], [*fixed, *held, *layers], wanted)
-    carried, held, written[turn] = outs[:carry], after, outs[carry:]
-  return [*carried, *(jnp.stack(column) for column in zip(*written, strict=True))], [*held, *boxes]
+    found.append(Turn(run, body, [*fixed, *held], layers, after, [*after, *written]))
+    held = after
+  return found
+
+
+def _are_alike(turns: list[Turn], shared: list[Any], carried: list[Any], layers: list[Any]) -> bool:
+  """Whether all turns compute the same of arrays of the same shapes; then they can stay a loop."""
+  ends, seen = (len(shared), len(shared) + len(carried)), None
+  for turn in turns:
+    before = turn.before[len(shared) :]
+    if not all(map(turn.run.is_same, before, turn.after)):
+      return False  # what is carried has another width after it
+
+    def run(*xs: Any, turn: Turn = turn) -> list[Any]:
+      return turn([*xs[: ends[0]]], [*xs[ends[0] : ends[1]]], [x[0] for x in xs[ends[1] :]])
+
+    traced = jax.make_jaxpr(run)(*shared, *carried, *layers)
+    if seen is not None and not _are_same(traced, seen):
+      return False
+    seen = traced
+  return True
+
+
+def _are_same(a: Any, b: Any) -> bool:
+  """Whether two traced functions are the same, with the same constants."""
+  if str(a.jaxpr) != str(b.jaxpr) or len(a.consts) != len(b.consts):
+    return False
+  return all(
+    np.shape(x) == np.shape(y) and np.array_equal(x, y) for x, y in zip(a.consts, b.consts, strict=True)
+  )
 
 
 def links(node: Node, live: Liveness) -> list[Link]:

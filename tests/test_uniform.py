@@ -1,0 +1,109 @@
+"""Stacks of layers of one width stay loops when they are compacted; others are unrolled. Both are exact."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fisherprune_jax as fp
+
+LAYERS, WIDTH, HIDDEN = 6, 8, 16
+
+
+def params(seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = {"up": (LAYERS, WIDTH, HIDDEN), "down": (LAYERS, HIDDEN, WIDTH)}
+  return {name: jnp.asarray(rng.normal(size=shape) / 4) for name, shape in shapes.items()}
+
+
+def network(reverse=False, index=False):
+  def apply(v, x):
+    def layer(x, own):
+      p, mask = own
+      h = fp.apply_mask(jnp.tanh(x @ p["up"]), mask)
+      # Picked by position: which features that are hangs on the layer's own mask.
+      more = h[:, jnp.array([0, 3, 5])].sum(-1, keepdims=True) if index else 0.0
+      return x + h @ p["down"] + more, h.sum(-1)
+
+    return jax.lax.scan(layer, x, (v["params"], v["masks"]["m"]), reverse=reverse)
+
+  return apply
+
+
+def masks(widths, seed=0, alike=False):
+  rng, m = np.random.default_rng(seed), np.zeros((LAYERS, HIDDEN))
+  order = rng.permutation(HIDDEN)
+  for at, width in enumerate(widths):
+    m[at, (order if alike else rng.permutation(HIDDEN))[:width]] = 1
+  return {"m": jnp.asarray(m)}
+
+
+def primitives(jaxpr):
+  names = []
+  for eqn in jaxpr.eqns:
+    inner = [part for part in eqn.params.values() if hasattr(part, "eqns")]
+    names += [
+      eqn.primitive.name,
+      *(name for part in inner for name in primitives(getattr(part, "jaxpr", part))),
+    ]
+  return names
+
+
+CASES = {
+  "one width": (network(), masks([5] * LAYERS), True),
+  "all features": (network(), masks([HIDDEN] * LAYERS), True),
+  "backwards": (network(reverse=True), masks([5] * LAYERS), True),
+  "none left": (network(), masks([0] * LAYERS), True),
+  "other widths": (network(), masks([3, 4, 5, 6, 7, 8]), False),
+  "other widths, backwards": (network(reverse=True), masks([3, 4, 5, 6, 7, 8]), False),
+  "the same features, picked": (network(index=True), masks([9] * LAYERS, alike=True), True),
+  "other features, picked": (network(index=True), masks([9] * LAYERS), False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_loop_stays_one_where_all_turns_are_alike(case, x64):
+  apply, drawn, stays = CASES[case]
+  variables = {"params": params(), "masks": drawn}
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(3, WIDTH)))
+  small = fp.compact(apply, variables, x)
+  found = primitives(jax.make_jaxpr(small)(small.variables, x).jaxpr)
+  assert ("scan" in found) == stays
+  if stays:
+    assert found.count("tanh") <= 1  # one body, whatever the number of layers
+
+  def with_gradients(call, rest, x):
+    loss = lambda rest, x: sum(jnp.sum(jnp.sin(y + 1)) for y in jax.tree.leaves(call(rest, x)))
+    return call(rest, x), jax.grad(loss, argnums=(0, 1))(rest, x)
+
+  outs, (d_params, d_x) = with_gradients(lambda p, x: apply({"params": p, "masks": drawn}, x), params(), x)
+  own_outs, (own_params, own_x) = with_gradients(small, small.variables, x)
+  expected = (outs, small.shrink(d_params), d_x)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12),
+    (own_outs, own_params["params"], own_x),
+    expected,
+  )
+  y = jnp.asarray(np.random.default_rng(2).normal(size=(5, WIDTH)))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12),
+    small(small.variables, y),
+    apply(variables, y),
+  )
+
+
+def test_pruned_with_uniform_nothing_is_padded():
+  apply = network()
+  variables = {"params": params(), "masks": masks([HIDDEN] * LAYERS)}
+  x = jnp.ones((3, WIDTH))
+  cost = fp.cost_model(apply, variables, x)
+  signals = {"m": jnp.asarray(np.random.default_rng(3).uniform(0.1, 1, (LAYERS, HIDDEN)))}
+  pruned = fp.prune(cost, signals, 0.5 * cost.dense, uniform=["m"])
+  small = fp.compact(apply, {**variables, "masks": pruned}, x)
+  held = sum(leaf.size for leaf in jax.tree.leaves(small.variables))
+  params_ = fp.cost_model(apply, variables, x, measure="params")
+  assert held == params_.exact(pruned)
+  assert "scan" in primitives(jax.make_jaxpr(small)(small.variables, x).jaxpr)
+  ragged = fp.prune(cost, signals, 0.5 * cost.dense)
+  unrolled = fp.compact(apply, {**variables, "masks": ragged}, x)
+  assert "scan" not in primitives(jax.make_jaxpr(unrolled)(unrolled.variables, x).jaxpr)

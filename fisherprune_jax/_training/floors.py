@@ -105,10 +105,10 @@ def _number(name: str, size: int, floor: Any) -> int:
 
 
 def check_floors(masks: Masks, floors: Masks) -> None:
-  """Raises where a mask has fewer features than it has to keep; values of tracers pass."""
+  """Raises where a mask has fewer features than it has to keep, but some; values of tracers pass."""
   least = [floor for leaf in jax.tree.leaves(floors) for floor in np.reshape(leaf, -1)]
   for (name, mask), floor in zip(named_rows(masks), least, strict=True):
     if is_known(mask):
       alive = int(np.sum(np.asarray(mask) > 0))
       remedy = "Lower min_features, or start from masks that keep as many."
-      require(alive >= floor, f"masks must keep min_features={floor} of {name}", alive, remedy)
+      require(alive == 0 or alive >= floor, f"masks must keep min_features={floor} of {name}", alive, remedy)

@@ -288,12 +288,14 @@ def check_costs(net: Network, small: Any) -> None:
   cost = fp.cost_model(net, variables, x)
   exact = cost.exact(masks)
   assert abs(small.cost * net.shape[0] - exact) <= 1e-6 * exact, "small.cost is not the cost model's"
-  drops = jax.tree.map(np.asarray, cost.per_feature(masks) if exact else masks)
+  priced, batch = (cost, net.shape[0]) if net.seed % 2 else (all_measures(net, variables, x), 1)
+  before = priced.exact(masks)
+  drops = jax.tree.map(np.asarray, priced.per_feature(masks) if exact else masks)
   live = [(name, k) for name, m in net.masks.items() for k in np.flatnonzero(m)]
   for at in np.random.default_rng(net.seed).permutation(len(live))[:6] if exact else ():
     name, k = live[at]
-    expected = exact - cost.exact({**masks, name: masks[name].at[k].set(0)})
-    got = float(drops[name][k]) * net.shape[0]
+    expected = before - priced.exact({**masks, name: masks[name].at[k].set(0)})
+    got = float(drops[name][k]) * batch
     assert abs(got - expected) <= 1e-6 * abs(expected) + 1e-9, f"drop of {name}[{k}]: {got}, not {expected}"
   jaxpr = jax.make_jaxpr(small)(small.variables, x)
   if not _names(jaxpr) & UNCOUNTED:
@@ -302,6 +304,13 @@ def check_costs(net: Network, small: Any) -> None:
     # What follows from an array of which nothing is left is a constant, though not for the cost model.
     right = counted <= exact <= most if _has_nothing(jaxpr) else counted == exact
     assert right, f"the compact program has {counted} FLOPs, the cost model says {exact}"
+
+
+def all_measures(net: Network, variables: Any, x: Any) -> fp.CostModel:
+  """One cost that has all measures in it, per example."""
+  machine = fp.Roofline(flops_per_second=1.0, bytes_per_second=4.0)
+  parts = [fp.cost_model(net, variables, x, measure=m) for m in ("flops", "macs", "bytes", "params", machine)]
+  return parts[0] + 2 * parts[1] + 0.5 * parts[2] + 3 * parts[3] + 7 * parts[4]
 
 
 def _jaxprs(jaxpr: Any) -> Any:

@@ -122,7 +122,7 @@ class Prices:
     }
     falls = [
       found[lanes[column[group]], features]
-      * np.array([hangs[at][f] for at, f in zip(column[group], features, strict=True)])
+      * np.array([hangs[at][f] for at, f in zip(column[group], features, strict=True)], bool)
       for column in sums.T
     ]
     values = totals[sums]

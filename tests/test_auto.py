@@ -1,6 +1,9 @@
 """``fp.auto_mask``: what it says, what it refuses, and the same groups in other functions of the same variables."""
 
+import os
 import re
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -304,3 +307,28 @@ def test_a_block_goes_where_it_matters_least():
   assert fp.get_masks(state)["two.block"].tolist() == [0]
   assert fp.history(state)[0].mask == "two.block"
   assert "two.block" in fp.summary(state)
+
+
+ORDER = """
+import jax.numpy as jnp
+import fisherprune_jax as fp
+attend = lambda p, x: jnp.einsum("bthd,bshd->bths", *(jnp.einsum("btc,chd->bthd", x, p[n]) for n in "qk")).sum((2, 3)) @ p["o"]
+p = {"q": jnp.ones((5, 3, 4)), "k": jnp.ones((5, 3, 4)), "o": jnp.ones((6, 2))}
+print([(g.name, g.members) for g in fp.auto_mask(attend, p, jnp.ones((2, 6, 5))).groups])
+"""
+
+
+def test_groups_come_in_one_order_in_all_processes():
+  """Python's strings hash otherwise in every process; masks have to be the same in all that share a training."""
+  runs = [
+    subprocess.Popen(
+      [sys.executable, "-c", ORDER],
+      env={**os.environ, "PYTHONHASHSEED": str(seed)},
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for seed in (1, 2, 3)
+  ]
+  printed = {run.communicate()[0] for run in runs}
+  assert len(printed) == 1
+  assert "q.1" in printed.pop()

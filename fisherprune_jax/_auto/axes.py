@@ -92,11 +92,12 @@ class Axes:
       if value.literal is None:
         for atom, axis in zip(self.of(value), axes, strict=True):
           _tie_axis(atom, axis, factors, node)
-    given = {name for axes in spec.ins for axis in axes for name in factors_of(axis)}
+    # In order: names of groups are the same in all processes.
+    given = dict.fromkeys(name for axes in spec.ins for axis in axes for name in factors_of(axis))
     made = {name for axes in spec.outs for axis in axes for name in factors_of(axis)}
-    for name in spec.whole & given:
+    for name in (name for name in given if name in spec.whole):
       block(factors[name], f"{spec.opaque or f'{node.name} works along it'}, at {node.source}")
-    for name in given - spec.whole:
+    for name in (name for name in given if name not in spec.whole):
       if name not in made:
         self._sum(node, spec, name, factors[name])
       elif any(map(self.varies, node.outs)):

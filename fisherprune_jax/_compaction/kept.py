@@ -106,6 +106,9 @@ def keep(value: Value, live: Liveness, ev: Evaluation, returned: Where | None = 
   """What is kept of a variable: what is stored of it, ``returned`` if given, all if nothing asks for it."""
 
   def index_of(where: Where) -> Index:
+    index = tuple(map(ev.index, where.box))
+    if any(i is not None and i.size == 0 for i in index):
+      return index  # nothing along one axis is nothing: the others stay as long as they are
     return tuple(map(ev.index, ev.box(where)))
 
   stored = live.stored(value) if value in live.asked else whole(value.shape)

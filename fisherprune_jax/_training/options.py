@@ -94,8 +94,10 @@ def _cost(name: str, value: Any) -> None:
   require(bool(jax.tree.leaves(value.masks)), f"{name} must be a cost of at least one mask", value.masks)
 
 
-def _integer(least: int) -> Callable[[str, Any], None]:
+def _integer(least: int, optional: bool = False) -> Callable[[str, Any], None]:
   def check(name: str, value: Any) -> None:
+    if value is None and optional:
+      return
     if isinstance(value, bool) or not isinstance(value, int):
       raise TypeError(
         f"{name} must be a Python int, got {describe(value)}. Under optax.inject_hyperparams name it in "
@@ -148,9 +150,10 @@ class Options:
   features_per_prune: Annotated[int, Fixed(_integer(least=1))] = 1
   min_features: Annotated[MinFeatures, Fixed()] = 1
   exclude: Annotated[Sequence[str], Fixed(_patterns)] = ()
-  multiple_of: Annotated[Multiple, Fixed()] = 1
+  # None rather than 1: Optax would take a number for a hyperparameter that is set between steps.
+  multiple_of: Annotated[Multiple | None, Fixed()] = None
   uniform: Annotated[Sequence[str], Fixed(_patterns)] = ()
-  recost: Annotated[int, Fixed(_integer(least=1))] = 1
+  recost: Annotated[int | None, Fixed(_integer(least=1, optional=True))] = None
   axis_name: Annotated[AxisNames, Fixed()] = None
   masks: Annotated[Masks | None, Fixed()] = None
   name: Annotated[str | None, Fixed(_name)] = None
@@ -165,7 +168,7 @@ class Options:
     if self.target is not None and not is_default:
       raise ValueError("target and flops_target are one option under two names, got both. Pass target alone.")
     _warn_of_fraction(self.cost, self.flops_target if self.target is None else self.target)
-    rows_of(self.cost.masks, self.floors, self.multiple_of, self.uniform)
+    self._rows()
     if self.masks is not None:
       check_masks(self.masks, self.cost.masks, "the cost model")
       check_floors(self.masks, floors_of(self.cost.masks, self.min_features))
@@ -178,7 +181,16 @@ class Options:
   @functools.cached_property
   def rows(self) -> Rows:
     """Which features go together."""
-    return rows_of(self.cost.masks, self.floors, self.multiple_of, self.uniform)
+    return self._rows()
+
+  def _rows(self) -> Rows:
+    multiple_of = 1 if self.multiple_of is None else self.multiple_of
+    return rows_of(self.cost.masks, self.floors, multiple_of, self.uniform)
+
+  @property
+  def at_once(self) -> int:
+    """After how many features of one prune the cost is taken anew."""
+    return 1 if self.recost is None else self.recost
 
   @property
   def goal(self) -> str:

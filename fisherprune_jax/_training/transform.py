@@ -48,9 +48,9 @@ def fisher_prune(
   features_per_prune: int = 1,
   min_features: MinFeatures = 1,
   exclude: Sequence[str] = (),
-  multiple_of: Multiple = 1,
+  multiple_of: Multiple | None = None,
   uniform: Sequence[str] = (),
-  recost: int = 1,
+  recost: int | None = None,
   axis_name: AxisNames = None,
   masks: Masks | None = None,
   name: str | None = None,
@@ -83,10 +83,10 @@ def fisher_prune(
     exclude: glob patterns of masks that are left alone.
     multiple_of: features of a mask go in such numbers that its width is a multiple of this (or at the floor) from the first
       time on; a number, or a mapping from glob patterns to numbers. Those that matter least for what they cost
-      go, signals and costs of what goes together being added up.
+      go, signals and costs of what goes together being added up. None for one by one.
     uniform: glob patterns of stacked masks ``(L, C)`` whose rows lose features together, one from each row at a time.
     recost: after how many features of one prune the cost is taken anew: more is faster where a network has very many. The
-      target is met as exactly: where so many would be too many, fewer go, and the last one alone.
+      target is met as exactly: where so many would be too many, fewer go, and the last one alone. None for each.
     axis_name: a mapped axis (``pmap``, ``shard_map``), or a tuple of axes, to average the signals over; ``()`` where
       an axis has a name and the networks along it prune each on its own.
     masks: the 0/1 masks to start from, a tree like ``cost.masks``; None for all ones.
@@ -213,7 +213,7 @@ def prune_if_due(
 
   def some(state: FisherPruneState, count: jax.Array) -> tuple[FisherPruneState, jax.Array]:
     drops = cost.per_feature(state.masks)
-    choice = prune_some(state.masks, current, drops, weight, options.rows, count, options.recost)
+    choice = prune_some(state.masks, current, drops, weight, options.rows, count, options.at_once)
     return after(state, choice), jnp.sum(flatten(choice.chosen), dtype=jnp.int32)
 
   def act(before: FisherPruneState) -> FisherPruneState:
@@ -222,10 +222,10 @@ def prune_if_due(
     tries = due & above(state)
     state = state._replace(exhausted=state.exhausted & ~(edited | tries))
     times = options.features_per_prune
-    if options.recost == 1 and options.rows.are_single:
+    if options.at_once == 1 and options.rows.are_single:
       state = repeat_while(go_on, one, state, times)
     else:
-      state = repeat_in_steps(go_on, some, state, times, options.recost)
+      state = repeat_in_steps(go_on, some, state, times, options.at_once)
     moved = edited | (state.cost != before.cost) | differ(state.masks, before.masks)
     shares = jax.lax.cond(moved, lambda s: shares_of(cost, s.masks, s.cost), lambda s: s.shares, state)
     return state._replace(shares=shares)

@@ -230,6 +230,21 @@ def test_where_the_target_cannot_be_met_it_says_so():
   assert int(found["a"].sum()) == 4
 
 
+def test_a_cost_far_below_one_weighs_as_much():
+  """Seconds, say: what is added to prices against a division by zero must stay next to nothing of them."""
+  flops = network()
+  signals = signals_like(flops.masks)
+  seconds = 1e-12 * flops
+  own = fp.CostModel.from_functions(
+    flops.masks, lambda m: 1e-12 * flops(m), lambda m: jax.tree.map(lambda d: 1e-12 * d, flops.per_feature(m))
+  )
+  for options in ({}, {"multiple_of": 4}, {"recost": 5}):
+    expected = fp.prune(flops, signals, 0.5 * flops.dense, **options)
+    for cost in (seconds, own):
+      same(fp.prune(cost, signals, 0.5 * cost.dense, **options), expected)
+  assert fp.summary(fp.fisher_prune(seconds).init({})).endswith(f"cost {seconds.dense:.3g}")
+
+
 def test_bad_input_is_refused():
   cost = linear()
   signals = signals_like(cost.masks)

@@ -206,6 +206,17 @@ def test_sums_are_exact():
     assert bool(jax.jit(total.exceeds)(masks, target)) is above
 
 
+@pytest.mark.parametrize("rate", [1.0, 1e6, 1e12, 3e14])
+def test_a_time_is_above_a_target_by_a_millionth(rate):
+  """Also where the target is an array, as an injected hyperparameter and a schedule are."""
+  cost = fp.cost_model(two_layers, V, X, measure=fp.Roofline(rate, rate / 7))
+  for masks in (cost.masks, V["masks"]):
+    now = cost.exact(masks) / 4
+    for target, above in ((now * (1 - 1e-6), True), (now * (1 + 1e-6), False)):
+      assert bool(cost.exceeds(masks, target)) is above
+      assert bool(jax.jit(cost.exceeds)(masks, jnp.float32(target))) is above
+
+
 def test_functions_of_your_own_add_up_too():
   own = fp.CostModel.from_functions(
     V["masks"], lambda m: 5.0 * m.sum(), lambda m: 5.0 * jnp.ones_like(m), unit="joules"

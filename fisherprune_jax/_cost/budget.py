@@ -13,7 +13,7 @@ from fisherprune_jax._graph import exact
 from fisherprune_jax._types import Array, Masks
 
 BEHIND = 2
-"""Digits behind the point of a target that is an array: its last one is 2 ** -32 FLOPs."""
+"""Digits behind the point of a target that is an array: its last one is 2 ** -32 FLOPs; more of smaller units."""
 
 
 class ExactCost(NamedTuple):
@@ -44,10 +44,12 @@ class ExactCost(NamedTuple):
     target = jnp.where(near, target, 0)
     units = 1 / self.per
     if units.denominator == 1:
-      limit = exact.times(exact.of_array(target, digits, BEHIND), exact.constant(int(units), digits))
+      # The more units there are in one, the more of what is behind the point matters.
+      behind = max(BEHIND, exact.digits_for(int(units)) + 1)
+      limit = exact.times(exact.of_array(target, digits, behind), exact.constant(int(units), behind + digits))
     else:  # of seconds, say: then an array is as exact as its product with a number is
-      limit = exact.of_array(target * float(units), digits, BEHIND)
-    return near & exact.above(self.digits(masks), limit[BEHIND:])
+      behind, limit = BEHIND, exact.of_array(target * float(units), digits, BEHIND)
+    return near & exact.above(self.digits(masks), limit[behind:])
 
 
 def limit_of(target: float | Array, units: Fraction | int) -> int:

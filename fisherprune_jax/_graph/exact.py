@@ -76,7 +76,7 @@ def of_array(x: jax.Array, digits: int, behind: int) -> Digits:
     found = [(x >> place & BASE - 1).astype(jnp.uint32) for place in places]
     return [*constant(0, behind), *found, *constant(0, digits)][: behind + digits]
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  x = x * float(BASE) ** behind  # exact, as is all that follows: powers of two, and parts of one number
+  x = jnp.ldexp(x, BITS * behind)  # exact, as is all that follows: powers of two, and parts of one number
   out = []
   for _ in range(behind + digits):
     rest = jnp.floor(x / BASE)

@@ -23,7 +23,7 @@ def plot_history(
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
     cost: the cost model that it was pruned by.
-    flops_target: FLOPs per example, drawn as a line.
+    flops_target: what it was pruned to, in the unit of the cost, drawn as a line.
     name: which pruning, where there are several; see :func:`get_state`.
 
   Returns:
@@ -54,7 +54,8 @@ def plot_history(
   if flops_target is not None:
     top.axhline(flops_target, color="C3", linestyle="--", linewidth=1, label="target")
     top.legend(frameon=False)
-  top.set(ylabel="FLOPs per example", ylim=(0, None))
+  per = "" if cost.unit == "parameters" else " per example"
+  top.set(ylabel=f"{cost.unit or 'FLOPs'}{per}", ylim=(0, None))
   alive = [
     {mask: float(np.mean(row)) for mask, row in named_rows(jax.tree.map(np.asarray, m))} for m in masks
   ]

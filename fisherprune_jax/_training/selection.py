@@ -11,7 +11,8 @@ from fisherprune_jax._training.bundles import Rows
 from fisherprune_jax._types import Masks
 
 State = TypeVar("State")
-Weight = str | float | jax.Array
+Score = Callable[[Masks, Masks], Masks]
+"""``score(signals, costs)``; the smallest goes first."""
 
 EPSILON = 1e-6
 """Added to a feature's cost before dividing by it, as the classic optimizer does."""
@@ -25,18 +26,32 @@ class Choice(NamedTuple):
   found: jax.Array
 
 
-def rank(signals: Masks, costs: Masks, flops_weight: Weight) -> Masks:
+def epsilon_for(dense: float) -> float:
+  """What is added to a feature's cost, next to nothing of it: less than ``EPSILON`` where a whole network costs less than one.
+
+  >>> epsilon_for(1e9), epsilon_for(0.0)
+  (1e-06, 1e-06)
+  >>> epsilon_for(1e-3) < 1e-14
+  True
+  """
+  return EPSILON * (EPSILON * dense if 0 < dense < 1 else 1)
+
+
+def rank(
+  signals: Masks, costs: Masks, flops_weight: str | float | jax.Array, epsilon: float = EPSILON
+) -> Masks:
   r"""The score by which features are ranked; the smallest goes first.
 
-  .. math:: signal / (cost + 10^{-6}) \quad\text{or}\quad signal - w \cdot cost
+  .. math:: signal / (cost + \epsilon) \quad\text{or}\quad signal - w \cdot cost
 
   Args:
     signals: a tree of signals, in nats (or the unit of another criterion).
-    costs: a tree of the FLOPs that go with each feature.
+    costs: a tree of what goes with each feature, in FLOPs or another unit.
     flops_weight: ``"auto"`` for the ratio, or w in nats per FLOP.
+    epsilon: see ``epsilon_for``.
   """
   if isinstance(flops_weight, str):
-    return jax.tree.map(lambda s, c: s / (c + EPSILON), signals, costs)
+    return jax.tree.map(lambda s, c: s / (c + epsilon), signals, costs)
   return jax.tree.map(lambda s, c: s - flops_weight * c, signals, costs)
 
 
@@ -64,7 +79,7 @@ def prune_one(masks: Masks, scores: Masks, floors: Masks) -> Choice:
 
 
 def prune_some(
-  masks: Masks, signals: Masks, costs: Masks, weight: Weight, rows: Rows, count: jax.Array, most: int
+  masks: Masks, signals: Masks, costs: Masks, score: Score, rows: Rows, count: jax.Array, most: int
 ) -> Choice:
   """Switches off at least one bundle, and further ones as long as they come to no more than ``count`` features.
 
@@ -76,13 +91,13 @@ def prune_some(
     masks: a tree of masks ``(..., C)``.
     signals: a tree like it; where one is not finite its feature stays.
     costs: a tree like it.
-    weight: as of ``rank``.
+    score: of features, and of what goes together.
     rows: how the features lie in rows, and which go together.
     count: how many features may go.
     most: the largest that ``count`` can be.
   """
   alive, signal, cost = flatten(masks) > 0, flatten(signals), flatten(costs)
-  scores = rank(signal, cost, weight)
+  scores = score(signal, cost)
   can_go = alive & jnp.isfinite(signal) & jnp.isfinite(scores)
   scores = jnp.where(can_go, scores, jnp.inf)
   if rows.are_single:
@@ -90,7 +105,7 @@ def prune_some(
   taken = rows.places(scores) < rows.next_bundle(alive)
   size, price, merit = (rows.add_up(jnp.where(taken, x, 0)) for x in (jnp.ones_like(scores), cost, signal))
   ready = rows.all_of(can_go | ~taken) & rows.all_ready(alive)
-  merit = jnp.where(ready, rank(merit, price, weight), jnp.inf)
+  merit = jnp.where(ready, score(merit, price), jnp.inf)
   order = jnp.argsort(merit, stable=True)
   goes = _as_many_as(size[order], count) & jnp.isfinite(merit[order])
   return _without(masks, taken & jnp.zeros(merit.size, bool).at[order].set(goes)[rows.unit])

@@ -48,7 +48,7 @@ def summary(opt_state: optax.OptState, name: str | None = None, *, method: str |
     )
     for mask, size, stats in _stats(state)
   ]
-  cost = "unknown until the next update" if math.isnan(state.cost) else f"{float(state.cost):,.0f}"
+  cost = "unknown until the next update" if math.isnan(state.cost) else _number(float(state.cost))
   notes = [f"step {int(state.step):,}, cost {cost}"]
   if int(state.skipped):
     notes.append(
@@ -59,6 +59,11 @@ def summary(opt_state: optax.OptState, name: str | None = None, *, method: str |
     notes.append("nothing left that may go")
   header = ("mask", "alive", f"signal, {criterion_of(method).unit}", "cost share")
   return "\n".join([*align([header, *rows]), "; ".join(notes)])
+
+
+def _number(cost: float) -> str:
+  """A cost for people: whole, unless it is a part of one, as of seconds."""
+  return f"{cost:.3g}" if 0 < cost < 1 else f"{cost:,.0f}"
 
 
 def scalars(opt_state: optax.OptState, name: str | None = None) -> Stats:

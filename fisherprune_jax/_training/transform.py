@@ -16,6 +16,7 @@ from fisherprune_jax._training.gradients import own_gradients
 from fisherprune_jax._training.options import DECAY, FLOPS_TARGET, FLOPS_WEIGHT, Options
 from fisherprune_jax._training.selection import (
   Choice,
+  epsilon_for,
   prune_one,
   prune_some,
   rank,
@@ -207,13 +208,16 @@ def prune_if_due(
       exhausted=~choice.found,
     )
 
+  def score(signals: Masks, costs: Masks) -> Masks:
+    return rank(signals, costs, weight, epsilon_for(cost.dense))
+
   def one(state: FisherPruneState) -> FisherPruneState:
-    scores = rank(current, cost.per_feature(state.masks), weight)
+    scores = score(current, cost.per_feature(state.masks))
     return after(state, prune_one(state.masks, scores, options.floors))
 
   def some(state: FisherPruneState, count: jax.Array) -> tuple[FisherPruneState, jax.Array]:
     drops = cost.per_feature(state.masks)
-    choice = prune_some(state.masks, current, drops, weight, options.rows, count, options.at_once)
+    choice = prune_some(state.masks, current, drops, score, options.rows, count, options.at_once)
     return after(state, choice), jnp.sum(flatten(choice.chosen), dtype=jnp.int32)
 
   def act(before: FisherPruneState) -> FisherPruneState:

@@ -3,13 +3,14 @@
 import inspect
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._types import PyTree
+from fisherprune_jax._types import PyTree, Shape
 
 HERE = os.path.join(os.path.dirname(__file__), "")
 """Where this library is."""
@@ -68,6 +69,21 @@ def require_same_tree(tree: PyTree, reference: PyTree, what: str, like: str, rem
     raise ValueError(
       f"{what} must have the structure of {like}, got {_first_difference(tree, reference)}. {remedy}"
     )
+
+
+def require_shapes(tree: PyTree, like: PyTree, requirement: Callable[[Shape, str], str], remedy: str) -> None:
+  """Raises ``ValueError`` unless the leaves of two trees of one structure have the same shapes.
+
+  Args:
+    tree: what has to have them.
+    like: what has them.
+    requirement: ``requirement(shape, path)`` says what is required of the leaf at a path.
+    remedy: what to do.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  for (path, leaf), other in zip(leaves, jax.tree.leaves(like), strict=True):
+    if jnp.shape(leaf) != other.shape:
+      require(False, requirement(other.shape, path_name(path)), jnp.shape(leaf), remedy)
 
 
 def same_structure(tree: PyTree, reference: PyTree) -> bool:

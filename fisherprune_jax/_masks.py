@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._errors import Path, is_known, path_name, require_same_tree, same_structure
+from fisherprune_jax._errors import (
+  Path,
+  is_known,
+  path_name,
+  require_same_tree,
+  require_shapes,
+  same_structure,
+)
 from fisherprune_jax._types import MaskGrads, Masks
 
 COLLECTION = "masks"
@@ -143,13 +150,9 @@ def check_masks(masks: Masks, expected: Masks, whose: str) -> None:
   """Raises unless ``masks`` are 0/1 masks in the tree and shapes of ``expected``; values of tracers pass."""
   how = "Pass a tree like what fp.get_masks returns."
   require_same_tree(masks, expected, "masks", f"the masks of {whose}", how)
-  leaves = jax.tree_util.tree_leaves_with_path(masks)
-  for (path, mask), ours in zip(leaves, jax.tree.leaves(expected), strict=True):
-    if jnp.shape(mask) != ours.shape:
-      raise ValueError(
-        f"masks must have the shapes of the masks of {whose}, {ours.shape} at {path_name(path)}, got "
-        f"{jnp.shape(mask)}. {how}"
-      )
+  what = f"masks must have the shapes of the masks of {whose}"
+  require_shapes(masks, expected, lambda shape, path: f"{what}, {shape} at {path}", how)
+  for path, mask in jax.tree_util.tree_leaves_with_path(masks):
     check_switches(path, mask)
 
 

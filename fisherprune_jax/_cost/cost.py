@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._cost.counted import Counted, Row
-from fisherprune_jax._errors import is_number, require, require_same_tree
-from fisherprune_jax._types import Array, Masks
+from fisherprune_jax._errors import is_number, require, require_same_tree, require_shapes
+from fisherprune_jax._types import Array, Masks, Shape
 
 
 class CostModel:
@@ -176,16 +176,15 @@ class CostModel:
       )
     how = "Build the cost model for this model."
     require_same_tree(masks, self.masks, "masks", "the cost model's masks", how)
-    for given, ours in zip(jax.tree.leaves(masks), jax.tree.leaves(self.masks), strict=True):
-      if given.shape != ours.shape:
-        raise ValueError(
-          f"A mask must have the shape {ours.shape} that the cost model was built for, got {given.shape}. {how}"
-        )
+    require_shapes(masks, self.masks, _shape_of_a_mask, how)
+
+
+def _shape_of_a_mask(shape: Shape, path: str) -> str:
+  return f"A mask must have the shape {shape} that the cost model was built for"
 
 
 def _check_same(a: Masks, b: Masks) -> None:
   """Raises unless two cost models are of the same masks."""
   how = "Build both for the same model and variables."
   require_same_tree(b, a, "The masks of a cost to add", "the masks of the other", how)
-  for x, y in zip(jax.tree.leaves(b), jax.tree.leaves(a), strict=True):
-    require(x.shape == y.shape, f"Costs to add must have masks of one shape, {y.shape}", x.shape, how)
+  require_shapes(b, a, lambda shape, path: f"Costs to add must have masks of one shape, {shape}", how)

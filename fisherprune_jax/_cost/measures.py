@@ -16,13 +16,14 @@ from fisherprune_jax._graph.traced import Analysis, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree
 from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
 
-MEASURES: dict[str, Callable[[frozenset[str] | None, bool], Meter]] = {
+METERS: dict[str, Callable[[frozenset[str] | None, bool], Meter]] = {
   "flops": FlopsMeter,
   "macs": MacsMeter,
-  "params": FlopsMeter,  # for the table alone: they are no matter of nodes
   "bytes": lambda names, pad_taps: BytesMeter(names),
 }
-"""The meter of every measure."""
+"""What is counted node by node."""
+MEASURES = ("flops", "macs", "params", "bytes")
+"""All that has a name."""
 
 
 def cost_model(
@@ -99,7 +100,7 @@ def cost_model(
   if isinstance(measure, Roofline):
     meter = RooflineMeter(FlopsMeter(names, pad_taps), BytesMeter(names), measure.weights)
     return cost_of(analysis, tree.mask_tree, examples, meter, measure.seconds)
-  return cost_of(analysis, tree.mask_tree, examples, MEASURES[measure](names, pad_taps))
+  return cost_of(analysis, tree.mask_tree, examples, METERS[measure](names, pad_taps))
 
 
 def cost_of(

@@ -5,20 +5,21 @@ it says of the nodes inside.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import NamedTuple
 
 from fisherprune_jax._errors import is_number, require
-from fisherprune_jax._graph.facts import box_of
+from fisherprune_jax._graph.facts import Factors, box_of
 from fisherprune_jax._graph.liveness import Liveness
-from fisherprune_jax._graph.program import Node, Value
-from fisherprune_jax._graph.spec import Axes, Flops
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.spec import Flops
 from fisherprune_jax._graph.terms import Dearest, Term, collect, sized, term
 
 
-class FlopsMeter(NamedTuple):
+@dataclass(frozen=True)
+class FlopsMeter:
   """Floating-point operations, as the rules count them (``Spec.flops``).
 
   Attributes:
@@ -38,33 +39,34 @@ class FlopsMeter(NamedTuple):
     """What a node costs; None where no rule says so."""
     if not _is_named(node.name, self.primitives):
       return ()
-    counts = _counts(node, live, self.pad_taps)
-    return None if counts is None else [term(flops, live.factors[node]) for flops in counts]
+    spec, factors = live.specs[node], live.factors[node]
+    if not spec.counted:
+      return None
+    counts = (flops for flops in spec.flops if flops.pads in (None, self.pad_taps))
+    return [found for flops in counts for found in self.terms(flops, factors)]
+
+  def terms(self, flops: Flops, factors: Factors) -> list[Term]:
+    """Of a rule's count, what is counted."""
+    return [term(flops, factors)]
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:
     """What a primitive costs on one number, which the compact program has beside those that were traced."""
     return [Term(1, ())] if _is_named(primitive, self.primitives) else []
 
 
-class MacsMeter(NamedTuple):
-  """Multiply-accumulates: the terms of inner products; everything else is free. Attributes as of ``FlopsMeter``."""
-
-  primitives: frozenset[str] | None = None
-  pad_taps: bool = True
+class MacsMeter(FlopsMeter):
+  """Multiply-accumulates: ``K`` for each inner product of ``K`` terms; everything else is free."""
 
   @property
   def unit(self) -> str:
     """What it counts, for tables."""
     return "MACs"
 
-  def __call__(self, node: Node, live: Liveness) -> Iterable[Term] | None:
-    """``K`` for each inner product of ``K`` terms; None where no rule says what there is."""
-    if not _is_named(node.name, self.primitives):
-      return ()
-    counts = _counts(node, live, self.pad_taps)
-    return (
-      None if counts is None else [_macs(flops, node, live) for flops in counts if flops.inner is not None]
-    )
+  def terms(self, flops: Flops, factors: Factors) -> list[Term]:
+    """Of a rule's count, what is counted."""
+    if flops.inner is None:
+      return []
+    return [sized(flops.scale * flops.taps, [factors[f] for f in (*flops.outer, *flops.inner)])]
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:
     """Nothing: a number has no inner product."""
@@ -90,13 +92,16 @@ class BytesMeter(NamedTuple):
 
   def __call__(self, node: Node, live: Liveness) -> Iterable[Term] | None:
     """What a node reads and writes."""
-    spec = live.specs[node]
+    spec, factors = live.specs[node], live.factors[node]
     leaves_out = spec.same_as is not None and not live.policy.multiplies
     if leaves_out or node.name in SHAPES_ALONE or not _is_named(node.name, self.primitives):
       return ()
     read = [pair for pair in zip(node.ins, spec.ins, strict=True) if pair[0].literal is None]
     written = zip(node.outs, spec.outs, strict=True)
-    return [_bytes(value, axes, node, live) for value, axes in (*read, *written)]
+    return [
+      sized(value.aval.dtype.itemsize, box_of(axes, factors, value.shape))
+      for value, axes in (*read, *written)
+    ]
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:
     """Nothing that would be worth counting."""
@@ -199,17 +204,3 @@ SHAPES_ALONE = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim
 
 def _is_named(primitive: str, names: frozenset[str] | None) -> bool:
   return names is None or primitive in names
-
-
-def _counts(node: Node, live: Liveness, pad_taps: bool) -> Iterator[Flops] | None:
-  spec = live.specs[node]
-  return (flops for flops in spec.flops if flops.pads in (None, pad_taps)) if spec.counted else None
-
-
-def _macs(flops: Flops, node: Node, live: Liveness) -> Term:
-  factors = live.factors[node]
-  return sized(flops.scale * flops.taps, [factors[f] for f in (*flops.outer, *(flops.inner or ()))])
-
-
-def _bytes(value: Value, axes: Axes, node: Node, live: Liveness) -> Term:
-  return sized(value.aval.dtype.itemsize, box_of(axes, live.factors[node], value.shape))

@@ -18,7 +18,7 @@ import numpy as np
 
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.circuit import Circuit
-from fisherprune_jax._graph.nested import MAIN, Group, Sums, choices
+from fisherprune_jax._graph.nested import MAIN, Group, Sums, choices, filled
 from fisherprune_jax._graph.overlaps import Lanes, Monomial, Overlaps
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.terms import Term, Terms
@@ -78,11 +78,7 @@ class Prices:
 
   def _places_of(self, found: Iterable[Sequence[Set]]) -> np.ndarray:
     """Where among the counts some sets' sizes are, one row each, filled up with that of the one."""
-    rows = [[self._roots[s] for s in factors] for factors in found]
-    out = np.full((len(rows), max(map(len, rows), default=0)), len(self._roots), np.int32)
-    for at, row in enumerate(rows):
-      out[at, : len(row)] = row
-    return out
+    return filled(([self._roots[s] for s in factors] for factors in found), len(self._roots))
 
   def _totals(self, counts: jax.Array) -> jax.Array:
     """The value of every sum."""
@@ -115,21 +111,19 @@ class Prices:
     own = [self._circuit.features_of(group.support) for group in level]
     group, features = np.repeat(np.arange(len(level)), [f.size for f in own]), np.concatenate(own)
     sums, lanes = choices(level), np.array(self._lane_of_sum)
-    # A lane may be shared with what hangs on other masks.
-    hangs = {
-      at: np.isin(np.arange(self._circuit.features), self._circuit.features_of(self._sums.supports[at]))
-      for at in {*sums.flat}
-    }
-    falls = [
-      found[lanes[column[group]], features]
-      * np.array([hangs[at][f] for at, f in zip(column[group], features, strict=True)], bool)
-      for column in sums.T
-    ]
+    falls = [found[lanes[column[group]], features] * self._hangs(own, column) for column in sums.T]
     values = totals[sums]
     behind = jnp.max(values, axis=1, keepdims=True) - values  # exactly zero for the largest one
     drop = jnp.min(behind[group] + jnp.stack(falls, axis=1), axis=1)
     parents = np.array([lanes[g.parent] for g in level])
     return found.at[parents[group], features].add(_scales(level)[group] * drop)
+
+  def _hangs(self, own: list[np.ndarray], sums: np.ndarray) -> np.ndarray:
+    """Of features of several groups, end to end, whether one sum of each group hangs on them: others may share its lane."""
+    supports = (self._sums.supports[at] for at in sums)
+    return np.concatenate(
+      [np.isin(f, self._circuit.features_of(support)) for f, support in zip(own, supports, strict=True)]
+    )
 
 
 def _scales(level: list[Group]) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fisherprune_jax._errors import describe, path_name, require, require_same_tree
+from fisherprune_jax._errors import describe, require, require_same_tree, require_shapes
 from fisherprune_jax._training.gradients import check_gradients, check_weights
 from fisherprune_jax._types import AxisNames, MaskGrads, Masks, PyTree
 
@@ -117,12 +117,8 @@ class Criterion:
     """Raises unless there is one number per feature."""
     how = "It is one number per feature."
     require_same_tree(signal, masks, f"The signal of the criterion {self.name!r}", "the masks", how)
-    leaves = jax.tree_util.tree_leaves_with_path(signal)
-    for (path, leaf), mask in zip(leaves, jax.tree.leaves(masks), strict=True):
-      requirement = (
-        f"The signal of the criterion {self.name!r} must have the shape {mask.shape} of the mask at "
-      )
-      require(jnp.shape(leaf) == mask.shape, requirement + path_name(path), jnp.shape(leaf), how)
+    what = f"The signal of the criterion {self.name!r} must have the shape"
+    require_shapes(signal, masks, lambda shape, path: f"{what} {shape} of the mask at {path}", how)
 
 
 def fisher_signal(

@@ -63,7 +63,7 @@ def value_and_grads(
     )
 
   def value_and_both(params: PyTree, masks: Masks, batch: PyTree, *rest: Any) -> Any:
-    examples = _examples(batch)
+    examples = examples_of(batch)
     differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=has_aux)
     own_masks = _vary(per_example(masks, examples), batch)
     value, (grads, mask_grads) = differentiate(params, own_masks, batch, *rest)
@@ -73,7 +73,8 @@ def value_and_grads(
   return value_and_both
 
 
-def _examples(batch: PyTree) -> int:
+def examples_of(batch: PyTree) -> int:
+  """How many examples a batch holds."""
   leaves = jax.tree.leaves(batch)
   sizes = {leaf.shape[0] for leaf in leaves if jnp.ndim(leaf)}
   if len(sizes) != 1 or not all(map(jnp.ndim, leaves)):

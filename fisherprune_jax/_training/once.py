@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._errors import is_traced, require, require_same_tree, warn
+from fisherprune_jax._errors import is_traced, require, require_same_tree, require_shapes, warn
 from fisherprune_jax._masks import flatten
 from fisherprune_jax._training.criterion import criterion_of
-from fisherprune_jax._training.gradients import Reduction, value_and_grads
+from fisherprune_jax._training.gradients import Reduction, examples_of, value_and_grads
 from fisherprune_jax._training.options import Options
-from fisherprune_jax._training.state import FisherPruneState, start
+from fisherprune_jax._training.state import start
 from fisherprune_jax._training.transform import prune_if_due
 from fisherprune_jax._types import Masks, PyTree
 
@@ -53,27 +53,19 @@ def prune(cost: CostModel, signals: Masks, target: float, **options: Any) -> Mas
   require(not callable(target) and target > 0, "target must be a positive number", target)
   how = "Pass what fp.estimate_signals returns, or a tree of one number per feature."
   require_same_tree(signals, cost.masks, "signals", "the cost model's masks", how)
-  for signal, mask in zip(jax.tree.leaves(signals), jax.tree.leaves(cost.masks), strict=True):
-    require(
-      jnp.shape(signal) == mask.shape,
-      f"signals must have the shape {mask.shape} of a mask",
-      jnp.shape(signal),
-      how,
-    )
+  require_shapes(
+    signals, cost.masks, lambda shape, path: f"signals must have the shape {shape} of a mask", how
+  )
   state = start(cost, chosen.masks)
   scores = jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), signals)
-  state = _prune(state._replace(scores=scores, step=jnp.int32(1)), chosen)
+  run = jax.jit(lambda state: prune_if_due(state, jnp.bool_(True), jnp.bool_(False), chosen))
+  state = run(state._replace(scores=scores, step=jnp.int32(1)))
   if not is_traced(state.exhausted) and bool(state.exhausted):
     warn(
       f"The target of {target:,g} {cost.unit} was not met: nothing is left that may go at {float(state.cost):,g}. Lower "
       "min_features, exclude less, or raise the target."
     )
   return state.masks
-
-
-def _prune(state: FisherPruneState, options: Options) -> FisherPruneState:
-  run = jax.jit(lambda state: prune_if_due(state, jnp.bool_(True), jnp.bool_(False), options))
-  return run(state)
 
 
 def estimate_signals(
@@ -117,17 +109,13 @@ def estimate_signals(
   criterion, grads_of = criterion_of("fisher"), value_and_grads(loss_fn, has_aux=has_aux, reduction=reduction)
 
   @jax.jit
-  def add(total: Masks, signal: Masks, count: float) -> Masks:
-    return jax.tree.map(lambda t, s: t + count * s, total, signal)
-
-  @jax.jit
-  def signal_of(params: PyTree, masks: Masks, batch: PyTree) -> Masks:
+  def add(total: Masks, params: PyTree, masks: Masks, batch: PyTree) -> Masks:
     _, (_, mask_grads) = grads_of(params, masks, batch)
-    return criterion.signal_of({"masks": masks, "mask_grads": mask_grads, "axis_name": None})
+    signal = criterion.signal_of({"masks": masks, "mask_grads": mask_grads, "axis_name": None})
+    return jax.tree.map(lambda t, s: t + examples_of(batch) * s, total, signal)
 
   total, examples = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks), 0
   for batch in batches:
-    count = jax.tree.leaves(batch)[0].shape[0]
-    total, examples = add(total, signal_of(params, masks, batch), float(count)), examples + count
+    total, examples = add(total, params, masks, batch), examples + examples_of(batch)
   require(examples > 0, "batches must hold at least one example", examples, "Iterators may be used up.")
   return jax.tree.map(lambda t: t / examples, total)

@@ -168,7 +168,7 @@ class Options:
     if self.target is not None and not is_default:
       raise ValueError("target and flops_target are one option under two names, got both. Pass target alone.")
     _warn_of_fraction(self.cost, self.flops_target if self.target is None else self.target)
-    self._rows()
+    _ = self.rows  # raises where an option of what goes together does not fit the masks
     if self.masks is not None:
       check_masks(self.masks, self.cost.masks, "the cost model")
       check_floors(self.masks, floors_of(self.cost.masks, self.min_features))
@@ -181,9 +181,6 @@ class Options:
   @functools.cached_property
   def rows(self) -> Rows:
     """Which features go together."""
-    return self._rows()
-
-  def _rows(self) -> Rows:
     multiple_of = 1 if self.multiple_of is None else self.multiple_of
     return rows_of(self.cost.masks, self.floors, multiple_of, self.uniform)
 

@@ -92,6 +92,63 @@ def test_a_loop_stays_one_where_all_turns_are_alike(case, x64):
   )
 
 
+PLACES = jnp.array([0, 3, 5])
+
+
+def picked(h):
+  return h[:, PLACES].sum(-1, keepdims=True)
+
+
+def with_own_jvp():
+  call = jax.custom_jvp(lambda h: picked(h))
+  call.defjvp(lambda primals, tangents: (picked(*primals), picked(*tangents)))
+  return call
+
+
+def with_own_vjp():
+  call = jax.custom_vjp(lambda h: picked(h))
+  backward = lambda zeros, g: (zeros.at[:, PLACES].add(g),)
+  call.defvjp(lambda h: (picked(h), jnp.zeros_like(h)), backward)
+  return call
+
+
+def counted(h):
+  step = lambda state: (state[0] + 1, state[1] + picked(h))
+  return jax.lax.while_loop(lambda state: state[0] < 2, step, (0, jnp.zeros((len(h), 1))))[1]
+
+
+INSIDE = {
+  "jit": jax.jit(picked),
+  "checkpoint": jax.checkpoint(picked),
+  "custom_jvp": with_own_jvp(),
+  "custom_vjp": with_own_vjp(),
+  "cond": lambda h: jax.lax.cond(h.sum() > -1e9, picked, lambda h: 0 * picked(h), h),
+  "while": counted,
+  "vmap": lambda h: jax.vmap(lambda row: row[PLACES].sum(keepdims=True))(h),
+}
+
+
+@pytest.mark.parametrize("way", INSIDE)
+def test_turns_that_differ_by_a_constant_inside_are_told_apart(way, x64):
+  """Each layer keeps one of the places, as the first, second or third of its features: programs of one text."""
+
+  def apply(v, x):
+    def layer(x, own):
+      p, mask = own
+      h = fp.apply_mask(jnp.tanh(x @ p["up"]), mask)
+      return x + h @ p["down"] + INSIDE[way](h), None
+
+    return jax.lax.scan(layer, x, (v["params"], v["masks"]["m"]))[0]
+
+  drawn, others = np.zeros((LAYERS, HIDDEN)), np.setdiff1d(np.arange(HIDDEN), PLACES)
+  for at, row in enumerate(drawn):
+    row[[PLACES[at % 3], *np.random.default_rng(at).permutation(others)[:8]]] = 1
+  variables = {"params": params(), "masks": {"m": jnp.asarray(drawn)}}
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(3, WIDTH)))
+  small = fp.compact(apply, variables, x)
+  np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-10, atol=1e-12)
+
+
 def test_pruned_with_uniform_nothing_is_padded():
   apply = network()
   variables = {"params": params(), "masks": masks([HIDDEN] * LAYERS)}

@@ -13,6 +13,7 @@ import numpy as np
 from fisherprune_jax._compaction import files
 from fisherprune_jax._compaction.files import Content, PathLike
 from fisherprune_jax._compaction.loading import history_of, originals_of
+from fisherprune_jax._compaction.report import share, times
 from fisherprune_jax._tables import align
 from fisherprune_jax._training.history import Pruned
 
@@ -45,7 +46,7 @@ def described(path: PathLike) -> list[Table | list[str]]:
   files.check_installed()
   content = files.read(path)
   masks = [
-    (name, f"{before:,}", f"{after:,}", _share(after, before))
+    (name, f"{before:,}", f"{after:,}", share(after, before))
     for name, before, after in content.header["widths"]
   ]
   parts: list[Table | list[str]] = [
@@ -75,7 +76,7 @@ def _variable_rows(content: Content) -> list[Cells]:
     if not line["mask"]:
       before, after = math.prod(original.shape), math.prod(original.compact_shape)
       name = line["array"].removeprefix("variables/")
-      rows.append((name, _times(original.shape), _times(original.compact_shape), _share(after, before)))
+      rows.append((name, times(original.shape), times(original.compact_shape), share(after, before)))
   return rows
 
 
@@ -92,7 +93,7 @@ def _totals(content: Content) -> list[Cells]:
     ("numbers in all variables", numbers.tolist()),
     ("bytes of all variables", size.tolist()),
   ]
-  return [(name, f"{before:,.0f}", f"{after:,.0f}", _share(after, before)) for name, (before, after) in rows]
+  return [(name, f"{before:,.0f}", f"{after:,.0f}", share(after, before)) for name, (before, after) in rows]
 
 
 def _went(past: Iterable[Pruned]) -> list[Cells]:
@@ -121,11 +122,3 @@ def _show_rich(parts: Sequence[Table | Sequence[str]]) -> None:
     for row in part.rows:
       shown.add_row(*map(text.Text, row))
     out.print(shown)
-
-
-def _times(shape: Sequence[int]) -> str:
-  return "x".join(map(str, shape)) or "1"
-
-
-def _share(part: float, whole: float) -> str:
-  return f"{100 * part / whole:.1f} %" if whole else "-"

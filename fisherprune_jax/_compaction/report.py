@@ -23,8 +23,8 @@ def widths(plan: Plan, cost: float, dense: float) -> list[str]:
   before = sum(math.prod(kept.shape) for _, kept in rest)
   after = sum(math.prod(kept.compact_shape) for _, kept in rest)
   totals = [
-    ("numbers in all variables", f"{before:,}", f"{after:,}", _share(after, before)),
-    ("FLOPs per example", f"{dense:,.0f}", f"{cost:,.0f}", _share(cost, dense)),
+    ("numbers in all variables", f"{before:,}", f"{after:,}", share(after, before)),
+    ("FLOPs per example", f"{dense:,.0f}", f"{cost:,.0f}", share(cost, dense)),
   ]
   return align([("layer", "before", "after", "kept"), *masks, *(_variable_line(*r) for r in rest), *totals])
 
@@ -36,12 +36,12 @@ def _leaves(plan: Plan) -> Iterator[tuple[str, Array, Kept, bool]]:
 
 
 def _mask_line(name: str, mask: Array) -> Line:
-  return name, f"{np.size(mask)}", f"{int(np.sum(mask))}", _share(np.sum(mask), np.size(mask))
+  return name, f"{np.size(mask)}", f"{int(np.sum(mask))}", share(np.sum(mask), np.size(mask))
 
 
 def _variable_line(name: str, kept: Kept) -> Line:
   before, after = kept.shape, kept.compact_shape
-  return name, _times(before), _times(after), _share(math.prod(after), math.prod(before))
+  return name, times(before), times(after), share(math.prod(after), math.prod(before))
 
 
 def what_stays(stays: Stays) -> list[str]:
@@ -60,9 +60,11 @@ def text(table: Sequence[str], stays: Sequence[str]) -> str:
   return "\n".join([*table, "", *stays] if stays else table)
 
 
-def _times(shape: tuple[int, ...]) -> str:
+def times(shape: Sequence[int]) -> str:
+  """A shape for people, as ``3x4``."""
   return "x".join(map(str, shape)) or "1"
 
 
-def _share(part: float, whole: float) -> str:
+def share(part: float, whole: float) -> str:
+  """A part of a whole in per cent."""
   return f"{100 * float(part) / float(whole):.1f} %" if whole else "-"

@@ -91,12 +91,8 @@ class Run:
   def _stored(self, value: Value) -> tuple[bool, Box]:
     if value not in self._found:
       where = self.live.stored(value)
-      self._found[value] = self.ev.holds(where), self.held(where)
+      self._found[value] = self.ev.holds(where), self.ev.box(where)
     return self._found[value]
-
-  def held(self, where: Where) -> Box:
-    """The box of some entries, empty if there are none."""
-    return self.ev.box(where)
 
   def runs(self, node: Node) -> bool:
     """Whether a node has to run."""

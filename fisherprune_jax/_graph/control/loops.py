@@ -70,7 +70,7 @@ class Scan:
       return stacks.execute(run, node, arrays)
     consts, carry = compat.scan_counts(node.params)
     (body,) = run.live.subs[node]
-    outer = list(map(run.held, self._held(node, body, run.live)))
+    outer = list(map(run.ev.box, self._held(node, body, run.live)))
     outer[consts + carry :] = [_every_turn(box) for box in outer[consts + carry :]]
     inner = [*outer[: consts + carry], *(box[1:] for box in outer[consts + carry :])]
     kept = inner[consts : consts + carry]
@@ -147,7 +147,7 @@ class While:
     """The same loop around a smaller body."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = run.live.subs[node]
-    held = list(map(run.held, self._held(node, run.live)))
+    held = list(map(run.ev.box, self._held(node, run.live)))
     kept, each = held[first + consts :], whole_box(cond.outputs[0].shape)
     inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
 

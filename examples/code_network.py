@@ -88,6 +88,21 @@ def nats(logits: jax.Array, windows: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).sum(axis=1)
 
 
+class Lesson(NamedTuple):
+  """A batch: windows ``(BATCH, LENGTH + 1)``, and a teacher's probabilities of each next byte, if there is a teacher."""
+
+  windows: Any
+  taught: jax.Array | None = None
+
+
+def loss_of(logits: jax.Array, lesson: Lesson, weight: float) -> jax.Array:
+  """Nats of every window; with a teacher, that weight of them is of what it thinks likely, the rest of what is written."""
+  written = nats(logits, lesson.windows)
+  if lesson.taught is None:
+    return written
+  return (1 - weight) * written + weight * optax.softmax_cross_entropy(logits, lesson.taught).sum(axis=1)
+
+
 def cost_of(model: Transformer) -> fp.CostModel:
   """FLOPs of a window of LENGTH bytes."""
   tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)

@@ -4,75 +4,35 @@
 
 The text is the source of Python's own standard library, read as bytes; every tenth file is held out. Three networks are
 trained for as many steps: a dense one, one that is pruned to a fraction of its FLOPs and compacted on the way, and a
-small one of the same FLOPs from scratch. Writes ``report.json``, ``curve.png`` and TensorBoard ``events``.
+small one of the same FLOPs from scratch. The dense one teaches the two others: half of what they learn is which bytes it
+thinks likely. Writes ``report.json``, ``curve.png`` and TensorBoard ``events``.
 """
 
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from code_network import BATCH, HELD_OUT, LENGTH, Text, Transformer, batch_at, cost_of, load, narrower, nats
+from code_network import BATCH, Transformer, cost_of, load, narrower
 
 import fisherprune_jax as fp
 
 try:
   import tyro
   from code_results import plot, sample, table
+  from code_training import Args, Job, Run, adamw, evaluator, fit, plain_step, pruning_step
   from rich.console import Console
   from rich.progress import Progress, TextColumn
-  from tensorboardX import SummaryWriter
 except ImportError as error:
   sys.exit(f"This example needs {error.name}, which is missing: pip install 'fisherprune-jax[examples]'")
 
-PRUNED_BY, COMPACT_AT = (
-  0.45,
-  0.5,
-)  # of the steps: when the cost is at the target, and when dead features are removed
-
-
-@dataclass(frozen=True)
-class Args:
-  """Prunes a byte-level transformer while it learns the source of Python's standard library."""
-
-  out: Path
-  """Folder for report.json, curve.png and events."""
-  flops_target: float = 0.4
-  """Fraction of the dense network's FLOPs to prune to, above 0 and at most 1."""
-  steps: int = 600
-  """Training steps of each of the three networks."""
-  seed: int = 0
-  """Of the first weights and of the order of the text."""
-  dtype: Literal["float32", "bfloat16"] = "float32"
-  """What layers compute in; bfloat16 for accelerators. Parameters and scores stay float32."""
-
-  def __post_init__(self) -> None:
-    if not 0 < self.flops_target <= 1:
-      sys.exit(f"--flops-target must be above 0 and at most 1, got {self.flops_target}.")
-    if self.steps < 2 or self.seed < 0:
-      sys.exit(f"--steps must be at least 2 and --seed at least 0, got {self.steps} and {self.seed}.")
-
-
-class Run(NamedTuple):
-  """What is known of a training: (step, bits per byte), (step, milliseconds per step), and its events."""
-
-  curve: list[tuple[int, float]]
-  times: list[tuple[int, float]]
-  events: SummaryWriter
-
-
-def adamw(steps: int) -> optax.GradientTransformation:
-  rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, max(1, steps // 20), steps, 1e-4)
-  return optax.adamw(rate, b2=0.98, weight_decay=0.05)
+PRUNED_BY, COMPACT_AT = 0.45, 0.5
+"""Of the steps: when the cost is at the target, and when dead features are removed."""
 
 
 def pruning(cost: fp.CostModel, args: Args) -> optax.GradientTransformationExtraArgs:
@@ -85,99 +45,12 @@ def pruning(cost: fp.CostModel, args: Args) -> optax.GradientTransformationExtra
   )
 
 
-Step = Callable[[Any, Any, Any], tuple[Any, Any, jax.Array]]
-
-
-def plain_step(apply: Callable[..., Any], tx: Any) -> Step:
-  """A step without masks: of a network that is not pruned, or of a compact one."""
-
-  @partial(jax.jit, donate_argnums=(0, 1))
-  def step(params: Any, opt_state: Any, windows: jax.Array) -> tuple[Any, Any, jax.Array]:
-    loss_fn = lambda params: nats(apply({"params": params}, windows[:, :-1]), windows).mean()  # noqa: E731
-    loss, grads = jax.value_and_grad(loss_fn)(params)
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state, loss
-
-  return step
-
-
-def pruning_step(apply: Callable[..., Any], tx: Any) -> Step:
-  def loss_fn(params: Any, masks: Any, windows: jax.Array) -> jax.Array:
-    return nats(apply({"params": params, "masks": masks}, windows[:, :-1]), windows).mean()
-
-  @partial(jax.jit, donate_argnums=(0, 1))
-  def step(params: Any, opt_state: Any, windows: jax.Array) -> tuple[Any, Any, jax.Array]:
-    loss, (grads, mask_grads) = fp.value_and_grads(loss_fn)(params, fp.get_masks(opt_state), windows)
-    updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
-    return optax.apply_updates(params, updates), opt_state, loss
-
-  return step
-
-
-def evaluator(apply: Callable[..., Any], text: Text) -> Callable[[Any], float]:
-  """Bits per byte of the held-out windows."""
-  score = jax.jit(lambda variables, windows: nats(apply(variables, windows[:, :-1]), windows).mean())
-
-  def evaluate(variables: Any) -> float:
-    parts = np.split(text.held_out, HELD_OUT // 64)
-    return float(np.mean([score(variables, part) for part in parts])) / LENGTH / math.log(2)
-
-  return evaluate
-
-
-def fit(
-  step: Step, evaluate: Callable[..., float], params: Any, opt_state: Any, steps: range, run: Run, job: "Job"
-) -> tuple[Any, Any]:
-  """Trains over a range of steps; looks at results (and waits for them) only every so many."""
-  every = max(1, job.args.steps // 30)
-  begun, since = math.nan, steps.stop
-  for done in range(steps.start + 1, steps.stop + 1):
-    params, opt_state, loss = step(params, opt_state, batch_at(job.text, job.args.seed, done))
-    if done == steps.start + 1:  # which compiled
-      jax.block_until_ready(loss)
-      begun, since = time.perf_counter(), done
-    if done % every == 0 or done == steps.stop:
-      stats = {"loss": float(loss) / LENGTH / math.log(2)}
-      if done > since:
-        run.times.append((done, 1e3 * (time.perf_counter() - begun) / (done - since)))
-      run.curve.append((done, evaluate(params, opt_state)))
-      stats |= {"bits_per_byte": run.curve[-1][1]} | job.pruning_stats(opt_state)
-      for name, value in stats.items():
-        run.events.add_scalar(name, float(value), done)
-      job.progress.update(job.task, completed=done, bits=run.curve[-1][1])
-      begun, since = time.perf_counter(), done
-  return params, opt_state
-
-
-@dataclass
-class Job:
-  """What all trainings share, and the task of the progress bar that is under way."""
-
-  args: Args
-  text: Text
-  progress: Progress
-  task: Any = None
-
-  def begin(self, name: str) -> Run:
-    self.task = self.progress.add_task(name, total=self.args.steps, bits=math.nan)
-    return Run([], [], SummaryWriter(str(self.args.out / "events" / name)))
-
-  def pruning_stats(self, opt_state: Any) -> dict[str, Any]:
-    """The pruning's own numbers, while there is a pruning."""
-    found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, fp.FisherPruneState))
-    pruned = [x for x in found if isinstance(x, fp.FisherPruneState) and x.masks]
-    return fp.scalars(opt_state) if pruned else {}
-
-  def variables(self, model: Transformer) -> Any:
-    return jax.jit(model.init)(jax.random.key(self.args.seed), self.text.held_out[:1, :-1])
-
-
 def train_plain(name: str, model: Transformer, job: Job) -> tuple[Run, Any]:
   """Trains a network as it is."""
   run, tx, params = job.begin(name), adamw(job.args.steps), job.variables(model)["params"]
   score = evaluator(model.apply, job.text)
   evaluate = lambda params, _: score({"params": params})  # noqa: E731
-  step = plain_step(model.apply, tx)
+  step = plain_step(model.apply, tx, job.args.teaching)
   params, _ = fit(step, evaluate, params, tx.init(params), range(job.args.steps), run, job)
   return run, params
 
@@ -200,7 +73,7 @@ def train_pruned(model: Transformer, cost: fp.CostModel, job: Job) -> Pruned:
   tx = optax.chain(adamw(args.steps), pruning(cost, args))
   score, middle = evaluator(model.apply, job.text), max(1, int(COMPACT_AT * args.steps))
   evaluate = lambda params, state: score({"params": params, "masks": fp.get_masks(state)})  # noqa: E731
-  step = pruning_step(model.apply, tx)
+  step = pruning_step(model.apply, tx, args.teaching)
   params, opt_state = fit(step, evaluate, params, tx.init(params), range(middle), run, job)
 
   state, variables = fp.get_state(opt_state), {"params": params, "masks": fp.get_masks(opt_state)}
@@ -211,7 +84,7 @@ def train_pruned(model: Transformer, cost: fp.CostModel, job: Job) -> Pruned:
   score = evaluator(small, job.text)
   swap_bits = run.curve[-1][1], score(small.variables)
   evaluate = lambda params, _: score({"params": params})  # noqa: E731
-  step = plain_step(small, tx)
+  step = plain_step(small, tx, args.teaching)
   params, _ = fit(step, evaluate, params, opt_state, range(middle, args.steps), run, job)
   return Pruned(run, state, small, params, float(difference), swap_bits)
 
@@ -263,8 +136,9 @@ def main(args: Args) -> None:
   cost = cost_of(model)
   fields = TextColumn("{task.fields[bits]:.3f} bits per byte")
   with Progress(*Progress.get_default_columns(), fields, console=console) as progress:
-    job = Job(args, text, progress)
+    job = Job(args, text, progress, model)
     dense = train_plain("dense", model, job)
+    job.teacher = dense[1]
     pruned = train_pruned(model, cost, job)
     small_model = narrower(pruned.small.cost, model.dtype)
     small = (*train_plain("small", small_model, job), small_model)

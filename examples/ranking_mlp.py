@@ -2,9 +2,10 @@
 
   python examples/ranking_mlp.py --pruning.flops_target 25000 --out ranking
 
-The classic trainer's job and options: an MLP on discretized features, a binary label, momentum SGD. Trains
-without and with pruning, compacts, checks and times. Writes ``report.json``, ``curve.png``, ``events/`` for
-TensorBoard and ``checkpoints/``. After a kill or Ctrl-C, ``--resume`` goes on to the same numbers, bit by bit.
+The classic trainer's job and options: an MLP on discretized features, a binary label, momentum SGD. Clicks are
+those of a teacher, each row is seen once. Trains without and with pruning, compacts, checks and times. Writes
+``report.json``, ``curve.png``, ``events/`` for TensorBoard and ``checkpoints/``. After a kill or Ctrl-C,
+``--resume`` goes on to the same numbers, bit by bit.
 """
 
 import json
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ranking_clicks import Data, relative_cross_entropy, rows_of
 
 import fisherprune_jax as fp
 
@@ -34,16 +36,13 @@ try:
   from rich.console import Console
   from rich.progress import Progress, TextColumn
   from rich.table import Column, Table
-  from sklearn.datasets import load_breast_cancer
   from sklearn.metrics import roc_auc_score
   from tensorboardX import SummaryWriter
 except ImportError as error:
   sys.exit(f"This example needs {error.name}, which is missing: pip install 'fisherprune-jax[examples]'")
 
-BINS = 10  # of each of the 30 features
-BATCH = 64
-LEARNING_RATE, WEIGHT_DECAY = 0.02, 1e-2  # chosen by cross-validation on the training rows
-Data = tuple[np.ndarray, np.ndarray]  # rows (n, 300) of zeros and ones, and their labels
+BATCH, TEST_ROWS = 64, 30_000
+LEARNING_RATE = 0.2
 
 
 class MLP(nn.Module):
@@ -110,31 +109,15 @@ class Run(NamedTuple):
     return {"params": self.params, "masks": fp.get_masks(self.opt_state)}
 
 
-def load() -> tuple[Data, Data]:
-  """Breast cancer, benign or not: inside scikit-learn, the table with a binary label and the most features.
-
-  Every third row, class by class, is for testing. Features become ten quantile bins of the training rows.
-  """
-  table, labels = load_breast_cancer(return_X_y=True)
-  order = np.argsort(labels, kind="stable")
-  train, test = np.delete(order, np.s_[::3]), order[::3]
-  edges = np.quantile(table[train], np.arange(1, BINS) / BINS, axis=0)
-  bins = np.sum(table[:, None] > edges, axis=1)
-  rows = np.float32(bins[..., None] == np.arange(BINS)).reshape(len(table), -1)
-  return (rows[train], np.float32(labels[train])), (rows[test], np.float32(labels[test]))
-
-
-def batch_at(step: int, seed: int, data: Data) -> Data:
-  """Random rows, a function of seed and step alone: a resumed job sees what it would have seen."""
-  chosen = np.random.default_rng((seed, step)).integers(len(data[0]), size=BATCH)
-  return data[0][chosen], data[1][chosen]
+def batch_at(step: int, seed: int) -> Data:
+  """New rows, a function of seed and step alone: a resumed job sees what it would have seen."""
+  return rows_of(np.random.default_rng((seed, step)), BATCH)[0]
 
 
 def optimizer(args: Args, cost: fp.CostModel, flops_target: float) -> optax.GradientTransformationExtraArgs:
   rate, options = optax.cosine_decay_schedule(LEARNING_RATE, args.steps), args.pruning
   pruning = {"prune_every": options.iter, "burn_in": options.burn_in, "decay": options.decay}
-  sgd = fp.pruning_sgd(rate, cost, momentum=0.9, flops_target=flops_target, **pruning)
-  return optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), sgd)
+  return fp.pruning_sgd(rate, cost, momentum=0.9, flops_target=flops_target, **pruning)
 
 
 def loss_fn(params: Any, masks: Any, batch: Data) -> jax.Array:
@@ -157,20 +140,20 @@ def claim(args: Args, cost: fp.CostModel) -> None:
     sys.exit(f"The job in {args.out} began with {'; '.join(differ)}. Say the same, or take another --out.")
 
 
-def evaluate(run: Run, row: int, step: int, loss: Any, data: tuple[Data, Data], writer: SummaryWriter) -> str:
+def evaluate(run: Run, row: int, step: int, loss: Any, data: Data, writer: SummaryWriter) -> str:
   """Fills a row of the curve, writes it and what pruning did for TensorBoard, and says it in a line."""
-  (_, seen), (rows, labels) = data
-  logits, base = np.float64(predict(run.variables, rows)), np.log(seen.mean() / (1 - seen.mean()))
-  entropy, base_entropy = (np.mean(np.logaddexp(0, z) - labels * z) for z in (logits, base))
-  rce = 100 * (1 - entropy / base_entropy)  # better than the training rows' base rate by so many percent
-  run.curve[row] = step, loss, rce, roc_auc_score(labels, logits)
+  logits = predict(run.variables, data[0])
+  rce, auc = relative_cross_entropy(logits, data[1]), roc_auc_score(data[1], logits)
+  run.curve[row] = step, loss, rce, auc
   values = dict(zip(("loss", "rce", "auc"), run.curve[row, 1:], strict=True)) | fp.scalars(run.opt_state)
   for name, value in values.items():
     writer.add_scalar(name, float(value), step)
-  return f"RCE {rce:.1f} %, {float(values['pruning/cost']):,.0f} FLOPs"
+  return f"RCE {rce:.2f} %, {float(values['pruning/cost']):,.0f} FLOPs"
 
 
-def train(name: str, args: Args, cost: fp.CostModel, data: Any, stop: threading.Event, bars: Progress) -> Run:
+def train(
+  name: str, args: Args, cost: fp.CostModel, data: Data, stop: threading.Event, bars: Progress
+) -> Run:
   """Trains the dense or the pruned network, from its latest checkpoint on."""
   tx = optimizer(args, cost, cost.dense if name == "dense" else args.pruning.flops_target)
 
@@ -180,8 +163,8 @@ def train(name: str, args: Args, cost: fp.CostModel, data: Any, stop: threading.
     updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
     return optax.apply_updates(params, updates), opt_state, loss
 
-  every = max(1, args.steps // 60)  # steps from one evaluation to the next
-  params = model.init(jax.random.key(args.seed), data[0][0][:1])["params"]
+  every = max(1, args.steps // 30)  # steps from one evaluation to the next
+  params = model.init(jax.random.key(args.seed), data[0][:1])["params"]
   run = Run(params, tx.init(params), np.zeros((-(-args.steps // every), 4)), 0)
   keep = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
   with ocp.CheckpointManager(args.out.absolute() / "checkpoints" / name, options=keep) as manager:
@@ -192,7 +175,7 @@ def train(name: str, args: Args, cost: fp.CostModel, data: Any, stop: threading.
     task = bars.add_task(f"{name} network", total=args.steps, completed=start, now="")
     with SummaryWriter(str(args.out / "events" / name), purge_step=start + 1) as writer:
       for step in range(start + 1, args.steps + 1):
-        params, opt_state, loss = train_step(run.params, run.opt_state, batch_at(step, args.seed, data[0]))
+        params, opt_state, loss = train_step(run.params, run.opt_state, batch_at(step, args.seed))
         run = run._replace(params=params, opt_state=opt_state)
         if step % every == 0 or step == args.steps:
           now = evaluate(run, (step - 1) // every, step, loss, data, writer)
@@ -243,7 +226,7 @@ def plot(path: Path, report: dict, runs: dict[str, Run], cost: fp.CostModel) -> 
   top, middle, bottom = figure.subplots(3, sharex=True, height_ratios=(3, 3, 2))
   state, target, went = runs["pruned"].opt_state, report["flops_target"], fp.history(runs["pruned"].opt_state)
   for (name, run), color in zip(runs.items(), ("0.5", "C0"), strict=True):
-    top.plot(*run.curve[:, [0, 2]].T, color, label=f"{name} network: {run.curve[-1, 2]:.1f} %")
+    top.plot(*run.curve[:, [0, 2]].T, color, label=f"{name} network: {run.curve[-1, 2]:.2f} %")
   steps = np.array([0, *(gone.step for gone in went), report["steps"]])
   costs = jax.vmap(lambda step: cost(fp.masks_at(state, step)))(steps)
   middle.plot(steps, costs / 1e3, drawstyle="steps-post", label="pruned network")
@@ -273,10 +256,11 @@ def table(report: dict) -> Table:
 
 
 def main(args: Args) -> None:
-  start, console, stop, data = timeit.default_timer(), Console(), threading.Event(), load()
+  start, console, stop = timeit.default_timer(), Console(), threading.Event()
+  data, log_odds = rows_of(np.random.default_rng(2**32), TEST_ROWS)
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda *_: stop.set())  # looked at between steps
-  rows, columns = data[0][0], (*Progress.get_default_columns(), TextColumn("{task.fields[now]}"))
+  rows, columns = data[0], (*Progress.get_default_columns(), TextColumn("{task.fields[now]}"))
   cost = fp.cost_model(model.apply, model.init(jax.random.key(0), rows[:1]), rows[:1])
   claim(args, cost)
   with Progress(*columns, console=console) as bars:
@@ -284,9 +268,11 @@ def main(args: Args) -> None:
   small, state = fp.compact(model.apply, runs["pruned"].variables, rows[:1]), runs["pruned"].opt_state
   report = measure(args, cost, runs, small, rows)
   plot(args.out / "curve.png", report, runs, cost)
+  report["teacher_rce"] = relative_cross_entropy(log_odds, data[1])
   report["seconds"] = timeit.default_timer() - start
   (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
   console.print(table(report), fp.summary(state), sep="\n")
+  console.print(f"The teacher's own RCE, the best there is: {report['teacher_rce']:.2f} %")
   console.print(f"Largest difference between masked and compact outputs: {report['max_abs_difference']:.1e}")
   console.print(f"Wrote report.json, curve.png and events for TensorBoard into {args.out}.")
   if small.cost > args.pruning.flops_target:

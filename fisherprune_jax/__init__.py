@@ -19,6 +19,7 @@ from fisherprune_jax._cost.meters import Roofline as Roofline
 from fisherprune_jax._graph.blockers import Blocker as Blocker
 from fisherprune_jax._graph.blockers import Held as Held
 from fisherprune_jax._graph.registry import register_rule as register_rule
+from fisherprune_jax._latency.measuring import measure_latency as measure_latency
 from fisherprune_jax._masks import apply_mask as apply_mask
 from fisherprune_jax._masks import per_example as per_example
 from fisherprune_jax._training.classic import pruning_sgd as pruning_sgd

@@ -18,18 +18,33 @@ import pytest
 
 # What takes most of the time: whole tables of networks, trainings, processes of their own. ``make test-fast`` leaves it out.
 SLOW = """
-  auto_models
-  batches budget choices compaction conformance cost devices docs edits example_axes example_code_transformer
-  example_pretrained_encoder example_ranking_mlp exactness export frameworks fuzz growth linen linen_training nnx nnx_auto
-  emptied measures opt_states precision report restarts
-  kept rounding saving seeing several threads training
+  auto_models batches budget choices compaction conformance cost criteria criterion devices docs edits emptied
+  exactness example_axes example_code_transformer example_pretrained_encoder example_ranking_mlp export frameworks
+  fuzz growth kept latency linen linen_training measures nnx nnx_auto onnx opt_states parity placing plan
+  precision prices regressions report restarts rounding saving seeing sets several several_processes threads
+  training uniform vmapped_loops
 """.split()
 
 
+# Most of it are squares, of properties by networks. ``make test-all`` takes the whole squares; ``make test`` takes one case
+# in so many of each property, from property to property another, so that it meets every property and every network.
+EVERY = 7
+WHOLE = ("docs", "parity")
+
+
 def pytest_collection_modifyitems(items):
+  squares = {}
   for item in items:
-    if item.path.stem.removeprefix("test_") in SLOW:
+    stem = item.path.stem.removeprefix("test_")
+    if stem in SLOW:
       item.add_marker("slow")
+      if stem not in WHOLE:
+        squares.setdefault(stem, {}).setdefault(item.name.split("[")[0], []).append(item)
+  for square in squares.values():
+    for row, cases in enumerate(square.values()):
+      for column, item in enumerate(cases):
+        if (row + column) % min(EVERY, len(cases)):
+          item.add_marker("thorough")
 
 
 @pytest.fixture

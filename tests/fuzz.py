@@ -291,7 +291,7 @@ def check_costs(net: Network, small: Any) -> None:
   priced, batch = (cost, net.shape[0]) if net.seed % 2 else (all_measures(net, variables, x), 1)
   before = priced.exact(masks)
   drops = jax.tree.map(np.asarray, priced.per_feature(masks) if exact else masks)
-  live = [(name, k) for name, m in net.masks.items() for k in np.flatnonzero(m)]
+  live = [(name, k) for name, m in net.masks.items() for k in zip(*np.nonzero(m), strict=True)]
   for at in np.random.default_rng(net.seed).permutation(len(live))[:6] if exact else ():
     name, k = live[at]
     expected = before - priced.exact({**masks, name: masks[name].at[k].set(0)})

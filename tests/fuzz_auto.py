@@ -116,6 +116,10 @@ def find(net: Network, other: int) -> AutoMasked:
 
 def check_auto(net: Network, other: int) -> None:
   """Everything that must hold of a network and the masks that were found for it."""
+  try:
+    jax.eval_shape(net, net.variables, jax.ShapeDtypeStruct((7, *net.shape[1:]), float))
+  except (TypeError, ValueError) as error:
+    raise WildError("one example was broadcast over features: only some batch sizes fit") from error
   found = find(net, other)
   variables = {"params": found.variables["params"]}
   again = fp.auto_mask(found.inner, variables, net.batch(other))

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 UNTRUE = (
-  "prod cumprod reverse number straight rounded scaled mixed branches short all any clamp where".split()
+  "prod cumprod reverse number straight rounded scaled mixed branches short all any clamp where sign".split()
 )
 """Steps whose gradients are not the whole truth: of what is multiplied with a dead feature, of rules that mix, of
 branches that are never taken, of loops that end before all that they carry has come to be non-zero, of what only says
-whether something holds, of bounds between which zero may lie or not, and of
-patterns of the network's own."""
-WINDOWED, POSITIONED = ("conv", "window", "pool"), ("vmap",)
+whether something holds, of bounds between which zero may lie or not, of patterns of the network's own, and of what has a
+value and no derivative."""
+WINDOWED, POSITIONED = ("conv", "window", "pool"), ("vmap", "layer_norm", "rms")
 """Steps that slide windows over positions, and steps with parameters for each position: which of these a mask on
 positions behind the windows lets go is nowhere said."""
 SUMS = {"dot_general", "conv_general_dilated", "reduce_sum", "cumsum", "reduce_window_sum"}

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import fisherprune_jax as fp
-from fisherprune_jax._training.criterion import FISHER
+from fisherprune_jax._training.criteria import FISHER
 from fisherprune_jax._training.options import Options, is_static
 from tests.test_transform import T, as_tree, cost, draw, every_state
 
@@ -239,7 +239,10 @@ REFUSED = {
   "the class itself": (
     lambda: fp.fisher_prune(COST, method=fp.Criterion),
     ValueError,
-    ("method must be one of ('fisher',), or an fp.Criterion", "got <class"),
+    (
+      "method must be one of ('fisher', 'taylor', 'magnitude', 'fisher_magnitude', 'random'), or an fp.Criterion",
+      "got <class",
+    ),
   ),
 }
 

@@ -9,6 +9,7 @@ import re
 import tempfile
 from pathlib import Path
 
+import jax
 import pytest
 
 import fisherprune_jax as fp
@@ -25,9 +26,13 @@ GUIDES = (
   "haiku",
   "keras",
   "distributed",
+  "fsdp",
   "checkpoints",
   "saving",
+  "onnx",
   "transformers",
+  "budgets",
+  "criteria",
   "examples",
   "recipes",
 )
@@ -75,6 +80,8 @@ def examples_of(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_examples_run(page, tmp_path, monkeypatch):
+  if page.stem == "onnx" and jax.__version_info__ >= (0, 12):
+    pytest.skip("jax2onnx 0.17 works with JAX 0.10 and 0.11")
   monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
   flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
   test = doctest.DocTestParser().get_doctest(examples_of(page), {}, page.name, str(page), 0)

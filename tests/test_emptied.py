@@ -367,3 +367,25 @@ def check(apply, v, x, batches=True):
   other = jnp.concatenate([x, 2 * x[:1]]) if batches else x
   close(apply(v, other), small(small.variables, other))
   return small
+
+
+def test_a_loop_that_only_something_dead_asks_for_costs_nothing():
+  """After some passes over a body whatever is carried counts as asked for; the loop as a whole does not."""
+  v = {"w": jnp.ones((2, 2)), "masks": {"a": jnp.ones(2), "b": jnp.zeros(2)}}
+
+  def apply(v, x):
+    turned = jax.lax.fori_loop(0, 3, lambda _, c: jnp.roll(c, 1, axis=1) * 0.5 * v["masks"]["a"], x)
+    return (turned @ v["w"]) * v["masks"]["b"]
+
+  x = jnp.ones((1, 2))
+  small = fp.compact(apply, v, x)
+  cost = fp.cost_model(apply, v, x)
+  assert (
+    cost.exact(v["masks"])
+    == small.cost
+    == count(jax.make_jaxpr(small)(small.variables, x), [False, True])
+    == 0
+  )
+  one = {**v["masks"], "b": jnp.array([1.0, 0.0])}
+  drop = cost.per_feature(one)["b"][0]
+  assert drop == cost.exact(one) > 0

@@ -135,9 +135,9 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
   "flops_weight of None": (prune(flops_weight=None), TypeError, ("flops_weight must be 'auto'", "NoneType")),
   "flops_weight of nan": (prune(flops_weight=float("nan")), ValueError, ("flops_weight must be", "got nan")),
   "unknown method": (
-    prune(method="magnitude"),
+    prune(method="movement"),
     ValueError,
-    ("method must be one of", "'fisher'", "or an fp.Criterion", "'magnitude'"),
+    ("method must be one of", "'fisher'", "or an fp.Criterion", "'movement'"),
   ),
   "a function as method": (
     prune(method=len),

@@ -520,3 +520,20 @@ def test_a_mask_over_merged_axes_that_is_no_product(name, monkeypatch):
   small = check(lambda v, x: read(v, function(v, x @ v["params"]["a"], v["masks"]["m"])))
   params = small.variables["params"]
   assert (params["a"].shape[1], params["b"].shape[0]) == widths
+
+
+CHOSEN = {
+  "greater": lambda m, x: jnp.where(m > 0, x, 0.0),
+  "cast": lambda m, x: jnp.where(m.astype(bool), jnp.cos(x), 0.0),
+  "select": lambda m, x: lax.select(jnp.broadcast_to(m != 0, x.shape), x + 1, jnp.zeros_like(x)),
+  "of what is masked": lambda m, x: jnp.where(x * m > 0, jnp.exp(x), 0.0),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_a_mask_that_chooses_between_something_and_zero(name):
+  """As good as a product: what it does not choose is gone."""
+  apply = lambda v, x: read(v, jnp.tanh(CHOSEN[name](v["masks"]["m"], x @ v["params"]["a"])))
+  small = check(apply)
+  assert small.variables["params"]["a"].shape == (3, 4)
+  assert not small.blockers

@@ -149,6 +149,7 @@ def alone(tmp_path_factory):
   return out
 
 
+@pytest.mark.thorough
 @needs_the_package
 def test_a_few_steps(alone):
   report = report_of(alone)
@@ -200,6 +201,7 @@ def example(monkeypatch):
     signal.signal(number, handler)
 
 
+@pytest.mark.thorough
 def test_stopped_and_resumed_it_ends_the_same(example, monkeypatch, tmp_path):
   def run(name, **options):
     example.main(example.Args(tmp_path / name, steps=8, flops_target=0.9, save_every=3, **options))

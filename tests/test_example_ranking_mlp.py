@@ -56,11 +56,13 @@ def test_it_reaches_the_budget_and_writes_everything(alone):
   report, _ = report_of(alone)
   assert report["pruned_flops"] <= report["flops_target"] == 100_000 < report["dense_flops"]
   assert report["max_abs_difference"] < 1e-4
-  assert min(report["dense_auc"], report["pruned_auc"]) > 0.9
+  assert min(report["dense_auc"], report["pruned_auc"]) > 0.65
+  assert 0 < min(report["dense_rce"], report["pruned_rce"]) < report["teacher_rce"] < 40
   assert (alone / "curve.png").stat().st_size > 10_000
   assert len(list((alone / "events").glob("*/events.out.tfevents*"))) == 2
 
 
+@pytest.mark.thorough
 def test_killed_stopped_and_resumed_it_ends_the_same(alone, tmp_path):
   assert interrupt(tmp_path, "dense", signal.SIGKILL)[0] == -signal.SIGKILL
   code, errors = interrupt(tmp_path, "pruned", signal.SIGTERM, "--resume")

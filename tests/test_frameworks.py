@@ -142,14 +142,16 @@ def _belongs_to_one(auto, path, axis):
 TRAINED = [name for name in NETWORKS if name != "EfficientNetB0"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", TRAINED)
 def test_it_trains_to_a_target_and_then_on(name):
   """A dense step, steps that prune, then the same steps by the masked and by the compact network."""
   network, auto, cost, masked = found(name)
   loss = auto.wrap(network.train)
   options = {"prune_every": 1, "features_per_prune": 500, "flops_target": SHARE * cost.dense}
-  # Deep networks with the statistics of two examples have gradients of any size.
-  descent = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-3, momentum=0.9))
+  # Deep networks with the statistics of two examples have gradients of any size, and steps ten times as long
+  # blow rounding up a thousand times in five: then processors differ, not the networks.
+  descent = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-4, momentum=0.9))
   tx = optax.chain(descent, fp.fisher_prune(cost, **options))
 
   @jax.jit

@@ -215,11 +215,12 @@ def test_weights_stay_where_they_are_committed():
 
 def test_compacting_does_not_make_what_only_prices_need():
   apply, variables, x = growth.network("plain", 3)
-  model = trace_apply(apply, VariableTree(variables, "masks"), (x,)).analyse()
+  tree = VariableTree(variables, "masks")
+  model = trace_apply(apply, tree, (x,)).analyse()
   made = []
   before, Prices.__init__ = Prices.__init__, lambda self, *args: made.append(args)
   try:
-    cost_of(model, variables["masks"], 2, FlopsMeter()).exact(variables["masks"])
+    cost_of(model, tree, 2, FlopsMeter()).exact(variables["masks"])
   finally:
     Prices.__init__ = before
   assert not made

@@ -15,12 +15,12 @@ FILES = sorted(ROOT.rglob("*.py"))
 COMPAT = ROOT / "_graph" / "compat.py"
 
 STOREYS = [
-  {"_errors", "_masks", "_tables", "_types"},
+  {"_errors", "_files", "_masks", "_tables", "_types"},
   {"_graph"},
   {"_cost"},
   {"_training"},
   {"_compaction"},
-  {"_auto"},
+  {"_auto", "_latency"},
   {"linen", "nnx", "rules"},
   {"__init__", "__main__"},
 ]

@@ -184,6 +184,28 @@ def test_training_prunes_to_the_target_and_traces_once():
   assert float(jnp.abs(masked.model.norm.mean[...]).max()) > 0
 
 
+def test_criteria_find_the_parameters_in_a_module():
+  """Norms by hand, and Fisher's signals in the order of both ranks."""
+  found = {}
+  for method in ("fisher", "magnitude", "fisher_magnitude"):
+    masked = masked_conv()
+    cost = fp.nnx.cost_model(masked, X)
+    tx = fp.fisher_prune(cost, method=method, prune_every=10)
+    optimizer = fp.nnx.Optimizer(masked, optax.chain(optax.sgd(0.0), tx), wrt=nnx.Param)
+    _, (grads, mask_grads) = fp.nnx.value_and_grads(loss_of)(masked, (X, LABELS))
+    optimizer.update(masked, grads, mask_grads=mask_grads)
+    found[method] = np.asarray(fp.signals(optimizer.opt_state)["masks"]["dense1"])
+  model = masked_conv().model
+  into, out = model.dense1, model.dense2
+  squares = jnp.square(into.kernel[...]).sum(0) + into.bias[...] ** 2 + jnp.square(out.kernel[...]).sum(1)
+  norms = np.sqrt(squares)
+  np.testing.assert_allclose(found["magnitude"], norms / norms.mean(), rtol=1e-5)
+  by_loss, by_norm = (np.argsort(np.argsort(x)) for x in (found["fisher"], norms))
+  expected = np.empty_like(norms)
+  expected[np.lexsort((by_loss, by_loss + by_norm))] = np.sort(found["fisher"])
+  np.testing.assert_allclose(found["fisher_magnitude"], expected, rtol=1e-6)
+
+
 @nnx.jit
 def plain_step(model, optimizer):
   loss, grads = nnx.value_and_grad(loss_of)(model, (X, LABELS))

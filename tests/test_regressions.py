@@ -140,3 +140,22 @@ def test_one_feature_is_left_in_the_middle_of_a_running_sum(name, alive):
   np.testing.assert_allclose(
     gradient(small, small.variables)["params"]["w"], small.shrink(whole)["params"]["w"], rtol=1e-5, atol=1e-6
   )
+
+
+@pytest.mark.parametrize("alive", range(5))
+@pytest.mark.parametrize("name", [name for name in SUMS if "padded" not in name])
+def test_one_entry_is_read_of_a_running_sum(name, alive):
+  # The gradient of what picks it is such a padded array.
+  def apply(variables, x):
+    return SUMS[name](x * variables["params"]["w"]) * variables["masks"]["m"]
+
+  variables = {
+    "params": {"w": jnp.arange(1.0, 6.0)},
+    "masks": {"m": jnp.zeros(5).at[alive].set(1.0)},
+  }
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)), jnp.float32)
+  small = fp.compact(apply, variables, x)
+  gradient = lambda f, v: jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(f(v, x) + 1.0))))(x)
+  np.testing.assert_allclose(
+    gradient(small, small.variables), gradient(apply, variables), rtol=1e-5, atol=1e-6
+  )

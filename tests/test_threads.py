@@ -38,6 +38,7 @@ def together(function, inputs):
     return list(pool.map(run, inputs))
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("eager_switching")
 def test_threads_that_build_one_expression_get_one_object():
   def build(seed):

@@ -9,7 +9,6 @@ import optax
 from jax import export
 
 from fisherprune_jax._compaction import exporting, report, saving
-from fisherprune_jax._compaction.files import PathLike
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.opt_states import shrink_opt_state, shrink_pruning
 from fisherprune_jax._compaction.originals import inside, originals
@@ -17,6 +16,7 @@ from fisherprune_jax._compaction.plan import check_request, make_plan
 from fisherprune_jax._compaction.runner import Runner
 from fisherprune_jax._cost.measures import cost_of
 from fisherprune_jax._cost.meters import FlopsMeter
+from fisherprune_jax._files import PathLike
 from fisherprune_jax._graph.blockers import Blocker, Stays, check, what_stays
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
@@ -70,7 +70,7 @@ class Compact:
     )
     self._analysis = traced.analyse(self._plan.policy)
     self._runner = Runner(apply_fn, self._plan, traced, args)
-    self._cost_model = cost_of(self._analysis, tree.mask_tree, examples, METER)
+    self._cost_model = cost_of(self._analysis, tree, examples, METER)
     self.masks, self.updates = self._plan.masks, updates
     self.cost: float = self._cost_model.exact(self.masks) / examples
     self.dense: float = before.dense if before else self._cost_model.dense

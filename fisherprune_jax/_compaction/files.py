@@ -1,18 +1,17 @@
 """One file of arrays and a header: safetensors with a checksum, written whole or not at all."""
 
-import contextlib
 import hashlib
 import importlib.util
 import json
 import os
-import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisherprune_jax._files import PathLike, replacing, target_of
 from fisherprune_jax._types import Array
 
 FORMAT = "fisherprune_jax"
@@ -27,8 +26,6 @@ NATIVE = set(
   "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2".split()
 )
 """Types that safetensors has names for, in every version; others are written as bytes."""
-
-PathLike = str | os.PathLike[str]
 
 
 class Content(NamedTuple):
@@ -55,7 +52,7 @@ def check_installed() -> None:
 
 def check_place(path: PathLike) -> None:
   """Raises where no file can be written, before any work is done for it."""
-  folder = os.path.dirname(_target(path))
+  folder = os.path.dirname(target_of(path))
   if os.path.isdir(path):
     raise IsADirectoryError(
       f"save needs the path of a file, got the folder {os.fspath(path)!r}. Name a file in it."
@@ -76,7 +73,7 @@ def write(path: PathLike, content: Content) -> None:
   whole = bytearray(save({name: _written(array) for name, array in content.arrays.items()}, metadata))
   at = _place_of(whole, UNKNOWN)
   whole[at : at + len(UNKNOWN)] = _checksum(whole, at).encode()
-  with _replacing(_target(path)) as temporary, open(temporary, "xb") as file:
+  with replacing(path) as temporary, open(temporary, "xb") as file:
     file.write(whole)
     file.flush()
     os.fsync(file.fileno())
@@ -118,7 +115,7 @@ def on_host(name: str, leaf: Array) -> np.ndarray:
   """The values of an array; of a random key its data."""
   if is_key(leaf):
     leaf = jax.random.key_data(leaf)
-  if not getattr(leaf, "is_fully_addressable", True):
+  if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
     raise ValueError(
       f"Arrays to save must be at hand here, got {name} on devices of other processes too. Gather it first: "
       "jax.experimental.multihost_utils.process_allgather."
@@ -168,22 +165,3 @@ def _checksum(whole: bytes | bytearray, at: int) -> str:
   for part in (view[:at], UNKNOWN.encode(), view[at + len(UNKNOWN) :]):
     digest.update(part)
   return digest.hexdigest()
-
-
-def _target(path: PathLike) -> str:
-  """What is replaced: a link stays one, and what it leads to is."""
-  return os.path.realpath(os.fspath(path))
-
-
-@contextlib.contextmanager
-def _replacing(target: str) -> Iterator[str]:
-  """A new name in the same folder; what was written there takes the place of the target, or is gone."""
-  folder, name = os.path.split(target)
-  temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")
-  try:
-    yield temporary
-    os.replace(temporary, target)
-  except BaseException:
-    with contextlib.suppress(OSError):
-      os.unlink(temporary)
-    raise

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import numpy as np
 
 from fisherprune_jax._compaction import files
-from fisherprune_jax._compaction.files import Content, PathLike
+from fisherprune_jax._compaction.files import Content
 from fisherprune_jax._compaction.loading import history_of, originals_of
 from fisherprune_jax._compaction.report import share, times
+from fisherprune_jax._files import PathLike
 from fisherprune_jax._tables import align
 from fisherprune_jax._training.history import Pruned
 

@@ -86,9 +86,19 @@ class Kept:
     if _is_at_hand(leaf):
       return put_like(leaf, self._cut(np.asarray(leaf), np))
     if compat.is_concrete(leaf) and isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-      cut = jax.jit(lambda leaf: self._cut(leaf, jnp), out_shardings=sharding_for(leaf, self.compact_shape))
-      return cut(leaf)
+      return self._cut_in_place(leaf)
     return self._cut(leaf, jnp)
+
+  def _cut_in_place(self, leaf: jax.Array) -> jax.Array:
+    """Of an array of several processes, which each hold a part of it: all of them have to ask."""
+    place = sharding_for(leaf, self.compact_shape)
+
+    def cut(leaf: jax.Array) -> jax.Array:
+      return self._cut(leaf, jnp)
+
+    if isinstance(place, NamedSharding):  # axes of its mesh that are explicit, too, are left to the compiler
+      cut = jax.sharding.auto_axes(cut, out_sharding=place)
+    return jax.jit(cut, out_shardings=place)(leaf)
 
   def _cut(self, leaf: Array, xp: ModuleType) -> Any:
     if self.layers is None:

@@ -10,11 +10,12 @@ import numpy as np
 from jax import export
 
 from fisherprune_jax._compaction import files, report
-from fisherprune_jax._compaction.files import Content, PathLike
+from fisherprune_jax._compaction.files import Content
 from fisherprune_jax._compaction.originals import Original
 from fisherprune_jax._compaction.plain import from_json, plain
 from fisherprune_jax._compaction.saving import HISTORY, PROGRAM, as_arrays, stored
 from fisherprune_jax._errors import describe, path_name, require_same_tree
+from fisherprune_jax._files import PathLike
 from fisherprune_jax._training.history import Pruned
 from fisherprune_jax._types import PyTree
 

@@ -16,6 +16,7 @@ from fisherprune_jax._compaction.originals import Original
 from fisherprune_jax._compaction.plain import plain, to_json
 from fisherprune_jax._compaction.plan import Plan
 from fisherprune_jax._errors import describe, is_traced, path_name, require_same_tree
+from fisherprune_jax._files import PathLike
 from fisherprune_jax._graph.blockers import Stays
 from fisherprune_jax._graph.variables import VariableTree, abstract
 from fisherprune_jax._masks import named_rows
@@ -63,7 +64,7 @@ def known_of(
 
 
 def save(
-  path: files.PathLike,
+  path: PathLike,
   function: Callable[..., PyTree],
   variables: PyTree,
   shapes: Sequence[PyTree],

@@ -1,7 +1,8 @@
 """The cost of a masked network, and what each feature contributes to it."""
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._cost.counted import Counted, Row
+from fisherprune_jax._cost.owned import Owned, Ownership
 from fisherprune_jax._errors import is_number, require, require_same_tree, require_shapes
 from fisherprune_jax._types import Array, Masks, Shape
 
@@ -45,6 +47,9 @@ class CostModel:
     per_feature: Callable[[Masks], Masks],
     unit: str = "",
     counted: Counted | None = None,
+    rows: Callable[[Masks], list[Row]] | None = None,
+    examples: int = 1,
+    owned: Sequence[Owned] | None = None,
   ) -> None:
     with jax.ensure_compile_time_eval():  # it may be made inside a function that is traced
       self.masks = jax.tree.map(lambda m: jnp.ones(m.shape, jnp.float32), masks)
@@ -53,12 +58,20 @@ class CostModel:
     self._total = jax.jit(total)
     self._per_feature = per_feature
     self._counted = counted
+    self._examples = examples
+    self._owned = owned
+    self._rows = rows if counted is None else counted.breakdown
     self._exact_cost = None if counted is None else counted.exact_cost
 
   @classmethod
-  def of(cls, counted: Counted, unit: str) -> "CostModel":
+  def of(cls, counted: Counted, unit: str, owned: Sequence[Owned] | None = None) -> "CostModel":
     """The cost model of a sum of terms."""
-    return cls(counted.masks, counted.total, counted.per_feature, unit, counted)
+    return cls(counted.masks, counted.total, counted.per_feature, unit, counted, owned=owned)
+
+  @functools.cached_property
+  def ownership(self) -> Ownership | None:
+    """What of the variables goes with each feature; None for a cost of your own."""
+    return None if self._owned is None else Ownership(self._owned, self.masks)
 
   @classmethod
   def from_functions(
@@ -78,7 +91,7 @@ class CostModel:
       unit: what it is measured in, for tables.
 
     Returns:
-      A cost model with no breakdown, whose ``exact`` rounds ``total``.
+      A cost model with no breakdown, whose ``exact`` is ``total``.
 
     >>> import jax, jax.numpy as jnp
     >>> import fisherprune_jax as fp
@@ -96,13 +109,25 @@ class CostModel:
       return NotImplemented
     _check_same(self.masks, other.masks)
     unit = self.unit if self.unit == other.unit else f"{self.unit or 'cost'} + {other.unit or 'cost'}"
+    owned = other._owned if self._owned is None else self._owned
     if self._counted is not None and other._counted is not None:
-      return CostModel.of(self._counted.plus(other._counted), unit)
+      return CostModel.of(self._counted.plus(other._counted), unit, owned)
 
     def per_feature(masks: Masks) -> Masks:
       return jax.tree.map(jnp.add, self.per_feature(masks), other.per_feature(masks))
 
-    return CostModel(self.masks, lambda masks: self(masks) + other(masks), jax.jit(per_feature), unit)
+    def rows(masks: Masks) -> list[Row]:
+      return [*self.breakdown(masks), *other.breakdown(masks)]
+
+    return CostModel(
+      self.masks,
+      lambda masks: self(masks) + other(masks),
+      jax.jit(per_feature),
+      unit,
+      rows=rows,
+      examples=self._examples if self._examples == other._examples else 1,
+      owned=owned,
+    )
 
   def __mul__(self, factor: Any) -> "CostModel":
     """A cost so many times as large, for sums of costs in different units."""
@@ -112,12 +137,24 @@ class CostModel:
     number = Fraction(repr(np.asarray(factor).item()))  # 0.1 is a tenth, as it is written
     unit = f"{float(factor):g} {self.unit or 'cost'}"
     if self._counted is not None:
-      return CostModel.of(self._counted.times(number), unit)
+      return CostModel.of(self._counted.times(number), unit, self._owned)
 
     def per_feature(masks: Masks) -> Masks:
       return jax.tree.map(lambda drop: factor * drop, self.per_feature(masks))
 
-    return CostModel(self.masks, lambda masks: factor * self(masks), jax.jit(per_feature), unit)
+    def rows(masks: Masks) -> list[Row]:
+      found = self.breakdown(masks)
+      return [row._replace(dense=factor * row.dense, now=factor * row.now, unit=unit) for row in found]
+
+    return CostModel(
+      self.masks,
+      lambda masks: factor * self(masks),
+      jax.jit(per_feature),
+      unit,
+      rows=rows,
+      examples=self._examples,
+      owned=self._owned,
+    )
 
   __rmul__ = __mul__
 
@@ -134,7 +171,10 @@ class CostModel:
   def exact(self, masks: Masks) -> int | float:
     """The cost of one traced batch, computed on the host: an integer, unless a unit (seconds) is divided."""
     self._check(masks)
-    return round(float(self._total(masks))) if self._counted is None else self._counted.exact(masks)
+    if self._counted is not None:
+      return self._counted.exact(masks)
+    total = float(self._total(masks)) * self._examples
+    return int(total) if total.is_integer() else total
 
   def exceeds(self, masks: Masks, target: float | Array) -> jax.Array:
     """Whether the cost is above a target per example, a boolean scalar; jit-able.
@@ -164,7 +204,7 @@ class CostModel:
   def breakdown(self, masks: Masks) -> list[Row]:
     """Where the cost is: one row per source line and primitive (per parameter), dense and under ``masks``."""
     self._check(masks)
-    return [] if self._counted is None else self._counted.breakdown(masks)
+    return [] if self._rows is None else self._rows(masks)
 
   def _check(self, masks: Masks) -> None:
     if isinstance(masks, int | np.integer) or (hasattr(masks, "ndim") and masks.ndim == 0):

@@ -102,7 +102,7 @@ class Counted:
 
   def total(self, masks: Masks) -> jax.Array:
     """The cost per example, in float32; jit-able."""
-    return self.prices.total(_alive(masks)) / self._divisor
+    return self.prices.total(alive(masks)) / self._divisor
 
   def per_feature(self, masks: Masks) -> Masks:
     """What it drops by with each feature; jit-able. One compiled program gives one flat result, which is cut outside."""
@@ -148,10 +148,10 @@ class Counted:
 
   @functools.cached_property
   def _drops(self) -> "jax.stages.Wrapped":
-    return jax.jit(lambda masks: self.prices.drops(_alive(masks)) / self._divisor)
+    return jax.jit(lambda masks: self.prices.drops(alive(masks)) / self._divisor)
 
   def _digits(self, masks: Masks) -> whole_numbers.Digits:
-    sizes = functools.partial(self.prices.sizes, _alive(masks))
+    sizes = functools.partial(self.prices.sizes, alive(masks))
     return whole_numbers.total(self.terms, sizes, whole_numbers.digits_for(self.dense))
 
 
@@ -163,5 +163,6 @@ def _evaluation(masks: Masks) -> Evaluation:
   return Evaluation(vectors_of(jax.tree.leaves(masks)))
 
 
-def _alive(masks: Masks) -> jax.Array:
+def alive(masks: Masks) -> jax.Array:
+  """Which features are alive, end to end."""
   return flatten(masks) != 0

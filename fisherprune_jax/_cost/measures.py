@@ -6,6 +6,7 @@ from fractions import Fraction
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._cost.counted import Counted, Entry
 from fisherprune_jax._cost.meters import BytesMeter, FlopsMeter, MacsMeter, Roofline, RooflineMeter
+from fisherprune_jax._cost.owned import owned
 from fisherprune_jax._errors import path_name, require
 from fisherprune_jax._graph.blockers import check, sample_masks
 from fisherprune_jax._graph.boxes import whole
@@ -14,7 +15,7 @@ from fisherprune_jax._graph.structured import Meter, costs_of
 from fisherprune_jax._graph.terms import sized
 from fisherprune_jax._graph.traced import Analysis, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree
-from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
+from fisherprune_jax._types import ApplyFn, BatchAxes, PyTree
 
 METERS: dict[str, Callable[[frozenset[str] | None, bool], Meter]] = {
   "flops": FlopsMeter,
@@ -87,29 +88,47 @@ def cost_model(
   """
   known = isinstance(measure, Roofline) or measure in MEASURES
   require(known, f"measure must be one of {', '.join(MEASURES)}, or an fp.Roofline", measure)
+  analysis, tree, examples = analysed(apply_fn, variables, args, masks, batch_axes, strict)
+  if measure == "params":
+    require(primitives is None, "primitives must be None where parameters are counted", primitives)
+    return parameters_of(analysis, tree)
+  names = None if primitives is None else frozenset(primitives)
+  if isinstance(measure, Roofline):
+    meter = RooflineMeter(FlopsMeter(names, pad_taps), BytesMeter(names), measure.weights)
+    return cost_of(analysis, tree, examples, meter, measure.seconds)
+  return cost_of(analysis, tree, examples, METERS[measure](names, pad_taps))
+
+
+def analysed(
+  apply_fn: ApplyFn,
+  variables: PyTree,
+  args: tuple[PyTree, ...],
+  masks: MaskSelector,
+  batch_axes: BatchAxes,
+  strict: bool = False,
+) -> tuple[Analysis, VariableTree, int]:
+  """What is known of a function under its masks, its variables, and how many examples ``args`` hold."""
   tree = VariableTree(variables, masks)
   examples = batch_size(args, batch_axes)
   analysis = trace_apply(apply_fn, tree, args).analyse()
   check(analysis, tree, examples, FlopsMeter(), sample_masks(tree.mask_leaves) if strict else ())
-  if measure == "params":
-    require(primitives is None, "primitives must be None where parameters are counted", primitives)
-    return CostModel.of(
-      Counted(tuple(parameters(analysis, tree)), tree.mask_tree, Fraction(1), 1), "parameters"
-    )
-  names = None if primitives is None else frozenset(primitives)
-  if isinstance(measure, Roofline):
-    meter = RooflineMeter(FlopsMeter(names, pad_taps), BytesMeter(names), measure.weights)
-    return cost_of(analysis, tree.mask_tree, examples, meter, measure.seconds)
-  return cost_of(analysis, tree.mask_tree, examples, METERS[measure](names, pad_taps))
+  return analysis, tree, examples
 
 
 def cost_of(
-  analysis: Analysis, masks: Masks, examples: int, meter: Meter, one: Fraction = Fraction(1)
+  analysis: Analysis, tree: VariableTree, examples: int, meter: Meter, one: Fraction = Fraction(1)
 ) -> CostModel:
   """The cost model of an analysed function, node by node; ``one`` is what the meter's unit is in that of the cost."""
   costs = costs_of(analysis.program, analysis.live, meter)
   entries = (Entry(cost.node.source, cost.label, meter.unit, cost.term, cost.counted) for cost in costs)
-  return CostModel.of(Counted(tuple(entries), masks, one / examples, examples), meter.unit)
+  counted = Counted(tuple(entries), tree.mask_tree, one / examples, examples)
+  return CostModel.of(counted, meter.unit, owned(analysis, tree))
+
+
+def parameters_of(analysis: Analysis, tree: VariableTree) -> CostModel:
+  """The cost model of what is kept of the variables, in all."""
+  counted = Counted(tuple(parameters(analysis, tree)), tree.mask_tree, Fraction(1), 1)
+  return CostModel.of(counted, "parameters", owned(analysis, tree))
 
 
 def parameters(analysis: Analysis, tree: VariableTree) -> Iterator[Entry]:

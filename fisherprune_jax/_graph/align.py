@@ -34,11 +34,18 @@ def sources(have: np.ndarray | None, want: np.ndarray | None, size: Size) -> np.
 
 
 def select(array: jax.Array, axis: int, source: np.ndarray, fill: jax.Array | None = None) -> jax.Array:
-  """The entries at ``source``, -1 giving ``fill`` (zero): a slice or a pad where the pattern is even, else a gather."""
+  """The entries at ``source``, -1 giving ``fill`` (zero): a slice or a pad where the pattern is even, else a gather.
+
+  XLA makes one window of a pad on both sides of a single entry and of a cumulative sum behind it, and is wrong about it
+  then. So a single entry is gathered, not padded; and sliced in two steps, of which the gradient is a pad on one side at a
+  time.
+  """
   there = np.flatnonzero(source >= 0)
   if there.size == source.size and (stride := _even(source)):
+    if source.size == 1 and 0 < source[0] < array.shape[axis] - 1:
+      pair = lax.slice_in_dim(array, int(source[0]), int(source[0]) + 2, axis=axis)
+      return lax.slice_in_dim(pair, 0, 1, axis=axis)
     return lax.slice_in_dim(array, int(source[0]), int(source[-1]) + 1, stride, axis)
-  # Not a single entry: XLA makes one window of a pad and a cumulative sum behind it, and is wrong about it then.
   in_order = there.size == array.shape[axis] > 1 and np.array_equal(source[there], np.arange(there.size))
   if in_order and (stride := _even(there)):
     config = [(0, 0, 0)] * array.ndim

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from fisherprune_jax._graph.boxes import Box
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node, Program, Value
-from fisherprune_jax._graph.terms import Dearest, Term
+from fisherprune_jax._graph.terms import Term
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 class Cost(NamedTuple):
   """What one node costs; ``node`` says where it is, ``label`` what it is called in a breakdown.
 
-  Where nobody knows what it costs, ``counted`` is False, and the term is zero.
+  Where nobody knows what it costs, ``counted`` is False, and the term is zero. Terms are those of the meter: ``Term`` and
+  ``Dearest``, or a kind of its own that has their ``scale``, ``sets`` and ``under``.
   """
 
   node: Node
   label: str
-  term: Term | Dearest
+  term: Any
   counted: bool = True
 
 
@@ -51,7 +52,7 @@ class Meter(Protocol):
   def unit(self) -> str:
     """What it counts, for tables."""
 
-  def __call__(self, node: Node, live: "Liveness") -> Iterable[Term | Dearest] | None:
+  def __call__(self, node: Node, live: "Liveness") -> Iterable[Any] | None:
     """What a node that runs no program costs when it runs; None where nobody knows."""
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:

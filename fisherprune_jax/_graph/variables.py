@@ -63,6 +63,13 @@ class VariableTree:
       return self.variables[self.masks]
     return jax.tree_util.tree_map_with_path(lambda path, x: x if self.is_mask(path) else None, self.variables)
 
+  def with_masks(self, leaves: Sequence[Array]) -> PyTree:
+    """The variables with other masks, given in tree order."""
+    given = iter(leaves)
+    return jax.tree_util.tree_map_with_path(
+      lambda path, x: next(given) if self.is_mask(path) else x, self.variables
+    )
+
   def without_weights(self) -> "VariableTree":
     """The same variables, of which only the masks have values."""
 

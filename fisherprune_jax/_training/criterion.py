@@ -4,12 +4,9 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from fisherprune_jax._errors import describe, require, require_same_tree, require_shapes
+from fisherprune_jax._errors import describe, require_same_tree, require_shapes
 from fisherprune_jax._training.gradients import check_gradients, check_weights
-from fisherprune_jax._types import AxisNames, MaskGrads, Masks, PyTree
+from fisherprune_jax._types import AxisNames, Masks, PyTree
 
 CHECKS: dict[str, Callable[[Any, Masks, AxisNames], None]] = {
   "mask_grads": check_gradients,
@@ -119,60 +116,3 @@ class Criterion:
     require_same_tree(signal, masks, f"The signal of the criterion {self.name!r}", "the masks", how)
     what = f"The signal of the criterion {self.name!r} must have the shape"
     require_shapes(signal, masks, lambda shape, path: f"{what} {shape} of the mask at {path}", how)
-
-
-def fisher_signal(
-  mask_grads: MaskGrads, example_weights: jax.Array | None = None, axis_name: AxisNames = None
-) -> PyTree:
-  r"""The Fisher estimate, in nats, of what removing each feature costs (Theis et al. 2018, eq. 9).
-
-  .. math:: signal_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
-
-  Args:
-    mask_grads: a tree of per-example gradients ``(..., B, C)``.
-    example_weights: ``(B,)``, the weight of each row in the mean; a row of weight 0 may hold anything.
-    axis_name: a mapped axis, or a tuple of axes, to average over as well.
-
-  Returns:
-    A float32 tree with leaves ``(..., C)``; NaN where weights are negative, not finite, or all zero.
-
-  >>> import jax.numpy as jnp
-  >>> fisher_signal(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
-  Array([2.5, 5. ], dtype=float32)
-  """
-  examples = jax.tree.leaves(mask_grads)[0].shape[-2]
-  weights = jnp.ones(examples) if example_weights is None else jnp.asarray(example_weights, jnp.float32)
-  require(weights.shape == (examples,), f"example_weights must have shape ({examples},)", weights.shape)
-  # With a negative weight among them it would be no mean: NaN, so that the batch is left out.
-  count = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
-
-  def total(g: jax.Array) -> jax.Array:
-    squares = jnp.square(g.astype(jnp.float32))
-    if example_weights is None:
-      return jnp.sum(squares, axis=-2)
-    return jnp.sum(jnp.where(weights[:, None] > 0, weights[:, None] * squares, 0), axis=-2)
-
-  totals = jax.tree.map(total, mask_grads)
-  if axis_name is not None:
-    totals, count = jax.lax.psum((totals, count), axis_name)
-  return jax.tree.map(lambda t: 0.5 * t / count, totals)
-
-
-FISHER = Criterion(
-  fisher_signal, "fisher", needs=("mask_grads",), takes=("example_weights", "axis_name"), unit="nats"
-)
-CRITERIA = {criterion.name: criterion for criterion in (FISHER,)}
-"""Those that ``method`` may name."""
-
-
-def criterion_of(method: Any, name: str = "method") -> Criterion:
-  """The criterion that ``method`` names or is.
-
-  >>> criterion_of("fisher").unit
-  'nats'
-  """
-  if isinstance(method, Criterion):
-    return method
-  known = tuple(CRITERIA)
-  require(method in known, f"{name} must be one of {known}, or an fp.Criterion", method)
-  return CRITERIA[method]

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._errors import is_traced, require, require_same_tree, require_shapes, warn
 from fisherprune_jax._masks import flatten
-from fisherprune_jax._training.criterion import criterion_of
+from fisherprune_jax._training.criteria import criterion_of
+from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.gradients import Reduction, examples_of, value_and_grads
 from fisherprune_jax._training.options import Options
 from fisherprune_jax._training.state import start
@@ -74,10 +75,12 @@ def estimate_signals(
   masks: Masks,
   batches: Iterable[PyTree],
   *,
+  method: str | Criterion = "fisher",
+  cost: CostModel | None = None,
   has_aux: bool = False,
   reduction: Reduction = "mean",
 ) -> Masks:
-  r"""The mean Fisher signal of a trained network over some batches, for :func:`prune`.
+  r"""The mean signal of a trained network over some batches, for :func:`prune`; by default, Fisher's.
 
   .. math:: signal_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
 
@@ -85,12 +88,16 @@ def estimate_signals(
     loss_fn: ``loss_fn(params, masks, batch)``, as of :func:`value_and_grads`.
     params: the parameters.
     masks: the masks as they are, such as ``cost.masks``.
-    batches: any iterable of batches; each example counts as much, so batches may be of several sizes.
+    batches: any iterable of batches; each example counts as much, so batches may be of several sizes. None are looked at
+      for a criterion that needs no gradients.
+    method: as of :func:`fisher_prune`: ``"fisher"``, ``"taylor"``, ``"magnitude"``, ``"fisher_magnitude"``, ``"random"``, or
+      a :class:`Criterion` that needs nothing but ``"mask_grads"``, ``"params"`` and ``"masks"``.
+    cost: what the network costs, for the magnitudes: it knows which parameters go with each feature.
     has_aux: as of :func:`value_and_grads`.
     reduction: likewise.
 
   Returns:
-    A float32 tree like the masks, in nats.
+    A float32 tree like the masks, in the unit of the criterion: nats.
 
   Raises:
     ValueError: without batches.
@@ -106,16 +113,20 @@ def estimate_signals(
     Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
     <https://arxiv.org/abs/1801.05787>`_, 2018
   """
-  criterion, grads_of = criterion_of("fisher"), value_and_grads(loss_fn, has_aux=has_aux, reduction=reduction)
+  criterion = criterion_of(method, cost=cost)
+  own = {"masks": masks, "params": params, "step": jnp.int32(1), "axis_name": None}
+  if "mask_grads" not in criterion.asks_for:
+    return jax.tree.map(jnp.float32, criterion.signal_of(own))
+  grads_of = value_and_grads(loss_fn, has_aux=has_aux, reduction=reduction)
 
   @jax.jit
-  def add(total: Masks, params: PyTree, masks: Masks, batch: PyTree) -> Masks:
-    _, (_, mask_grads) = grads_of(params, masks, batch)
-    signal = criterion.signal_of({"masks": masks, "mask_grads": mask_grads, "axis_name": None})
+  def add(total: Masks, own: dict[str, Any], batch: PyTree) -> Masks:
+    _, (_, mask_grads) = grads_of(own["params"], own["masks"], batch)
+    signal = criterion.signal_of({**own, "axis_name": None, "mask_grads": mask_grads})
     return jax.tree.map(lambda t, s: t + examples_of(batch) * s, total, signal)
 
   total, examples = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks), 0
   for batch in batches:
-    total, examples = add(total, params, masks, batch), examples + examples_of(batch)
+    total, examples = add(total, own, batch), examples + examples_of(batch)
   require(examples > 0, "batches must hold at least one example", examples, "Iterators may be used up.")
   return jax.tree.map(lambda t: t / examples, total)

@@ -18,7 +18,8 @@ from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._errors import describe, is_number, is_traced, require, warn
 from fisherprune_jax._masks import check_masks
 from fisherprune_jax._training.bundles import Multiple, Rows, rows_of
-from fisherprune_jax._training.criterion import Criterion, criterion_of
+from fisherprune_jax._training.criteria import criterion_of
+from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.floors import MinFeatures, check_floors, floors_of
 from fisherprune_jax._types import AxisNames, Masks
 
@@ -168,7 +169,10 @@ class Options:
     if self.target is not None and not is_default:
       raise ValueError("target and flops_target are one option under two names, got both. Pass target alone.")
     _warn_of_fraction(self.cost, self.flops_target if self.target is None else self.target)
-    _ = self.rows  # raises where an option of what goes together does not fit the masks
+    _ = (
+      self.rows,
+      self.criterion,
+    )  # raise where what goes together does not fit the masks, or a criterion the cost
     if self.masks is not None:
       check_masks(self.masks, self.cost.masks, "the cost model")
       check_floors(self.masks, floors_of(self.cost.masks, self.min_features))
@@ -194,10 +198,10 @@ class Options:
     """The name that the target was given under."""
     return "flops_target" if self.target is None else "target"
 
-  @property
+  @functools.cached_property
   def criterion(self) -> Criterion:
     """What ``method`` stands for."""
-    return criterion_of(self.method)
+    return criterion_of(self.method, cost=self.cost)
 
   def at(self, name: str, step: jax.Array) -> Any:
     """The value of an option at a step: if it is a schedule, what that gives."""

@@ -9,7 +9,8 @@ import optax
 
 from fisherprune_jax._masks import named_rows
 from fisherprune_jax._tables import align
-from fisherprune_jax._training.criterion import Criterion, criterion_of
+from fisherprune_jax._training.criteria import criterion_of
+from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.finding import get_state, signals
 from fisherprune_jax._training.state import FisherPruneState
 

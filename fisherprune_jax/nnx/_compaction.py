@@ -5,9 +5,9 @@ from typing import Any
 from flax import nnx
 
 from fisherprune_jax._compaction import compact as compaction
-from fisherprune_jax._compaction.files import PathLike
 from fisherprune_jax._cost import measures
 from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._files import PathLike
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._types import PyTree
 from fisherprune_jax.nnx._auto import AutoMasked

@@ -61,7 +61,7 @@ class Scan:
     if stacks.has_stack(node, live):
       yield from stacks.costs(node, live, meter)
       return
-    for cost in costs_of(live.subs[node][0], live, meter):
+    for cost in _of_turns(node, live.subs[node][0], live, meter):
       yield cost._replace(term=cost.term._replace(scale=cost.term.scale * node.params["length"]))
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
@@ -140,7 +140,7 @@ class While:
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
     """One turn counts: how many there will be is not known."""
     for part in live.subs[node]:
-      for cost in costs_of(part, live, meter):
+      for cost in _of_turns(node, part, live, meter):
         yield cost._replace(label=f"{cost.label} (one turn of a while loop)")
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
@@ -189,6 +189,12 @@ class While:
       *(live.stored(inner) for inner in body.inputs[:consts]),
       *map(join, carried, of_cond[first:]),
     ]
+
+
+def _of_turns(node: Node, turn: Program, live: Liveness, meter: Meter) -> Iterator[Cost]:
+  """What a turn costs where there are any: what is carried may be asked for whatever the condition is (``fixpoint.py``)."""
+  for cost in costs_of(turn, live, meter):
+    yield cost._replace(term=cost.term.under(live.when(node, cost.term.sets)))
 
 
 def _again(node: Node) -> bool:

@@ -8,7 +8,9 @@ and ``exp(x)`` do not, and no list has to say so.
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
+from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
@@ -54,8 +56,8 @@ def elementwise(node: Node, infos: Sequence[Info]) -> Spec:
   ins = tuple(_axes(value.shape, shape) for value in node.ins)
   names = names_of(shape)
   constants = {i for i, info in enumerate(infos) if info.const is not None}
-  neutral = PREDICATES.get(node.name, frozenset()) | constants
   kills = _kills(node, infos)
+  neutral = (PREDICATES.get(node.name, frozenset()) - kills) | constants
   same_as = _same_as(node, infos)
   moves = node.name in MOVES and node.name != "select_n"
   zeros = _zeros(node, infos)
@@ -109,9 +111,17 @@ def _opaque(
 
 def _kills(node: Node, infos: Sequence[Info]) -> frozenset[int]:
   # 0 / 0 is not zero: a numerator's zeros count only over a denominator that has none of its own.
+  if node.name == "select_n" and _is_product(node, infos):
+    return frozenset({0, 2})
   if node.name == "div" and not (infos[1].const is None and _is_everywhere(infos[1])):
     return frozenset()
   return PRODUCTS.get(node.name, frozenset())
+
+
+def _is_product(node: Node, infos: Sequence[Info]) -> bool:
+  """Whether a choice is one between +0 and something else, as ``where(mask > 0, x, 0)``: not where the predicate does."""
+  zero = infos[1].const
+  return len(infos) == 3 and infos[1].is_zero and compat.is_concrete(zero) and not np.signbit(np.real(zero))
 
 
 def _is_everywhere(info: Info) -> bool:

@@ -1,0 +1,123 @@
+"""What of the variables goes with each feature: entry by entry, so that whatever they hold can be added up.
+
+A variable is kept where all of its axes are, and gone where any is. Axes that hang on different masks never lose an
+entry to the same feature: what each loses adds up. Where several hang on one mask, as both sides of a recurrent kernel,
+they are merged into one axis, of which every entry is a position of its own.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fisherprune_jax._errors import Path, path_name
+from fisherprune_jax._graph import sets
+from fisherprune_jax._graph.boxes import Where
+from fisherprune_jax._graph.circuit import Circuit
+from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.traced import Analysis
+from fisherprune_jax._graph.variables import VariableTree, sizes_of
+from fisherprune_jax._masks import flatten, unflatten
+from fisherprune_jax._types import Masks, Shape
+
+Keys = tuple[str, ...]
+"""A path in a tree, as names."""
+
+
+class Owned(NamedTuple):
+  """Where a variable, or one layer of it, is kept.
+
+  Attributes:
+    path: of the variable.
+    shape: of all of it.
+    layer: which entry along its leading axis this is of; None for all of it.
+    where: what is kept.
+  """
+
+  path: Keys
+  shape: Shape
+  layer: int | None
+  where: Where
+
+
+def owned(analysis: Analysis, tree: VariableTree) -> list[Owned]:
+  """What is kept of each variable that somebody asks for."""
+  live, found = analysis.live, []
+  for value, (path, _), is_mask in zip(analysis.variables, tree.paths, tree.flags, strict=True):
+    if not is_mask and value in live.asked:
+      layers = live.layers(value)
+      parts = [(None, live.stored(value))] if layers is None else list(enumerate(layers))
+      found += [Owned(keys_of(path), value.shape, layer, where) for layer, where in parts]
+  return found
+
+
+def keys_of(path: Path) -> Keys:
+  """A path as names."""
+  return tuple(path_name((key,)) for key in path)
+
+
+class Part(NamedTuple):
+  """Some axes of a variable (of one layer of it) merged into one, row by row, and where that is kept."""
+
+  axes: tuple[int, ...]
+  kept: Set
+
+
+class Ownership:
+  """Adds up, for every feature, what the entries hold that go with it; jit-able.
+
+  Args:
+    parts: what is kept of each variable.
+    masks: the tree of masks.
+
+  Attributes:
+    shapes: of the variables, by path.
+  """
+
+  def __init__(self, parts: Sequence[Owned], masks: Masks) -> None:
+    self._masks = masks
+    self.shapes = {part.path: part.shape for part in parts}
+    self._owned = [(part, list(_parts(part.where))) for part in parts]
+    roots = [s for part, found in self._owned for s in (*part.where.box, *(p.kept for p in found))]
+    self._circuit = Circuit(roots, sizes_of(jax.tree.leaves(masks)))
+
+  def add_up(self, values: Mapping[Keys, jax.Array], masks: Masks) -> Masks:
+    """Of each feature, the sum of the values of all entries that go with it.
+
+    Args:
+      values: by path, a number for each entry; variables without one own nothing.
+      masks: the masks as they are; what is gone already counts nowhere.
+    """
+    live = self._circuit.live(flatten(masks) != 0, jnp)
+    weights = jnp.zeros((1, self._circuit.size), jnp.float32)
+    for part, found in self._owned:
+      if (value := values.get(part.path)) is None:
+        continue
+      value = jnp.asarray(value if part.layer is None else value[part.layer], jnp.float32)
+      for axis, kept in enumerate(part.where.box):
+        shape = [-1 if at == axis else 1 for at in range(value.ndim)]
+        value = value * live[self._circuit.gates[kept]].reshape(shape)
+      for axes, kept in found:
+        others = tuple(axis for axis in range(value.ndim) if axis not in axes)
+        weights = weights.at[0, self._circuit.gates[kept]].add(jnp.sum(value, others).reshape(-1))
+    return unflatten(self._circuit.drops(live, weights, jnp)[0], self._masks)
+
+
+def _parts(where: Where) -> Iterator[Part]:
+  """Axes that hang on masks, and the condition; those that hang on one mask together."""
+  axes: list[tuple[tuple[int, ...], Set]] = [((at,), s) for at, s in enumerate(where.box) if s.support]
+  when = sets.beyond(where.when, where.box)
+  for group in _sharing([*axes, *([((), when)] if when.support else [])]):
+    yield Part(tuple(at for axes, _ in group for at in axes), sets.outer([s for _, s in group]))
+
+
+def _sharing(found: Iterable[tuple[tuple[int, ...], Set]]) -> list[list[tuple[tuple[int, ...], Set]]]:
+  """Groups of what hangs on common masks, directly or through others."""
+  groups: list[list[tuple[tuple[int, ...], Set]]] = []
+  for item in found:
+    mine = [group for group in groups if any(s.support & item[1].support for _, s in group)]
+    groups = [group for group in groups if group not in mine]
+    groups.append([*(other for group in mine for other in group), item])
+  return [sorted(group, key=lambda item: item[0] or (math.inf,)) for group in groups]

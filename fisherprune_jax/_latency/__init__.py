@@ -1,0 +1,1 @@
+"""Costs that are times, measured on the machine at hand."""

@@ -1,0 +1,99 @@
+"""Timing programs on the machine at hand, and remembering what they took."""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fisherprune_jax._files import PathLike, replacing
+
+VISIT = 2e-3
+"""Seconds that a program runs for, over and over, each time that its turn comes: far more than a clock's tick."""
+Run = Callable[[], Any]
+
+
+def machine() -> str:
+  """What a time hangs on beside the program: the device, what compiles for it, and of a processor how many cores."""
+  device = jax.devices()[0]
+  parts = [device.platform, device.device_kind, f"jax {jax.__version__}"]
+  if device.platform == "cpu":
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parts += [_processor(), f"{cores} cores", os.environ.get("XLA_FLAGS", "")]
+  return ", ".join(filter(None, parts))
+
+
+def _processor() -> str:
+  """The name of the processor."""
+  try:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+  except OSError:
+    lines = []
+  named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+  return next(named, platform.processor() or platform.machine())
+
+
+def medians(runs: Sequence[Run], repeats: int) -> np.ndarray:
+  """The median seconds of a call of each of some programs, which take turns."""
+  first = [once(run, 1) for run in (*runs, *runs)][len(runs) :]  # the first call compiles
+  counts = [max(1, int(VISIT / max(seconds, 1e-7))) for seconds in first]
+  rounds = [[once(run, count) for run, count in zip(runs, counts, strict=True)] for _ in range(repeats)]
+  return np.median(rounds, axis=0) if runs else np.zeros(0)
+
+
+def once(run: Run, count: int) -> float:
+  """The seconds that one of ``count`` calls in a row takes."""
+  start = time.perf_counter()
+  for _ in range(count):
+    out = run()
+  jax.block_until_ready(out)
+  return (time.perf_counter() - start) / count
+
+
+class Memory:
+  """Times by name, in a JSON file if there is a path: ``{machine: {name: seconds}}``.
+
+  Raises:
+    ValueError: for a file that holds something else.
+  """
+
+  def __init__(self, path: PathLike | None) -> None:
+    self._path = None if path is None else Path(path)
+    self._machine = machine()
+    self._all = self._read()
+    self.times: dict[str, float] = self._all.setdefault(self._machine, {})
+
+  def add(self, found: Mapping[str, float]) -> None:
+    """Remembers times; the file is written anew, beside the old one, and put in its place."""
+    self.times.update(found)
+    if self._path is None:
+      return
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(self._path) as temporary:
+      Path(temporary).write_text(json.dumps(self._all, indent=1))
+
+  def _read(self) -> dict[str, dict[str, float]]:
+    if self._path is None or not self._path.exists():
+      return {}
+    try:
+      found = json.loads(self._path.read_text())
+      _check(found)
+    except ValueError as error:
+      raise ValueError(
+        f"cache must be a JSON file that fp.measure_latency wrote, or a path where there is none, got {self._path}: "
+        f"{error}. Remove it, or name another."
+      ) from error
+    return found
+
+
+def _check(found: Any) -> None:
+  parts: Iterable[Any] = found.values() if isinstance(found, dict) else [None]
+  if not all(isinstance(part, dict) for part in parts):
+    raise ValueError("it holds no times by machine")
+  if not all(isinstance(t, float | int) and t >= 0 for part in parts for t in part.values()):
+    raise ValueError("a time is no number of seconds")

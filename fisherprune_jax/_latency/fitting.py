@@ -1,0 +1,79 @@
+"""From times of parts to those of whole networks."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TRUST = 1.0
+"""What it weighs if products take another time among others than alone, against relative errors of whole networks."""
+
+
+def fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
+  """Factors of some columns, none below zero, that come closest to what rows take; to the first one exactly.
+
+  Errors count relative to each row. The first column was timed, so its factor has to have a reason not to be one. With a few
+  columns all subsets can be tried: of those whose best factors are not below zero, the closest is the best of all.
+
+  >>> [round(factor, 6) for factor in fitted([[4.0, 2.0], [2.0, 1.5]], [8.0, 5.0])]
+  [1.0, 2.0]
+  """
+  wanted = np.array([*seconds, 1.0])
+  columns = np.vstack([np.asarray(rows, float), np.eye(len(rows[0]))[0]])
+  weight = np.array([*(1 / max(s, 1e-12) for s in seconds), TRUST])
+  best, least = np.zeros(columns.shape[1]), np.inf
+  norms = np.maximum(np.abs(columns[:-1]).max(axis=0), 1e-30)
+  for chosen in itertools.product((False, True), repeat=len(best)):
+    some = np.flatnonzero(chosen)
+    factors = np.zeros(len(best))
+    given = columns[:, some] / norms[some] * weight[:, None]
+    factors[some] = np.linalg.lstsq(given, wanted * weight, rcond=1e-9)[0] / norms[some]
+    off = np.square((columns @ factors - wanted) * weight).sum()
+    if (factors >= 0).all() and off < least - 1e-12:
+      best, least = factors, off
+  first = columns[0] @ best
+  return (best * (wanted[0] / first if first > 0 else 1.0)).tolist()
+
+
+class Curve(NamedTuple):
+  """A curve that rises, straight from point to point.
+
+  Attributes:
+    x: where the points are, from zero on.
+    y: what it is there, from zero on.
+  """
+
+  x: tuple[float, ...]  # of Python: numbers of NumPy would make a float32 more precise under 64 bits
+  y: tuple[float, ...]
+
+  @classmethod
+  def of(cls, x: Sequence[float], y: Sequence[float]) -> "Curve":
+    """Through points of any order; what would fall is level, and of several in one place the highest counts.
+
+    >>> curve = Curve.of([8.0, 4.0, 4.0], [6.0, 1.0, 2.0])
+    >>> float(curve(2.0)), float(curve(6.0)), float(curve.fall(6.0, 4.0))
+    (1.0, 4.0, 3.0)
+    """
+    points, highest = {0.0: 0.0}, 0.0
+    for at, value in sorted(zip(x, y, strict=True)):
+      points[at] = highest = max(highest, value)
+    return cls(tuple(points), tuple(points.values()))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """What it is somewhere."""
+    return self.fall(x, x)
+
+  def fall(self, x: jax.Array, by: jax.Array) -> jax.Array:
+    """By how much it falls from somewhere to somewhere before that: exact however little that is."""
+    total = 0.0 * by
+    for (low, high), (start, end) in zip(itertools.pairwise(self.x), itertools.pairwise(self.y), strict=True):
+      within = jnp.minimum(by, jnp.maximum(x - low, 0)) - jnp.minimum(by, jnp.maximum(x - high, 0))
+      total = total + (end - start) / (high - low) * within
+    return total
+
+  def over(self, x: float) -> float:
+    """What it is somewhere, over where that is."""
+    return float(self(jnp.asarray(x))) / x if x > 0 else 1.0

@@ -1,0 +1,249 @@
+"""What a network takes on the machine at hand, as a cost model: every product timed at a grid of widths, and a few whole."""
+
+import operator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._cost.counted import Row, alive
+from fisherprune_jax._cost.measures import analysed, cost_of, parameters_of
+from fisherprune_jax._cost.meters import BytesMeter
+from fisherprune_jax._cost.owned import owned
+from fisherprune_jax._errors import is_number, require
+from fisherprune_jax._graph.liveness import Liveness
+from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.structured import Cost, costs_of
+from fisherprune_jax._graph.terms import Dearest, Term
+from fisherprune_jax._graph.variables import MaskSelector, sizes_of
+from fisherprune_jax._latency.clock import Memory
+from fisherprune_jax._latency.fitting import Curve, fitted
+from fisherprune_jax._latency.grids import grid_of, some_of, table_of
+from fisherprune_jax._latency.kernels import PRODUCTS, Kernel, ProductsMeter, Timed
+from fisherprune_jax._latency.tables import Table, Times
+from fisherprune_jax._latency.whole import wholes
+from fisherprune_jax._masks import unflatten
+from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
+
+FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
+Track = Callable[[Sequence[Any]], Iterable[Any]]
+
+
+def measure_latency(
+  apply_fn: ApplyFn,
+  variables: PyTree,
+  *args: PyTree,
+  masks: MaskSelector = "masks",
+  batch_axes: BatchAxes = 0,
+  fractions: Sequence[float] = FRACTIONS,
+  multiple_of: int = 1,
+  repeats: int = 5,
+  cache: str | os.PathLike[str] | None = None,
+  track: Track = iter,
+) -> CostModel:
+  r"""Measures how long ``apply_fn(variables, *args)`` takes on this machine, as a function of its masks.
+
+  Each distinct product and convolution of the program is timed alone at a grid of the widths that masks can cut it to,
+  the programs of one grid taking turns; the median counts. Between the grid's widths, times are interpolated, and made
+  monotone. Then whole networks are timed: the dense one, and compact ones of which all masks are cut alike, to a half,
+  a third or so, and a quarter. What products come to among others, what a byte takes that everything else moves, and
+  what reading an entry of the variables takes, are the factors that fit them best, none of them below zero. What is off
+  then is mended by a curve ``g`` that rises from point to point: the networks that were timed whole have their own times.
+
+  .. math:: cost(m) = \frac1B \Bigl(t_{call} + g\bigl(\alpha \sum_{products} t(widths(m)) + \beta \sum_{others} bytes(m)
+    + \gamma \, params(m)\bigr)\Bigr)
+
+  Args:
+    apply_fn: ``apply_fn(variables, *args)``, such as ``model.apply``.
+    variables: the variables, with the masks among them.
+    *args: the other arguments, of the batch size that is to be fast: arrays, or ``jax.ShapeDtypeStruct``.
+    masks: as of :func:`cost_model`.
+    batch_axes: likewise.
+    fractions: of each axis that masks can cut, the widths to time, from small to 1.
+    multiple_of: what widths will be multiples of, as of :func:`fisher_prune`; those timed are odd multiples of it, since
+      some hardware is faster at multiples of 8 or 128 than at any between.
+    repeats: how many turns each program gets.
+    cache: a JSON file that remembers times by machine and shapes; what it holds is not timed again.
+    track: shows progress, as ``rich.progress.track`` or ``tqdm.tqdm``: it is given a list and hands on its items.
+
+  Returns:
+    A cost model in seconds per example, of which the drop of a feature is that of the interpolated times.
+
+  Raises:
+    ValueError: for fractions that do not rise to 1, fewer than one repeat, a file that holds something else, and as
+      :func:`cost_model`.
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> apply = lambda v, x: ((x @ v["a"]) * v["masks"]) @ v["b"]
+  >>> variables = {"a": jnp.ones((256, 2048)), "b": jnp.ones((2048, 256)), "masks": jnp.ones(2048)}
+  >>> cost = fp.measure_latency(apply, variables, jnp.ones((64, 256)), repeats=1)
+  >>> cost.unit, bool(cost.dense > cost(variables["masks"].at[:1536].set(0)))
+  ('seconds', True)
+
+  References:
+    Shen et al., `Structural pruning via latency-saliency knapsack <https://arxiv.org/abs/2210.06659>`_, 2022
+
+    Yang et al., `NetAdapt: platform-aware neural network adaptation <https://arxiv.org/abs/1804.03230>`_, 2018
+  """
+  rising = all(is_number(f) and f > 0 for f in fractions) and list(fractions) == sorted({*fractions})
+  require(
+    bool(fractions) and rising and fractions[-1] == 1, "fractions must rise from above 0 to 1", fractions
+  )
+  for name, number in (("multiple_of", multiple_of), ("repeats", repeats)):
+    require(isinstance(number, int) and number >= 1, f"{name} must be an int of at least 1", number)
+  memory = Memory(cache)
+  analysis, tree, examples = analysed(apply_fn, variables, args, masks, batch_axes)
+  costs = list(costs_of(analysis.program, analysis.live, ProductsMeter()))
+  tables = _tables(costs, fractions, multiple_of, repeats, memory, track)
+  products = [replaced for cost in costs for replaced in _without_branches(cost, tables)]
+  times = Times([cost.term for cost in products], tables, sizes_of(tree.mask_leaves))
+  others = cost_of(analysis, tree, examples, OthersMeter(BytesMeter()))
+  held = parameters_of(analysis, tree)
+  timed = wholes(apply_fn, tree, args, batch_axes, analysis.program, multiple_of, repeats, memory)
+  parts = jax.jit(times.parts)
+  rows = [[float(jnp.sum(parts(alive(m)))), float(others(m)) * examples, float(held(m))] for m in timed.masks]
+  per_second, per_byte, per_entry = factors = fitted(rows, timed.seconds)
+  rest = ((others, per_byte), (held, per_entry / examples))
+  sums = [sum(map(operator.mul, row, factors)) / examples for row in rows]
+  found = Latency(
+    others.masks,
+    products,
+    parts,
+    jax.jit(times.drops),
+    per_second / examples,
+    rest,
+    Curve.of(sums, [seconds / examples for seconds in timed.seconds]),
+    timed.calling / examples,
+  )
+  return CostModel(
+    found.masks,
+    found.total,
+    found.per_feature,
+    "seconds",
+    rows=found.rows,
+    examples=examples,
+    owned=owned(analysis, tree),
+  )
+
+
+@dataclass(frozen=True, eq=False)
+class Latency:
+  """Times of products, and what everything else takes.
+
+  Attributes:
+    masks: the tree of masks.
+    products: where they are.
+    parts: what each of them takes alone, from which features are alive; jit-able.
+    drops: what of that goes with each feature; likewise.
+    per_second: what a second of a product alone is in the whole network, per example.
+    rest: the bytes that everything else moves, entries of variables: costs, and what a unit of them takes.
+    curve: from the sum of all that to what whole networks take.
+    calling: what a call takes before anything is computed, per example.
+  """
+
+  masks: Masks
+  products: list[Cost]
+  parts: Callable[[jax.Array], jax.Array]
+  drops: Callable[[jax.Array], jax.Array]
+  per_second: float
+  rest: tuple[tuple[CostModel, float], ...]
+  curve: Curve
+  calling: float
+
+  def total(self, masks: Masks) -> jax.Array:
+    """Seconds per example."""
+    return self.calling + self.curve(self._sum(masks))
+
+  def _sum(self, masks: Masks) -> jax.Array:
+    products = self.per_second * jnp.sum(self.parts(alive(masks)))
+    return sum((scale * cost(masks) for cost, scale in self.rest), start=products)
+
+  def per_feature(self, masks: Masks) -> Masks:
+    """What goes with each feature."""
+    found = jax.tree.map(lambda t: self.per_second * t, unflatten(self.drops(alive(masks)), masks))
+    for cost, scale in self.rest:
+      found = jax.tree.map(lambda t, drop, by=scale: t + by * drop, found, cost.per_feature(masks))
+    return jax.tree.map(partial(self.curve.fall, self._sum(masks)), found)
+
+  def rows(self, masks: Masks) -> list[Row]:
+    """Where the time goes."""
+    dense, now = (np.asarray(self.parts(alive(m))) * self.per_second for m in (self.masks, masks))
+    sums: dict[tuple[str, str], np.ndarray] = {}
+    for cost, *pair in zip(self.products, dense, now, strict=True):
+      key = cost.node.source, cost.label
+      sums[key] = sums.get(key, np.zeros(2)) + pair
+    rows = [Row(*key, float(before), float(after), "seconds") for key, (before, after) in sums.items()]
+    rows += [
+      row._replace(dense=scale * row.dense, now=scale * row.now, unit="seconds")
+      for cost, scale in self.rest
+      for row in cost.breakdown(masks)
+    ]
+    was, is_ = (self.curve.over(float(self._sum(m))) for m in (self.masks, masks))
+    rows = [row._replace(dense=was * row.dense, now=is_ * row.now) for row in rows]
+    return [*rows, Row("", "calling it", self.calling, self.calling, "seconds")]
+
+
+@dataclass(frozen=True)
+class OthersMeter:
+  """Bytes of all that is no product."""
+
+  moved: BytesMeter
+  unit: str = "bytes"
+
+  def __call__(self, node: Node, live: Liveness) -> Iterable[Term] | None:
+    """What a node moves."""
+    return () if node.name in PRODUCTS else self.moved(node, live)
+
+  def of_scalar(self, primitive: str) -> Iterable[Term]:
+    """Nothing."""
+    return ()
+
+
+def _tables(
+  costs: Sequence[Cost],
+  fractions: Sequence[float],
+  multiple_of: int,
+  repeats: int,
+  memory: Memory,
+  track: Track,
+) -> dict[Kernel, Table]:
+  """What each distinct kernel of some costs takes."""
+  tables: dict[Kernel, Table] = {}
+  for kernel in track(list(dict.fromkeys(kernel for cost in costs for kernel in _kernels(cost.term)))):
+    some = some_of(fractions, len(kernel.free))
+    tables[kernel] = table_of(kernel, [grid_of(n, some, multiple_of) for n in kernel.full], repeats, memory)
+  return tables
+
+
+def _kernels(term: Any) -> Iterator[Kernel]:
+  if isinstance(term, Timed):
+    yield term.kernel
+  elif isinstance(term, Dearest):
+    for inner in (t for terms in term.sums for t in terms):
+      yield from _kernels(inner)
+
+
+def _without_branches(cost: Cost, tables: dict[Kernel, Table]) -> Iterator[Cost]:
+  """The terms of a cost; of branches, those of the one that takes longest when nothing is cut."""
+
+  def seconds(term: Any) -> float:
+    if isinstance(term, Dearest):
+      return term.scale * max(sum(map(seconds, terms)) for terms in term.sums)
+    times = term.scale * np.prod([s.size for s in term.outer])
+    return float(times * tables[term.kernel].seconds.flat[-1]) if isinstance(term, Timed) else 0.0
+
+  def parts(term: Any) -> Iterator[Timed]:
+    if isinstance(term, Timed):
+      yield term
+    elif isinstance(term, Dearest):
+      dearest = max(term.sums, key=lambda terms: sum(map(seconds, terms)))
+      yield from (t._replace(scale=t.scale * term.scale) for inner in dearest for t in parts(inner))
+
+  yield from (cost._replace(term=term) for term in parts(cost.term))

@@ -1,0 +1,162 @@
+"""Times at some widths, made monotone, and all widths between: evaluated and priced under ``jit``, all kernels at once.
+
+Between the widths of its grid a kernel's time is interpolated, linearly along each free axis, and from nothing at
+width zero on. What a feature takes with it is the difference of two such times, node by node.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._graph.circuit import Circuit
+from fisherprune_jax._graph.nested import bits, filled
+from fisherprune_jax._graph.overlaps import Lanes
+from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.terms import Term
+from fisherprune_jax._latency.kernels import Kernel, Timed
+
+
+class Table(NamedTuple):
+  """Times of one kernel.
+
+  Attributes:
+    grid: of each free axis, the widths at which it was timed, from zero on.
+    seconds: what it takes there, ``(len(grid[0]), len(grid[1]), ...)``.
+  """
+
+  grid: tuple[tuple[int, ...], ...]
+  seconds: np.ndarray
+
+
+def monotone(seconds: np.ndarray) -> np.ndarray:
+  """Times that never fall with a width: midway between the smallest such above the given ones and the largest below.
+
+  >>> import numpy as np
+  >>> monotone(np.array([0.0, 2.0, 1.0, 3.0]))
+  array([0. , 1.5, 1.5, 3. ])
+  """
+  above, below = seconds, seconds
+  for axis in range(seconds.ndim):
+    above = np.maximum.accumulate(above, axis)
+    below = np.flip(np.minimum.accumulate(np.flip(below, axis), axis), axis)
+  return (above + below) / 2
+
+
+class Times:
+  """A sum of what kernels take, over masks of known sizes, given by key. Features are those of all masks, end to end.
+
+  Args:
+    terms: the parts of the sum.
+    tables: by kernel, its times.
+    masks: the sizes of the masks.
+  """
+
+  def __init__(
+    self, terms: Sequence[Timed], tables: Mapping[Kernel, Table], masks: Mapping[Any, int]
+  ) -> None:
+    self._terms = terms
+    roots = {s: at for at, s in enumerate(dict.fromkeys(s for t in terms for s in t.sets))}
+    self._circuit = Circuit(roots, masks)
+    self._gates = np.concatenate([np.zeros(0, int), *(self._circuit.gates[s] for s in roots)])
+    self._ends = np.cumsum([0, *(s.size for s in roots)])
+    self._one = len(roots)  # the place of a one behind all sizes
+    lanes = Lanes()
+    self._lane = np.array([lanes.new(s.support) for s in roots], int)
+    self._lanes = lanes.count
+    self._lay_out(tables)
+    self._place(roots)
+    number = {kernel: at for at, kernel in enumerate(tables)}
+    self._kernel = np.array([number[t.kernel] for t in terms], np.int32)
+    self._pair(roots, [*masks.values()])
+
+  def _lay_out(self, tables: Mapping[Kernel, Table]) -> None:
+    """All tables in one array, each with as many axes as the largest has: those that it lacks are of width one."""
+    self._axes = max((len(table.grid) for table in tables.values()), default=0)
+    points = max((len(g) for table in tables.values() for g in table.grid), default=2)
+    self._grid = np.full((len(tables), self._axes, points), np.inf, np.float32)
+    self._grid[:, :, :2] = [0, 1]
+    self._seconds = np.zeros((len(tables), *[points] * self._axes), np.float32)
+    for at, table in enumerate(tables.values()):
+      for axis, grid in enumerate(table.grid):
+        self._grid[at, axis, : len(grid)] = grid
+      places: list[int | slice] = [at, *map(slice, table.seconds.shape)]
+      self._seconds[(*places, *[1] * (self._axes - len(table.grid)))] = table.seconds
+
+  def _place(self, roots: Mapping[Set, int]) -> None:
+    """Of every term and axis, where among the sizes those are of which the width is the product, and the rest of it."""
+    terms, one = self._terms, Term(1, ())
+    columns = [[t.widths[axis] if axis < len(t.widths) else one for t in terms] for axis in range(self._axes)]
+    self._whole = [np.array([w.scale for w in column], np.float32) for column in columns]
+    self._places = [filled(([roots[s] for s in w.sets] for w in column), self._one) for column in columns]
+    self._outer = filled(([roots[s] for s in t.outer] for t in terms), self._one)
+    self._scale = np.array([t.scale for t in terms], np.float32)
+
+  def _pair(self, roots: Mapping[Set, int], sizes: list[int]) -> None:
+    """Every term with every feature that it hangs on; and of every root and mask whether it does."""
+    below = [self._circuit.features_of(bits(s.support for s in t.sets)) for t in self._terms]
+    self._term = np.repeat(np.arange(len(below)), [f.size for f in below])
+    self._feature = np.concatenate([np.zeros(0, int), *below])
+    mask = np.repeat(np.arange(len(sizes)), sizes)
+    self._mask = mask[self._feature]
+    self._hangs = np.zeros((self._one + 1, len(sizes)), bool)
+    for s, at in roots.items():
+      self._hangs[at, mask[self._circuit.features_of(s.support)]] = True
+
+  def parts(self, features: jax.Array) -> jax.Array:
+    """What each term takes, in float32."""
+    counts = self._counts(self._circuit.live(features, jnp))
+    return self._taken(np.arange(len(self._terms)), counts.__getitem__)
+
+  def drops(self, features: jax.Array) -> jax.Array:
+    """For each feature: how much the sum drops if it goes too."""
+    live = self._circuit.live(features, jnp)
+    counts, falls = self._counts(live), self._falls(live)
+    lane = np.append(self._lane, 0)
+    feature, mask = self._feature[:, None], self._mask[:, None]
+
+    def left(places: np.ndarray) -> jax.Array:
+      return counts[places] - jnp.where(self._hangs[places, mask], falls[lane[places], feature], 0)
+
+    before, after = (self._taken(self._term, sizes) for sizes in (counts.__getitem__, left))
+    out = jnp.zeros(features.size, jnp.float32)
+    return out.at[self._feature].add(jnp.where(features[self._feature], before - after, 0))
+
+  def _counts(self, live: jax.Array) -> jax.Array:
+    """The size of every root, and behind them a one."""
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(live[self._gates], dtype=jnp.int32)])
+    return jnp.append((before[self._ends[1:]] - before[self._ends[:-1]]).astype(jnp.float32), 1.0)
+
+  def _falls(self, live: jax.Array) -> jax.Array:
+    """``(lanes, features)``: by how much roots get smaller with each feature."""
+    weights = jnp.zeros((self._lanes, self._circuit.size), jnp.float32)
+    lane = np.repeat(self._lane, np.diff(self._ends))
+    return self._circuit.drops(live, weights.at[lane, self._gates].add(1.0), jnp)
+
+  def _taken(self, terms: np.ndarray, sizes: Any) -> jax.Array:
+    """What some terms take; ``sizes`` of the roots at some places, a row for each term."""
+    kernel = self._kernel[terms]
+    index, share = [], []
+    for axis, places in enumerate(self._places):
+      width = self._whole[axis][terms] * jnp.prod(sizes(places[terms]), axis=1)
+      at, part = _between(self._grid[kernel, axis], width)
+      index.append(at)
+      share.append(part)
+    found = jnp.zeros(len(terms), jnp.float32)
+    for corner in itertools.product((0, 1), repeat=self._axes):
+      place = tuple(at + up for at, up in zip(index, corner, strict=True))
+      weight = math.prod(part if up else 1 - part for part, up in zip(share, corner, strict=True))
+      found = found + weight * jnp.asarray(self._seconds)[(kernel, *place)]
+    return found * self._scale[terms] * jnp.prod(sizes(self._outer[terms]), axis=1)
+
+
+def _between(grid: np.ndarray, width: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The last point of each row's grid below a width, but for the last of all, and how far on towards the next it is."""
+  points = np.sum(np.isfinite(grid), axis=1)
+  at = jnp.clip(jnp.sum(width[:, None] >= grid, axis=1) - 1, 0, points - 2)
+  low, high = (jnp.take_along_axis(jnp.asarray(grid), at[:, None] + up, axis=1)[:, 0] for up in (0, 1))
+  return at, (width - low) / (high - low)

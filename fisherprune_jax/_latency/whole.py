@@ -1,0 +1,95 @@
+"""What whole networks take: the dense one, and some that all masks are cut in alike."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._compaction.compact import compact
+from fisherprune_jax._graph.program import Program
+from fisherprune_jax._graph.variables import VariableTree
+from fisherprune_jax._latency.clock import Memory, medians
+from fisherprune_jax._latency.grids import some
+from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
+
+CUTS = (1.0, 0.5, 0.35, 0.25)
+"""What is left of each mask of the networks that are timed whole."""
+
+
+class Wholes(NamedTuple):
+  """Networks that were timed.
+
+  Attributes:
+    masks: of each, a tree of masks.
+    seconds: what each takes, what any call takes left out.
+    calling: what any call takes.
+  """
+
+  masks: list[Masks]
+  seconds: list[float]
+  calling: float
+
+
+def cut(leaf: Any, share: float, multiple_of: int) -> np.ndarray:
+  """A mask that keeps the first features of each row: a multiple of them, but at least one and at most all.
+
+  >>> import numpy as np
+  >>> cut(np.ones(6), 0.5, 1), cut(np.ones(6), 0.5, 4)
+  (array([1., 1., 1., 0., 0., 0.], dtype=float32), array([1., 1., 1., 1., 0., 0.], dtype=float32))
+  """
+  size = leaf.shape[-1]
+  width = size if share == 1 else min(size, max(1, round(share * size / multiple_of)) * multiple_of)
+  return np.broadcast_to(np.arange(size) < width, leaf.shape).astype(np.float32)
+
+
+def wholes(
+  apply_fn: ApplyFn,
+  tree: VariableTree,
+  args: tuple[PyTree, ...],
+  batch_axes: BatchAxes,
+  program: Program,
+  multiple_of: int,
+  repeats: int,
+  memory: Memory,
+) -> Wholes:
+  """Times compact networks of some widths, which take turns."""
+  leaves = [[cut(leaf, share, multiple_of) for leaf in tree.mask_leaves] for share in CUTS]
+  alike = [jax.tree.unflatten(jax.tree.structure(tree.mask_tree), each) for each in leaves]
+  said = "".join(f"{n.name} {n.params} {[v.aval for v in (*n.ins, *n.outs)]}" for n in program.nodes)
+  said = re.sub(r" at 0x[0-9a-f]+", "", said)  # functions among the parameters are elsewhere in every process
+  program_name = hashlib.sha256(said.encode()).hexdigest()
+  names = [f"program {program_name}, {share:g} of widths in multiples of {multiple_of}" for share in CUTS]
+  names.append(f"program {program_name}, calling it")
+  if not memory.times.keys() >= set(names):
+    memory.add(dict(zip(names, _seconds(apply_fn, tree, args, batch_axes, leaves, repeats), strict=True)))
+  *seconds, calling = (memory.times[name] for name in names)
+  return Wholes(alike, seconds, calling)
+
+
+def _seconds(
+  apply_fn: ApplyFn,
+  tree: VariableTree,
+  args: tuple[PyTree, ...],
+  batch_axes: BatchAxes,
+  masks: Sequence[Sequence[np.ndarray]],
+  repeats: int,
+) -> list[float]:
+  """What networks of some masks take without what any call takes, and that."""
+  variables, args = jax.tree.map(_concrete, (tree.variables, args))
+  full = VariableTree(variables, tree.masks)
+  runs = []
+  for leaves in masks:
+    small = compact(apply_fn, full.with_masks(leaves), *args, masks=tree.masks, batch_axes=batch_axes)
+    runs.append(partial(jax.jit(small), small.variables, *args))
+  nothing = partial(jax.jit(lambda *given: jnp.zeros(())), full.without_masks(variables), *args)
+  found, (calling,) = medians(runs, repeats).tolist(), medians([nothing], repeats).tolist()
+  return [*(max(seconds - calling, 0.0) for seconds in found), calling]
+
+
+def _concrete(x: Any) -> Any:
+  return some(x.shape, x.dtype) if isinstance(x, jax.ShapeDtypeStruct) else x

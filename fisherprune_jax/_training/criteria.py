@@ -1,0 +1,222 @@
+"""The criteria that have names."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._cost.owned import Keys, keys_of
+from fisherprune_jax._errors import require
+from fisherprune_jax._masks import flatten, unflatten
+from fisherprune_jax._training.criterion import Criterion
+from fisherprune_jax._types import AxisNames, MaskGrads, Masks, PyTree, Shape
+
+
+def fisher_signal(
+  mask_grads: MaskGrads, example_weights: jax.Array | None = None, axis_name: AxisNames = None
+) -> PyTree:
+  r"""The Fisher estimate, in nats, of what removing each feature costs (Theis et al. 2018, eq. 9).
+
+  .. math:: signal_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
+
+  Args:
+    mask_grads: a tree of per-example gradients ``(..., B, C)``.
+    example_weights: ``(B,)``, the weight of each row in the mean; a row of weight 0 may hold anything.
+    axis_name: a mapped axis, or a tuple of axes, to average over as well.
+
+  Returns:
+    A float32 tree with leaves ``(..., C)``; NaN where weights are negative, not finite, or all zero.
+
+  >>> import jax.numpy as jnp
+  >>> fisher_signal(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+  Array([2.5, 5. ], dtype=float32)
+  """
+  return jax.tree.map(lambda m: 0.5 * m, _mean(jnp.square, mask_grads, example_weights, axis_name))
+
+
+def taylor_signal(
+  mask_grads: MaskGrads, example_weights: jax.Array | None = None, axis_name: AxisNames = None
+) -> PyTree:
+  r"""The first-order estimate, in nats, of what removing each feature changes (Molchanov et al. 2017).
+
+  .. math:: signal_k = \mathrm{mean}_n \, |g_{nk}|
+
+  Args and result are those of :func:`fisher_signal`.
+
+  >>> import jax.numpy as jnp
+  >>> taylor_signal(jnp.array([[1.0, -2.0], [-3.0, 4.0]]))
+  Array([2., 3.], dtype=float32)
+  """
+  return _mean(jnp.abs, mask_grads, example_weights, axis_name)
+
+
+def _mean(
+  of: Callable[[jax.Array], jax.Array],
+  mask_grads: MaskGrads,
+  example_weights: jax.Array | None,
+  axis_name: AxisNames,
+) -> PyTree:
+  """The weighted mean over examples of a function of their gradients, in float32."""
+  examples = jax.tree.leaves(mask_grads)[0].shape[-2]
+  weights = jnp.ones(examples) if example_weights is None else jnp.asarray(example_weights, jnp.float32)
+  require(weights.shape == (examples,), f"example_weights must have shape ({examples},)", weights.shape)
+  # With a negative weight among them it would be no mean: NaN, so that the batch is left out.
+  count = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
+
+  def total(g: jax.Array) -> jax.Array:
+    values = of(g.astype(jnp.float32))
+    if example_weights is None:
+      return jnp.sum(values, axis=-2)
+    return jnp.sum(jnp.where(weights[:, None] > 0, weights[:, None] * values, 0), axis=-2)
+
+  totals = jax.tree.map(total, mask_grads)
+  if axis_name is not None:
+    totals, count = jax.lax.psum((totals, count), axis_name)
+  return jax.tree.map(lambda t: t / count, totals)
+
+
+def random_signal(masks: Masks) -> PyTree:
+  """A number for each feature, the same at every step: between 0 and 1, of a random stream of its own."""
+  return unflatten(jax.random.uniform(jax.random.key(0), flatten(masks).shape), masks)
+
+
+def magnitude(cost: CostModel | None) -> Criterion:
+  r"""The norm of all weights that go with a feature, over the mean of its mask's.
+
+  .. math:: signal_k = \frac{\|w_k\|_2}{\mathrm{mean}_{j \, alive} \|w_j\|_2}
+
+  ``w_k`` are the entries of the variables that are gone from the compact network if feature k also goes.
+
+  References:
+    Li et al., `Pruning filters for efficient convnets <https://arxiv.org/abs/1608.08710>`_, 2017
+
+    Fang et al., `DepGraph: towards any structural pruning <https://arxiv.org/abs/2301.12900>`_, 2023, for the norm of a group
+  """
+  return Criterion(
+    _norms(cost, "magnitude"), "magnitude", needs=("params", "masks"), averaged=False, unit="of the mean"
+  )
+
+
+def fisher_magnitude(cost: CostModel | None) -> Criterion:
+  r"""Fisher's signals, handed out anew among the features of each mask: the largest to the one that both rank highest.
+
+  .. math:: signal_k = fisher_{(r_k)}, \qquad r_k = rank of \bigl(rank_{fisher}(k) + rank_{\|w\|}(k)\bigr)
+
+  Ranks are those among the features of the mask that are alive; of equals Fisher's decides. Signals in nats can be held
+  against each other and against costs whatever the layer, so they say how much goes from each mask. Which of its features
+  go, neither says well alone: gradients of examples that are learnt by heart are next to nothing, and a large norm is no
+  sign that anything is made of it.
+
+  References:
+    Dwork et al., `Rank aggregation methods for the web <https://dl.acm.org/doi/10.1145/371920.372165>`_, 2001, for the sum of
+    ranks (Borda's count)
+  """
+  norms = _norms(cost, "fisher_magnitude")
+
+  def signal(
+    mask_grads: MaskGrads,
+    params: PyTree,
+    masks: Masks,
+    example_weights: jax.Array | None = None,
+    axis_name: AxisNames = None,
+  ) -> Masks:
+    losses = fisher_signal(mask_grads, example_weights, axis_name)
+    return jax.tree.map(_by_both, losses, norms(params, masks), masks)
+
+  takes = "example_weights", "axis_name"
+  return Criterion(
+    signal, "fisher_magnitude", needs=("mask_grads", "params", "masks"), takes=takes, unit="nats"
+  )
+
+
+def _by_both(losses: jax.Array, norms: jax.Array, mask: jax.Array) -> jax.Array:
+  """The losses of what is alive in the order of the sum of both ranks, row by row; what is dead keeps its own."""
+  alive = mask != 0
+  # What is dead comes first in each order, so that those alive have the same places in them.
+  orders = (jnp.argsort(jnp.where(alive, x, -jnp.inf), -1) for x in (losses, norms))
+  by_loss, by_norm = (jnp.argsort(order, -1) for order in orders)
+  both = jnp.argsort(jnp.lexsort((by_loss, jnp.where(alive, by_loss + by_norm, -1)), -1), -1)
+  rising = jnp.sort(jnp.where(alive, losses, -jnp.inf), -1)
+  return jnp.where(alive, jnp.take_along_axis(rising, both, -1), losses)
+
+
+def _norms(cost: CostModel | None, method: str) -> Callable[[PyTree, Masks], Masks]:
+  """Of what goes with each feature, over the mean of its mask's, as a function of parameters and masks."""
+  ownership = None if cost is None else cost.ownership
+  if cost is not None and ownership is None:
+    raise ValueError(
+      f"method={method!r} needs a cost that knows which variables go with each feature, got one of "
+      "CostModel.from_functions. Use fp.cost_model or fp.measure_latency, or add one of these."
+    )
+
+  def signal(params: PyTree, masks: Masks) -> Masks:
+    if ownership is None:
+      raise ValueError(
+        f"method={method!r} needs the cost model of the network, got cost=None. Pass cost=cost."
+      )
+    squares = {
+      path: jnp.square(jnp.abs(leaf)) for path, leaf in _among(params, ownership.shapes, method).items()
+    }
+    return jax.tree.map(_over_mean, ownership.add_up(squares, masks), masks)
+
+  return signal
+
+
+def _over_mean(squares: jax.Array, mask: jax.Array) -> jax.Array:
+  """Norms over the mean of those that are alive, row by row."""
+  norms, alive = jnp.sqrt(squares), (mask != 0).astype(jnp.float32)
+  mean = jnp.sum(norms * alive, -1, keepdims=True) / jnp.maximum(jnp.sum(alive, -1, keepdims=True), 1)
+  return jnp.where(mean > 0, norms / jnp.where(mean > 0, mean, 1), 0)
+
+
+def _among(params: PyTree, shapes: Mapping[Keys, Shape], method: str) -> dict[Keys, jax.Array]:
+  """The leaves of what is trained, by the paths that they have among the variables of a network.
+
+  A leaf is the variable whose path ends with its own: the parameters are one collection of several, mostly. Where
+  several do, those of the collection ``params`` are meant.
+  """
+  found = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    keys = keys_of(path)
+    keys = keys[:-1] if keys[-1:] == ("value",) else keys  # a variable of NNX
+    ends = [p for p in shapes if p[len(p) - len(keys) :] == keys and shapes[p] == jnp.shape(leaf)]
+    ends = [p for p in ends if p in (keys, ("params", *keys))] or ends
+    if len(ends) == 1 and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+      found[ends[0]] = leaf
+  if not found:
+    raise ValueError(
+      f"method={method!r} needs the parameters of the network that the cost was built for, got "
+      f"{', '.join('/'.join(keys_of(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)[:3])}: "
+      f"none of {', '.join('/'.join(path) for path in list(shapes)[:3])}, ... Pass them: tx.update(grads, state, params)."
+    )
+  return found
+
+
+FISHER, TAYLOR = (
+  Criterion(signal, name, needs=("mask_grads",), takes=("example_weights", "axis_name"), unit="nats")
+  for signal, name in ((fisher_signal, "fisher"), (taylor_signal, "taylor"))
+)
+RANDOM = Criterion(random_signal, "random", needs=("masks",), averaged=False, unit="at random")
+CRITERIA: dict[str, Callable[[CostModel | None], Criterion]] = {
+  "fisher": lambda cost: FISHER,
+  "taylor": lambda cost: TAYLOR,
+  "magnitude": magnitude,
+  "fisher_magnitude": fisher_magnitude,
+  "random": lambda cost: RANDOM,
+}
+"""Those that ``method`` may name, for the cost of a network; without one they can be looked at alone."""
+
+
+def criterion_of(method: Any, name: str = "method", cost: CostModel | None = None) -> Criterion:
+  """The criterion that ``method`` names or is.
+
+  >>> criterion_of("fisher").unit
+  'nats'
+  """
+  if isinstance(method, Criterion):
+    return method
+  known = tuple(CRITERIA)
+  require(method in known, f"{name} must be one of {known}, or an fp.Criterion", method)
+  return CRITERIA[method](cost)

@@ -23,6 +23,7 @@ from rich.table import Table
 
 import fisherprune_jax as fp
 from fisherprune_jax._latency.clock import machine, medians
+from fisherprune_jax._latency.whole import LONG_VISIT
 
 SHOWN = (
   "dense_ms",
@@ -64,7 +65,7 @@ def measure(name: str, batch: int, multiple_of: int, repeats: int, cache: Path |
     partial(jax.jit(model.apply), without_masks(variables), given),
     partial(jax.jit(small), small.variables, given),
   ]
-  dense, compact = (1e3 * medians(runs, repeats)).tolist()
+  dense, compact = (1e3 * medians(runs, repeats, LONG_VISIT)).tolist()
   foretold = time.dense / float(time(masks))
   return {
     "network": name,

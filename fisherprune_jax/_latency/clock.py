@@ -38,10 +38,10 @@ def _processor() -> str:
   return next(named, platform.processor() or platform.machine())
 
 
-def medians(runs: Sequence[Run], repeats: int) -> np.ndarray:
-  """The median seconds of a call of each of some programs, which take turns."""
+def medians(runs: Sequence[Run], repeats: int, visit: float = VISIT) -> np.ndarray:
+  """The median seconds of a call of each of some programs, which take turns of ``visit`` seconds or of one call."""
   first = [once(run, 1) for run in (*runs, *runs)][len(runs) :]  # the first call compiles
-  counts = [max(1, int(VISIT / max(seconds, 1e-7))) for seconds in first]
+  counts = [max(1, int(visit / max(seconds, 1e-7))) for seconds in first]
   rounds = [[once(run, count) for run, count in zip(runs, counts, strict=True)] for _ in range(repeats)]
   return np.median(rounds, axis=0) if runs else np.zeros(0)
 

@@ -65,6 +65,12 @@ def test_magnitude_is_the_norm_of_what_goes(name):
   np.testing.assert_allclose(signal, norms / norms.mean(), rtol=1e-3)
 
 
+def share(grads, weights):
+  """Of examples, ``(B, C)``, those that have gradients."""
+  parts = weights * np.square(grads).sum(1)
+  return (parts.sum() ** 2 / np.square(parts).sum() - 1) / (len(parts) - 1)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("name", ["mlp", "dense_net", "scanned_layers"])
 def test_fishers_signals_are_handed_out_in_the_order_of_both_ranks(name, weighted):
@@ -80,11 +86,14 @@ def test_fishers_signals_are_handed_out_in_the_order_of_both_ranks(name, weighte
     state = tx.init(params)
     _, state = jax.jit(tx.update)({}, state, params, mask_grads=grads, example_weights=weights)
     found[method] = map(np.atleast_2d, jax.tree.leaves(fp.signals(state)))
-  for mask, losses, norms, got in zip(jax.tree.leaves(masks), *found.values(), strict=True):
+  leaves = zip(*map(jax.tree.leaves, (masks, grads)), *found.values(), strict=True)
+  for mask, gradients, losses, norms, got in leaves:
+    rows = np.asarray(gradients).reshape(-1, 6, mask.shape[-1])
     for row, alive in enumerate(np.atleast_2d(mask) != 0):
       expected, features = losses[row].copy(), np.flatnonzero(alive)
       rank = {k: (losses[row][features] < losses[row][k]).sum() for k in features}
-      both = {k: rank[k] + (norms[row][features] < norms[row][k]).sum() for k in features}
+      trust = (1 - share(rows[row][:, alive], np.ones(6) if weights is None else np.asarray(weights))) ** 2
+      both = {k: rank[k] + trust * (norms[row][features] < norms[row][k]).sum() for k in features}
       order = sorted(features, key=lambda k: (both[k], rank[k]))
       for loss, k in zip(sorted(losses[row][alive]), order, strict=True):
         expected[k] = loss
@@ -130,9 +139,9 @@ COST = fp.cost_model(net, V, X)
 GRADS = {"m": jnp.array([[1.0, -5, 2, 0.5], [-3.0, 5, 0, 0.5]])}
 
 
-def gone(method, **options):
+def gone(method, mask_grads=GRADS, **options):
   tx = optax.chain(optax.sgd(0.1), fp.fisher_prune(COST, prune_every=1, method=method, **options))
-  step = jax.jit(lambda s: tx.update(V["params"], s, V["params"], mask_grads=GRADS)[1])
+  step = jax.jit(lambda s: tx.update(V["params"], s, V["params"], mask_grads=mask_grads)[1])
   state = tx.init(V["params"])
   for _ in range(3):
     state = step(state)
@@ -143,8 +152,11 @@ def test_each_prunes_what_it_ranks_lowest():
   assert gone("fisher") == [3, 2, 0]  # means of squares 5, 25, 2, 0.25
   assert gone("taylor") == [3, 2, 0]  # of absolute values 2, 5, 1, 0.5
   assert gone("magnitude") == [0, 1, 2]
-  # Ranks 2 + 0, 3 + 1, 1 + 2, 0 + 3; of equals what Fisher ranks lower.
-  assert gone("fisher_magnitude") == [0, 3, 2]
+  # Gradients of both examples: the second has 34.25 of 64.5 in squares, a share of 0.99, and norms decide nothing.
+  assert gone("fisher_magnitude") == [3, 2, 0]
+  # Of one example: ranks 2 + 0, 3 + 1, 1 + 2, 0 + 3; of equals what Fisher ranks lower.
+  one = {"m": jnp.sqrt(2 * jnp.square(GRADS["m"]).mean(0)) * jnp.array([[1.0], [0.0]])}
+  assert gone("fisher_magnitude", one) == [0, 3, 2]
   assert (
     gone("random")
     == np.argsort(fp.estimate_signals(None, {}, V["masks"], (), method="random")["m"])[:3].tolist()
@@ -246,7 +258,8 @@ def test_what_is_missing_is_said():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_shards_say_what_the_whole_batch_says(method, dtype):
   params = jax.tree.map(lambda x: x.astype(dtype), V["params"])
-  grads = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), jnp.float32)
+  grads = np.random.default_rng(1).normal(size=(6, 4)) * [[0], [0], [5], [1], [1], [1]]  # of one of the first shard
+  grads = jnp.asarray(grads, jnp.float32)
 
   def signals(grads, **options):
     tx = fp.fisher_prune(COST, method=method, **options)

@@ -89,7 +89,10 @@ def _seconds(
     small = compact(apply_fn, full.with_masks(leaves), *args, masks=tree.masks, batch_axes=batch_axes)
     runs.append(partial(jax.jit(small), small.variables, *args))
   nothing = partial(jax.jit(lambda *given: jnp.zeros(())), full.without_masks(variables), *args)
-  found, (calling,) = medians(runs, repeats, LONG_VISIT).tolist(), medians([nothing], repeats, LONG_VISIT).tolist()
+  found, (calling,) = (
+    medians(runs, repeats, LONG_VISIT).tolist(),
+    medians([nothing], repeats, LONG_VISIT).tolist(),
+  )
   return [*(max(seconds - calling, 0.0) for seconds in found), calling]
 
 

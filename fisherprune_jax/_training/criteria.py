@@ -1,6 +1,7 @@
 """The criteria that have names."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -72,9 +73,13 @@ def _mean(
     return jnp.sum(jnp.where(weights[:, None] > 0, weights[:, None] * values, 0), axis=-2)
 
   totals = jax.tree.map(total, mask_grads)
-  if axis_name is not None:
-    totals, count = jax.lax.psum((totals, count), axis_name)
+  totals, count = _sum_over((totals, count), axis_name)
   return jax.tree.map(lambda t: t / count, totals)
+
+
+def _sum_over(tree: PyTree, axis_name: AxisNames) -> PyTree:
+  """The sum over a mapped axis, if there is one."""
+  return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def random_signal(masks: Masks) -> PyTree:
@@ -100,18 +105,23 @@ def magnitude(cost: CostModel | None) -> Criterion:
 
 
 def fisher_magnitude(cost: CostModel | None) -> Criterion:
-  r"""Fisher's signals, handed out anew among the features of each mask: the largest to the one that both rank highest.
+  r"""Fisher's signals, handed out anew in each mask: in the order of magnitude too, as far as few examples have gradients.
 
-  .. math:: signal_k = fisher_{(r_k)}, \qquad r_k = rank of \bigl(rank_{fisher}(k) + rank_{\|w\|}(k)\bigr)
+  .. math:: signal_k = fisher_{(r_k)}, \qquad r_k = rank of \bigl(rank_{fisher}(k) + (1 - \rho)^2 rank_{\|w\|}(k)\bigr)
+
+  .. math:: \rho = \frac{1 / \sum_n p_n^2 - 1}{N - 1}, \qquad p_n = \frac{\sum_k g_{nk}^2}{\sum_{n,k} g_{nk}^2}
 
   Ranks are those among the features of the mask that are alive; of equals Fisher's decides. Signals in nats can be held
   against each other and against costs whatever the layer, so they say how much goes from each mask. Which of its features
-  go, neither says well alone: gradients of examples that are learnt by heart are next to nothing, and a large norm is no
-  sign that anything is made of it.
+  go, gradients say well where all examples have some. Those of examples that are learnt by heart are next to nothing, which
+  says nothing of what these examples need; ``rho`` is the share of the N examples of a batch that do have gradients: 1 where
+  all have equal ones, 0 where one has them all.
 
   References:
     Dwork et al., `Rank aggregation methods for the web <https://dl.acm.org/doi/10.1145/371920.372165>`_, 2001, for the sum of
     ranks (Borda's count)
+
+    Kish, *Survey sampling*, 1965, for the size that a weighted sample comes to
   """
   norms = _norms(cost, "fisher_magnitude")
 
@@ -123,7 +133,8 @@ def fisher_magnitude(cost: CostModel | None) -> Criterion:
     axis_name: AxisNames = None,
   ) -> Masks:
     losses = fisher_signal(mask_grads, example_weights, axis_name)
-    return jax.tree.map(_by_both, losses, norms(params, masks), masks)
+    shares = jax.tree.map(partial(_share, weights=example_weights, axis_name=axis_name), mask_grads, masks)
+    return jax.tree.map(_by_both, losses, norms(params, masks), shares, masks)
 
   takes = "example_weights", "axis_name"
   return Criterion(
@@ -131,13 +142,27 @@ def fisher_magnitude(cost: CostModel | None) -> Criterion:
   )
 
 
-def _by_both(losses: jax.Array, norms: jax.Array, mask: jax.Array) -> jax.Array:
-  """The losses of what is alive in the order of the sum of both ranks, row by row; what is dead keeps its own."""
+def _share(
+  grads: jax.Array, mask: jax.Array, *, weights: jax.Array | None, axis_name: AxisNames
+) -> jax.Array:
+  """The share of examples that have gradients, ``(..., 1)``, row by row."""
+  weights = jnp.ones(grads.shape[-2]) if weights is None else jnp.asarray(weights, jnp.float32)
+  squares = jnp.sum(jnp.where(mask[..., None, :] != 0, jnp.square(grads.astype(jnp.float32)), 0), -1)
+  parts = jnp.where(weights > 0, weights * squares, 0)
+  total, examples = _sum_over((jnp.sum(parts, -1, keepdims=True), jnp.sum(weights > 0)), axis_name)
+  parts = parts / jnp.where(total > 0, total, 1)
+  one_over = _sum_over(jnp.sum(jnp.square(parts), -1, keepdims=True), axis_name)
+  return (1 / jnp.where(total > 0, one_over, 1) - 1) / jnp.maximum(examples - 1, 1)
+
+
+def _by_both(losses: jax.Array, norms: jax.Array, share: jax.Array, mask: jax.Array) -> jax.Array:
+  """The losses of what is alive in the order of both ranks, row by row; what is dead keeps its own."""
   alive = mask != 0
   # What is dead comes first in each order, so that those alive have the same places in them.
   orders = (jnp.argsort(jnp.where(alive, x, -jnp.inf), -1) for x in (losses, norms))
   by_loss, by_norm = (jnp.argsort(order, -1) for order in orders)
-  both = jnp.argsort(jnp.lexsort((by_loss, jnp.where(alive, by_loss + by_norm, -1)), -1), -1)
+  sums = jnp.where(alive, by_loss + jnp.square(1 - share) * by_norm, -1)
+  both = jnp.argsort(jnp.lexsort((by_loss, sums), -1), -1)
   rising = jnp.sort(jnp.where(alive, losses, -jnp.inf), -1)
   return jnp.where(alive, jnp.take_along_axis(rising, both, -1), losses)
 

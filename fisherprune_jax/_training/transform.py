@@ -76,8 +76,9 @@ def fisher_prune(
     method: what says how much a feature matters. ``"fisher"``; ``"taylor"``, the mean absolute gradient of its mask;
       ``"magnitude"``, the norm of all parameters that go with it over the mean of its mask's, for which ``update`` needs
       ``params`` and no ``mask_grads``; ``"fisher_magnitude"``, Fisher's signals handed out in each mask in the order of
-      Fisher's and magnitude's ranks added up, for which it needs both; ``"random"``; or a :class:`Criterion` of your own, for which it takes what
-      that needs. To rank by the signal alone, not by what is lost for what is saved: ``flops_weight=0``.
+      both, of magnitude as far as few examples have gradients; ``"random"``; or a :class:`Criterion` of your own, for
+      which it takes what that needs. To rank by the signal alone, not by what is lost for what is saved:
+      ``flops_weight=0``.
     debias: divide the running mean by one minus the product of the decays applied so far.
     features_per_prune: how many features go at once, the cost being taken anew after each (see ``recost``).
     min_features: how many features every mask keeps: a number, or a fraction below 1 of its size; a mapping from glob

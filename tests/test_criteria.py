@@ -10,7 +10,7 @@ import pytest
 
 import fisherprune_jax as fp
 from fisherprune_jax._cost.owned import keys_of
-from fisherprune_jax._training.criteria import CRITERIA
+from fisherprune_jax._training.criteria import CRITERIA, fisher_signal, taylor_signal
 from tests.models import CASES, random_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:fisherprune_jax has no rule")
@@ -66,9 +66,12 @@ def test_magnitude_is_the_norm_of_what_goes(name):
 
 
 def share(grads, weights):
-  """Of examples, ``(B, C)``, those that have gradients."""
-  parts = weights * np.square(grads).sum(1)
-  return (parts.sum() ** 2 / np.square(parts).sum() - 1) / (len(parts) - 1)
+  """Of examples, ``(B, C)``, those that have gradients: sizes of samples by the variances of their means."""
+
+  def size(weights):  # of independent numbers of variance one, the weighted mean has the variance sum p^2
+    return 1 / np.square(weights / weights.sum()).sum()
+
+  return (size(weights * np.square(grads).sum(1)) - 1) / (size(weights) - 1)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -98,6 +101,104 @@ def test_fishers_signals_are_handed_out_in_the_order_of_both_ranks(name, weighte
       for loss, k in zip(sorted(losses[row][alive]), order, strict=True):
         expected[k] = loss
       np.testing.assert_allclose(got[row], expected, rtol=1e-6)
+
+
+def signals_of(method, params, grads=None, cost=None, **given):
+  """Of one update; of a network whose norms are ``params["b"]``'s rows, mostly."""
+  tx = fp.fisher_prune(COST if cost is None else cost, method=method)
+  grads = None if grads is None else {"m": jnp.asarray(grads, jnp.float32)}
+  _, state = tx.update({}, tx.init(params), params, mask_grads=grads, **given)
+  return np.asarray(fp.signals(state)["m"])
+
+
+RISING = {"b": jnp.array([[1.0], [2.0], [3.0], [4.0]]) * jnp.ones((4, 2))}
+FALLING = [4.0, 3.0, 2.0, 1.0]
+
+
+def test_as_far_as_few_examples_have_gradients_norms_decide():
+  both = lambda grads, **given: signals_of("fisher_magnitude", RISING, grads, **given)
+  for alike in ([FALLING], [FALLING] * 3):  # of one example alone, too
+    np.testing.assert_allclose(both(alike), [8, 4.5, 2, 0.5], rtol=1e-6)
+  one = [FALLING, [0.0] * 4, [0.0] * 4, [0.0] * 4]  # ranks 3 2 1 0 and 0 1 2 3: Fisher's decide among equals
+  np.testing.assert_allclose(both(one), np.array([8, 4.5, 2, 0.5]) / 4, rtol=1e-6)
+  swapped = [[3.0, 4.0, 2.0, 1.0], *one[1:]]  # ranks 2 3 1 0 and 0 1 2 3
+  np.testing.assert_allclose(both(swapped), np.array([0.5, 8, 4.5, 2]) / 4, rtol=1e-6)
+
+
+def test_examples_of_weight_count_as_often():
+  rng = np.random.default_rng(0)
+  grads = rng.normal(size=(3, 4)) * np.array([[1.0], [0.1], [3.0]])
+  both = lambda grads, **given: signals_of("fisher_magnitude", RISING, grads, **given)
+  padded = np.vstack([grads, np.full((2, 4), np.nan)])
+  np.testing.assert_allclose(
+    both(padded, example_weights=jnp.array([1.0, 1, 1, 0, 0])), both(grads), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    both([FALLING, FALLING], example_weights=jnp.array([1.0, 99.0])), [8, 4.5, 2, 0.5], rtol=1e-6
+  )
+  little = jnp.array([1.0, 1.0, 1e-9])
+  np.testing.assert_allclose(
+    both([FALLING, FALLING, [0.0] * 4], example_weights=little), [8, 4.5, 2, 0.5], rtol=1e-5
+  )
+
+
+def test_equals_have_one_rank_wherever_they_stand():
+  flat = {"b": jnp.ones((4, 2))}
+  grads = [[3.0, 1.0, 2.0, 0.5], [0.0] * 4]
+  by_fisher = signals_of("fisher", flat, grads)
+  np.testing.assert_array_equal(signals_of("fisher_magnitude", flat, grads), by_fisher)
+  idle = [[0.0, 0.0, 0.0, 2.0], [0.0] * 4]  # one feature alone has a gradient, and keeps it
+  for order in itertools.permutations(range(3)):
+    norms = {"b": jnp.array([[2.0 + k] for k in order] + [[1.0]]) * jnp.ones((4, 2))}
+    np.testing.assert_array_equal(signals_of("fisher_magnitude", norms, idle), [0, 0, 0, 1])
+
+
+@pytest.mark.parametrize("method", ["magnitude", "fisher_magnitude"])
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_norms_that_are_not_finite_prune_nothing(method, bad):
+  tx = fp.fisher_prune(COST, method=method, prune_every=1, flops_weight=0.0)
+  params = {"b": RISING["b"].at[2, 0].set(bad)}
+  _, state = tx.update({}, tx.init(params), params, mask_grads=GRADS)
+  assert int(fp.get_state(state).skipped) == 1
+  np.testing.assert_array_equal(fp.get_masks(state)["m"], 1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+@pytest.mark.parametrize("scale", [2.0**-14, 1.0, 2.0**10])
+def test_norms_of_half_precision_are_float32(dtype, scale):
+  params = {"b": (scale * RISING["b"]).astype(dtype)}
+  np.testing.assert_allclose(signals_of("magnitude", params), np.arange(1, 5) / 2.5, rtol=1e-6)
+
+
+def test_a_parameter_may_be_called_value():
+  apply = lambda v, x: x @ v["params"]["attn"]["value"] * v["masks"] @ v["params"]["out"]
+  rng = np.random.default_rng(0)
+  params = {"attn": {"value": jnp.asarray(rng.normal(size=(2, 3)))}, "out": jnp.ones((3, 1))}
+  variables = {"params": params, "masks": jnp.ones(3)}
+  cost = fp.cost_model(apply, variables, jnp.ones((5, 2)))
+  norms = np.sqrt(np.square(params["attn"]["value"]).sum(0) + 1)
+  found = fp.estimate_signals(None, params, variables["masks"], (), method="magnitude", cost=cost)
+  np.testing.assert_allclose(found, norms / norms.mean(), rtol=1e-5)
+
+
+def test_a_part_of_a_parameter_is_no_parameter():
+  """As under ``shard_map``: the norm would be that of what is left."""
+  params = {"a": V["params"]["a"][:, :2], "b": V["params"]["b"]}
+  message = r"got params/a of the shape \(3, 2\), which is \(3, 4\) there.*gather it before tx.update"
+  with pytest.raises(ValueError, match=message):
+    signals_of("magnitude", params)
+
+
+@pytest.mark.parametrize("method", CRITERIA)
+def test_signals_are_float32_under_64_bits(method):
+  with jax.enable_x64(True):
+    given = {"method": method, "cost": COST}
+    loss = lambda params, masks, x: jnp.mean(net({"params": params, "masks": masks}, x) ** 2)
+    found = fp.estimate_signals(loss, V["params"], V["masks"], [X], **given)
+    if method in ("fisher", "taylor"):
+      signal = {"fisher": fisher_signal, "taylor": taylor_signal}[method]
+      assert signal(GRADS)["m"].dtype == jnp.float32
+  assert found["m"].dtype == jnp.float32
 
 
 def test_a_batch_that_is_not_finite_hands_out_nothing():

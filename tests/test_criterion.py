@@ -153,6 +153,23 @@ def test_it_gets_what_it_names_and_nothing_else():
   np.testing.assert_array_equal(second["masks"]["a"], [1, 0, 1])
 
 
+def test_what_it_takes_may_be_missing_whatever_it_is():
+  def signal(mask_grads, example_weights):
+    assert mask_grads is None and example_weights is None
+    return RANKING
+
+  tx = fp.fisher_prune(COST, method=fp.Criterion(signal, takes=("mask_grads", "example_weights")))
+  tx.update({}, tx.init(PARAMS), PARAMS)
+
+
+def test_an_axis_that_it_needs_is_an_option():
+  tx = fp.fisher_prune(COST, method=fp.Criterion(lambda axis_name: RANKING, needs=("axis_name",)))
+  with pytest.raises(
+    ValueError, match=r"needs axis_name, got None. Pass it: fp.fisher_prune\(..., axis_name"
+  ):
+    tx.update({}, tx.init(PARAMS), PARAMS)
+
+
 def test_weights_decide_where_a_criterion_looks_at_them_alone():
   """The norm of the weights behind each feature, without any gradient."""
   params = {"w": jnp.array([[3.0, 0.5, 2.0], [0.0, 0.5, 1.0]]), "v": jnp.full((2, 4, 2), 9.0)}

@@ -132,6 +132,27 @@ def test_networks_that_were_timed_whole_have_their_own_times(monkeypatch, whole_
     assert sum(row.now for row in rows) == pytest.approx(float(cost(masks(width))), rel=1e-5)
 
 
+def test_a_network_that_took_longer_than_a_larger_one_is_level_with_it(monkeypatch, whole_clock):
+  monkeypatch.setattr(grids, "_seconds", lambda kernel, points, repeats: [float(n) for (n,) in points])
+  whole_clock({48: 100.0, 24: 120.0, 17: 26.0, 12: 25.0}.__getitem__)
+  cost = fp.measure_latency(two_layers, V, X)
+  assert cost.dense == pytest.approx(25.5)
+  for width, seconds in ((24, 100), (17, 26), (12, 25)):
+    assert float(cost((jnp.arange(48) < width).astype(jnp.float32))) == pytest.approx((2 + seconds) / 4)
+
+
+def test_calls_are_never_all_that_a_network_takes(monkeypatch):
+  """Both are timed apart, so a call of nothing may come out longer than one of a small network."""
+  monkeypatch.setattr(grids, "_seconds", lambda kernel, points, repeats: [float(n) for (n,) in points])
+  taken = iter(([11.0, 4.0, 3.0, 2.0], [5.0]))
+  monkeypatch.setattr(whole, "medians", lambda runs, repeats, visit: np.array(next(taken)))
+  cost = fp.measure_latency(two_layers, V, X)
+  assert cost.dense == pytest.approx(11 / 4)
+  for width, seconds in ((24, 4), (17, 3), (12, 2)):
+    assert float(cost((jnp.arange(48) < width).astype(jnp.float32))) == pytest.approx(seconds / 4)
+  assert float(cost.per_feature(V["masks"]).min()) > 0
+
+
 def test_what_reading_variables_takes_falls_with_them(monkeypatch, whole_clock):
   """Two layers of 48 by 48 behind one mask each: their products take nothing, their entries do."""
   monkeypatch.setattr(grids, "_seconds", lambda kernel, points, repeats: [0.0 for _ in points])
@@ -275,6 +296,45 @@ def test_it_knows_what_goes_with_a_feature(counting_clock):
   np.testing.assert_allclose(signals, 1.0, rtol=1e-6)
 
 
+def programs_in(path):
+  (times,) = json.loads(path.read_text()).values()
+  return sum(name.startswith("program ") for name in times)
+
+
+def test_which_variables_are_masks_tells_programs_apart(tmp_path):
+  net = lambda v, x: (jnp.tanh(x @ v["a"] * v["m"]) @ v["c"] * v["n"]) @ v["b"]
+  variables = {"a": V["a"], "c": jnp.ones((48, 48)), "b": V["b"], "m": V["masks"], "n": V["masks"]}
+  path = tmp_path / "times.json"
+  for number, names in enumerate(("mn", "m", "n", "mn"), start=1):
+    masks = lambda keys, names=names: keys[0].key in names
+    fp.measure_latency(net, variables, X, masks=masks, repeats=1, cache=path)
+    assert programs_in(path) == 5 * min(number, 3)
+
+
+def test_what_is_computed_of_what_tells_programs_apart(tmp_path):
+  """The same equations on the same shapes; once the sine of a cosine is asked for, once that of the features."""
+  path = tmp_path / "times.json"
+
+  def net(of_cosine):
+    def apply(v, x):
+      h = x @ v["a"] * v["masks"]
+      c = jnp.cos(h)
+      return (c + jnp.sin(c if of_cosine else h)) @ v["b"]
+
+    return apply
+
+  for number, of_cosine in enumerate((True, False, True), start=1):
+    fp.measure_latency(net(of_cosine), V, X, repeats=1, cache=path)
+    assert programs_in(path) == 5 * min(number, 2)
+
+
+def test_two_that_remember_in_one_file_keep_what_the_other_found(tmp_path):
+  one, other = (clock.Memory(tmp_path / "times.json") for _ in range(2))
+  one.add({"a": 1.0})
+  other.add({"b": 2.0})
+  assert clock.Memory(tmp_path / "times.json").times == {"a": 1.0, "b": 2.0}
+
+
 def test_what_loops_do_tells_programs_apart(tmp_path):
   def turns(of):
     return lambda v, x: jax.lax.fori_loop(0, 3, lambda _, c: of(c), x @ v["a"] * v["masks"]) @ v["b"]
@@ -282,6 +342,4 @@ def test_what_loops_do_tells_programs_apart(tmp_path):
   path = tmp_path / "times.json"
   for number, of in enumerate((jnp.sin, jnp.cos, jnp.sin), start=1):
     fp.measure_latency(turns(of), V, X, repeats=1, cache=path)
-    (times,) = json.loads(path.read_text()).values()
-    programs = sum(name.startswith("program ") for name in times)
-    assert programs == 5 * min(number, 2)  # four widths, and what any call takes
+    assert programs_in(path) == 5 * min(number, 2)  # four widths, and what any call takes

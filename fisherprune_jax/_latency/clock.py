@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._files import PathLike, replacing
@@ -20,7 +21,7 @@ Run = Callable[[], Any]
 
 def machine() -> str:
   """What a time hangs on beside the program: the device, what compiles for it, and of a processor how many cores."""
-  device = jax.devices()[0]
+  (device,) = jnp.zeros(()).devices()  # where arrays go by default
   parts = [device.platform, device.device_kind, f"jax {jax.__version__}"]
   if device.platform == "cpu":
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -65,17 +66,18 @@ class Memory:
   def __init__(self, path: PathLike | None) -> None:
     self._path = None if path is None else Path(path)
     self._machine = machine()
-    self._all = self._read()
-    self.times: dict[str, float] = self._all.setdefault(self._machine, {})
+    self.times: dict[str, float] = self._read().get(self._machine, {})
 
   def add(self, found: Mapping[str, float]) -> None:
-    """Remembers times; the file is written anew, beside the old one, and put in its place."""
+    """Remembers times; the file is written anew, with what others have added to it meanwhile, and put in its place."""
     self.times.update(found)
     if self._path is None:
       return
+    everything = self._read()
+    everything.setdefault(self._machine, {}).update(self.times)
     self._path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(self._path) as temporary:
-      Path(temporary).write_text(json.dumps(self._all, indent=1))
+      Path(temporary).write_text(json.dumps(everything, indent=1))
 
   def _read(self) -> dict[str, dict[str, float]]:
     if self._path is None or not self._path.exists():

@@ -1,6 +1,7 @@
 """From times of parts to those of whole networks."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -51,15 +52,16 @@ class Curve(NamedTuple):
 
   @classmethod
   def of(cls, x: Sequence[float], y: Sequence[float]) -> "Curve":
-    """Through points of any order; what would fall is level, and of several in one place the highest counts.
+    """Through points of any order; what is above the next is level with it, and of several in one place the highest counts.
 
     >>> curve = Curve.of([8.0, 4.0, 4.0], [6.0, 1.0, 2.0])
     >>> float(curve(2.0)), float(curve(6.0)), float(curve.fall(6.0, 4.0))
     (1.0, 4.0, 3.0)
     """
-    points, highest = {0.0: 0.0}, 0.0
-    for at, value in sorted(zip(x, y, strict=True)):
-      points[at] = highest = max(highest, value)
+    points, lowest = dict(sorted(zip(x, y, strict=True))), math.inf
+    for at in reversed(points):  # from the dense network on, which keeps its time
+      points[at] = lowest = min(lowest, points[at])
+    points = {0.0: 0.0} | points | {0.0: 0.0}
     return cls(tuple(points), tuple(points.values()))
 
   def __call__(self, x: jax.Array) -> jax.Array:

@@ -54,7 +54,8 @@ def measure_latency(
   monotone. Then whole networks are timed: the dense one, and compact ones of which all masks are cut alike, to a half,
   a third or so, and a quarter. What products come to among others, what a byte takes that everything else moves, and
   what reading an entry of the variables takes, are the factors that fit them best, none of them below zero. What is off
-  then is mended by a curve ``g`` that rises from point to point: the networks that were timed whole have their own times.
+  then is mended by a curve ``g`` that rises from point to point: the networks that were timed whole have their own times,
+  but for one that took longer than a larger one.
 
   .. math:: cost(m) = \frac1B \Bigl(t_{call} + g\bigl(\alpha \sum_{products} t(widths(m)) + \beta \sum_{others} bytes(m)
     + \gamma \, params(m)\bigr)\Bigr)
@@ -65,7 +66,8 @@ def measure_latency(
     *args: the other arguments, of the batch size that is to be fast: arrays, or ``jax.ShapeDtypeStruct``.
     masks: as of :func:`cost_model`.
     batch_axes: likewise.
-    fractions: of each axis that masks can cut, the widths to time, from small to 1.
+    fractions: of each axis that masks can cut, the widths to time, from small to 1; where masks cut a product along
+      several axes, as many of them as make up a grid of 64 points.
     multiple_of: what widths will be multiples of, as of :func:`fisher_prune`; those timed are odd multiples of it, since
       some hardware is faster at multiples of 8 or 128 than at any between.
     repeats: how many turns each program gets.

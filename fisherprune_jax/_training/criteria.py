@@ -61,7 +61,7 @@ def _mean(
 ) -> PyTree:
   """The weighted mean over examples of a function of their gradients, in float32."""
   examples = jax.tree.leaves(mask_grads)[0].shape[-2]
-  weights = jnp.ones(examples) if example_weights is None else jnp.asarray(example_weights, jnp.float32)
+  weights = _weights(example_weights, examples)
   require(weights.shape == (examples,), f"example_weights must have shape ({examples},)", weights.shape)
   # With a negative weight among them it would be no mean: NaN, so that the batch is left out.
   count = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
@@ -75,6 +75,13 @@ def _mean(
   totals = jax.tree.map(total, mask_grads)
   totals, count = _sum_over((totals, count), axis_name)
   return jax.tree.map(lambda t: t / count, totals)
+
+
+def _weights(example_weights: jax.Array | None, examples: int) -> jax.Array:
+  """Those of all examples, in float32."""
+  if example_weights is None:
+    return jnp.ones(examples, jnp.float32)
+  return jnp.asarray(example_weights, jnp.float32)
 
 
 def _sum_over(tree: PyTree, axis_name: AxisNames) -> PyTree:
@@ -109,13 +116,14 @@ def fisher_magnitude(cost: CostModel | None) -> Criterion:
 
   .. math:: signal_k = fisher_{(r_k)}, \qquad r_k = rank of \bigl(rank_{fisher}(k) + (1 - \rho)^2 rank_{\|w\|}(k)\bigr)
 
-  .. math:: \rho = \frac{1 / \sum_n p_n^2 - 1}{N - 1}, \qquad p_n = \frac{\sum_k g_{nk}^2}{\sum_{n,k} g_{nk}^2}
+  .. math:: \rho = \frac{N\bigl(w_n \sum_k g_{nk}^2\bigr) - 1}{N(w_n) - 1}, \qquad
+    N(x_n) = \frac{\bigl(\sum_n x_n\bigr)^2}{\sum_n x_n^2}
 
   Ranks are those among the features of the mask that are alive; of equals Fisher's decides. Signals in nats can be held
   against each other and against costs whatever the layer, so they say how much goes from each mask. Which of its features
   go, gradients say well where all examples have some. Those of examples that are learnt by heart are next to nothing, which
-  says nothing of what these examples need; ``rho`` is the share of the N examples of a batch that do have gradients: 1 where
-  all have equal ones, 0 where one has them all.
+  says nothing of what these examples need; ``rho`` is the share of a batch (of weights ``w``) that does have gradients: 1 where
+  all examples have equal ones, 0 where one of several has them all.
 
   References:
     Dwork et al., `Rank aggregation methods for the web <https://dl.acm.org/doi/10.1145/371920.372165>`_, 2001, for the sum of
@@ -145,26 +153,36 @@ def fisher_magnitude(cost: CostModel | None) -> Criterion:
 def _share(
   grads: jax.Array, mask: jax.Array, *, weights: jax.Array | None, axis_name: AxisNames
 ) -> jax.Array:
-  """The share of examples that have gradients, ``(..., 1)``, row by row."""
-  weights = jnp.ones(grads.shape[-2]) if weights is None else jnp.asarray(weights, jnp.float32)
+  """The share of examples that have gradients, ``(..., 1)``, row by row; that of a single one is 1."""
+  weights = _weights(weights, grads.shape[-2])
   squares = jnp.sum(jnp.where(mask[..., None, :] != 0, jnp.square(grads.astype(jnp.float32)), 0), -1)
-  parts = jnp.where(weights > 0, weights * squares, 0)
-  total, examples = _sum_over((jnp.sum(parts, -1, keepdims=True), jnp.sum(weights > 0)), axis_name)
-  parts = parts / jnp.where(total > 0, total, 1)
-  one_over = _sum_over(jnp.sum(jnp.square(parts), -1, keepdims=True), axis_name)
-  return (1 / jnp.where(total > 0, one_over, 1) - 1) / jnp.maximum(examples - 1, 1)
+  some, most = (_size(x, axis_name) for x in (jnp.where(weights > 0, weights * squares, 0), weights))
+  return jnp.where(most > 1, jnp.clip((some - 1) / jnp.where(most > 1, most - 1, 1), 0, 1), 1)
+
+
+def _size(weights: jax.Array, axis_name: AxisNames) -> jax.Array:
+  """How many examples of equal weight a sample comes to; ``(..., 1)``."""
+  total = _sum_over(jnp.sum(weights, -1, keepdims=True), axis_name)
+  parts = weights / jnp.where(total > 0, total, 1)  # so that squares are of any size that numbers have
+  squares = _sum_over(jnp.sum(jnp.square(parts), -1, keepdims=True), axis_name)
+  return 1 / jnp.where(total > 0, squares, 1)
 
 
 def _by_both(losses: jax.Array, norms: jax.Array, share: jax.Array, mask: jax.Array) -> jax.Array:
   """The losses of what is alive in the order of both ranks, row by row; what is dead keeps its own."""
   alive = mask != 0
-  # What is dead comes first in each order, so that those alive have the same places in them.
-  orders = (jnp.argsort(jnp.where(alive, x, -jnp.inf), -1) for x in (losses, norms))
-  by_loss, by_norm = (jnp.argsort(order, -1) for order in orders)
-  sums = jnp.where(alive, by_loss + jnp.square(1 - share) * by_norm, -1)
-  both = jnp.argsort(jnp.lexsort((by_loss, sums), -1), -1)
-  rising = jnp.sort(jnp.where(alive, losses, -jnp.inf), -1)
-  return jnp.where(alive, jnp.take_along_axis(rising, both, -1), losses)
+  by_loss, by_norm = _ranks(losses, alive), _ranks(norms, alive)
+  sums = jnp.where(alive, by_loss + jnp.square(1 - share) * by_norm, -1)  # what is dead comes first,
+  order = jnp.lexsort((by_loss, sums), -1)
+  rising = jnp.sort(jnp.where(alive, losses, -jnp.inf), -1)  # and here
+  both = jnp.where(alive, jnp.take_along_axis(rising, jnp.argsort(order, -1), -1), losses)
+  return jnp.where(jnp.isfinite(norms), both, jnp.nan)  # NaN has no rank: such a batch is left out
+
+
+def _ranks(x: jax.Array, alive: jax.Array) -> jax.Array:
+  """How many of those alive are smaller, row by row: equals have one rank, wherever they stand."""
+  rising = jnp.sort(jnp.where(alive, x, jnp.inf), -1)
+  return jnp.vectorize(jnp.searchsorted, signature="(n),(n)->(n)")(rising, x)
 
 
 def _norms(cost: CostModel | None, method: str) -> Callable[[PyTree, Masks], Masks]:
@@ -181,9 +199,8 @@ def _norms(cost: CostModel | None, method: str) -> Callable[[PyTree, Masks], Mas
       raise ValueError(
         f"method={method!r} needs the cost model of the network, got cost=None. Pass cost=cost."
       )
-    squares = {
-      path: jnp.square(jnp.abs(leaf)) for path, leaf in _among(params, ownership.shapes, method).items()
-    }
+    found = _among(params, ownership.shapes, method)
+    squares = {path: jnp.square(jnp.abs(leaf).astype(jnp.float32)) for path, leaf in found.items()}
     return jax.tree.map(_over_mean, ownership.add_up(squares, masks), masks)
 
   return signal
@@ -193,7 +210,7 @@ def _over_mean(squares: jax.Array, mask: jax.Array) -> jax.Array:
   """Norms over the mean of those that are alive, row by row."""
   norms, alive = jnp.sqrt(squares), (mask != 0).astype(jnp.float32)
   mean = jnp.sum(norms * alive, -1, keepdims=True) / jnp.maximum(jnp.sum(alive, -1, keepdims=True), 1)
-  return jnp.where(mean > 0, norms / jnp.where(mean > 0, mean, 1), 0)
+  return norms / jnp.where(mean == 0, 1, mean)  # NaN stays NaN: such a batch is left out
 
 
 def _among(params: PyTree, shapes: Mapping[Keys, Shape], method: str) -> dict[Keys, jax.Array]:
@@ -204,12 +221,16 @@ def _among(params: PyTree, shapes: Mapping[Keys, Shape], method: str) -> dict[Ke
   """
   found = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    keys = keys_of(path)
-    keys = keys[:-1] if keys[-1:] == ("value",) else keys  # a variable of NNX
-    ends = [p for p in shapes if p[len(p) - len(keys) :] == keys and shapes[p] == jnp.shape(leaf)]
-    ends = [p for p in ends if p in (keys, ("params", *keys))] or ends
-    if len(ends) == 1 and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-      found[ends[0]] = leaf
+    ends = _ending_with(keys_of(path), shapes)
+    fits = [p for p in ends if shapes[p] == jnp.shape(leaf)]
+    if len(ends) == 1 and not fits:
+      raise ValueError(
+        f"method={method!r} needs the parameters of the network that the cost was built for, got {'/'.join(ends[0])} of "
+        f"the shape {jnp.shape(leaf)}, which is {shapes[ends[0]]} there. Build the cost for this network; if shard_map "
+        "splits this parameter, gather it before tx.update, or leave the splitting to jit."
+      )
+    if len(fits) == 1 and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+      found[fits[0]] = leaf
   if not found:
     raise ValueError(
       f"method={method!r} needs the parameters of the network that the cost was built for, got "
@@ -217,6 +238,16 @@ def _among(params: PyTree, shapes: Mapping[Keys, Shape], method: str) -> dict[Ke
       f"none of {', '.join('/'.join(path) for path in list(shapes)[:3])}, ... Pass them: tx.update(grads, state, params)."
     )
   return found
+
+
+def _ending_with(keys: Keys, shapes: Mapping[Keys, Shape]) -> list[Keys]:
+  """The variables that a path may mean: the one that it names, in full or among ``params``, or all that end with it."""
+  for named in (("params", *keys), keys):
+    if named in shapes:
+      return [named]
+  found = [p for p in shapes if p[len(p) - len(keys) :] == keys]
+  in_nnx = len(keys) > 1 and keys[-1] == "value"  # where a variable of NNX holds its array
+  return found or (_ending_with(keys[:-1], shapes) if in_nnx else [])
 
 
 FISHER, TAYLOR = (

@@ -91,7 +91,7 @@ class Criterion:
         raise ValueError(self._missing(name))
     arguments = {name: given.get(name) for name in self.asks_for}
     for name, check in CHECKS.items():
-      if name in arguments:
+      if arguments.get(name) is not None:
         check(arguments[name], masks, given["axis_name"])
     signal = self.signal(**arguments)
     self._check(signal, masks)
@@ -107,6 +107,8 @@ class Criterion:
         "fisher_prune needs the per-example gradients of the masks, got mask_grads=None. Pass mask_grads from "
         f"fp.value_and_grads: tx.update(grads, state, params, mask_grads=mask_grads). {wrappers}"
       )
+    if name == "axis_name":
+      return f"The criterion {self.name!r} needs axis_name, got None. Pass it: fp.fisher_prune(..., axis_name=...)."
     how = "tx.update(grads, state, params)" if name == "params" else f"tx.update(..., {name}=...)"
     return f"The criterion {self.name!r} needs {name}, got {name}=None. Pass it: {how}. {wrappers}"
 

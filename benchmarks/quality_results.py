@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from quality_tasks import TASKS
@@ -67,8 +66,13 @@ def table(name: str, found: dict[str, Any]) -> Table:
 
 def panels(path: Path, found: dict[str, Any]) -> Iterator[tuple[Axes, str, Any]]:
   """A panel for each task, to be drawn into, with its name and results; the picture is written when all are drawn."""
-  figure = Figure(figsize=(6.5 * len(found), 5), layout="constrained")
-  for ax, (name, results) in zip(np.atleast_1d(figure.subplots(1, len(found))), found.items(), strict=True):
+  columns = min(2, len(found))
+  rows = -(-len(found) // columns)
+  figure = Figure(figsize=(6.5 * columns, 5 * rows), layout="constrained")
+  axes = figure.subplots(rows, columns, squeeze=False).ravel()
+  for ax in axes[len(found) :]:
+    ax.set_axis_off()
+  for ax, (name, results) in zip(axes, found.items(), strict=False):
     yield ax, name, results
     ax.set_title(name)
     ax.invert_xaxis()

@@ -171,18 +171,28 @@ def _size(weights: jax.Array, axis_name: AxisNames) -> jax.Array:
 def _by_both(losses: jax.Array, norms: jax.Array, share: jax.Array, mask: jax.Array) -> jax.Array:
   """The losses of what is alive in the order of both ranks, row by row; what is dead keeps its own."""
   alive = mask != 0
-  by_loss, by_norm = _ranks(losses, alive), _ranks(norms, alive)
-  sums = jnp.where(alive, by_loss + jnp.square(1 - share) * by_norm, -1)  # what is dead comes first,
-  order = jnp.lexsort((by_loss, sums), -1)
-  rising = jnp.sort(jnp.where(alive, losses, -jnp.inf), -1)  # and here
-  both = jnp.where(alive, jnp.take_along_axis(rising, jnp.argsort(order, -1), -1), losses)
-  return jnp.where(jnp.isfinite(norms), both, jnp.nan)  # NaN has no rank: such a batch is left out
+  rising, order, by_loss = _ranked(jnp.where(alive, losses, -jnp.inf))  # what is dead comes first,
+  _, _, by_norm = _ranked(jnp.where(alive, norms, -jnp.inf))
+  sums = jnp.where(alive, by_loss + jnp.square(1 - share) * by_norm, -1)  # here too
+  # Laid in Fisher's order, equals stay in it when they are sorted.
+  both = jnp.argsort(jnp.take_along_axis(sums, order, -1), -1, stable=True)
+  handed_out = _placed(rising, jnp.take_along_axis(order, both, -1))
+  # NaN has no rank: such a batch is left out.
+  return jnp.where(jnp.isfinite(norms), jnp.where(alive, handed_out, losses), jnp.nan)
 
 
-def _ranks(x: jax.Array, alive: jax.Array) -> jax.Array:
-  """How many of those alive are smaller, row by row: equals have one rank, wherever they stand."""
-  rising = jnp.sort(jnp.where(alive, x, jnp.inf), -1)
-  return jnp.vectorize(jnp.searchsorted, signature="(n),(n)->(n)")(rising, x)
+def _ranked(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Row by row in rising order, where each was, and how many are smaller than each: equals have one rank."""
+  order = jnp.argsort(x, -1)
+  rising = jnp.take_along_axis(x, order, -1)
+  first = jnp.concatenate([jnp.ones_like(rising[..., :1], bool), rising[..., 1:] != rising[..., :-1]], -1)
+  smaller = jax.lax.cummax(jnp.where(first, jnp.arange(x.shape[-1]), 0), axis=x.ndim - 1)
+  return rising, order, _placed(smaller, order)
+
+
+def _placed(values: jax.Array, at: jax.Array) -> jax.Array:
+  """Values put at places of their row."""
+  return jnp.put_along_axis(jnp.zeros_like(values), at, values, -1, inplace=False)
 
 
 def _norms(cost: CostModel | None, method: str) -> Callable[[PyTree, Masks], Masks]:

@@ -2,6 +2,7 @@
 
 import functools
 import random
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -389,3 +390,22 @@ def test_sets_that_are_gone_leave_nothing_behind():
     build()
   assert len(expression._interned) <= alive
   assert expression._numbers == numbers
+
+
+def test_what_is_going_is_not_found_again():
+  """Whatever another thread builds while an expression goes: no two that are alive have one number."""
+  make = lambda n: sets.take(sets.leaf("going", 7), [n % 7, -1, n // 7])
+  kept = [sets.leaf("going", 7)]
+  going = make(1)
+
+  def meanwhile(frame, event, arg):
+    if event == "call" and "expression" in frame.f_code.co_filename:
+      sys.setprofile(None)
+      kept.append(make(1))
+
+  sys.setprofile(meanwhile)
+  del going
+  sys.setprofile(None)
+  kept += [make(n) for n in range(2, 12)]
+  assert len(kept) == 12  # it went
+  assert len({s.number for s in kept}) == len(kept)

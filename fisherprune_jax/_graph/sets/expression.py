@@ -156,13 +156,9 @@ class Set:
   def __repr__(self) -> str:
     return f"{type(self).__name__}[{self.size}]({', '.join(map(str, keys_of(self.support)))})"
 
-  def __del__(self, free: Callable[[int], None] = _free.append) -> None:
-    # Nothing that has it for an atom is left: parts live at least as long as what is made of them.
-    free(self.number)
-
 
 _interned: "weakref.WeakValueDictionary[Any, Set]" = weakref.WeakValueDictionary()
-_numbered: "weakref.WeakValueDictionary[int, Set]" = weakref.WeakValueDictionary()
+_numbered: "dict[int, weakref.ref[Set]]" = {}
 _masks: dict[Hashable, int] = {}
 _count = _numbers = 0
 _lock = threading.RLock()
@@ -187,9 +183,23 @@ def make(
   with _lock:
     found = _interned.get(key)
     if found is None:
-      found = _new(kind, size, tuple(parts), data)
-      _interned[key] = _numbered[found.number] = found
+      found = _interned[key] = _new(kind, size, tuple(parts), data)
+      _numbered[found.number] = weakref.ref(found, _Freed(found.number))
   return found  # type: ignore[return-value]  # the key names its class
+
+
+class _Freed:
+  """What happens when an expression is gone: its number is free.
+
+  Not before, as in a ``__del__``, from which another thread could still find it: an expression back to life, whose number
+  the next one gets too. Nothing that has it for an atom is left: parts live at least as long as what is made of them.
+  """
+
+  def __init__(self, number: int) -> None:
+    self.number = number
+
+  def __call__(self, _: Any, free: Callable[[int], None] = _free.append) -> None:
+    free(self.number)
 
 
 def _new(kind: type[Kind], size: Size, parts: tuple[Set, ...], data: Any) -> Kind:
@@ -231,6 +241,8 @@ def members(atoms: int) -> list[Set]:
   found = []
   while atoms:
     lowest = atoms & -atoms
-    found.append(_numbered[lowest.bit_length() - 1])
+    alive = _numbered[lowest.bit_length() - 1]()
+    assert alive is not None
+    found.append(alive)
     atoms ^= lowest
   return found

@@ -328,6 +328,23 @@ def test_what_is_computed_of_what_tells_programs_apart(tmp_path):
     assert programs_in(path) == 5 * min(number, 2)
 
 
+def test_what_is_asked_for_tells_programs_apart(tmp_path):
+  """The same equations: once the sine is of use, once the cosine, twice the one and nothing else."""
+  path = tmp_path / "times.json"
+
+  def net(which):
+    def apply(v, x):
+      h = x @ v["a"] * v["masks"]
+      results = jnp.sin(h) @ v["b"], jnp.cos(h) @ v["b"]
+      return results[which]
+
+    return apply
+
+  for number, which in enumerate((0, 1, 0), start=1):
+    fp.measure_latency(net(which), V, X, repeats=1, cache=path)
+    assert programs_in(path) == 5 * min(number, 2)
+
+
 def test_two_that_remember_in_one_file_keep_what_the_other_found(tmp_path):
   one, other = (clock.Memory(tmp_path / "times.json") for _ in range(2))
   one.add({"a": 1.0})

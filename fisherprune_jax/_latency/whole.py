@@ -81,9 +81,9 @@ def _name(program: Program, tree: VariableTree) -> str:
     ins = [(numbers.setdefault(v, len(numbers)), v.aval) for v in node.ins]
     numbers |= {v: len(numbers) + at for at, v in enumerate(node.outs)}
     said.append(f"{node.name} {node.params} {ins} {[v.aval for v in node.outs]}")
-  text = re.sub(
-    r" at 0x[0-9a-f]+", "", "".join(said)
-  )  # functions among the parameters are elsewhere in every process
+  said.append(f"{[numbers.get(value) for value in program.outputs]}")
+  # Functions among the parameters are elsewhere in every process.
+  text = re.sub(r" at 0x[0-9a-f]+", "", "".join(said))
   return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -103,10 +103,8 @@ def _seconds(
     small = compact(apply_fn, full.with_masks(leaves), *args, masks=tree.masks, batch_axes=batch_axes)
     runs.append(partial(jax.jit(small), small.variables, *args))
   nothing = partial(jax.jit(lambda *given: jnp.zeros(())), full.without_masks(variables), *args)
-  found, (calling,) = (
-    medians(runs, repeats, LONG_VISIT).tolist(),
-    medians([nothing], repeats, LONG_VISIT).tolist(),
-  )
+  found = medians(runs, repeats, LONG_VISIT).tolist()
+  (calling,) = medians([nothing], repeats, LONG_VISIT).tolist()
   calling = min(calling, MOST * min(found))
   return [*(seconds - calling for seconds in found), calling]
 

@@ -9,6 +9,7 @@ nothing to say here; the constructors ask these before they make anything new.
 import threading
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
@@ -184,22 +185,17 @@ def make(
     found = _interned.get(key)
     if found is None:
       found = _interned[key] = _new(kind, size, tuple(parts), data)
-      _numbered[found.number] = weakref.ref(found, _Freed(found.number))
+      _numbered[found.number] = weakref.ref(found, partial(_freed, found.number))
   return found  # type: ignore[return-value]  # the key names its class
 
 
-class _Freed:
-  """What happens when an expression is gone: its number is free.
+def _freed(number: int, _: Any, free: Callable[[int], None] = _free.append) -> None:
+  """An expression is gone, and its number is free.
 
   Not before, as in a ``__del__``, from which another thread could still find it: an expression back to life, whose number
   the next one gets too. Nothing that has it for an atom is left: parts live at least as long as what is made of them.
   """
-
-  def __init__(self, number: int) -> None:
-    self.number = number
-
-  def __call__(self, _: Any, free: Callable[[int], None] = _free.append) -> None:
-    free(self.number)
+  free(number)
 
 
 def _new(kind: type[Kind], size: Size, parts: tuple[Set, ...], data: Any) -> Kind:

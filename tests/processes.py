@@ -1,7 +1,11 @@
 """One of several processes that train together: ``python -m tests.processes ID COUNT PORT OUT``."""
 
 import functools
+import os
+import socket
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +14,33 @@ from jax.sharding import PartitionSpec as P
 
 import fisherprune_jax as fp
 from tests import job
+from tests.flags import QUICK
+
+
+def run_two(module: str, folder: Path, *args: str, devices: int) -> list[Path]:
+  """Runs ``python -m module ID COUNT PORT ARGS... OUT`` as two processes, which meet on the loopback interface.
+
+  Each has so many devices. Returns the files that they wrote.
+  """
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
+  outs = [folder / f"{process}.npz" for process in range(2)]
+  running = [
+    subprocess.Popen(
+      [sys.executable, "-m", module, str(process), "2", str(port), *args, out],
+      cwd=Path(__file__).parent.parent,
+      env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for process, out in enumerate(outs)
+  ]
+  errors = [process.communicate(timeout=240)[1] for process in running]
+  for process, said in zip(running, errors, strict=True):
+    assert process.returncode == 0, said[-3000:]
+  return outs
 
 
 def main(process: int, count: int, port: int, out: str) -> None:

@@ -1,12 +1,7 @@
 """Many devices: the same masks as on one, and no traffic but for the reduction of the scores."""
 
 import functools
-import os
-import socket
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +14,8 @@ from jax.sharding import PartitionSpec as P
 import fisherprune_jax as fp
 from tests import job
 from tests.compiling import compiled, nothing_compiled
-from tests.flags import QUICK
+from tests.processes import run_two
 
-ROOT = Path(__file__).parent.parent
 FEATURES = 8 + 16
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="eight host devices are made in conftest.py")
 
@@ -239,24 +233,7 @@ def test_where_a_split_cannot_be_seen_it_does_no_harm():
 
 def test_two_processes_prune_the_same_features(tmp_path):
   """``jax.distributed`` on the loopback interface, two devices in each process."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  flags = f"{QUICK} --xla_force_host_platform_device_count=2"
-  outs = [tmp_path / f"{process}.npz" for process in range(2)]
-  running = [
-    subprocess.Popen(
-      [sys.executable, "-m", "tests.processes", str(process), "2", str(port), out],
-      cwd=ROOT,
-      env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for process, out in enumerate(outs)
-  ]
-  for process in running:
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors[-3000:]
+  outs = run_two("tests.processes", tmp_path, devices=2)
   first, second = (np.load(out, allow_pickle=True) for out in outs)
   np.testing.assert_array_equal(first["masks"], job.masks_on_one_device())
   np.testing.assert_array_equal(first["masks"], second["masks"])

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 import fisherprune_jax as fp
+from tests.test_criteria import share
 
 RANDOM = np.random.default_rng(0)
 X = RANDOM.normal(size=(16, 6, 6, 2)).astype(np.float32)
@@ -202,9 +203,8 @@ def test_criteria_find_the_parameters_in_a_module():
   np.testing.assert_allclose(found["magnitude"], norms / norms.mean(), rtol=1e-5)
   by_loss, by_norm = (np.argsort(np.argsort(x)) for x in (found["fisher"], norms))
   expected = np.empty_like(norms)
-  parts = np.square(mask_grads["masks"]["dense1"]).sum(1)
-  share = (parts.sum() ** 2 / np.square(parts).sum() - 1) / (len(parts) - 1)
-  expected[np.lexsort((by_loss, by_loss + (1 - share) ** 2 * by_norm))] = np.sort(found["fisher"])
+  few = 1 - share(mask_grads["masks"]["dense1"], np.ones(len(X)))
+  expected[np.lexsort((by_loss, by_loss + few**2 * by_norm))] = np.sort(found["fisher"])
   np.testing.assert_allclose(found["fisher_magnitude"], expected, rtol=1e-6)
 
 

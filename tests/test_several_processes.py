@@ -4,12 +4,8 @@ The processes are this file: ``python -m tests.test_several_processes ID COUNT P
 """
 
 import contextlib
-import os
-import socket
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -22,9 +18,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fisherprune_jax as fp
-from tests.flags import QUICK
+from tests.processes import run_two
 
-ROOT = Path(__file__).parent.parent
 LAYERS, WIDTH, HIDDEN, BATCH = 2, 16, 32, 8
 KINDS = {"automatic": AxisType.Auto, "explicit": AxisType.Explicit}
 # How many hidden features each layer keeps, and what is left of the kernel that makes them.
@@ -148,32 +143,10 @@ def main(process, count, port, kind, out):
   jax.distributed.shutdown()
 
 
-def run_two(kind, folder):
-  """What each of two processes with four devices saw."""
-  with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    port = free.getsockname()[1]
-  flags = f"{QUICK} --xla_force_host_platform_device_count=4"
-  outs = [folder / f"{process}.npz" for process in range(2)]
-  running = [
-    subprocess.Popen(
-      [sys.executable, "-m", "tests.test_several_processes", str(process), "2", str(port), kind, out],
-      cwd=ROOT,
-      env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for process, out in enumerate(outs)
-  ]
-  errors = [process.communicate(timeout=240)[1] for process in running]
-  for process, said in zip(running, errors, strict=True):
-    assert process.returncode == 0, said[-3000:]
-  return [np.load(out) for out in outs]
-
-
 @pytest.fixture(scope="module", params=["automatic", "explicit"])
 def seen(request, tmp_path_factory):
-  return run_two(request.param, tmp_path_factory.mktemp("processes"))
+  folder = tmp_path_factory.mktemp("processes")
+  return [np.load(out) for out in run_two("tests.test_several_processes", folder, request.param, devices=4)]
 
 
 @pytest.mark.parametrize("name", WIDTHS)

@@ -2,7 +2,7 @@
 
 Where a primitive runs programs, their values are tied to its own (``structured.links``). The axes of arguments and
 outputs, and what a primitive needs whole in an operand, are blocked. (What is whole in a result alone, as random bits
-are, can be sliced.)
+are, can be sliced.) Data ties only data: what computes with variables takes a slice of its own of it (``data.py``).
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._auto.atoms import PRODUCT, SUM, Atom, block, cut, tie
+from fisherprune_jax._auto.atoms import PRODUCT, SUM, Atom, block, cut, leaves, tie
+from fisherprune_jax._auto.data import hand_on
 from fisherprune_jax._graph.compat import is_static_size
 from fisherprune_jax._graph.control.custom import Custom, CustomJvp
 from fisherprune_jax._graph.liveness import Liveness
@@ -44,24 +45,45 @@ class Axes:
 
   Attributes:
     live: its forward analysis.
+    made: the arrays in which a variable has a part; the others are data.
     readers: what sums over what.
     produced: atoms that a variable brings into an array that depends on the arguments, with that variable.
     bodies: the programs that it runs.
     learned: arrays that depend on variables but not on arguments, each with the first variable that it is made of.
+    turns: what runs along the turns of a loop that reads or writes an entry of an array in each.
   """
 
   live: Liveness
+  made: set[Value]
   atoms: dict[Value, tuple[Atom, ...]] = field(default_factory=dict)
   learned: dict[Value, Value] = field(default_factory=dict)
   readers: list[Reader] = field(default_factory=list)
   produced: list[tuple[Atom, Value]] = field(default_factory=list)
   bodies: list[Body] = field(default_factory=list)
+  turns: dict[Node, Atom] = field(default_factory=dict)
+  _operands: dict[tuple[Node, int], tuple[Atom, ...]] = field(default_factory=dict)
+  _slices: list[tuple[Atom, Atom]] = field(default_factory=list)
 
   def of(self, value: Value) -> tuple[Atom, ...]:
     """The atoms of an array's axes."""
     if value not in self.atoms:
       self.atoms[value] = tuple(map(Atom, value.shape))
     return self.atoms[value]
+
+  def operand(self, node: Node, at: int) -> tuple[Atom, ...]:
+    """The atoms of an operand's axes, as its node reads it: of data a slice of its own."""
+    value = node.ins[at]
+    if value in self.made or not self._computes(node):
+      return self.of(value)
+    if (node, at) not in self._operands:
+      self._operands[node, at] = self._slice(value)
+    return self._operands[node, at]
+
+  def hand_on(self, examples: Atom, arguments: Sequence[Value]) -> None:
+    """Says of all slices of data which of their axes are examples, and which are an argument's; after ``walk``."""
+    given = {leaf for value in arguments for atom in self.of(value) for leaf in leaves(atom)}
+    for use, atom in self._slices:
+      hand_on(use, atom, set(leaves(examples)), given)
 
   def varies(self, value: Value) -> bool:
     """Whether an array depends on the arguments."""
@@ -85,13 +107,25 @@ class Axes:
         for atom in self.of(value):
           block(atom, why)
 
+  def _computes(self, node: Node) -> bool:
+    """Whether a variable has a part in what a node computes."""
+    return not self.made.isdisjoint(node.outs)
+
+  def _slice(self, value: Value) -> tuple[Atom, ...]:
+    """Atoms of the axes of a slice of data."""
+    atoms = tuple(map(Atom, value.shape))
+    self._slices += zip(atoms, self.of(value), strict=True)
+    return atoms
+
   def _node(self, node: Node, spec: Spec) -> None:
     factors = {name: Atom(size) for name, size in spec.sizes.items()}
-    pairs = [*zip(node.ins, spec.ins, strict=True), *zip(node.outs, spec.outs, strict=True)]
-    for value, axes in pairs:
+    for at, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
       if value.literal is None:
-        for atom, axis in zip(self.of(value), axes, strict=True):
-          _tie_axis(atom, axis, factors, node)
+        _tie_axes(self.operand(node, at), axes, factors, node)
+    for value, axes in zip(node.outs, spec.outs, strict=True):
+      _tie_axes(self.of(value), axes, factors, node)
+    if not self._computes(node):
+      return
     # In order: names of groups are the same in all processes.
     given = dict.fromkeys(name for axes in spec.ins for axis in axes for name in factors_of(axis))
     made = {name for axes in spec.outs for axis in axes for name in factors_of(axis)}
@@ -137,6 +171,7 @@ class Axes:
         turns = self._tie_values(outer, inner, turns)
       self.learned.update((inner, self.learned[outer]) for outer, inner in link.ins if outer in self.learned)
     if turns is not None:
+      self.turns[node] = turns
       block(turns, TURNS)
     ruled = isinstance(STRUCTURED[node.name], Custom)
     for link in found:
@@ -151,11 +186,15 @@ class Axes:
     """Ties an array to one inside; where it has one entry for each turn, its first axis is that of the turns."""
     if outer.literal is not None or inner.literal is not None:
       return turns
-    axes, more = self.of(outer), len(outer.shape) - len(inner.shape)
-    for atom in axes[:more]:
+    data = outer not in self.made
+    apart = data != (inner not in self.made)  # then the one is a slice of the other
+    axes = self._slice(outer) if data and apart else self.of(outer)
+    own = self._slice(inner) if apart and not data else self.of(inner)
+    more = len(axes) - len(own)
+    for atom in (self._slice(outer) if data else axes)[:more]:
       turns = turns or Atom(atom.size)
       tie(atom, turns)
-    for one, other in zip(axes[more:], self.of(inner), strict=True):
+    for one, other in zip(axes[more:], own, strict=True):
       tie(one, other)
     return turns
 
@@ -226,6 +265,11 @@ def _origin(value: Value, program: Program, live: Liveness) -> Value:
   while value in makers and makers[value] in live.specs and live.specs[makers[value]].moves:
     value = makers[value].ins[0]
   return value
+
+
+def _tie_axes(atoms: Sequence[Atom], axes: Sequence[Axis], factors: dict[Factor, Atom], node: Node) -> None:
+  for atom, axis in zip(atoms, axes, strict=True):
+    _tie_axis(atom, axis, factors, node)
 
 
 def _tie_axis(atom: Atom, axis: Axis, factors: dict[Factor, Atom], node: Node) -> None:

@@ -8,6 +8,7 @@ import jax
 
 from fisherprune_jax._auto.atoms import Atom, block, tie
 from fisherprune_jax._auto.axes import Axes
+from fisherprune_jax._auto.data import ARGUMENT, made_of
 from fisherprune_jax._errors import is_traced
 from fisherprune_jax._graph.boxes import whole_box
 from fisherprune_jax._graph.facts import Info
@@ -60,13 +61,14 @@ def study(
   count = len(jax.tree.leaves(variables))
   live = Liveness(spec_of)
   live.forward(program, [Info(whole_box(v.shape), varies=at >= count) for at, v in enumerate(program.inputs)])
-  axes = Axes(live)
   given = program.inputs[:count]
+  axes = Axes(live, made_of(program, given, live))
   axes.learned.update((value, value) for value in given)
   examples = _examples(axes, program.inputs[count:], example_axes)
   axes.walk(program)
+  axes.hand_on(examples, program.inputs[count:])
   block(examples, EXAMPLES)
-  axes.block_all(program.inputs[count:], "it reaches an argument")
+  axes.block_all(program.inputs[count:], ARGUMENT)
   axes.block_all(program.outputs, "it reaches an output")
   return Form(program, jax.tree.structure(out_tree), axes, given, examples, captured)
 

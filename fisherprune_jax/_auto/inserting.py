@@ -41,7 +41,7 @@ def plan_of(form: Form, found: Matched) -> Plan:
     if not wanted:
       continue
     operand, axis = max(
-      reader.places, key=lambda place: _merit(form, reader.node.ins[place[0]], place[1], wanted)
+      reader.places, key=lambda place: _merit(form, form.axes.operand(reader.node, place[0]), place[1], wanted)
     )
     sites = plan.setdefault(reader.node, [])
     same = next((site for site in sites if (site.operand, site.axis) == (operand, axis)), None)
@@ -52,9 +52,8 @@ def plan_of(form: Form, found: Matched) -> Plan:
   return plan
 
 
-def _merit(form: Form, value: Value, axis: int, wanted: Sequence[Atom]) -> tuple[bool, bool]:
+def _merit(form: Form, atoms: Sequence[Atom], axis: int, wanted: Sequence[Atom]) -> tuple[bool, bool]:
   """Whether an operand's axis has all the leaves; whether it tells examples apart."""
-  atoms = form.axes.of(value)
   has = leaves(atoms[axis])
   return all(leaf in has for leaf in wanted), any(form.examples.root() in leaves(atom) for atom in atoms)
 
@@ -90,14 +89,16 @@ class Masked:
           )
           if sites:
             if (value, sites) not in made:
-              made[value, sites] = self._mask(arrays[operand], value, sites, masks, node)
+              atoms = self.form.axes.operand(node, operand)
+              made[value, sites] = self._mask(arrays[operand], atoms, sites, masks, node)
             arrays[operand] = made[value, sites]
         env.update(zip(node.outs, self._apply(node, arrays, masks), strict=True))
     return [read(value) for value in program.outputs]
 
-  def _mask(self, array: Any, value: Value, sites: Sequence[Site], masks: Masks, node: Node) -> Any:
+  def _mask(
+    self, array: Any, atoms: Sequence[Atom], sites: Sequence[Site], masks: Masks, node: Node
+  ) -> Any:
     """An array times masks, in float32 or wider."""
-    atoms = self.form.axes.of(value)
     wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     for _, axis, wanted in sites:
       chosen = {leaf: masks[leaf] for leaf in wanted}
@@ -139,9 +140,9 @@ def _no_place(missing: Sequence[Atom], form: Form, array: Any, node: Node) -> st
 
 def _scan(masked: Masked, node: Node, arrays: Sequence[Any], masks: Masks) -> Sequence[Any]:
   consts, carry = compat.scan_counts(node.params)
-  (body,) = masked.form.axes.live.subs[node]
   fixed, start, stacked = arrays[:consts], arrays[consts : consts + carry], arrays[consts + carry :]
-  turns = _turns(masked, node, body)
+  turns = masked.form.axes.turns.get(node)
+  turns = turns and turns.root()
   rows = {leaf: _by_turn(mask, turns) for leaf, mask in masks.items() if turns in mask.labels}
 
   def turn(carried: Sequence[Any], each: tuple[Sequence[Any], dict[int, Any]]) -> tuple[list[Any], list[Any]]:
@@ -156,18 +157,6 @@ def _scan(masked: Masked, node: Node, arrays: Sequence[Any], masks: Masks) -> Se
   each = (list(stacked), {at: mask.array for at, mask in enumerate(rows.values())})
   carried, written = lax.scan(turn, list(start), each, **options)
   return [*carried, *written]
-
-
-def _turns(masked: Masked, node: Node, body: Program) -> Atom | None:
-  """What runs along the turns of a loop."""
-  consts, carry = compat.scan_counts(node.params)
-  for outer, inner in (
-    *zip(node.ins[consts + carry :], body.inputs[consts + carry :], strict=True),
-    *zip(node.outs[carry:], body.outputs[carry:], strict=True),
-  ):
-    if outer.literal is None and inner.literal is None:
-      return masked.form.axes.of(outer)[0].root()
-  return None
 
 
 def _by_turn(mask: Laid, turns: Atom | None) -> Laid:

@@ -3,11 +3,19 @@
 A ``Program`` is a jaxpr with calls to ``jit`` flattened away and **fresh values for every call**. The second
 point matters: JAX caches the jaxprs of jitted helpers, so two calls of ``nn.relu`` on one shape share the
 variables of their inner jaxpr, and facts about one call would overwrite facts about the other.
+
+Entries that are picked from a reshaped array are picked before it is reshaped: of ``x.reshape(n, 3, heads, depth)``, of
+which only ``[:, 0]``, ``[:, 1]`` and ``[:, 2]`` are read, every one has axes of its own then, as ``jnp.split`` would give.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
 
 from fisherprune_jax._graph import compat
 from fisherprune_jax._types import PyTree, Size
@@ -87,6 +95,8 @@ def build(closed: Any, callers: tuple[compat.Equation, ...] = ()) -> Program:
   constants = [(env[var], const) for var, const in zip(jaxpr.constvars, consts, strict=True)]
   program = Program([env[var] for var in jaxpr.invars], constants)
   program.outputs = _append(program, jaxpr, env, callers)
+  if any(node.name == "reshape" for node in program.nodes):
+    _pick_first(program)
   return program
 
 
@@ -118,3 +128,122 @@ def _inline(
   program.consts += zip(held, consts, strict=True)
   env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*held, *ins), strict=True))
   return _append(program, jaxpr, env, callers)
+
+
+class _Pick(NamedTuple):
+  """One entry along an axis of a reshaped array, which a node reads.
+
+  Attributes:
+    node: the node.
+    result: which of its results is the entry.
+    order: the axes of the reshaped array, in the order in which the node reads them.
+    axis: along which of them it picks.
+    at: the position of the entry.
+    drops: whether the result lacks the axis.
+  """
+
+  node: Node
+  result: int
+  order: tuple[int, ...]
+  axis: int
+  at: int
+  drops: bool
+
+
+def _pick_first(program: Program) -> None:
+  """Picks entries before a reshape, wherever nothing else is read of it."""
+  readers: dict[Value, list[Node]] = defaultdict(list)
+  for node in program.nodes:
+    for value in node.ins:
+      readers[value].append(node)
+  kept, instead = [], dict[Value, Value]()
+  gone = set[Node]()
+  for node in program.nodes:
+    node.ins = [instead.get(value, value) for value in node.ins]
+    picks = _picks_of(node, readers, set(program.outputs)) if node.name == "reshape" else None
+    if picks:
+      moved, picks = picks
+      gone.update(moved)
+      for pick in picks:
+        nodes, instead[pick.node.outs[pick.result]] = _picked(node, pick)
+        kept += nodes
+    if node not in gone:
+      kept.append(node)
+  program.nodes = kept
+  program.outputs = [instead.get(value, value) for value in program.outputs]
+
+
+def _picks_of(
+  reshape: Node, readers: dict[Value, list[Node]], outputs: set[Value]
+) -> tuple[list[Node], list[_Pick]] | None:
+  """The nodes that only move a reshaped array or pick from it, and the picks; None where anything else is done with it."""
+  if reshape.params.get("dimensions") is not None or reshape.params.get("sharding") is not None:
+    return None
+  moved, picks = [reshape], list[_Pick]()
+  waiting = [(reshape.outs[0], tuple(range(len(reshape.outs[0].shape))))]
+  for value, order in waiting:
+    if value in outputs:
+      return None
+    for node in readers[value]:
+      moved.append(node)
+      if node.name == "transpose":
+        waiting.append((node.outs[0], tuple(order[at] for at in node.params["permutation"])))
+      elif found := list(_entries(node, order)):
+        picks += found
+      else:
+        return None
+  if len({pick.axis for pick in picks}) != 1 or _merged(reshape, picks[0].axis) is None:
+    return None
+  return moved, picks
+
+
+def _entries(node: Node, order: tuple[int, ...]) -> Iterator[_Pick]:
+  """The single entries along one axis that a node takes of its operand; nothing if it does anything else."""
+  shape = node.ins[0].shape
+  if node.name == "unstack" or (node.name == "split" and set(node.params["sizes"]) == {1}):
+    drops = node.name == "unstack"
+    yield from (_Pick(node, at, order, order[node.params["axis"]], at, drops) for at in range(len(node.outs)))
+  elif node.name == "slice":
+    starts, out = node.params["start_indices"], node.outs[0].shape
+    partly = [at for at, (n, m) in enumerate(zip(shape, out, strict=True)) if n is not m and n != m]
+    if len(partly) == 1 and out[partly[0]] == 1:
+      yield _Pick(node, 0, order, order[partly[0]], int(starts[partly[0]]), False)
+
+
+def _merged(reshape: Node, axis: int) -> tuple[int, int, int] | None:
+  """Of which axis an axis of the result was a part, and how many entries were before it and behind it; None if behind it none."""
+  before, after = reshape.ins[0].shape, reshape.outs[0].shape
+  if not all(map(compat.is_static_size, after[axis:])) or 0 in after[axis:]:
+    return None
+  inner, behind = math.prod(after[axis + 1 :]), 1
+  for at in reversed(range(len(before))):
+    if not compat.is_static_size(before[at]):
+      return None
+    if behind * before[at] >= inner * after[axis]:
+      rest = inner // behind
+      fits = inner % behind == 0 and before[at] % (after[axis] * rest) == 0
+      return (at, before[at] // (after[axis] * rest), rest) if fits and rest > 1 else None
+    behind *= before[at]
+  return None
+
+
+def _picked(reshape: Node, pick: _Pick) -> tuple[list[Node], Value]:
+  """Nodes that pick an entry before they reshape it, and what they give."""
+  (source,), (whole,) = reshape.ins, reshape.outs
+  merged = _merged(reshape, pick.axis)
+  assert merged is not None
+  at, outer, rest = merged
+
+  def fn(x: jax.Array) -> jax.Array:
+    shape = (*x.shape[:at], *((outer,) if outer > 1 else ()), x.shape[at] // outer, *x.shape[at + 1 :])
+    place = at + (outer > 1)
+    x = lax.slice_in_dim(x.reshape(shape), pick.at * rest, (pick.at + 1) * rest, axis=place)
+    x = x.reshape([1 if i == pick.axis else n for i, n in enumerate(whole.shape)]).transpose(pick.order)
+    return x.squeeze(pick.order.index(pick.axis)) if pick.drops else x
+
+  with compat.located(pick.node.eqn):
+    jaxpr, _ = compat.trace(fn, jax.ShapeDtypeStruct(source.shape, source.aval.dtype))
+  found = Program([source], [])
+  opened, _ = compat.open_jaxpr(jaxpr)
+  (out,) = _append(found, opened, {opened.invars[0]: source}, pick.node.callers)
+  return found.nodes, out

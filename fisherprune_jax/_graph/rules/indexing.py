@@ -29,7 +29,7 @@ def gather(node: Node, infos: Sequence[Info]) -> Spec:
   gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
   kept = [axis for axis in range(len(operand)) if axis not in gone]
   for axis, at in zip(kept, numbers.offset_dims, strict=True):
-    if slices[axis] == operand[axis] and axis not in numbers.start_index_map:
+    if slices[axis] == operand[axis]:  # also where there is an index for it: it can only be 0
       ins[axis] = outs[at]
   for axis, index_axis in zip(
     numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
@@ -52,23 +52,41 @@ def gather(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def _known_picks(node: Node, indices: np.ndarray | None) -> list[np.ndarray | None] | None:
-  """What a gather along one axis selects, if its indices are known: ``x[:, i]`` or ``x[:, a:b]``."""
+  """What a gather selects along each axis, if its indices are known: ``x[:, i]``, or one window as in ``x[:, a:b]``."""
   numbers, slices, shape = node.params["dimension_numbers"], node.params["slice_sizes"], node.ins[0].shape
-  if indices is None or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+  if indices is None or numbers.operand_batching_dims:
+    return None
+  if not numbers.collapsed_slice_dims and indices.ndim == 1:
+    return _known_window(node, dict(zip(numbers.start_index_map, indices, strict=True)))
+  if len(numbers.start_index_map) != 1:
     return None
   (axis,) = numbers.start_index_map
   others = tuple(at for at in range(len(shape)) if at != axis)
   if any(slices[at] != shape[at] for at in others):
     return None
-  if numbers.collapsed_slice_dims == (axis,) and indices.ndim == 2 and numbers.offset_dims == others:
-    chosen = indices[:, 0]
-  elif not numbers.collapsed_slice_dims and indices.shape == (1,):
-    chosen = np.arange(indices[0], indices[0] + slices[axis])
-  else:
+  if numbers.collapsed_slice_dims != (axis,) or indices.ndim != 2 or numbers.offset_dims != others:
     return None
+  chosen = indices[:, 0]
   if not ((chosen >= 0) & (chosen < shape[axis])).all():
     return None
   return [chosen if at == axis else None for at in range(len(shape))]
+
+
+def _known_window(node: Node, starts: dict[int, np.ndarray]) -> list[np.ndarray | None] | None:
+  """The positions of one window; None where it is cut short, or reaches beyond an end and is filled there."""
+  shape, slices = node.ins[0].shape, node.params["slice_sizes"]
+  clips = node.params["mode"] == lax.GatherScatterMode.CLIP
+  picks: list[np.ndarray | None] = []
+  for axis, (size, length) in enumerate(zip(shape, slices, strict=True)):
+    start = starts.get(axis, 0)
+    if size == length:
+      inside = clips or start == 0
+    else:
+      inside = compat.is_static_size(size) and (clips or 0 <= start <= size - length)
+    if not inside:
+      return None
+    picks.append(_window(np.asarray(start), size, length))
+  return picks
 
 
 def _bind_gather(ins: tuple[Factor, ...]) -> Bind:

@@ -28,7 +28,7 @@ def dynamic_update_slice(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def scatter(node: Node, infos: Sequence[Info]) -> Spec:
-  """``v c, i, i c -> v c``: axes that every update spans are elementwise, the others whole."""
+  """``b v c, b i, b i c -> b v c``: axes that every update spans, and those of batches, are elementwise, others whole."""
   numbers = node.params["dimension_numbers"]
   operand, indices, update = (value.shape for value in node.ins)
   gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
@@ -36,10 +36,14 @@ def scatter(node: Node, infos: Sequence[Info]) -> Spec:
   ins: list[Factor] = [f"u{i}" for i in range(len(update))]
   kept = [axis for axis in range(len(operand)) if axis not in gone]
   for axis, at in zip(kept, numbers.update_window_dims, strict=True):
-    if operand[axis] == update[at] and axis not in numbers.scatter_dims_to_operand_dims:
+    if operand[axis] == update[at]:  # also where there is an index for it: it can only be 0
       outs[axis] = ins[at] = f"d{axis}"
+  of_indices: list[Factor | None] = [None] * len(indices)
+  rest = [at for at in range(len(update)) if at not in numbers.update_window_dims]
+  for axis, at in zip(numbers.operand_batching_dims, numbers.scatter_indices_batching_dims, strict=True):
+    outs[axis] = ins[rest[at]] = of_indices[at] = f"d{axis}"
   return Spec(
-    ins=(tuple(outs), (None,) * len(indices), tuple(ins)),
+    ins=(tuple(outs), tuple(of_indices), tuple(ins)),
     outs=(tuple(outs),),
     sizes=sized((tuple(outs), operand), (tuple(ins), update)),
     neutral=frozenset({1}),

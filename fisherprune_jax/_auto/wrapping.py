@@ -8,9 +8,10 @@ import jax
 
 from fisherprune_jax._auto.forms import study
 from fisherprune_jax._auto.groups import Group, Place
-from fisherprune_jax._auto.inserting import Masked, plan_of
+from fisherprune_jax._auto.inserting import Masked, Masks, plan_of
 from fisherprune_jax._auto.laying import Laid
 from fisherprune_jax._auto.matching import Leaves, Tree, match
+from fisherprune_jax._auto.numbering import Numbering
 from fisherprune_jax._errors import path_name, require, require_same_tree
 from fisherprune_jax._graph.examples import example_axes
 from fisherprune_jax._masks import COLLECTION
@@ -105,9 +106,9 @@ class Wrapped:
     masked, leaves = self._traced(own, given, count)
     if count == 1:  # one example is all that there is: nothing tells it apart
       masks = {name: mask.reshape((*mask.shape[:-2], mask.shape[-1])) for name, mask in masks.items()}
-    labels = (masked.form.examples.root(),) if count not in (None, 1) else ()
+    labels = (masked.numbering.label,) if masked.numbering else ()
     laid = {leaf: Laid(masks[group.name], (*turns, *labels)) for leaf, (group, turns) in leaves.items()}
-    return masked([*jax.tree.leaves(own), *given.arrays], laid)
+    return masked([*jax.tree.leaves(own), *given.arrays], Masks(laid))
 
   def _traced(self, own: PyTree, given: "_Arguments", count: int | None) -> tuple[Masked, Leaves]:
     """The function traced, with a plan of where masks stand: at every call, as whatever it reads may have changed."""
@@ -116,11 +117,17 @@ class Wrapped:
       args, kwargs = given.filled(arrays)
       return self.fn(variables, *args, **kwargs)
 
-    form = study(function, own, given.arrays, given.example_axes(self.batch_axes, count))
+    axes = given.example_axes(self.batch_axes, count)
+    form = study(function, own, given.arrays, axes)
     found = match(
       form, self.model.in_order(own, form.variables), self.model.trees, self.model.groups, self.model.places
     )
-    return Masked(form, plan_of(form, found)), found.leaves
+    if count in (None, 1):
+      return Masked(form, plan_of(form, found, None)), found.leaves
+    numbering = Numbering(form, axes, count)
+    plan = plan_of(form, found, numbering)
+    numbering.settle(plan, {leaf: group.name for leaf, (group, _) in found.leaves.items()})
+    return Masked(form, plan, numbering), found.leaves
 
 
 class _Arguments:

@@ -1,5 +1,6 @@
 """``fp.auto_mask``: what it says, what it refuses, and the same groups in other functions of the same variables."""
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -332,3 +333,76 @@ def test_groups_come_in_one_order_in_all_processes():
   printed = {run.communicate()[0] for run in runs}
   assert len(printed) == 1
   assert "q.1" in printed.pop()
+
+
+class Setting:
+  """Mutable; equal and hashed by its name alone."""
+
+  def __init__(self, scale):
+    self.name, self.scale = "setting", scale
+
+  def __eq__(self, other):
+    return self.name == other.name
+
+  def __hash__(self):
+    return hash(self.name)
+
+
+@dataclasses.dataclass  # with __eq__, so without __hash__
+class Config:
+  scale: float
+
+
+SCALED = {
+  "number": (lambda k: k, float),
+  "numpy number": (np.float32, lambda one: one),
+  "text": (str, float),
+  "mapping": (lambda k: {"scale": k, "name": "x"}, lambda one: one["scale"]),
+  "list": (lambda k: [k, None], lambda one: one[0]),
+  "dataclass": (Config, lambda one: one.scale),
+  "hashable": (Setting, lambda one: one.scale),
+  "function": (lambda k: lambda: k, lambda one: one()),
+  "set": (lambda k: {k}, lambda one: next(iter(one))),
+}
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+@pytest.mark.parametrize("kind", SCALED)
+def test_what_is_no_array_may_change_between_calls(kind, by_name):
+  make, read = SCALED[kind]
+  f = lambda p, x, scale: jnp.tanh(x @ p["a"]) @ p["o"] * read(scale)
+  p, x = {"a": jnp.ones((3, 4)), "o": jnp.ones((4, 1))}, jnp.ones((1, 3))
+  auto = fp.auto_mask(lambda p, x: f(p, x, make(1.0)), p, x)
+  variables, run = {**p, "masks": auto.masks}, auto.wrap(f)
+  call = lambda one: run(variables, x, scale=one) if by_name else run(variables, x, one)
+  for k in (1.0, 2.0, 3.0, 1.0):  # new objects, some where freed ones were
+    np.testing.assert_allclose(call(make(k)), f(p, x, make(k)), rtol=1e-6)
+  if hasattr(one := make(1.0), "scale"):
+    call(one)
+    one.scale = 10.0
+    np.testing.assert_allclose(call(one), f(p, x, one), rtol=1e-6)
+
+
+def test_values_that_are_equal_but_of_other_types_are_told_apart():
+  def f(p, x, power):
+    return jnp.tanh(x @ p["a"]) @ p["o"] * (2 if power is True else 3 if type(power) is int else 5)
+
+  p, x = {"a": jnp.ones((3, 4)), "o": jnp.ones((4, 1))}, jnp.ones((1, 3))
+  auto = fp.auto_mask(lambda p, x: f(p, x, 1), p, x)
+  run = auto.wrap(f)
+  for power in (1, True, 1.0, np.int32(1), (1,), (True,)):
+    np.testing.assert_allclose(run(auto.variables, x, power), f(p, x, power), rtol=1e-6)
+
+
+def test_what_a_function_reads_from_outside_may_change_between_calls():
+  outside = {"scale": 1.0, "array": np.ones(1, np.float32)}
+  f = lambda p, x: jnp.tanh(x @ p["a"]) @ p["o"] * outside["scale"] * outside["array"]
+  p, x = {"a": jnp.ones((3, 4)), "o": jnp.ones((4, 1))}, jnp.ones((1, 3))
+  auto = fp.auto_mask(f, p, x)
+  for scale in (1.0, 2.0):
+    outside["scale"] = scale
+    outside["array"][0] = scale
+    expected = f(p, x)
+    small = fp.compact(auto.apply, auto.variables, x)
+    for y in (auto.apply(auto.variables, x), small(small.variables, x)):
+      np.testing.assert_allclose(y, expected, rtol=1e-6)

@@ -1,5 +1,6 @@
 """Masks beside modules of ``flax.nnx`` that hold none: state, modes, training, compaction, the user's class again."""
 
+import dataclasses
 import functools
 import io
 import warnings
@@ -508,3 +509,36 @@ def test_variables_that_a_call_makes_are_there_afterwards():
 def test_errors_say_what_is_required(function, error, match):
   with pytest.raises(error, match=match):
     function()
+
+
+@dataclasses.dataclass  # with __eq__, so without __hash__
+class Config:
+  width: int = 6
+  scale: float = 1.0
+
+
+class Configured(nnx.Module):
+  """It holds what cannot be hashed."""
+
+  def __init__(self, rngs):
+    self.config, self.names, self.table = Config(), ["first", "last"], {"scale": 1.0}
+    self.first = nnx.Linear(4, self.config.width, rngs=rngs)
+    self.last = nnx.Linear(self.config.width, 2, rngs=rngs)
+
+  def __call__(self, x):
+    return self.last(nnx.relu(self.first(x))) * self.config.scale
+
+
+def test_a_module_may_hold_what_cannot_be_hashed_and_may_change():
+  model, x = Configured(nnx.Rngs(0)), jnp.ones((3, 4))
+  masked = fp.nnx.auto_mask(model, x)
+  for scale in (1.0, 3.0):
+    model.config.scale = scale
+    np.testing.assert_allclose(masked(x), model(x), rtol=1e-5)
+  loss = lambda masked, x: jnp.mean(masked(x) ** 2)
+  grads = fp.nnx.value_and_grads(loss)(masked, x)
+  assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
+  assert fp.nnx.cost_model(masked, x).dense > 0
+  masked.masks["first"][...] = jnp.array([1.0, 0, 1, 0, 1, 1])
+  small = fp.nnx.compact(masked, x)
+  np.testing.assert_allclose(small(small.variables, x), masked(x), rtol=1e-5)

@@ -1,7 +1,8 @@
 """Running a program with masks in front of what sums over groups."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -12,11 +13,16 @@ from fisherprune_jax._auto.atoms import Atom, leaves
 from fisherprune_jax._auto.forms import Form
 from fisherprune_jax._auto.laying import Laid, lay, lay_whole
 from fisherprune_jax._auto.matching import Matched
+from fisherprune_jax._auto.numbering import Numbering
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.program import Node, Program, Value
 
-Masks = Mapping[Atom, Laid]
-"""Of each leaf its mask."""
+
+class Masks(NamedTuple):
+  """Of each leaf its mask, and of each loop around the number of its turn."""
+
+  laid: Mapping[Atom, Laid]
+  turns: Mapping[Node, Any] = MappingProxyType({})
 
 
 class Site(NamedTuple):
@@ -30,7 +36,7 @@ class Site(NamedTuple):
 Plan = dict[Node, list[Site]]
 
 
-def plan_of(form: Form, found: Matched) -> Plan:
+def plan_of(form: Form, found: Matched, numbering: Numbering | None) -> Plan:
   """Where masks stand: at every node that sums over their leaves, on one operand; at the end of residual branches."""
   plan: Plan = {}
   chosen = found.leaves
@@ -40,9 +46,7 @@ def plan_of(form: Form, found: Matched) -> Plan:
     wanted = [leaf for leaf in dict.fromkeys(leaves(reader.atom)) if leaf in chosen]
     if not wanted:
       continue
-    operand, axis = max(
-      reader.places, key=lambda place: _merit(form, form.axes.operand(reader.node, place[0]), place[1], wanted)
-    )
+    operand, axis = max(reader.places, key=lambda place: _merit(form, numbering, reader.node, place, wanted))
     sites = plan.setdefault(reader.node, [])
     same = next((site for site in sites if (site.operand, site.axis) == (operand, axis)), None)
     if same is not None:
@@ -52,10 +56,14 @@ def plan_of(form: Form, found: Matched) -> Plan:
   return plan
 
 
-def _merit(form: Form, atoms: Sequence[Atom], axis: int, wanted: Sequence[Atom]) -> tuple[bool, bool]:
+def _merit(
+  form: Form, numbering: Numbering | None, node: Node, place: tuple[int, int], wanted: Sequence[Atom]
+) -> tuple[bool, bool]:
   """Whether an operand's axis has all the leaves; whether it tells examples apart."""
-  has = leaves(atoms[axis])
-  return all(leaf in has for leaf in wanted), any(form.examples.root() in leaves(atom) for atom in atoms)
+  operand, axis = place
+  has = leaves(form.axes.operand(node, operand)[axis])
+  tells = numbering is not None and numbering.tells(node.ins[operand])
+  return all(leaf in has for leaf in wanted), tells
 
 
 @dataclass(eq=False)
@@ -64,6 +72,7 @@ class Masked:
 
   form: Form
   plan: Plan
+  numbering: Numbering | None = None
   _inside: dict[Node, bool] = field(default_factory=dict)
 
   def __call__(self, inputs: Sequence[Any], masks: Masks) -> Any:
@@ -90,21 +99,25 @@ class Masked:
           if sites:
             if (value, sites) not in made:
               atoms = self.form.axes.operand(node, operand)
-              made[value, sites] = self._mask(arrays[operand], atoms, sites, masks, node)
+              spots = self.numbering.spots(value, node, masks.turns, read) if self.numbering else None
+              made[value, sites] = self._mask(arrays[operand], atoms, sites, masks, node, spots)
             arrays[operand] = made[value, sites]
         env.update(zip(node.outs, self._apply(node, arrays, masks), strict=True))
     return [read(value) for value in program.outputs]
 
   def _mask(
-    self, array: Any, atoms: Sequence[Atom], sites: Sequence[Site], masks: Masks, node: Node
+    self, array: Any, atoms: Sequence[Atom], sites: Sequence[Site], masks: Masks, node: Node, spots: Any
   ) -> Any:
     """An array times masks, in float32 or wider."""
     wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     for _, axis, wanted in sites:
-      chosen = {leaf: masks[leaf] for leaf in wanted}
-      mask, missing = lay(chosen, axis, atoms) if axis is not None else lay_whole(chosen, atoms)
+      chosen = {leaf: masks.laid[leaf] for leaf in wanted}
+      mask, missing = lay(chosen, axis, atoms, spots) if axis is not None else lay_whole(chosen, atoms, spots)
       if missing:
-        raise ValueError(_no_place(missing, self.form, array, node))
+        raise ValueError(
+          f"Masks of one row per layer must meet arrays of layers, got an array of shape {array.shape} at "
+          f"{node.source} outside of the loop."
+        )
       wide = wide * mask.astype(wide.dtype)
     return wide.astype(array.dtype)
 
@@ -127,34 +140,25 @@ class Masked:
     return self.run(self.form.axes.live.subs[node][at], inputs, masks, len(node.callers) + 1)
 
 
-def _no_place(missing: Sequence[Atom], form: Form, array: Any, node: Node) -> str:
-  where = f"an array of shape {array.shape} at {node.source}"
-  if form.examples.root() in missing:
-    return (
-      f"Masks of one row per example must meet arrays of examples, got {where} that has no example axis. Say where "
-      "the arguments have theirs: fp.auto_mask(..., batch_axes=...), auto.wrap(fn, batch_axes=...). (After a primitive "
-      "without a rule nobody knows where they are: fp.register_rule.)"
-    )
-  return f"Masks of one row per layer must meet arrays of layers, got {where} outside of the loop."
-
-
 def _scan(masked: Masked, node: Node, arrays: Sequence[Any], masks: Masks) -> Sequence[Any]:
   consts, carry = compat.scan_counts(node.params)
   fixed, start, stacked = arrays[:consts], arrays[consts : consts + carry], arrays[consts + carry :]
   turns = masked.form.axes.turns.get(node)
   turns = turns and turns.root()
-  rows = {leaf: _by_turn(mask, turns) for leaf, mask in masks.items() if turns in mask.labels}
+  rows = {leaf: _by_turn(mask, turns) for leaf, mask in masks.laid.items() if turns in mask.labels}
 
-  def turn(carried: Sequence[Any], each: tuple[Sequence[Any], dict[int, Any]]) -> tuple[list[Any], list[Any]]:
-    xs, row = each
-    inner = dict(masks)
-    for at, (leaf, mask) in enumerate(rows.items()):
-      inner[leaf] = Laid(row[at], mask.labels)
+  def turn(
+    carried: Sequence[Any], each: tuple[Sequence[Any], dict[int, Any], Any]
+  ) -> tuple[list[Any], list[Any]]:
+    xs, row, number = each
+    mine = {leaf: Laid(row[at], mask.labels) for at, (leaf, mask) in enumerate(rows.items())}
+    inner = Masks({**masks.laid, **mine}, {**masks.turns, node: number})
     outs = masked.inner(node, [*fixed, *carried, *xs], inner)
     return outs[:carry], outs[carry:]
 
   options = {name: node.params[name] for name in ("length", "reverse", "unroll")}
-  each = (list(stacked), {at: mask.array for at, mask in enumerate(rows.values())})
+  numbers = jnp.arange(node.params["length"])
+  each = (list(stacked), {at: mask.array for at, mask in enumerate(rows.values())}, numbers)
   carried, written = lax.scan(turn, list(start), each, **options)
   return [*carried, *written]
 

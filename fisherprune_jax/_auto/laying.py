@@ -1,7 +1,7 @@
 """Masks laid along the axes of an array, wherever their features, examples and turns are there.
 
 A mask is an array of one axis for each of its *labels*, the atoms that run along them: the turns of loops, examples,
-features. Axes of the array that it is laid along are trees of atoms; a mask of one leaf is spread over a product by
+features. Where examples are is said by ``Spots``. Axes of the array that it is laid along are trees of atoms; a mask of one leaf is spread over a product by
 repeating it, and over a sum with ones for the other parts. Everything is done by moving, so that a mask stays a mask for
 whoever analyses the program.
 """
@@ -25,30 +25,48 @@ class Laid(NamedTuple):
   labels: tuple[Atom, ...]
 
 
-def lay(masks: Mapping[Atom, Laid], axis: int, atoms: Sequence[Atom]) -> tuple[jax.Array, list[Atom]]:
+class Spots(NamedTuple):
+  """Where examples are in an array: ``index`` along ``axes``, -1 for nobody's; ``label`` is theirs in masks.
+
+  An ``index`` of None says that they lie in order along the one axis that there is.
+  """
+
+  label: Atom
+  axes: tuple[int, ...]
+  index: jax.Array | None  # type: ignore[assignment]  # not that of a tuple
+
+
+def lay(
+  masks: Mapping[Atom, Laid], axis: int, atoms: Sequence[Atom], spots: Spots | None = None
+) -> tuple[jax.Array, list[Atom]]:
   """Masks along one axis of an array.
 
   Args:
     masks: of each leaf its mask, whose last axis is that of the leaf, not among ``labels``.
     axis: where they lie.
     atoms: what runs along the axes of the array.
+    spots: where examples are, if masks have a row for each.
 
   Returns:
     An array of the rank of the array, whose axes are of full size or 1; the labels that the array has nowhere.
   """
   found = _along(atoms[axis], masks)
   assert found is not None
-  array, labels = found
+  array, labels = found if spots is None or spots.label not in found.labels else _at(spots, axis, found)
   shape: list[int] = [1] * len(atoms)
   shape[axis] = array.shape[0]
   array = jnp.moveaxis(array, 0, -1)
   places, missing = [], []
   for at, label in enumerate(labels):
-    place = next((i for i, atom in enumerate(atoms) if i != axis and label in leaves(atom)), None)
-    if place is None:
-      missing.append(label)
-      continue
-    array = _spread(array, at, atoms[place], label)
+    if isinstance(label, int):
+      place = label
+    else:
+      found_at = next((i for i, atom in enumerate(atoms) if i != axis and label in leaves(atom)), None)
+      if found_at is None:
+        missing.append(label)
+        continue
+      place = found_at
+      array = _spread(array, at, atoms[place], label)
     shape[place] = array.shape[at]
     places.append(place)
   if missing:
@@ -58,10 +76,29 @@ def lay(masks: Mapping[Atom, Laid], axis: int, atoms: Sequence[Atom]) -> tuple[j
   return array.reshape(shape), []
 
 
-def lay_whole(masks: Mapping[Atom, Laid], atoms: Sequence[Atom]) -> tuple[jax.Array, list[Atom]]:
+def _at(spots: Spots, axis: int, laid: Laid) -> tuple[jax.Array, tuple[Atom | int, ...]]:
+  """A mask with each row where its example is: axes of the array for the label of examples."""
+  others = tuple(label for label in laid.labels if label is not spots.label)
+  array = jnp.moveaxis(laid.array, 1 + laid.labels.index(spots.label), -1)
+  if spots.index is None:
+    return array, (*others, *spots.axes)
+  index, count = spots.index, array.shape[-1]
+  array = jnp.concatenate([array, jnp.ones_like(array[..., :1])], -1)  # the last row is nobody's
+  index = jnp.where(index < 0, count, index)
+  if axis not in spots.axes:
+    return jnp.take(array, index, -1), (*others, *spots.axes)
+  index = jnp.moveaxis(index, spots.axes.index(axis), 0)
+  flat = jnp.take_along_axis(array.reshape(len(array), -1, count + 1), index.reshape(len(index), 1, -1), -1)
+  array = flat.reshape(*array.shape[:-1], *index.shape[1:])
+  return array, (*others, *(at for at in spots.axes if at != axis))
+
+
+def lay_whole(
+  masks: Mapping[Atom, Laid], atoms: Sequence[Atom], spots: Spots | None = None
+) -> tuple[jax.Array, list[Atom]]:
   """A mask of one entry for a whole array; as ``lay``."""
   (leaf,) = masks
-  array, missing = lay(masks, len(atoms), [*atoms, leaf])
+  array, missing = lay(masks, len(atoms), [*atoms, leaf], spots)
   return (array if missing else jnp.squeeze(array, -1)), missing
 
 

@@ -26,13 +26,17 @@ def tree_of(atom: Atom) -> Tree:
   return (atom.kind, tuple(map(tree_of, atom.parts))) if atom.kind else atom.size
 
 
+Leaves = dict[Atom, tuple[Group, tuple[Atom, ...]]]
+"""Of each leaf its group, and the turns of loops that its mask has rows for."""
+
+
 class Matched(NamedTuple):
   """Groups of a form: ``leaves`` with their group and the turns that its mask has rows for, and residual branches.
 
   A branch is there with an atom of one entry, which is among the leaves.
   """
 
-  leaves: dict[Atom, tuple[Group, tuple[Atom, ...]]]
+  leaves: Leaves
   branches: list[tuple[Branch, Atom]]
 
 

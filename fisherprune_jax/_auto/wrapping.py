@@ -1,25 +1,21 @@
 """A function of variables that may hold masks: traced, its groups found again, and run with the masks put in."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from fisherprune_jax._auto.atoms import Atom
 from fisherprune_jax._auto.forms import study
 from fisherprune_jax._auto.groups import Group, Place
-from fisherprune_jax._auto.inserting import Masked, plan_of
+from fisherprune_jax._auto.inserting import Masked, Masks, plan_of
 from fisherprune_jax._auto.laying import Laid
-from fisherprune_jax._auto.matching import Tree, match
-from fisherprune_jax._errors import is_traced, path_name, require, require_same_tree
+from fisherprune_jax._auto.matching import Leaves, Tree, match
+from fisherprune_jax._auto.numbering import Numbering
+from fisherprune_jax._errors import path_name, require, require_same_tree
 from fisherprune_jax._graph.examples import example_axes
-from fisherprune_jax._graph.variables import signature
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._types import BatchAxes, PyTree, Shape
-
-MOST_KEPT = 8
-"""Shapes that a function is kept traced at, for calls outside of ``jit``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +90,6 @@ class Wrapped:
   fn: Callable[..., PyTree]
   model: Model
   batch_axes: BatchAxes = 0
-  _kept: dict[Any, tuple[Masked, dict[Atom, Any]]] = field(default_factory=dict)
 
   @property
   def __wrapped__(self) -> Callable[..., PyTree]:
@@ -108,37 +103,31 @@ class Wrapped:
       return self.fn(own, *args, **kwargs)
     count = self.model.examples_of(masks)
     given = _Arguments(args, kwargs)
-    masked, leaves = self._masked(own, given, count)
+    masked, leaves = self._traced(own, given, count)
     if count == 1:  # one example is all that there is: nothing tells it apart
       masks = {name: mask.reshape((*mask.shape[:-2], mask.shape[-1])) for name, mask in masks.items()}
-    labels = (masked.form.examples.root(),) if count not in (None, 1) else ()
+    labels = (masked.numbering.label,) if masked.numbering else ()
     laid = {leaf: Laid(masks[group.name], (*turns, *labels)) for leaf, (group, turns) in leaves.items()}
-    return masked([*jax.tree.leaves(own), *given.arrays], laid)
+    return masked([*jax.tree.leaves(own), *given.arrays], Masks(laid))
 
-  def _masked(self, own: PyTree, given: "_Arguments", count: int | None) -> Any:
-    """The function traced, with a plan of where masks stand; kept for the next call where nothing is traced."""
-    if any(map(is_traced, (*jax.tree.leaves(own), *given.arrays))):
-      return self._traced(own, given, count)
-    key = (signature(own), signature(given.arrays), given.static, count)
-    if key not in self._kept:
-      made = self._traced(own, given, count)
-      if made[0].form.captured:
-        return made
-      if len(self._kept) == MOST_KEPT:
-        self._kept.pop(next(iter(self._kept)))
-      self._kept[key] = made
-    return self._kept[key]
+  def _traced(self, own: PyTree, given: "_Arguments", count: int | None) -> tuple[Masked, Leaves]:
+    """The function traced, with a plan of where masks stand: at every call, as whatever it reads may have changed."""
 
-  def _traced(self, own: PyTree, given: "_Arguments", count: int | None) -> Any:
     def function(variables: PyTree, *arrays: Any) -> PyTree:
       args, kwargs = given.filled(arrays)
       return self.fn(variables, *args, **kwargs)
 
-    form = study(function, own, given.arrays, given.example_axes(self.batch_axes, count))
+    axes = given.example_axes(self.batch_axes, count)
+    form = study(function, own, given.arrays, axes)
     found = match(
       form, self.model.in_order(own, form.variables), self.model.trees, self.model.groups, self.model.places
     )
-    return Masked(form, plan_of(form, found)), found.leaves
+    if count in (None, 1):
+      return Masked(form, plan_of(form, found, None)), found.leaves
+    numbering = Numbering(form, axes, count)
+    plan = plan_of(form, found, numbering)
+    numbering.settle(plan, {leaf: group.name for leaf, (group, _) in found.leaves.items()})
+    return Masked(form, plan, numbering), found.leaves
 
 
 class _Arguments:
@@ -151,11 +140,6 @@ class _Arguments:
     self.arrays = [leaves[at] for at in self._at]
     taken = set(self._at)
     self._rest = {at: leaf for at, leaf in enumerate(leaves) if at not in taken}
-
-  @property
-  def static(self) -> Any:
-    """What is no array, as a key."""
-    return self._tree, tuple((at, type(x), x if _is_hashable(x) else id(x)) for at, x in self._rest.items())
 
   def filled(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with other arrays."""
@@ -172,11 +156,3 @@ class _Arguments:
       axis if axis is not None and len(x.shape) > axis and x.shape[axis] == count else None
       for x, axis in ((x, axes[at]) for at, x in zip(self._at, self.arrays, strict=True))
     ]
-
-
-def _is_hashable(x: Any) -> bool:
-  try:
-    hash(x)
-  except TypeError:
-    return False
-  return True

@@ -30,7 +30,8 @@ _LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("flax", "jax", "optax"
 
 def trace(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Any, PyTree]:
   """Traces ``fn`` to a jaxpr; returns it and the tree of ``fn``'s result (of ``ShapeDtypeStruct``)."""
-  return jax.make_jaxpr(fn, return_shape=True)(*args)
+  # A function of its own each time: JAX remembers traces by function, and what this one reads may have changed.
+  return jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*args)
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

@@ -31,7 +31,7 @@ class AutoMasked(nnx.Module):
   def __init__(self, model: nnx.Module, found: AutoMask, call: Call | None, batch_axes: BatchAxes) -> None:
     self.model = model
     self.masks = nnx.Dict({name: MaskVariable(mask) for name, mask in found.masks.items()})
-    self._found, self._call, self._forms = found, call, _Forms(found, call, batch_axes)
+    self._found, self._call, self._batch_axes = found, call, batch_axes
 
   @property
   def groups(self) -> tuple[Group, ...]:
@@ -52,25 +52,13 @@ class AutoMasked(nnx.Module):
     """The outputs of the model with these masks."""
     graph, variables = _split_variables(self.model)
     variables[COLLECTION] = nnx.to_pure_dict(nnx.state(self.masks, MaskVariable))
-    output, state = self._forms[graph](variables, *args, **kwargs)
+    form = self._found.wrap(_form(graph, self._call), self._batch_axes)
+    output, state = form(variables, *args, **kwargs)
     nnx.update(self.model, state)
     return output
 
   def __str__(self) -> str:
     return str(self._found)
-
-
-class _Forms:
-  """The forms of a model with masks in them: one for each of its graphs (training, serving), made when it is met."""
-
-  def __init__(self, found: AutoMask, call: Call | None, batch_axes: BatchAxes) -> None:
-    self._found, self._call, self._batch_axes = found, call, batch_axes
-    self._by_graph: dict[Any, Form] = {}
-
-  def __getitem__(self, graph: Any) -> Form:
-    if graph not in self._by_graph:
-      self._by_graph[graph] = self._found.wrap(_form(graph, self._call), self._batch_axes)
-    return self._by_graph[graph]
 
 
 def auto_mask(

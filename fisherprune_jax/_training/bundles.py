@@ -142,7 +142,7 @@ def _given(names: Sequence[str], multiple_of: Multiple) -> list[int]:
 
 
 def _multiple(name: str, size: int, multiple: int) -> int:
-  valid = is_number(multiple) and multiple == int(multiple) and multiple >= 1
+  valid = is_number(multiple) and multiple >= 1 and math.isfinite(multiple) and multiple == int(multiple)
   require(valid, f"multiple_of must be a whole number, at least 1, for {name}", multiple)
   remedy = "Name the masks that it is for: multiple_of={'conv*': 8}."
   require(

@@ -284,5 +284,7 @@ def criterion_of(method: Any, name: str = "method", cost: CostModel | None = Non
   if isinstance(method, Criterion):
     return method
   known = tuple(CRITERIA)
-  require(method in known, f"{name} must be one of {known}, or an fp.Criterion", method)
+  require(
+    isinstance(method, str) and method in known, f"{name} must be one of {known}, or an fp.Criterion", method
+  )
   return CRITERIA[method](cost)

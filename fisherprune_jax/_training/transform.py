@@ -26,6 +26,7 @@ from fisherprune_jax._training.selection import (
 from fisherprune_jax._training.state import (
   FisherPruneState,
   check_state,
+  check_types,
   corrected,
   differ,
   follow_edits,
@@ -131,6 +132,7 @@ def fisher_prune(
   def update_fn(
     updates: PyTree, state: FisherPruneState, params: PyTree = None, **extra_args: Any
   ) -> tuple[PyTree, FisherPruneState]:
+    check_types(state)
     step = optax.safe_increment(state.step)
     if not jax.tree.leaves(state.masks):  # the network was compacted: nothing left to prune
       return updates, state._replace(step=step)

@@ -144,7 +144,7 @@ def estimate_signals(
     <https://arxiv.org/abs/1801.05787>`_, 2018
   """
   criterion = criterion_of(method, cost=cost)
-  own = {"masks": masks, "params": params, "step": jnp.int32(1), "axis_name": None}
+  own = {"masks": masks, "params": params, "step": jnp.int32(1), "axis_name": None, "name": None}
   if "mask_grads" not in criterion.asks_for:
     signals = jax.tree.map(jnp.float32, criterion.signal_of(own))
     _require_finite(signals, f"The signals of method={criterion.name!r}")

@@ -138,7 +138,7 @@ def fisher_prune(
       return updates, state._replace(step=step)
     check_state(state, options.cost.masks)
     state, edited = follow_edits(state)
-    own = {"masks": state.masks, "step": step, "axis_name": options.axis_name}
+    own = {"masks": state.masks, "step": step, "axis_name": options.axis_name, "name": options.name}
     signal = options.criterion.signal_of({**extra_args, "updates": updates, "params": params, **own})
     state, counts = _accumulate(state._replace(step=step), signal, options)
     return updates, prune_if_due(state, counts, edited, options)

@@ -4,6 +4,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -56,6 +57,15 @@ def is_number(x: Any) -> bool:
   if isinstance(x, bool) or not isinstance(x, int | float | np.number | np.ndarray | jax.Array):
     return False
   return jnp.ndim(x) == 0
+
+
+def as_written(x: Any) -> Fraction:
+  """A finite number as the shortest decimal that stands for it in its own precision.
+
+  >>> as_written(0.07), as_written(np.float32(0.1))
+  (Fraction(7, 100), Fraction(1, 10))
+  """
+  return Fraction(str(np.asarray(x)[()]))
 
 
 def path_name(path: Path) -> str:

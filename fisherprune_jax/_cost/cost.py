@@ -3,7 +3,6 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -12,7 +11,14 @@ import numpy as np
 
 from fisherprune_jax._cost.counted import Counted, Row
 from fisherprune_jax._cost.owned import Owned, Ownership
-from fisherprune_jax._errors import is_number, require, require_same_tree, require_shapes
+from fisherprune_jax._errors import (
+  as_written,
+  is_known,
+  is_number,
+  require,
+  require_same_tree,
+  require_shapes,
+)
 from fisherprune_jax._types import Array, Masks, Shape
 
 
@@ -26,7 +32,7 @@ class CostModel:
     dense: the cost per example with every feature alive.
     unit: what it is measured in, such as ``"FLOPs"``.
 
-  ``a + b`` and ``2.0 * a`` of cost models on the same masks are cost models.
+  ``a + b``, ``sum([a, b])`` and ``2.0 * a`` of cost models on the same masks are cost models.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -129,12 +135,16 @@ class CostModel:
       owned=owned,
     )
 
+  def __radd__(self, other: Any) -> "CostModel":
+    """The same cost for ``0 + cost``, which is how ``sum`` begins."""
+    return self if is_number(other) and is_known(other) and other == 0 else NotImplemented
+
   def __mul__(self, factor: Any) -> "CostModel":
     """A cost so many times as large, for sums of costs in different units."""
     if not is_number(factor):
       return NotImplemented
     require(0 < factor < math.inf, "A cost model can be multiplied by a positive number", factor)
-    number = Fraction(repr(np.asarray(factor).item()))  # 0.1 is a tenth, as it is written
+    number = as_written(factor)  # 0.1 is a tenth
     unit = f"{float(factor):g} {self.unit or 'cost'}"
     if self._counted is not None:
       return CostModel.of(self._counted.times(number), unit, self._owned)

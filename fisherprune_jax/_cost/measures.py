@@ -1,6 +1,7 @@
 """What is measured of an apply function: FLOPs, multiply-accumulates, parameters, bytes."""
 
-from collections.abc import Callable, Iterator, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from fractions import Fraction
 
 from fisherprune_jax._cost.cost import CostModel
@@ -11,7 +12,9 @@ from fisherprune_jax._errors import path_name, require
 from fisherprune_jax._graph.blockers import check, sample_masks
 from fisherprune_jax._graph.boxes import whole
 from fisherprune_jax._graph.examples import batch_size
-from fisherprune_jax._graph.structured import Meter, costs_of
+from fisherprune_jax._graph.program import INLINED
+from fisherprune_jax._graph.registry import known
+from fisherprune_jax._graph.structured import STRUCTURED, Meter, costs_of
 from fisherprune_jax._graph.terms import sized
 from fisherprune_jax._graph.traced import Analysis, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree
@@ -56,7 +59,8 @@ def cost_model(
     measure: ``"flops"``; ``"macs"``, the terms of inner products alone; ``"params"``, live entries of the variables
       that are not masks (in all, not per example); ``"bytes"``, what the nodes of the program read and write, each its
       operands and its results; or a :class:`Roofline`, for seconds.
-    primitives: names of the primitives to count, such as ``("dot_general",)``; None counts all.
+    primitives: names of the primitives to count, such as ``("dot_general", "conv_general_dilated")``; None counts all. A
+      name that is neither known to the library nor in the network is an error.
     pad_taps: whether the taps of convolutions and windows that fall on padding count, as most counters have it; False
       counts what is multiplied and added alone, as XLA does for convolutions.
     strict: raise where a dead feature cannot be removed, instead of keeping it.
@@ -65,7 +69,8 @@ def cost_model(
     The cost model: ``cost(masks)`` is per example.
 
   Raises:
-    ValueError: for an unknown measure, without masks, without an example axis where ``batch_axes`` says that there is one, or, if
+    TypeError: for ``primitives`` that are no list of names.
+    ValueError: for an unknown measure or primitive, without masks, without an example axis where ``batch_axes`` says that there is one, or, if
       ``strict``, where something cannot be removed.
 
   >>> import jax, jax.numpy as jnp
@@ -88,15 +93,44 @@ def cost_model(
   """
   known = isinstance(measure, Roofline) or measure in MEASURES
   require(known, f"measure must be one of {', '.join(MEASURES)}, or an fp.Roofline", measure)
+  names = _names(primitives)
   analysis, tree, examples = analysed(apply_fn, variables, args, masks, batch_axes, strict)
   if measure == "params":
     require(primitives is None, "primitives must be None where parameters are counted", primitives)
     return parameters_of(analysis, tree)
-  names = None if primitives is None else frozenset(primitives)
+  _check_names(names or (), {node.name for node in analysis.live.specs})
   if isinstance(measure, Roofline):
     meter = RooflineMeter(FlopsMeter(names, pad_taps), BytesMeter(names), measure.weights)
     return cost_of(analysis, tree, examples, meter, measure.seconds)
   return cost_of(analysis, tree, examples, METERS[measure](names, pad_taps))
+
+
+def _names(primitives: Iterable[str] | None) -> frozenset[str] | None:
+  """The names of primitives to count; None for all."""
+  if primitives is None:
+    return None
+  names = () if isinstance(primitives, str) or not isinstance(primitives, Iterable) else tuple(primitives)
+  if not names or not all(isinstance(name, str) for name in names):
+    raise TypeError(
+      f"primitives must be a list of names, such as ('dot_general',), or None for all, got {primitives!r}."
+    )
+  return frozenset(names)
+
+
+def _check_names(names: Iterable[str], here: Set[str]) -> None:
+  """Raises for the name of a primitive that can count nowhere: it is not in the network, and no rule knows it."""
+  for name in sorted(names):
+    if name in STRUCTURED or name in INLINED:
+      raise ValueError(
+        f"primitives must name what computes, got {name!r}, which runs a program. Name the primitives in that program: "
+        f"this network has {', '.join(sorted(here))}."
+      )
+    if name not in here | known():
+      near = difflib.get_close_matches(name, sorted(here | known())) or sorted(here)
+      raise ValueError(
+        f"primitives must be names of JAX's primitives, got {name!r}. The nearest are {', '.join(near)}. jax.make_jaxpr of a "
+        "function shows those that it uses."
+      )
 
 
 def analysed(

@@ -6,7 +6,7 @@ they are merged into one axis, of which every entry is a position of its own.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from fisherprune_jax._graph.boxes import Where
 from fisherprune_jax._graph.circuit import Circuit
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.traced import Analysis
-from fisherprune_jax._graph.variables import VariableTree, sizes_of
+from fisherprune_jax._graph.variables import Key, VariableTree, sizes_of
 from fisherprune_jax._masks import flatten, unflatten
 from fisherprune_jax._types import Masks, Shape
 
@@ -82,6 +82,11 @@ class Ownership:
     self._owned = [(part, list(_parts(part.where))) for part in parts]
     roots = [s for part, found in self._owned for s in (*part.where.box, *(p.kept for p in found))]
     self._circuit = Circuit(roots, sizes_of(jax.tree.leaves(masks)))
+
+  def owners(self, paths: Collection[Keys]) -> set[Key]:
+    """The mask vectors whose features own entries of some variables."""
+    found = [s for part, _ in self._owned if part.path in paths for s in (*part.where.box, part.where.when)]
+    return {key for s in found for key in sets.keys_of(s.support)}
 
   def add_up(self, values: Mapping[Keys, jax.Array], masks: Masks) -> Masks:
     """Of each feature, the sum of the values of all entries that go with it.

@@ -1,4 +1,4 @@
-"""Features that go together: in multiples, and one from each row of a stack."""
+"""Features that go together: in multiples, and one from each of several masks."""
 
 import functools
 import math
@@ -83,17 +83,22 @@ class Rows:
     return self._losses(alive)[self._row]
 
   def all_ready(self, alive: jax.Array) -> jax.Array:
-    """Per bundle, whether all of its rows have something to lose."""
-    return self._every(self._losses(alive) > 0, self.together)
+    """Per bundle, whether its rows have something to lose."""
+    return jax.ops.segment_max(self._losses(alive), jnp.asarray(self.together), self.units) > 0
 
   def all_of(self, holds: jax.Array) -> jax.Array:
     """Per bundle, whether something holds of all features that may be in it."""
     return self._every(holds, self.unit)
 
   def _losses(self, alive: jax.Array) -> jax.Array:
+    """Per row, how many features it loses at a time: wider rows first come down to the width of the narrowest beside them."""
     width = self.widths(alive)
-    goal = jnp.maximum((width - 1) // self.multiples * self.multiples, self.floors)
-    return jnp.maximum(width - goal, 0)
+    together = jnp.asarray(self.together)
+    among = jnp.where(width > 0, width, jnp.iinfo(jnp.int32).max)  # rows that are gone stay so
+    low = jax.ops.segment_min(among, together, self.units)[together]
+    differ = jax.ops.segment_max(width, together, self.units)[together] > low
+    goal = jnp.where(differ, low, (low - 1) // self.multiples * self.multiples)
+    return jnp.where(width > 0, jnp.maximum(width - jnp.maximum(goal, self.floors), 0), 0)
 
   def _every(self, holds: jax.Array, of: np.ndarray) -> jax.Array:
     return jax.ops.segment_min(holds.astype(jnp.int32), jnp.asarray(of), self.units) > 0
@@ -119,19 +124,37 @@ def rows_of(masks: Masks, floors: Masks, multiple_of: Multiple, uniform: Sequenc
   multiples = [
     1 if floor == size else _multiple(name, size, multiple) for name, size, floor, multiple in given
   ]
-  leaf = np.concatenate([np.full(math.prod(m.shape[:-1]), at) for at, m in enumerate(jax.tree.leaves(masks))])
-  require_used("uniform", uniform, names)
-  together: list[int] = []
-  units: dict[tuple[int, ...], int] = {}
-  for row, (name, at) in enumerate(zip(names, leaf.tolist(), strict=True)):
-    is_uniform = any(fits(name, pattern) for pattern in uniform)
-    together.append(units.setdefault((at,) if is_uniform else (at, row), len(units)))
+  together = _together(names, sizes, uniform)
+  of_unit = [np.flatnonzero(together == unit) for unit in together]
   return Rows(
     np.cumsum([0, *sizes]),
-    least,
-    np.asarray(multiples),
-    np.asarray(together),
+    np.asarray([least[rows].max() for rows in of_unit]),
+    np.asarray([math.lcm(*(multiples[row] for row in rows)) for rows in of_unit]),
+    together,
   )
+
+
+def _together(names: Sequence[str], sizes: Sequence[int], uniform: Sequence[str]) -> np.ndarray:
+  """Per row, a number that is the same for rows that a pattern fits, or patterns that have a row in common."""
+  require_used("uniform", uniform, names)
+  unit = np.arange(len(names))
+  for pattern in uniform:
+    rows = [row for row, name in enumerate(names) if fits(name, pattern)]
+    found = {names[row]: sizes[row] for row in rows}
+    require(
+      len({*found.values()}) == 1,
+      f"uniform must name masks of one size by each pattern, for {pattern!r}",
+      found,
+      "Give a pattern for each size.",
+    )
+    require(
+      [*found] != [pattern],
+      "uniform must fit several masks by each pattern, which then keep equal widths",
+      pattern,
+      "Give one pattern that fits all of them, such as 'layer*'.",
+    )
+    unit[np.isin(unit, unit[rows])] = unit[rows].min()
+  return np.unique(unit, return_inverse=True)[1]
 
 
 def _given(names: Sequence[str], multiple_of: Multiple) -> list[int]:
@@ -142,7 +165,7 @@ def _given(names: Sequence[str], multiple_of: Multiple) -> list[int]:
 
 
 def _multiple(name: str, size: int, multiple: int) -> int:
-  valid = is_number(multiple) and multiple == int(multiple) and multiple >= 1
+  valid = is_number(multiple) and multiple >= 1 and math.isfinite(multiple) and multiple == int(multiple)
   require(valid, f"multiple_of must be a whole number, at least 1, for {name}", multiple)
   remedy = "Name the masks that it is for: multiple_of={'conv*': 8}."
   require(

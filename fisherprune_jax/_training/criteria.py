@@ -1,6 +1,6 @@
 """The criteria that have names."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._cost.owned import Keys, keys_of
+from fisherprune_jax._cost.owned import Keys, Ownership
 from fisherprune_jax._errors import require
-from fisherprune_jax._masks import flatten, unflatten
+from fisherprune_jax._graph.variables import sizes_of
+from fisherprune_jax._masks import flatten, named_rows, unflatten
 from fisherprune_jax._training.criterion import Criterion
-from fisherprune_jax._types import AxisNames, MaskGrads, Masks, PyTree, Shape
+from fisherprune_jax._training.parameters import variables_among
+from fisherprune_jax._types import AxisNames, MaskGrads, Masks, PyTree
 
 
 def fisher_signal(
@@ -107,7 +109,12 @@ def magnitude(cost: CostModel | None) -> Criterion:
     Fang et al., `DepGraph: towards any structural pruning <https://arxiv.org/abs/2301.12900>`_, 2023, for the norm of a group
   """
   return Criterion(
-    _norms(cost, "magnitude"), "magnitude", needs=("params", "masks"), averaged=False, unit="of the mean"
+    _norms(cost, "magnitude"),
+    "magnitude",
+    needs=("params", "masks"),
+    takes=("name",),
+    averaged=False,
+    unit="of the mean",
   )
 
 
@@ -139,12 +146,13 @@ def fisher_magnitude(cost: CostModel | None) -> Criterion:
     masks: Masks,
     example_weights: jax.Array | None = None,
     axis_name: AxisNames = None,
+    name: str | None = None,
   ) -> Masks:
     losses = fisher_signal(mask_grads, example_weights, axis_name)
     shares = jax.tree.map(partial(_share, weights=example_weights, axis_name=axis_name), mask_grads, masks)
-    return jax.tree.map(_by_both, losses, norms(params, masks), shares, masks)
+    return jax.tree.map(_by_both, losses, norms(params, masks, name), shares, masks)
 
-  takes = "example_weights", "axis_name"
+  takes = "example_weights", "axis_name", "name"
   return Criterion(
     signal, "fisher_magnitude", needs=("mask_grads", "params", "masks"), takes=takes, unit="nats"
   )
@@ -195,7 +203,7 @@ def _placed(values: jax.Array, at: jax.Array) -> jax.Array:
   return jnp.put_along_axis(jnp.zeros_like(values), at, values, -1, inplace=False)
 
 
-def _norms(cost: CostModel | None, method: str) -> Callable[[PyTree, Masks], Masks]:
+def _norms(cost: CostModel | None, method: str) -> Callable[..., Masks]:
   """Of what goes with each feature, over the mean of its mask's, as a function of parameters and masks."""
   ownership = None if cost is None else cost.ownership
   if cost is not None and ownership is None:
@@ -204,16 +212,32 @@ def _norms(cost: CostModel | None, method: str) -> Callable[[PyTree, Masks], Mas
       "CostModel.from_functions. Use fp.cost_model or fp.measure_latency, or add one of these."
     )
 
-  def signal(params: PyTree, masks: Masks) -> Masks:
+  def signal(params: PyTree, masks: Masks, name: str | None = None) -> Masks:
     if ownership is None:
       raise ValueError(
         f"method={method!r} needs the cost model of the network, got cost=None. Pass cost=cost."
       )
-    found = _among(params, ownership.shapes, method)
+    found = variables_among(params, ownership.shapes, method, name)
+    _check_owners(ownership, found, masks, method)
     squares = {path: jnp.square(jnp.abs(leaf).astype(jnp.float32)) for path, leaf in found.items()}
     return jax.tree.map(_over_mean, ownership.add_up(squares, masks), masks)
 
   return signal
+
+
+def _check_owners(ownership: Ownership, found: Collection[Keys], masks: Masks, method: str) -> None:
+  """Raises for a mask whose features have parameters in the network, but none among those that are given."""
+  if missing := ownership.owners(ownership.shapes) - ownership.owners(found):
+    names = [
+      row
+      for row, key in zip(named_rows(masks), sizes_of(jax.tree.leaves(masks)), strict=True)
+      if key in missing
+    ]
+    raise ValueError(
+      f"method={method!r} needs parameters that go with the features of every mask, got none for "
+      f"{', '.join(name for name, _ in names)}. Pass all parameters of the network, or build the cost with masks for the part "
+      "that is trained."
+    )
 
 
 def _over_mean(squares: jax.Array, mask: jax.Array) -> jax.Array:
@@ -221,43 +245,6 @@ def _over_mean(squares: jax.Array, mask: jax.Array) -> jax.Array:
   norms, alive = jnp.sqrt(squares), (mask != 0).astype(jnp.float32)
   mean = jnp.sum(norms * alive, -1, keepdims=True) / jnp.maximum(jnp.sum(alive, -1, keepdims=True), 1)
   return norms / jnp.where(mean == 0, 1, mean)  # NaN stays NaN: such a batch is left out
-
-
-def _among(params: PyTree, shapes: Mapping[Keys, Shape], method: str) -> dict[Keys, jax.Array]:
-  """The leaves of what is trained, by the paths that they have among the variables of a network.
-
-  A leaf is the variable whose path ends with its own: the parameters are one collection of several, mostly. Where
-  several do, those of the collection ``params`` are meant.
-  """
-  found = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    ends = _ending_with(keys_of(path), shapes)
-    fits = [p for p in ends if shapes[p] == jnp.shape(leaf)]
-    if len(ends) == 1 and not fits:
-      raise ValueError(
-        f"method={method!r} needs the parameters of the network that the cost was built for, got {'/'.join(ends[0])} of "
-        f"the shape {jnp.shape(leaf)}, which is {shapes[ends[0]]} there. Build the cost for this network; if shard_map "
-        "splits this parameter, gather it before tx.update, or leave the splitting to jit."
-      )
-    if len(fits) == 1 and jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-      found[fits[0]] = leaf
-  if not found:
-    raise ValueError(
-      f"method={method!r} needs the parameters of the network that the cost was built for, got "
-      f"{', '.join('/'.join(keys_of(path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)[:3])}: "
-      f"none of {', '.join('/'.join(path) for path in list(shapes)[:3])}, ... Pass them: tx.update(grads, state, params)."
-    )
-  return found
-
-
-def _ending_with(keys: Keys, shapes: Mapping[Keys, Shape]) -> list[Keys]:
-  """The variables that a path may mean: the one that it names, in full or among ``params``, or all that end with it."""
-  for named in (("params", *keys), keys):
-    if named in shapes:
-      return [named]
-  found = [p for p in shapes if p[len(p) - len(keys) :] == keys]
-  in_nnx = len(keys) > 1 and keys[-1] == "value"  # where a variable of NNX holds its array
-  return found or (_ending_with(keys[:-1], shapes) if in_nnx else [])
 
 
 FISHER, TAYLOR = (
@@ -284,5 +271,7 @@ def criterion_of(method: Any, name: str = "method", cost: CostModel | None = Non
   if isinstance(method, Criterion):
     return method
   known = tuple(CRITERIA)
-  require(method in known, f"{name} must be one of {known}, or an fp.Criterion", method)
+  require(
+    isinstance(method, str) and method in known, f"{name} must be one of {known}, or an fp.Criterion", method
+  )
   return CRITERIA[method](cost)

@@ -33,8 +33,8 @@ class Criterion:
       like the masks, one number per feature. It must be jit-able.
     name: what it is called in errors.
     needs: names of arguments that must not be None. They are those of ``tx.update``: ``"updates"``, ``"params"``, and
-      whatever is passed to it by keyword, as ``"mask_grads"``; or ``"masks"`` (as they stand), ``"step"`` (from 1) and
-      ``"axis_name"`` (the option).
+      whatever is passed to it by keyword, as ``"mask_grads"``; or ``"masks"`` (as they stand), ``"step"`` (from 1),
+      ``"axis_name"`` and ``"name"`` (the options).
     takes: names of arguments that may be missing; they are None then.
     averaged: whether the score is the running mean; else it is the last signal, whatever the ``decay``.
     unit: of the signal, as tables show it.

@@ -10,7 +10,7 @@ import optax
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._errors import Path, path_name
 from fisherprune_jax._masks import check_masks
-from fisherprune_jax._training.state import FisherPruneState, corrected, with_masks
+from fisherprune_jax._training.state import FisherPruneState, check_types, corrected, with_masks
 from fisherprune_jax._types import Masks
 
 Keys = tuple[str, ...]
@@ -110,6 +110,7 @@ def _where(opt_state: optax.OptState, name: str | None) -> Keys:
   found = found or [keys for keys in paths if f"/{name}/" in f"/{'/'.join(keys)}/"]
   if len(found) == 1:
     return found[0]
+  check_types(opt_state)
   called = "" if name is None else f" called {name!r}"
   remedy = (
     f"Choose one with name=, out of {', '.join(repr(_label(keys, paths)) for keys in paths)}."

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fisherprune_jax._errors import is_known, is_number, require, same_structure
+from fisherprune_jax._errors import as_written, is_known, is_number, path_name, require, same_structure
 from fisherprune_jax._masks import named_rows
 from fisherprune_jax._types import Masks
 
@@ -87,8 +87,19 @@ def _by_pattern(names: list[str], floors: Mapping[str, Any]) -> list[Any]:
 
 def _spread(floors: Masks, masks: Masks) -> list[Any]:
   """One number for each row."""
-  pairs = zip(jax.tree.leaves(floors), jax.tree.leaves(masks), strict=True)
-  return [x for floor, mask in pairs for x in np.broadcast_to(np.asarray(floor), mask.shape[:-1]).ravel()]
+  found: list[Any] = []
+  for (path, mask), floor in zip(
+    jax.tree_util.tree_leaves_with_path(masks), map(np.asarray, jax.tree.leaves(floors)), strict=True
+  ):
+    rows = mask.shape[:-1]
+    require(
+      floor.shape in ((), rows),
+      f"min_features as a tree must hold one number{f', or {list(rows)} of them,' if rows else ''} for the mask at "
+      f"{path_name(path)}",
+      floor,
+    )
+    found += [*np.broadcast_to(floor, rows).ravel()]
+  return found
 
 
 def _number(name: str, size: int, floor: Any) -> int:
@@ -97,11 +108,23 @@ def _number(name: str, size: int, floor: Any) -> int:
   require(
     valid, f"min_features must be at least 0, a whole number or a fraction below 1, for {name}", floor, remedy
   )
-  least = math.ceil(float(floor) * size) if floor < 1 else int(floor)
+  least = _part(floor, size) if 0 < floor < 1 else int(floor)
   require(
     least <= size, f"min_features must be at most {size}, the size of the mask {name}", floor, "Lower it."
   )
   return least
+
+
+def _part(fraction: Any, size: int) -> int:
+  """A fraction of a size, rounded up: of the fraction as written, or of the quotient that it is the nearest number to.
+
+  >>> _part(0.07, 100), _part(5 / 7, 7), _part(0.2, 8)
+  (7, 5, 2)
+  """
+  least = math.ceil(as_written(fraction) * size)
+  # 5 / 7 is written as a little more than five sevenths. Half precision is too coarse to tell quotients apart.
+  kind = np.asarray(fraction).dtype
+  return least - int(kind.itemsize >= 4 and kind.type((least - 1) / size) == fraction)
 
 
 def check_floors(masks: Masks, floors: Masks) -> None:

@@ -6,8 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
 
-from fisherprune_jax._errors import describe, is_known, is_number, require, require_same_tree
+from fisherprune_jax._errors import (
+  describe,
+  is_known,
+  is_number,
+  path_name,
+  require,
+  require_same_tree,
+  warn,
+)
 from fisherprune_jax._graph.compat import unaccounted_axes, varying_axes
 from fisherprune_jax._masks import per_example
 from fisherprune_jax._types import AxisNames, MaskGrads, Masks, PyTree
@@ -39,6 +48,10 @@ def value_and_grads(
   Raises:
     ValueError: for an unknown ``reduction``; when called, for a batch without an example axis.
 
+  Warns:
+    UserWarning: if no gradient can reach a mask, whatever the data. Features of such a mask would be pruned first, in the
+      order of their index. JAX knows this while it differentiates, so the check costs nothing.
+
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
   >>> def loss_fn(w, masks, x):
@@ -62,15 +75,51 @@ def value_and_grads(
       f"reduction must be 'mean', 'sum', a number or a function of the batch, got {reduction!r}."
     )
 
+  warned: set[str] = set()
+
   def value_and_both(params: PyTree, masks: Masks, batch: PyTree, *rest: Any) -> Any:
     examples = examples_of(batch)
-    differentiate = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=has_aux)
+    reached: set[int] = set()
+
+    def tapped(params: PyTree, masks: MaskGrads, *rest: Any) -> Any:
+      return loss_fn(params, _tapped(masks, reached), *rest)
+
+    differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=has_aux)
     own_masks = _vary(per_example(masks, examples), batch)
     value, (grads, mask_grads) = differentiate(params, own_masks, batch, *rest)
+    _warn_of_unreached(masks, reached, warned)
     scale = _scale(reduction, batch, examples)
     return value, (grads, jax.tree.map(lambda g: g.astype(_wide(g)) * scale, mask_grads))
 
   return value_and_both
+
+
+def _tapped(masks: MaskGrads, reached: set[int]) -> MaskGrads:
+  """The masks as they are; notes in ``reached`` whose gradient is not zero by construction, when it comes back."""
+  leaves, tree = jax.tree.flatten(masks)
+  tap = jax.custom_vjp(lambda *leaves: leaves)
+
+  def backward(_: None, gradients: tuple[Any, ...]) -> tuple[Any, ...]:
+    found = tuple(None if isinstance(g, SymbolicZero) else g for g in gradients)
+    reached.update(at for at, g in enumerate(found) if g is not None)
+    return found
+
+  tap.defvjp(lambda *leaves: (tuple(leaf.value for leaf in leaves), None), backward, symbolic_zeros=True)
+  return jax.tree.unflatten(tree, tap(*leaves))
+
+
+def _warn_of_unreached(masks: Masks, reached: set[int], warned: set[str]) -> None:
+  """Warns of masks that no gradient can reach, once each: outside ``jit`` every call comes here."""
+  paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(masks)]
+  names = [path_name(path).removesuffix("/mask") for at, path in enumerate(paths) if at not in reached]
+  if names := [name for name in names if name not in warned]:
+    warned.update(names)
+    warn(
+      f"The loss must depend on every mask, got a loss whose gradient cannot reach {', '.join(names)}. Features of such "
+      "a mask have the importance 0 and are pruned first, in the order of their index. Pass the masks that loss_fn is "
+      "given on to the network, and check that it applies all of them. To leave a mask alone, use "
+      "fisher_prune(..., exclude=[...])."
+    )
 
 
 def examples_of(batch: PyTree) -> int:

@@ -1,14 +1,24 @@
 """Pruning once, without training: signals over some batches, then masks at the target."""
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._errors import is_traced, require, require_same_tree, require_shapes, warn
-from fisherprune_jax._masks import flatten
+from fisherprune_jax._errors import (
+  describe,
+  is_known,
+  is_number,
+  is_traced,
+  require,
+  require_same_tree,
+  require_shapes,
+  warn,
+)
+from fisherprune_jax._masks import flatten, named_rows
 from fisherprune_jax._training.criteria import criterion_of
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.gradients import Reduction, examples_of, value_and_grads
@@ -18,13 +28,15 @@ from fisherprune_jax._training.transform import prune_if_due
 from fisherprune_jax._types import Masks, PyTree
 
 
-def prune(cost: CostModel, signals: Masks, target: float, **options: Any) -> Masks:
+def prune(cost: CostModel, signals: Masks, target: float | None = None, **options: Any) -> Masks:
   """Masks at a target, chosen at once: as :func:`fisher_prune` chooses, one feature after the other, with these signals.
 
   Args:
     cost: what the network costs.
     signals: how much each feature matters, a tree like the masks: from :func:`estimate_signals`, or any numbers.
-    target: what the network may cost, in the unit of the cost.
+    target: what the network may cost, in the unit of the cost. None (or 0) together with ``min_features``: every mask
+      comes down to that number of features, such as exact widths, ``min_features={"conv*": 16, "head": 10}``. Masks that no
+      pattern fits keep one feature; those in ``exclude`` stay whole.
     **options: those of :func:`fisher_prune` that say what goes: ``flops_weight``, ``min_features``, ``exclude``,
       ``multiple_of``, ``uniform``, ``recost``, and ``masks`` to start from.
 
@@ -32,7 +44,8 @@ def prune(cost: CostModel, signals: Masks, target: float, **options: Any) -> Mas
     0/1 masks, float32. If nothing is left that may go before the target is met, a warning says so.
 
   Raises:
-    ValueError, TypeError: for a target that is not positive, signals of another tree, options out of their range.
+    ValueError, TypeError: for a target that is not positive, signals of another tree or that are not finite, options out
+      of their range.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -40,6 +53,8 @@ def prune(cost: CostModel, signals: Masks, target: float, **options: Any) -> Mas
   ...   {"m": jnp.ones(4)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
   >>> fp.prune(cost, {"m": jnp.array([3.0, 1.0, 4.0, 2.0])}, target=2.0)["m"]
   Array([1., 0., 1., 0.], dtype=float32)
+  >>> fp.prune(cost, {"m": jnp.array([3.0, 1.0, 4.0, 2.0])}, min_features={"m": 3})["m"]
+  Array([1., 0., 1., 1.], dtype=float32)
 
   References:
     Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
@@ -48,10 +63,19 @@ def prune(cost: CostModel, signals: Masks, target: float, **options: Any) -> Mas
   allowed = ("flops_weight", "min_features", "exclude", "multiple_of", "uniform", "recost", "masks")
   if unknown := sorted(options.keys() - {*allowed}):
     raise TypeError(f"fp.prune takes the options {', '.join(allowed)}, got {', '.join(unknown)}.")
+  to_floors = "min_features" in options and (target is None or (is_number(target) and target == 0))
   chosen = Options(
-    cost, target=target, prune_every=1, debias=False, features_per_prune=flatten(cost.masks).size, **options
+    cost,
+    target=0.0 if target is None else target,
+    prune_every=1,
+    debias=False,
+    features_per_prune=flatten(cost.masks).size,
+    **options,
   )
-  require(not callable(target) and target > 0, "target must be a positive number", target)
+  if not to_floors:
+    remedy = "To come down to given numbers of features instead, leave it out and pass min_features."
+    valid = target is not None and is_number(target) and target > 0
+    require(valid, "target must be a positive number", target, remedy)
   how = "Pass what fp.estimate_signals returns, or a tree of one number per feature."
   require_same_tree(signals, cost.masks, "signals", "the cost model's masks", how)
   require_shapes(
@@ -59,9 +83,10 @@ def prune(cost: CostModel, signals: Masks, target: float, **options: Any) -> Mas
   )
   state = start(cost, chosen.masks)
   scores = jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), signals)
+  _require_finite(scores, "signals")
   run = jax.jit(lambda state: prune_if_due(state, jnp.bool_(True), jnp.bool_(False), chosen))
   state = run(state._replace(scores=scores, step=jnp.int32(1)))
-  if not is_traced(state.exhausted) and bool(state.exhausted):
+  if not to_floors and not is_traced(state.exhausted) and bool(state.exhausted):
     warn(
       f"The target of {target:,g} {cost.unit} was not met: nothing is left that may go at {float(state.cost):,g}. Lower "
       "min_features, exclude less, or raise the target."
@@ -88,8 +113,9 @@ def estimate_signals(
     loss_fn: ``loss_fn(params, masks, batch)``, as of :func:`value_and_grads`.
     params: the parameters.
     masks: the masks as they are, such as ``cost.masks``.
-    batches: any iterable of batches; each example counts as much, so batches may be of several sizes. None are looked at
-      for a criterion that needs no gradients.
+    batches: any iterable of batches; each example counts as much, so batches may be of several sizes. A batch without
+      examples, or with a gradient that is not finite, is skipped, with a warning at the end. None are looked at for a
+      criterion that needs no gradients.
     method: as of :func:`fisher_prune`: ``"fisher"``, ``"taylor"``, ``"magnitude"``, ``"fisher_magnitude"``, ``"random"``, or
       a :class:`Criterion` that needs nothing but ``"mask_grads"``, ``"params"`` and ``"masks"``.
     cost: what the network costs, for the magnitudes: it knows which parameters go with each feature.
@@ -100,7 +126,11 @@ def estimate_signals(
     A float32 tree like the masks, in the unit of the criterion: nats.
 
   Raises:
-    ValueError: without batches.
+    ValueError: without batches, or if all of them were skipped; for magnitudes that are not finite.
+    TypeError: if ``batches`` is one batch.
+
+  Warns:
+    UserWarning: if batches were skipped, or if no gradient can reach a mask (see :func:`value_and_grads`).
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -114,19 +144,78 @@ def estimate_signals(
     <https://arxiv.org/abs/1801.05787>`_, 2018
   """
   criterion = criterion_of(method, cost=cost)
-  own = {"masks": masks, "params": params, "step": jnp.int32(1), "axis_name": None}
+  own = {"masks": masks, "params": params, "step": jnp.int32(1), "axis_name": None, "name": None}
   if "mask_grads" not in criterion.asks_for:
-    return jax.tree.map(jnp.float32, criterion.signal_of(own))
+    signals = jax.tree.map(jnp.float32, criterion.signal_of(own))
+    _require_finite(signals, f"The signals of method={criterion.name!r}")
+    return signals
   grads_of = value_and_grads(loss_fn, has_aux=has_aux, reduction=reduction)
 
   @jax.jit
-  def add(total: Masks, own: dict[str, Any], batch: PyTree) -> Masks:
+  def add(sums: _Sums, own: dict[str, Any], batch: PyTree) -> _Sums:
     _, (_, mask_grads) = grads_of(own["params"], own["masks"], batch)
     signal = criterion.signal_of({**own, "axis_name": None, "mask_grads": mask_grads})
-    return jax.tree.map(lambda t, s: t + examples_of(batch) * s, total, signal)
+    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(s)) for s in jax.tree.leaves(signal)]))
+    total = jax.tree.map(lambda t, s: jnp.where(finite, t + examples_of(batch) * s, t), sums.total, signal)
+    return _Sums(
+      total, sums.examples + jnp.where(finite, examples_of(batch), 0), sums.bad + jnp.where(finite, 0, 1)
+    )
 
-  total, examples = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks), 0
-  for batch in batches:
-    total, examples = add(total, own, batch), examples + examples_of(batch)
-  require(examples > 0, "batches must hold at least one example", examples, "Iterators may be used up.")
-  return jax.tree.map(lambda t: t / examples, total)
+  total = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks)
+  sums, empty, given = _Sums(total, jnp.int32(0), jnp.int32(0)), 0, 0
+  for batch in _iterated(batches):
+    given += 1
+    if examples_of(batch):
+      sums = add(sums, own, batch)
+    else:
+      empty += 1
+  require(given > empty, "batches must hold at least one example", 0, "Iterators may be used up.")
+  _check_skipped(sums, empty, given)
+  return jax.tree.map(lambda t: t / sums.examples, sums.total)
+
+
+class _Sums(NamedTuple):
+  """Sums over the examples of batches whose signal is finite, how many they are, and how many batches are not."""
+
+  total: Masks
+  examples: jax.Array
+  bad: jax.Array
+
+
+def _iterated(batches: Iterable[PyTree]) -> Iterable[PyTree]:
+  """The batches, if they are seen not to be one batch: a mapping, an array, a named tuple, arrays of different ranks."""
+  is_one = isinstance(batches, Mapping | str) or hasattr(batches, "dtype") or hasattr(batches, "_fields")
+  if isinstance(batches, list | tuple):
+    is_one |= len({jnp.ndim(batch) for batch in batches if hasattr(batch, "dtype")}) > 1
+  if is_one or not isinstance(batches, Iterable):
+    raise TypeError(
+      f"batches must be a list or another iterable of batches, got {describe(batches)}. For a single batch pass [batch]."
+    )
+  return batches
+
+
+def _check_skipped(sums: _Sums, empty: int, given: int) -> None:
+  """Warns of batches that were left out, and raises if nothing is left; under ``jit`` nobody can tell."""
+  if is_traced(sums.bad):
+    return
+  bad = int(sums.bad)
+  reasons = [f"the gradients of {bad} are not finite"] * bool(bad) + [f"{empty} are empty"] * bool(empty)
+  if bad + empty == given:
+    raise ValueError(
+      f"batches must hold one with examples and finite gradients, got {given}: {' and '.join(reasons)}. Look for NaN in the "
+      "parameters, the data and the loss."
+    )
+  if reasons:
+    warn(f"{bad + empty} of {given} batches were skipped: {' and '.join(reasons)}. The others were averaged.")
+
+
+def _require_finite(signals: Masks, what: str) -> None:
+  """Raises if the signal of a feature is NaN or infinite; values of tracers pass."""
+  if not all(map(is_known, jax.tree.leaves(signals))):
+    return
+  for name, row in named_rows(jax.tree.map(np.asarray, signals)):
+    for feature in np.flatnonzero(~np.isfinite(row))[:1]:
+      raise ValueError(
+        f"{what} must be finite, got {row[feature]} at feature {feature} of the mask {name}. Look for NaN in the parameters "
+        "and the data. To leave a mask alone, pass finite numbers and name it in exclude."
+      )

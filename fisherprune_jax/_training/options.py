@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from fisherprune_jax._cost.cost import CostModel
@@ -46,12 +47,14 @@ class Number:
     range: the range in words.
     word: what it may be in place of a number; then it is as fixed as any other word.
     optional: whether it may be None.
+    remedy: what errors add.
   """
 
   allows: Callable[[Any], Any]
   range: str
   word: str | None = None
   optional: bool = False
+  remedy: str = ""
 
   def check(self, name: str, value: Any) -> None:
     """Raises unless a value is in the range; tracers pass, schedules are asked for step 1."""
@@ -69,7 +72,7 @@ class Number:
     elif not is_traced(value):
       if not is_number(value):
         raise TypeError(f"{name} must be {self.range}, or a schedule of the step, got {describe(value)}.")
-      require(self.allows(value), f"{name} must be {self.range}", value)
+      require(bool(self.allows(value)), f"{name} must be {self.range}", value, self.remedy)
 
   def check_scheduled(self, name: str, value: Any, when: str) -> None:
     """Raises unless what a schedule gave is a number in the range; values of tracers pass."""
@@ -77,10 +80,17 @@ class Number:
     if jnp.shape(value) != ():
       raise ValueError(f"{what}, got {describe(value)} at {when}.")
     if not is_traced(value):
-      require(bool(self.allows(value)), what, float(value), f"That was at {when}.")
+      remedy = f" {self.remedy}" if self.remedy else ""
+      require(bool(self.allows(value)), what, float(value), f"That was at {when}.{remedy}")
 
 
-DECAY = Number(lambda d: (d >= 0) & (d < 1), "in [0, 1)")
+def _is_decay(decay: Any) -> Any:
+  """Whether a decay is in its range in the precision of the running mean."""
+  single = decay.astype(jnp.float32) if is_traced(decay) else np.asarray(decay, np.float32)
+  return (single >= 0) & (single < 1)
+
+
+DECAY = Number(_is_decay, "in [0, 1)", remedy="It is a float32 number: 0.9999999 at most.")
 FLOPS_WEIGHT = Number(lambda w: w == w, "'auto', a number or a schedule", word="auto")
 FLOPS_TARGET = Number(lambda t: t >= 0, "a number of FLOPs, at least 0")
 TARGET = Number(lambda t: t >= 0, "a number in the unit of the cost, at least 0", optional=True)
@@ -129,6 +139,11 @@ def _method(name: str, value: Any) -> None:
   criterion_of(value, name)
 
 
+def _flag(name: str, value: Any) -> None:
+  if not isinstance(value, bool | np.bool_ | int):
+    raise TypeError(f"{name} must be True or False, got {describe(value)}.")
+
+
 def _name(name: str, value: Any) -> None:
   """It has to stand in a path."""
   if value is not None and (not isinstance(value, str) or not value or "/" in value):
@@ -147,7 +162,7 @@ class Options:
   flops_target: Annotated[optax.ScalarOrSchedule, FLOPS_TARGET] = 0.0
   target: Annotated[optax.ScalarOrSchedule | None, TARGET] = None
   method: Annotated[str | Criterion, Fixed(_method)] = "fisher"
-  debias: Annotated[bool, Fixed()] = True
+  debias: Annotated[bool, Fixed(_flag)] = True
   features_per_prune: Annotated[int, Fixed(_integer(least=1))] = 1
   min_features: Annotated[MinFeatures, Fixed()] = 1
   exclude: Annotated[Sequence[str], Fixed(_patterns)] = ()

@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._errors import is_traced, require_same_tree
+from fisherprune_jax._errors import is_traced, path_name, require_same_tree
 from fisherprune_jax._masks import redate
 from fisherprune_jax._types import Masks, PyTree
 
@@ -101,6 +102,17 @@ def shares_of(cost: CostModel, masks: Masks, total: float | jax.Array) -> PyTree
 def differ(a: PyTree, b: PyTree) -> jax.Array:
   """Whether two trees of one structure and shapes differ anywhere."""
   return jnp.any(jnp.stack(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.any(x != y), a, b))))
+
+
+def check_types(opt_state: optax.OptState) -> None:
+  """Raises if an Optax state holds a pruning state as a checkpoint has it: dictionaries in place of named tuples."""
+  leaves = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=lambda x: isinstance(x, FisherPruneState))
+  if any("decay_product" in path_name(path) for path, _ in leaves):
+    raise ValueError(
+      "An optimizer state must have the types that tx.init gives it, got one that was restored without them, dictionaries in "
+      "place of FisherPruneState. Restore it into a fresh state: flax.serialization.from_bytes(tx.init(params), data), or "
+      "with Orbax StandardRestore(jax.eval_shape(tx.init, params))."
+    )
 
 
 def check_state(state: FisherPruneState, expected: Masks) -> None:

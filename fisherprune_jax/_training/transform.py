@@ -26,6 +26,7 @@ from fisherprune_jax._training.selection import (
 from fisherprune_jax._training.state import (
   FisherPruneState,
   check_state,
+  check_types,
   corrected,
   differ,
   follow_edits,
@@ -131,12 +132,13 @@ def fisher_prune(
   def update_fn(
     updates: PyTree, state: FisherPruneState, params: PyTree = None, **extra_args: Any
   ) -> tuple[PyTree, FisherPruneState]:
+    check_types(state)
     step = optax.safe_increment(state.step)
     if not jax.tree.leaves(state.masks):  # the network was compacted: nothing left to prune
       return updates, state._replace(step=step)
     check_state(state, options.cost.masks)
     state, edited = follow_edits(state)
-    own = {"masks": state.masks, "step": step, "axis_name": options.axis_name}
+    own = {"masks": state.masks, "step": step, "axis_name": options.axis_name, "name": options.name}
     signal = options.criterion.signal_of({**extra_args, "updates": updates, "params": params, **own})
     state, counts = _accumulate(state._replace(step=step), signal, options)
     return updates, prune_if_due(state, counts, edited, options)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from tests.auto_models import conv, dense, group, network, norm, weight
+from tests.auto_models import Ids, conv, dense, group, network, norm, weight
 
 
 def heads(number: int, depth: int, name: str, **options: Any) -> nn.DenseGeneral:
@@ -218,3 +218,58 @@ def in_chunks(x):
   start = nothing - 1e9, nothing, jnp.zeros((*nothing.shape, 6), x.dtype)
   (_, total, summed), _ = lax.scan(chunk, start, chunks)
   return joined(4)(jnp.moveaxis(summed / total[..., None], 1, 2))
+
+
+def folded(x: jax.Array, number: int, depth: int) -> jax.Array:
+  """Attention with its heads folded into the batch."""
+  examples, tokens, _ = x.shape
+
+  def heads(y: jax.Array) -> jax.Array:
+    return jnp.swapaxes(y.reshape(examples, tokens, number, -1), 1, 2).reshape(
+      -1, tokens, y.shape[-1] // number
+    )
+
+  query, key = (heads(dense(number * depth, name, use_bias=False)(x)) for name in ("query", "key"))
+  value = heads(dense(number * 5, "value")(x))
+  y = jax.nn.softmax(query @ key.mT) @ value
+  return jnp.swapaxes(y.reshape(examples, number, tokens, -1), 1, 2).reshape(examples, tokens, -1)
+
+
+_FOLDED = {
+  "heads": group(3, "query/kernel 1, key/kernel 1, value/kernel 1, value/bias 0, out/kernel 0"),
+  "depth": group(4, "query/kernel 1, key/kernel 1"),
+  "values": group(5, "value/kernel 1, value/bias 0, out/kernel 0"),
+}
+
+
+@network((4, 2), groups=_FOLDED)
+def heads_in_the_batch(x):
+  return dense(6, "out")(folded(x, 3, 4))
+
+
+@network(
+  (4, 4, 2),
+  groups={
+    **_FOLDED,
+    "stem": group(7, "stem/kernel 1, stem/bias 0, query/kernel 0, key/kernel 0, value/kernel 0"),
+  },
+)
+def windows_in_the_batch(x):
+  """Windows of an image folded into the batch, and heads of each window too."""
+  y = dense(7, "stem")(x).reshape(-1, 2, 2, 2, 2, 7)
+  y = folded(jnp.swapaxes(y, 2, 3).reshape(-1, 4, 7), 3, 4)
+  y = dense(6, "out")(y).reshape(-1, 2, 2, 2, 2, 6)
+  return jnp.swapaxes(y, 2, 3).reshape(*x.shape[:3], 6)
+
+
+@network(
+  Ids(11, (3,)),
+  groups={
+    "row": group(4, "table/w 1, up/kernel 0"),
+    "inner": group(7, "up/kernel 1, up/bias 0, out/kernel 0"),
+  },
+)
+def rows_of_a_table(ids):
+  """All categories of all examples are looked up in one go."""
+  rows = weight("table", 11, 4)[ids.reshape(-1)]
+  return dense(2, "out")(nn.relu(dense(7, "up")(rows.reshape(ids.shape[0], 12))))

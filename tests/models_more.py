@@ -313,3 +313,27 @@ def factorisation_over_the_mask(x):
   return (
     dense(2)(q) + jnp.sum(jnp.linalg.solve(3 * jnp.eye(4) + mask(jnp.tanh(r)), r), axis=(1, 2))[:, None, None]
   )
+
+
+@case((2, 3, 5))
+def heads_in_the_batch(x):
+  """Attention as in diffusion models: heads are folded into the batch, and masked before."""
+  examples, tokens, _ = x.shape
+
+  def heads(y):
+    return jnp.swapaxes(y, 1, 2).reshape(-1, tokens, 2)
+
+  head, depth = fp.Mask(axis=-2), fp.Mask()
+  biases = (True, False, True)  # attention does not see that of the keys
+  q, k, v = (head(nn.DenseGeneral((4, 2), use_bias=b, param_dtype=param_dtype())(x)) for b in biases)
+  q, k, v = heads(depth(q)), heads(depth(k)), heads(mask(v))
+  y = (nn.softmax(q @ jnp.swapaxes(k, 1, 2)) @ v).reshape(examples, 4, tokens, 2)
+  return nn.DenseGeneral(3, axis=(1, 3), param_dtype=param_dtype())(y)
+
+
+@case((2, 6, 3))
+def rows_regrouped_over_the_batch(x):
+  """``(6 b, 4) -> (3 b, 8) -> (b, 24)``."""
+  y = mask(jnp.tanh(dense(4)(x.reshape(-1, 3))))
+  y = jnp.sin(y.reshape(-1, 8))
+  return dense(2)(y.reshape(-1, 24))

@@ -11,6 +11,7 @@ from jax import export
 from jax.extend import core
 
 import fisherprune_jax as fp
+from tests.auto_models import UNMASKED
 from tests.models import CASES, random_masks
 
 
@@ -133,3 +134,79 @@ def test_what_was_traced_before_another_tool_replaces_functions_can_be_converted
   monkeypatch.undo()
   other = jnp.concatenate([x, 2 * x])
   np.testing.assert_allclose(exported.call(other), apply(variables, other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in UNMASKED if name != "kernels_of_each_example"])
+def test_a_network_with_automatic_masks_is_exported_for_any_batch_size(name):
+  model = UNMASKED[name]
+  variables, args = model.variables(), model.inputs()
+  auto = fp.auto_mask(model.apply, variables, *args)
+  variables = {**auto.variables, "masks": random_masks(auto.masks, 0)}
+  exported = fp.compact(auto.apply, variables, *args).export(*args)
+  other = model.inputs(1, examples=2)
+  found, expected = (
+    jax.tree.leaves(function(*other))
+    for function in (exported.call, jax.jit(lambda *xs: auto.apply(variables, *xs)))
+  )
+  for a, b in zip(found, expected, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+FOUR = jnp.ones((4, 3))
+INSIDE = {
+  "reshape": lambda x: x.reshape(4, 3),
+  "a reshape that divides it": lambda x: x.reshape(2, 2, 3).reshape(-1, 3),
+  "a constant": lambda x: x + FOUR,
+  "broadcast": lambda x: x + jnp.broadcast_to(jnp.arange(3.0), (4, 3)),
+  "range": lambda x: jnp.stack([x[i] for i in range(x.shape[0])]),
+  "iteration": lambda x: jnp.stack(list(x)),
+  "unpacking": lambda x: jnp.stack((lambda a, b, c, d: (a, b, c, d))(*x)),
+  "len": lambda x: x.reshape(len(x), -1),
+  "int": lambda x: x.reshape(int(x.shape[0]), -1),
+  "float": lambda x: x / float(x.shape[0]),
+  "if": lambda x: x if x.shape[0] > 2 else 2 * x,
+  "NumPy": lambda x: x + np.ones(x.shape, np.float32),
+  "arange": lambda x: jnp.arange(4.0)[:, None] * x,
+  "vmap": lambda x: jax.vmap(lambda row, i: row * i)(x, jnp.arange(4.0)),
+  "scan": lambda x: jax.lax.scan(lambda c, row: (c, row * c), 2.0, x)[1],
+  "micro-batches": lambda x: jax.lax.map(jnp.tanh, x.reshape(2, -1, 3)).reshape(-1, 3),
+  "a dictionary": lambda x: x * {4: 1.0, 2: 2.0}[x.shape[0]],
+  "an assertion": lambda x: jnp.asarray(x, x.dtype) if x.shape == (4, 3) else [][0],
+  "top-k": lambda x: jax.lax.top_k(x.T, 3)[0],
+}  # fmt: skip
+FREE = {
+  "arange": lambda x: x + jnp.arange(x.shape[0])[:, None],
+  "vmap": lambda x: jax.vmap(lambda row, i: row * i)(x, jnp.arange(x.shape[0])),
+  "fori": lambda x: jax.lax.fori_loop(0, x.shape[0], lambda i, y: y.at[i].mul(2.0), x),
+}
+
+
+def layer_after(function):
+  def apply(variables, x):
+    return jnp.tanh(function(x) @ variables["w"]) * variables["masks"]
+
+  variables = {"w": jnp.ones((3, 4)), "masks": jnp.array([1.0, 0.0, 1.0, 1.0])}
+  x = jnp.arange(12.0).reshape(4, 3) / 12
+  return apply, variables, x, fp.compact(apply, variables, x)
+
+
+@pytest.mark.parametrize("way", INSIDE)
+def test_a_batch_size_inside_of_a_network_is_an_error_with_the_remedy(way, tmp_path):
+  apply, variables, x, small = layer_after(INSIDE[way])
+  for call in (lambda: small.export(x), lambda: small.save(tmp_path / "file")):
+    with pytest.raises(ValueError, match=r"any size.*batch=None"):
+      call()
+  np.testing.assert_allclose(small.export(x, batch=None).call(x), apply(variables, x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", FREE)
+def test_a_batch_size_that_a_network_asks_for_is_free(way):
+  apply, variables, x, small = layer_after(FREE[way])
+  np.testing.assert_allclose(small.export(x).call(x[:3]), apply(variables, x[:3]), rtol=1e-5)
+
+
+def test_an_error_that_has_nothing_to_do_with_the_batch_size_stays_as_it_is():
+  *_, small = layer_after(jnp.tanh)
+  with pytest.raises(TypeError, match="contracting dimensions") as caught:
+    small.export(jnp.ones((4, 5)))
+  assert "batch=None" not in str(caught.value)

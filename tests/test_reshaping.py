@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+from jax import export
 
 from fisherprune_jax._graph.rules.reshaping import factorise
 
@@ -54,3 +55,27 @@ def test_factors_multiply_to_both_shapes_in_order(seed):
   if not found.whole:
     linked = [[f for parts in axes for f in parts] for axes in (found.ins, found.outs)]
     assert linked[0] == linked[1]
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_a_symbol_among_the_sizes_changes_no_factor(seed):
+  """The same factors are found with a symbol as with a prime number that no other size has a part in."""
+  rng = np.random.default_rng(seed)
+  (symbol,) = export.symbolic_shape("b")
+  numbers = rng.choice([2, 2, 3, 4, 5], size=rng.integers(2, 7)).tolist()
+  at = int(rng.integers(len(numbers)))
+
+  def grouped():
+    return sorted(rng.integers(0, len(numbers) + 1, size=rng.integers(0, 4)).tolist())
+
+  cuts = grouped(), grouped()
+
+  def factors(size):
+    sizes = [*numbers[:at], size, *numbers[at + 1 :]]
+    shapes = ([math.prod(sizes[a:b]) for a, b in zip([0, *c], [*c, len(sizes)], strict=True)] for c in cuts)
+    return factorise(*shapes)
+
+  free, fixed = factors(symbol), factors(1009)
+  assert (free.ins, free.outs, free.whole) == (fixed.ins, fixed.outs, fixed.whole)
+  values = [n if isinstance(n, int) else 1009 * int(n // symbol) for n in free.sizes.values()]
+  assert values == list(fixed.sizes.values())

@@ -573,3 +573,59 @@ def test_history_comes_back(path, tmp_path):
   assert fp.load(path).history == []
   with pytest.raises(ValueError, match=r"from before fp\.compact"):
     small().save(tmp_path / "net", history=small().shrink_opt_state(tx, state))
+
+
+def halved(x):
+  return jax.lax.while_loop(lambda y: jnp.sum(y**2) > 1, lambda y: y / 2, x)
+
+
+@pytest.mark.parametrize("batch", ["batch", None])
+def test_without_a_derivative_by_the_arguments_that_by_the_variables_is_kept(batch, tmp_path):
+  compact = fp.compact(lambda v, x: mlp(v, halved(x)), VARIABLES, X)
+  with pytest.warns(UserWarning, match="derivative by the variables alone"):
+    compact.save(tmp_path / "file", batch=batch)
+  loaded = fp.load(tmp_path / "file")
+  assert loaded.derivative == "variables"
+  close(loaded(loaded.variables, X), compact(compact.variables, X))
+  ours, theirs = (jax.grad(functools.partial(loss, f))(compact.variables, X) for f in (compact, loaded))
+  close(ours, theirs)
+  with pytest.raises(ValueError, match=r"by its variables, not by its arguments.*float32\[2, 3\]"):
+    jax.jit(jax.grad(functools.partial(loss, loaded), 1))(loaded.variables, X)
+  loaded.save(tmp_path / "again")
+  assert fp.load(tmp_path / "again").derivative == "variables"
+
+
+def test_without_any_derivative_none_is_kept(tmp_path):
+  compact = fp.compact(lambda v, x: halved(mlp(v, x)), VARIABLES, X)
+  with pytest.warns(UserWarning, match="no derivative"):
+    compact.save(tmp_path / "file")
+  loaded = fp.load(tmp_path / "file")
+  assert loaded.derivative == "none"
+  close(loaded(loaded.variables, X), compact(compact.variables, X))
+  with pytest.raises(ValueError, match="differentiated by nothing"):
+    jax.grad(functools.partial(loss, loaded))(loaded.variables, X)
+
+
+def chosen(variables, x):
+  return mlp(variables, jax.nn.one_hot(jnp.argmax(x, -1), 3)), jnp.argmax(x, -1)
+
+
+@pytest.mark.parametrize(
+  ("function", "x"),
+  [
+    pytest.param(lambda v, x: mlp(v, x.astype(jnp.float32)), X.astype(int), id="integers"),
+    pytest.param(lambda v, x: mlp(v, jnp.where(x, 1.0, 2.0)), X > 0, id="booleans"),
+    pytest.param(chosen, X, id="argmax"),
+    pytest.param(lambda v, x: mlp(v, jnp.sort(x, 0)), X, id="sort"),
+  ],
+)
+def test_derivatives_that_are_nothing_or_zero_are_kept_without_a_word(function, x, tmp_path):
+  compact = fp.compact(function, VARIABLES, x)
+  compact.save(tmp_path / "file")
+  loaded = fp.load(tmp_path / "file")
+  assert loaded.derivative == "all"
+
+  def first(f, v):
+    return jnp.sum(jnp.sin(jax.tree.leaves(f(v, x))[0]))
+
+  close(*(jax.grad(functools.partial(first, f))(compact.variables) for f in (compact, loaded)))

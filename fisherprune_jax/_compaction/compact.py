@@ -174,7 +174,7 @@ class Compact:
       JAX, `Shape polymorphism <https://docs.jax.dev/en/latest/export/shape_poly.html>`_
     """
     shapes = exporting.shapes_of(args, self._plan.batch_axes, batch)
-    return exporting.export(lambda *xs: self(self.variables, *xs), shapes, platforms)
+    return exporting.export(lambda *xs: self(self.variables, *xs), shapes, platforms, abstract(args))
 
   def save(
     self,
@@ -187,7 +187,9 @@ class Compact:
   ) -> None:
     """Writes one file with all that :func:`load` needs to run the network and to train it on, without the model's code.
 
-    It is written whole, or what was there stays as it was; the guide on saving has its format.
+    It is written whole, or what was there stays as it was; the guide on saving has its format. The file holds the
+    derivative too. Where there is none by the arguments, as behind a ``while_loop``, it holds that by the variables; where
+    there is none by those either, it holds none. A warning says so.
 
     Args:
       path: the file.
@@ -209,11 +211,12 @@ class Compact:
     >>> small = fp.compact(lambda v, x: jnp.sum(x @ v["w"] * v["masks"], 1), variables, jnp.ones((1, 3)))
     >>> small.save(os.path.join(tempfile.mkdtemp(), "small.safetensors"))
     """
-    shapes = exporting.shapes_of(args or self._args, self._plan.batch_axes, batch)
+    fixed = args or self._args
+    shapes = exporting.shapes_of(fixed, self._plan.batch_axes, batch)
     dense = self.dense, self._cost_model.dense
     known = saving.known_of(self._plan, self._originals, self.cost, *dense, self._stays)
     variables = self.variables if variables is None else variables
-    saving.save(path, self, variables, shapes, known, history, platforms)
+    saving.save(path, self, variables, shapes, abstract(fixed), known, history, platforms)
 
   def __reduce__(self) -> Any:
     raise TypeError(

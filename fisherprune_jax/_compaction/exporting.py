@@ -5,23 +5,34 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 from jax import export as jax_export
 
-from fisherprune_jax._graph.compat import UndecidedSize
 from fisherprune_jax._graph.examples import map_with_axes
 from fisherprune_jax._graph.variables import abstract
 from fisherprune_jax._types import BatchAxes, PyTree, Size
 
 
 def export(
-  function: Callable[..., PyTree], args: Sequence[PyTree], platforms: Sequence[str] | None
+  function: Callable[..., PyTree],
+  args: Sequence[PyTree],
+  platforms: Sequence[str] | None,
+  fixed: Sequence[PyTree] | None = None,
 ) -> jax_export.Exported:
-  """Exports ``function(*args)`` for shapes of which some sizes may be symbols."""
+  """Exports ``function(*args)``, where some sizes may be symbols; ``fixed`` are arguments without symbols."""
+  jitted = jax.jit(function)
   try:
-    return jax_export.export(jax.jit(function), platforms=platforms)(*args)
-  except UndecidedSize as error:
+    return jax_export.export(jitted, platforms=platforms)(*args)
+  except (
+    Exception
+  ) as error:  # a model may fail on a symbol in any way: in len, range, a comparison, a reshape
+    if not any(_symbols(args)):
+      raise
+    if fixed is not None and not any(_symbols(fixed)):
+      jax_export.export(jitted, platforms=platforms)(*fixed)  # raises what has nothing to do with symbols
+    said = next(iter(str(error).splitlines()), "").rstrip(".")
     raise ValueError(
-      f"A network that is exported for any size must not compute with it in a way that a symbol cannot follow: {error} "
-      "Export it for one batch size, export(..., batch=None) or save(..., batch=None), or give your own symbols with "
-      "constraints (jax.export.symbolic_shape) as sizes of the arguments."
+      "A network that is exported for any size must not compute with it in a way that a symbol cannot follow, got "
+      f"{type(error).__name__}: {said}. Export it for one batch size, export(..., batch=None) or save(..., batch=None); or "
+      "give your own symbols with constraints (jax.export.symbolic_shape) as sizes of the arguments. A model can take sizes "
+      "from x.shape, reshape with -1, and must not contain the batch size."
     ) from error
 
 
@@ -45,5 +56,5 @@ def _with_symbol(shapes: PyTree, batch_axes: BatchAxes, name: str) -> PyTree:
   return map_with_axes(with_batch, shapes, batch_axes)
 
 
-def _symbols(shapes: PyTree) -> Iterator[Size]:
+def _symbols(shapes: Sequence[PyTree]) -> Iterator[Size]:
   return (size for x in jax.tree.leaves(shapes) for size in x.shape if jax_export.is_symbolic_dim(size))

@@ -14,11 +14,13 @@ from fisherprune_jax._compaction import files
 from fisherprune_jax._compaction.files import Content
 from fisherprune_jax._compaction.loading import history_of, originals_of
 from fisherprune_jax._compaction.report import share, times
+from fisherprune_jax._compaction.saving import ALL, NONE, VARIABLES
 from fisherprune_jax._files import PathLike
 from fisherprune_jax._tables import align
 from fisherprune_jax._training.history import Pruned
 
 Cells = tuple[str, ...]
+BY = {ALL: "variables and arguments", VARIABLES: "variables alone", NONE: "nothing"}
 
 
 class Table(NamedTuple):
@@ -67,6 +69,7 @@ def _first_lines(path: PathLike, content: Content) -> list[str]:
     f"{os.fspath(path)}: a compact network, {os.path.getsize(path):,} bytes, format {header['version']}",
     f"program of {len(content.arrays['program']):,} bytes for {', '.join(header['platforms'])}, by JAX {header['jax']}",
     f"called with {', '.join(header['takes'][len(header['leaves']) :]) or 'nothing but variables'}",
+    f"differentiated by {BY[header.get('derivative', ALL)]}",
   ]
 
 

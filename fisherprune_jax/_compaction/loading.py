@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from fisherprune_jax._compaction import files, report
 from fisherprune_jax._compaction.files import Content
 from fisherprune_jax._compaction.originals import Original
 from fisherprune_jax._compaction.plain import from_json, plain
-from fisherprune_jax._compaction.saving import HISTORY, PROGRAM, as_arrays, stored
+from fisherprune_jax._compaction.saving import ALL, HISTORY, NONE, PROGRAM, VARIABLES, as_arrays, stored
 from fisherprune_jax._errors import describe, path_name, require_same_tree
 from fisherprune_jax._files import PathLike
 from fisherprune_jax._training.history import Pruned
@@ -30,6 +31,7 @@ class Loaded:
     dense: FLOPs per example of the network that it all began with.
     widths: of each mask how many features it had and has.
     history: when each feature went, if the network was saved with that.
+    derivative: by what the network can be differentiated: ``"all"`` (variables and arguments), ``"variables"`` or ``"none"``.
     exported: the program, a function of all leaves of variables and arguments.
   """
 
@@ -47,6 +49,7 @@ class Loaded:
     self.dense: float = header["dense"]
     self.widths = {name: (before, after) for name, before, after in header["widths"]}
     self.history = history_of(content)
+    self.derivative: str = header.get("derivative", ALL)
     self._call = jax.jit(self._run)
 
   def __call__(self, variables: PyTree, *args: PyTree) -> PyTree:
@@ -90,10 +93,30 @@ class Loaded:
   def _run(self, variables: PyTree, args: PyTree) -> list[jax.Array]:
     # Checked here, where what it is called with has the types that JAX gives it.
     named = [*_named("variables", variables), *_named("argument", args)]
-    return self.exported.call(*_fitting_all(named, self.exported.in_avals))
+    given = _fitting_all(named, self.exported.in_avals)
+    first = {ALL: len(given), VARIABLES: len(given) - len(jax.tree.leaves(args)), NONE: 0}[self.derivative]
+    return self.exported.call(*given[:first], *map(partial(_constant, self.derivative), given[first:]))
 
   def _tree(self, name: str, leaves: Sequence[Any]) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(self._trees[name]), leaves)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _constant(derivative: str, x: jax.Array) -> jax.Array:
+  """What the program of a file cannot be differentiated by."""
+  return x
+
+
+def _refuse(derivative: str, x: jax.Array) -> Any:
+  by = "by its variables, not by its arguments" if derivative == VARIABLES else "by nothing"
+  raise ValueError(
+    f"A network from a file can be differentiated {by}, where JAX had no other derivative when it was saved, got a "
+    f"derivative by {describe(x)}. Differentiate by something else (jax.lax.stop_gradient), or change the model and save it "
+    "again."
+  )
+
+
+_constant.defvjp(_refuse, lambda derivative, _, g: (g,))
 
 
 def load(path: PathLike) -> Loaded:
@@ -103,7 +126,8 @@ def load(path: PathLike) -> Loaded:
     path: the file.
 
   Returns:
-    The network: ``loaded(loaded.variables, *args)``, which can be differentiated once, in reverse, and trained on.
+    The network: ``loaded(loaded.variables, *args)``, which can be differentiated once, in reverse, and trained on, if the
+    model could be; see ``loaded.derivative``.
 
   Raises:
     ImportError: without ``safetensors`` and ``flatbuffers``, which are in the extra ``save``.

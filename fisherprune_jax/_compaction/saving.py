@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.export import default_export_platform
+from jax import export
 
-from fisherprune_jax._compaction import files, report
-from fisherprune_jax._compaction.exporting import export
+from fisherprune_jax._compaction import exporting, files, report
 from fisherprune_jax._compaction.originals import Original
 from fisherprune_jax._compaction.plain import plain, to_json
 from fisherprune_jax._compaction.plan import Plan
-from fisherprune_jax._errors import describe, is_traced, path_name, require_same_tree
+from fisherprune_jax._errors import describe, is_traced, path_name, require_same_tree, warn
 from fisherprune_jax._files import PathLike
 from fisherprune_jax._graph.blockers import Stays
 from fisherprune_jax._graph.variables import VariableTree, abstract
@@ -28,6 +28,8 @@ from fisherprune_jax._types import PyTree
 Arrays = dict[str, np.ndarray]
 PROGRAM, HISTORY = "program", "history"
 """Names of arrays: the serialized program as bytes; ``(step, mask, feature)`` line by line."""
+DERIVATIVES = ALL, VARIABLES, NONE = "all", "variables", "none"
+"""By what the program can be differentiated."""
 
 
 class Known(NamedTuple):
@@ -68,18 +70,19 @@ def save(
   function: Callable[..., PyTree],
   variables: PyTree,
   shapes: Sequence[PyTree],
+  fixed: Sequence[PyTree],
   known: Known,
   opt_state: optax.OptState,
   platforms: Sequence[str] | None,
 ) -> None:
-  """Writes ``function(variables, *args)`` for arguments of these shapes."""
+  """Writes ``function(variables, *args)`` for arguments of these shapes; ``fixed`` are the same without symbols."""
   files.check_installed()
   files.check_place(path)
   variables = as_arrays(variables)
   arrays, leaves = _variable_arrays(variables, known)
   past, went = _history(opt_state)
-  program, trees = _program(function, variables, shapes, platforms)
-  header = {"jax": jax.__version__, "leaves": leaves, "history_masks": past, **trees, **known.header}
+  program, facts = _program(function, variables, shapes, fixed, platforms)
+  header = {"jax": jax.__version__, "leaves": leaves, "history_masks": past, **facts, **known.header}
   files.write(path, files.Content(header, {**arrays, **went, PROGRAM: program}))
 
 
@@ -149,28 +152,55 @@ def _program(
   function: Callable[..., PyTree],
   variables: PyTree,
   shapes: Sequence[PyTree],
+  fixed: Sequence[PyTree],
   platforms: Sequence[str] | None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-  """The function of the leaves of plain trees, serialized with its derivative; and these trees."""
+  """The function of the leaves of plain trees, serialized with its derivative; and what the header says of it."""
   leaves, order = jax.tree.flatten((abstract(variables), tuple(shapes)))
   # In a plain tree leaves may be in another order.
   places: list[int] = jax.tree.leaves(plain(jax.tree.unflatten(order, range(len(leaves)))))
 
-  def flat(*given: Any) -> list[Any]:
+  def flat(fixed_args: bool, *given: Any) -> list[Any]:
     in_order = dict(zip(places, given, strict=True))
     variables, args = jax.tree.unflatten(order, [in_order[at] for at in range(len(leaves))])
+    args = jax.lax.stop_gradient(args) if fixed_args else args
     return jax.tree.leaves(plain(function(variables, *args)))
 
-  exported = export(
-    flat, [leaves[at] for at in places], platforms or sorted({"cpu", default_export_platform()})
-  )
+  def exported_with(derivative: str) -> export.Exported:
+    by_place = jax.tree.leaves((abstract(variables), tuple(fixed)))
+    xs, others = ([them[at] for at in places] for them in (leaves, by_place))
+    on = platforms or sorted({"cpu", export.default_export_platform()})
+    return exporting.export(partial(flat, derivative == VARIABLES), xs, on, others)
+
+  exported, program, derivative = _serialized(exported_with)
   outputs = jax.eval_shape(function, abstract(variables), *shapes)
   trees = {"variables": variables, "arguments": tuple(shapes), "outputs": outputs}
-  return np.frombuffer(exported.serialize(vjp_order=1), np.uint8), {
+  return np.frombuffer(program, np.uint8), {
     "platforms": list(exported.platforms),
     "takes": [str(aval) for aval in exported.in_avals],
+    "derivative": derivative,
     **{name: to_json(plain(tree)) for name, tree in trees.items()},
   }
+
+
+def _serialized(exported_with: Callable[[str], export.Exported]) -> tuple[export.Exported, bytearray, str]:
+  """A program as bytes, with as much of its derivative as there is."""
+  reason = ""
+  for derivative in DERIVATIVES:
+    exported = exported_with(derivative)
+    try:
+      program = exported.serialize(vjp_order=int(derivative != NONE))
+    except Exception as error:  # whatever a derivative rule raises
+      reason = reason or f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+      continue
+    if derivative != ALL:
+      kept = "its derivative by the variables alone" if derivative == VARIABLES else "no derivative"
+      warn(f"The network is saved with {kept}. JAX cannot differentiate it otherwise: {reason}")
+    return exported, program, derivative
+  raise ValueError(
+    f"A network to save must be one that JAX can write to a file, got {reason} Take out what cannot be written, such as "
+    "callbacks into Python, before fp.compact."
+  )
 
 
 def _history(opt_state: optax.OptState) -> tuple[list[str], Arrays]:

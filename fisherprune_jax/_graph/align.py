@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fisherprune_jax._graph import compat, sets
 from fisherprune_jax._graph.boxes import Box
 from fisherprune_jax._graph.evaluate import Evaluation
+from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.sizes import runs
 from fisherprune_jax._types import Size
 
 
@@ -14,10 +17,37 @@ def align(array: jax.Array, held: Box, wanted: Box, ev: Evaluation) -> jax.Array
   """Selects what is wanted of what is held, axis by axis, and shows zeros for the rest."""
   for axis, (have, want) in enumerate(zip(held, wanted, strict=True)):
     if have is not want:
-      source = sources(ev.index(have), ev.index(want), have.size)
-      if source is not None:
-        array = select(array, axis, source)
+      array = _along(array, axis, have, want, ev)
   return array
+
+
+def _along(array: jax.Array, axis: int, have: Set, want: Set, ev: Evaluation) -> jax.Array:
+  """Selects what is wanted along one axis."""
+  if compat.is_static_size(have.size):
+    source = sources(ev.index(have), ev.index(want), have.size)
+    return array if source is None else select(array, axis, source)
+  # Positions along a symbolic axis cannot be listed: those of its factors can.
+  pairs = _factors(have, want)
+  outer, inner = array.shape[:axis], array.shape[axis + 1 :]
+  array = array.reshape(*outer, *(ev.width(a) for a, _ in pairs), *inner)
+  for at, (a, b) in enumerate(pairs):
+    if not (a.is_all and b.is_all):
+      array = _along(array, axis + at, a, b, ev)
+  return array.reshape(*outer, ev.width(want), *inner)
+
+
+def _factors(have: Set, want: Set) -> list[tuple[Set, Set]]:
+  """The factors of two sets of one symbolic size, side by side."""
+  found = runs([f.size for f in have.factors], [f.size for f in want.factors])
+  if len(found) > 1:
+    return [(sets.outer(have.factors[i]), sets.outer(want.factors[j])) for i, j in found]
+  finest = [f.size for f in max(have.factors, want.factors, key=len)]
+  pairs = list(zip(sets.split(have, finest), sets.split(want, finest), strict=True))
+  if any(sets.outer(side) is not s for side, s in zip(zip(*pairs, strict=True), (have, want), strict=True)):
+    raise compat.UndecidedSize(
+      f"Entries of an axis of size {have.size} are grouped in two ways that do not fit."
+    )
+  return pairs
 
 
 def sources(have: np.ndarray | None, want: np.ndarray | None, size: Size) -> np.ndarray | None:

@@ -4,12 +4,14 @@
 set at a time. Prices under ``jit`` evaluate all sets of a program at once, as one circuit (``prices.py``).
 """
 
+import math
 from collections.abc import Hashable, Mapping
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.boxes import Box, Where, empty_box
 from fisherprune_jax._graph.sets import Bits, Set, in_order
 from fisherprune_jax._types import Array, Size
@@ -47,8 +49,7 @@ class Evaluation:
     return where.box if self.holds(where) else empty_box([s.size for s in where.box])
 
   def _has_any(self, s: Set) -> bool:
-    index = self.index(s)
-    return s.size != 0 if index is None else index.size > 0
+    return all(f.size != 0 if (i := self.index(f)) is None else i.size > 0 for f in _parts(s))
 
   def index(self, s: Set) -> np.ndarray | None:
     """The positions in the set, on the host; None if it is all of them."""
@@ -58,6 +59,11 @@ class Evaluation:
     return None if bits.all() else np.flatnonzero(bits)
 
   def width(self, s: Set) -> Size:
-    """How many positions the set has, on the host; a symbol if it is all of a symbolic size."""
-    index = self.index(s)
-    return s.size if index is None else index.size
+    """How many positions the set has, on the host; with symbols where its size has them."""
+    widths = (f.size if (index := self.index(f)) is None else index.size for f in _parts(s))
+    return math.prod(widths)
+
+
+def _parts(s: Set) -> tuple[Set, ...]:
+  """The factors of a set of symbolic size, of which each is whole or has a number of positions; else the set."""
+  return (s,) if compat.is_static_size(s.size) else s.factors

@@ -1,6 +1,5 @@
 """``reshape``: the finest factors that both shapes are products of."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
+from fisherprune_jax._graph.sizes import quotient, runs
 from fisherprune_jax._graph.spec import Axis, Factor, Prod, Sizes, Spec
 from fisherprune_jax._types import Size
 
@@ -100,37 +100,28 @@ def _middle(
   elif len(right) == 1:
     for i in rows:
       found.add(before[i], i, columns[0])
-  elif all(map(compat.is_static_size, left + right)) and 0 not in left:
-    _refine(found, rows, columns, _suffixes(left), _suffixes(right))
-  else:
+  elif _holds_nothing(left):
     _keep_whole(found, [(i, before[i]) for i in rows], [(j, after[j]) for j in columns])
+  else:
+    for a, b in runs(left, right):
+      _refine(found, [(i, before[i]) for i in rows[a]], [(j, after[j]) for j in columns[b]])
 
 
-def _suffixes(shape: Sequence[int]) -> list[int]:
-  return [math.prod(shape[i:]) for i in range(len(shape) + 1)]
-
-
-def _refine(found: _Factors, rows: list[int], columns: list[int], left: list[int], right: list[int]) -> None:
-  """Cuts both shapes wherever either does; between two cuts of both, only if the pieces divide."""
-  common = sorted({*left} & {*right}, reverse=True)
-  for outer, inner in itertools.pairwise(common):
-    cuts = sorted({c for c in (*left, *right) if inner <= c <= outer}, reverse=True)
-    pieces = list(itertools.pairwise(cuts))
-    if all(a % b == 0 for a, b in pieces):
-      for a, b in pieces:
-        found.add(a // b, rows[_holder(left, a)], columns[_holder(right, a)])
-    else:
-      _keep_whole(found, _within(rows, left, outer, inner), _within(columns, right, outer, inner))
-
-
-def _holder(suffixes: list[int], cut: int) -> int:
-  """The axis that a piece starting at ``cut`` lies in."""
-  return max(i for i, c in enumerate(suffixes[:-1]) if c >= cut)
-
-
-def _within(axes: list[int], suffixes: list[int], outer: int, inner: int) -> list[tuple[int, int]]:
-  spans = zip(axes, suffixes, suffixes[1:], strict=False)
-  return [(axis, a // b) for axis, a, b in spans if inner <= b and a <= outer]
+def _refine(found: _Factors, rows: list[tuple[int, Size]], columns: list[tuple[int, Size]]) -> None:
+  """Cuts two shapes of one size wherever either is cut, if the pieces divide: each axis with its size."""
+  pieces: list[tuple[Size, int, int]] = []
+  ins, outs = rows[::-1], columns[::-1]  # taken from the end
+  while ins and outs:
+    (i, a), (j, b) = ins.pop(), outs.pop()
+    beyond_a, beyond_b = quotient(a, b), quotient(b, a)
+    if beyond_a is None and beyond_b is None:
+      return _keep_whole(found, rows, columns)
+    pieces.append((a if beyond_a is None else b, i, j))
+    ins += [(i, beyond_a)] if a != b and beyond_a is not None else []
+    outs += [(j, beyond_b)] if a != b and beyond_b is not None else []
+  for piece in pieces:
+    found.add(*piece)
+  return None
 
 
 def _keep_whole(found: _Factors, ins: list[tuple[int, Size]], outs: list[tuple[int, Size]]) -> None:

@@ -26,13 +26,13 @@ def every(*conditions: Set) -> Set:
 
 
 def gated(s: Set, when: Set) -> Set:
-  """The positions of a set under a condition, none without it (of a symbolic size, all of them)."""
+  """The positions of a set under a condition, none without it (of a symbolic size without factors, all of them)."""
   when = beyond(when, [s])
-  if when.is_all or s.is_weak or not compat.is_static_size(s.size):
+  at = next((at for at, f in enumerate(s.factors) if compat.is_static_size(f.size)), None)
+  if when.is_all or s.is_weak or at is None:
     return s
   if len(s.factors) > 1:  # a product stays one
-    first, *rest = s.factors
-    return outer([_gated(first, when), *rest])
+    return outer([_gated(f, when) if i == at else f for i, f in enumerate(s.factors)])
   return concat([_gated(piece, when) for piece in s.pieces])
 
 

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.sets.basic import ALWAYS, Fixed, everything, fixed, nothing, weak
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
 from fisherprune_jax._graph.sets.junctions import Junction, intersection, union
 from fisherprune_jax._graph.sets.picking import any_over, nonempty
+from fisherprune_jax._graph.sizes import are_static, quotient, runs
 from fisherprune_jax._types import Size
 
 if TYPE_CHECKING:
@@ -75,7 +75,10 @@ class Concat(Set):
 
 
 class Outer(Set):
-  """``outer``."""
+  """``outer``.
+
+  Of a symbolic size there are no other sets than these and whole ones: what would be another one is made larger.
+  """
 
   __slots__ = ()
 
@@ -105,27 +108,32 @@ class Outer(Set):
     return self.parts
 
   def sides(self, kind: type[Junction], other: Set) -> list[tuple[Set, Set]]:
+    if not are_static([self.size]):
+      return _runs(self, other)
     pairs = _pairs(self, other)
     if not kind.every and sum(p is not q for p, q in pairs) > 1:
       return []  # a union of products is a product only where they differ in one factor
     return pairs
 
   def combined(self, kind: type[Junction], other: Set, parts: Sequence[Set]) -> Set | None:
-    return outer(parts) if parts else None
+    if parts or are_static([self.size]):
+      return outer(parts) if parts else None
+    return self if kind.every else everything(self.size)
 
   def split(self, sizes: Sequence[Size]) -> list[Set] | None:
     """Adjacent factors in groups that have the given sizes, if they can be grouped so."""
     groups, rest = [], list(self.parts)
     for at, size in enumerate(sizes):
       group: list[Set] = []
-      have = 1
-      while rest and have < size:
+      have: Size = 1
+      while rest and have != size:
         part = rest.pop(0)
-        if part.is_all and have * part.size > size:
-          missing = size // have
-          if size % have or part.size % missing:
+        if quotient(size, have * part.size) is None:
+          missing = quotient(size, have)
+          beyond = None if missing is None else quotient(part.size, missing)
+          if not part.is_all or missing is None or beyond is None:
             return None  # it cannot be cut there
-          rest.insert(0, everything(part.size // missing))
+          rest.insert(0, everything(beyond))
           part = everything(missing)
         group.append(part)
         have *= part.size
@@ -150,6 +158,12 @@ def _pairs(a: Set, b: Set) -> list[tuple[Set, Set]]:
   return list(zip(a.parts, b.parts, strict=True)) if alike else []
 
 
+def _runs(a: Set, b: Set) -> list[tuple[Set, Set]]:
+  """The parts of two products side by side, as many on each side as have the same product; none if that is all of them."""
+  found = runs([p.size for p in a.parts], [p.size for p in b.parts])
+  return [(outer(a.parts[i]), outer(b.parts[j])) for i, j in found] if len(found) > 1 else []
+
+
 def concat(sets: Sequence[Set]) -> Set:
   """The positions of each set in turn."""
   parts: list[Set] = []
@@ -159,7 +173,7 @@ def concat(sets: Sequence[Set]) -> Set:
     else:
       parts.append(part)
   size = sum(p.size for p in parts)
-  if all(p.is_all for p in parts):
+  if all(p.is_all for p in parts) or not are_static([size]):
     return everything(size)
   if all(p.is_weak for p in parts):
     return weak(size)
@@ -175,7 +189,7 @@ def outer(sets: Sequence[Set]) -> Set:
   size = math.prod(p.size for p in parts)
   if any(p.is_weak for p in parts):
     return weak(size)
-  if any(p.is_empty for p in parts):
+  if any(p.is_empty for p in parts) and are_static([size]):
     return nothing(size)
   if all(p.is_all for p in parts):
     return everything(size)
@@ -183,9 +197,12 @@ def outer(sets: Sequence[Set]) -> Set:
 
 
 def split(base: Set, sizes: Sequence[Size]) -> list[Set]:
-  """The smallest product of sets, of the given sizes, that contains ``base``."""
-  try:
-    found = base.split(sizes)
-  except compat.UndecidedSize:  # they are symbolic, and it takes knowing which is larger
+  """The smallest product of sets, of the given sizes, that contains ``base``; of symbolic sizes it may be larger."""
+  if found := base.split(sizes):
+    return found
+  if are_static(sizes):
+    return [any_over(base, sizes, axis) for axis in range(len(sizes))]
+  alike = runs([p.size for p in base.factors], sizes)
+  if len(alike) == 1:
     return [everything(n) for n in sizes]
-  return found or [any_over(base, sizes, axis) for axis in range(len(sizes))]
+  return [s for i, j in alike for s in split(outer(base.factors[i]), sizes[j])]

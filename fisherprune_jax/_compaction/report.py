@@ -51,8 +51,13 @@ def what_stays(stays: Stays) -> list[str]:
   return [
     "Kept, because dead entries cannot be removed there soundly, with the FLOPs that each source line alone keeps:",
     *(line for blocker in stays.blockers for line in lines(blocker)),
-    f"All of these together leave {stays.flops:,.0f} FLOPs per example on the table.",
+    f"All of these together leave {stays.flops:,.0f} FLOPs per example on the table{_parameters(stays)}.",
   ]
+
+
+def _parameters(stays: Stays) -> str:
+  kept = sum(blocker.parameters for blocker in stays.blockers)
+  return f", and {kept:,} parameters" if kept else ""
 
 
 def text(table: Sequence[str], stays: Sequence[str]) -> str:

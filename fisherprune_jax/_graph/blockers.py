@@ -2,21 +2,19 @@
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 import numpy as np
 
 from fisherprune_jax._errors import Path, path_name, warn
-from fisherprune_jax._graph.boxes import Where, weak_box, whole_box
-from fisherprune_jax._graph.causes import Causes, in_nobodys_way, is_in_the_way
+from fisherprune_jax._graph.causes import Causes
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.ideal import ideals, without
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.rules import spec_of, unknown
-from fisherprune_jax._graph.spec import Spec
+from fisherprune_jax._graph.rules import unknown
 from fisherprune_jax._graph.structured import Meter, costs_of
 from fisherprune_jax._graph.terms import total
 from fisherprune_jax._graph.traced import Analysis
@@ -55,6 +53,7 @@ class Blocker(NamedTuple):
       keep it).
     layer: the names that it was traced under, such as Flax modules: ``Net/LayerNorm_0``.
     holds: the axes of variables of which it is the nearest cause.
+    parameters: how many entries of variables it keeps along these axes.
   """
 
   primitive: str
@@ -63,6 +62,7 @@ class Blocker(NamedTuple):
   flops: float
   layer: str
   holds: tuple[Held, ...]
+  parameters: int = 0
 
 
 class Stays(NamedTuple):
@@ -82,7 +82,10 @@ def what_stays(analysis: Analysis, tree: VariableTree, ev: Evaluation, examples:
   found = _causes(analysis, tree, ev)
   lines = {cause[2] for cause in found}
   left = {where: _left_by(analysis, {where}, ev, examples, meter) for where in lines}
-  all_of_them = [Blocker(*cause[:3], left[cause[2]], cause[3], tuple(held)) for cause, held in found.items()]
+  all_of_them = [
+    Blocker(*cause[:3], left[cause[2]], cause[3], tuple(one.held for one in kept), _parameters(kept))
+    for cause, kept in found.items()
+  ]
   chosen = [blocker for blocker in all_of_them if blocker.holds or blocker.flops]
   told = {blocker.where for blocker in chosen}
   if len(told) > 1:
@@ -94,22 +97,38 @@ def _left_by(
   analysis: Analysis, lines: AbstractSet[str], ev: Evaluation, examples: int, meter: Meter
 ) -> float:
   """FLOPs per example that would go too if no use on these source lines kept anything."""
-  free = _without(analysis, lambda node: node.source in lines, OUTPUTS in lines)
+  free = without(analysis, lambda node: node.source in lines, OUTPUTS in lines)
   return max(_cost(analysis, analysis.live, ev, meter) - _cost(analysis, free, ev, meter), 0) / examples
+
+
+class _Kept(NamedTuple):
+  """An axis of a variable that keeps too much, and how many entries the variable has."""
+
+  held: Held
+  entries: int
+
+
+def _parameters(kept: Sequence[_Kept]) -> int:
+  """How many entries of variables go if all these axes are as small as masks allow."""
+  left: dict[str, float] = {}
+  for (path, _, stays, allowed), entries in kept:
+    left[path] = left.get(path, entries) * allowed / stays
+  return sum({one.held.path: one.entries for one in kept}.values()) - round(sum(left.values()))
 
 
 def _causes(
   analysis: Analysis, tree: VariableTree, ev: Evaluation
-) -> dict[tuple[str, str, str, str], list[Held]]:
+) -> dict[tuple[str, str, str, str], list[_Kept]]:
   """Uses that work on dead entries or are the nearest cause of some, with the axes of variables that these keep."""
-  causes = Causes(analysis.program, analysis.live, _without(analysis, lambda node: True, True), ev)
-  working = [node for node in analysis.live.specs if causes.works_on_dead(node)]
-  found: dict[tuple[str, str, str, str], list[Held]] = {_describe(analysis, node): [] for node in working}
+  found_in = [Causes(analysis.program, analysis.live, free, ev) for free in ideals(analysis)]
+  working = [node for node in analysis.live.specs if found_in[0].works_on_dead(node)]
+  found: dict[tuple[str, str, str, str], list[_Kept]] = {_describe(analysis, node): [] for node in working}
   for (path, _), value in zip(tree.paths, analysis.variables, strict=True):
     for axis in range(0 if tree.is_mask(path) else len(value.shape)):
-      if stay := causes.of(value, axis):
+      if stay := next(filter(None, (causes.of(value, axis) for causes in found_in)), None):
         held = Held(path_name(path), axis, stay.kept, stay.allowed)
-        found.setdefault(_describe(analysis, stay.cause), []).append(held)
+        kept = _Kept(held, found_in[0].entries(value))
+        found.setdefault(_describe(analysis, stay.cause), []).append(kept)
   return found
 
 
@@ -119,19 +138,10 @@ def _describe(analysis: Analysis, node: Node | None) -> tuple[str, str, str, str
     return "output", "an output is made of it, or several uses together keep it", OUTPUTS, ""
   spec = analysis.live.specs[node]
   default = f"{node.name} shows the sign of zeros" if spec.sees else f"{node.name} along the masked axis"
+  if not any(analysis.live.info(value).varies for value in node.ins):
+    default += ", of variables alone"
   reason = spec.opaque or default
   return node.name, reason, node.source, node.scope
-
-
-def _without(analysis: Analysis, chosen: Callable[[Node], bool], outputs: bool) -> Liveness:
-  """What would be live if these nodes, and outputs if so said, were in nobody's way."""
-
-  def rules(node: Node, infos: Sequence[Info]) -> Spec:
-    spec = spec_of(node, infos)
-    return in_nobodys_way(node, spec, analysis.live) if is_in_the_way(spec) and chosen(node) else spec
-
-  box = weak_box if outputs else whole_box
-  return analysis.by_rules(rules, lambda value: Where(box(value.shape)))
 
 
 def _cost(analysis: Analysis, live: Liveness, ev: Evaluation, meter: Meter) -> int:
@@ -180,9 +190,11 @@ def _check_read(analysis: Analysis, tree: VariableTree) -> None:
 
 
 def lines(blocker: Blocker) -> list[str]:
-  """A cause, the FLOPs that it leaves, and what it keeps, for people."""
+  """A cause, the FLOPs that it leaves (parameters if there are none), and what it keeps, for people."""
   layer = f", in {blocker.layer}" if blocker.layer else ""
   cost = f": {blocker.flops:,.0f} FLOPs per example" if blocker.flops else ""
+  if blocker.parameters and not blocker.flops:
+    cost = f": {blocker.parameters:,} parameters"
   axes = [f"    {h.path} axis {h.axis}: {h.kept} stay where masks allow {h.allowed}" for h in blocker.holds]
   return [f"  {blocker.reason}{layer} ({blocker.where}){cost}", *axes]
 
@@ -194,7 +206,7 @@ def _warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, 
     name = node.name
     if live.specs[node].opaque != unknown(name) or name in _announced:
       continue
-    free, ev = _without(analysis, functools.partial(_is_called, name), False), sample_masks(masks)[0]
+    free, ev = without(analysis, functools.partial(_is_called, name), False), sample_masks(masks)[0]
     left = (_cost(analysis, live, ev, meter) - _cost(analysis, free, ev, meter)) / examples
     if left <= 0 and not any(live.info(out).varies for out in node.outs):
       continue  # it is in nobody's way, and there is nothing to count

@@ -7,12 +7,14 @@ Where an axis of a variable then holds less, the way from there to the nearest n
 is followed: forwards as long as more is asked for, backwards where more is possible.
 """
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 from fisherprune_jax._graph.evaluate import Evaluation
+from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
@@ -24,14 +26,18 @@ Place = tuple[Value, int]
 """One axis of one value."""
 
 
-def is_in_the_way(spec: Spec) -> bool:
+def is_in_the_way(spec: Spec, infos: Sequence[Info]) -> bool:
   """Whether a node keeps entries that others could do without."""
-  return bool(spec.opaque or spec.sees or _own_sums(spec))
+  return bool(spec.opaque or spec.sees or _own_sums(spec, infos))
 
 
-def _own_sums(spec: Spec) -> frozenset[Factor]:
-  """The factors that a node sums over by itself: those of a product are what a layer is there for."""
-  if len(spec.kills) > 1:
+def _own_sums(spec: Spec, infos: Sequence[Info]) -> frozenset[Factor]:
+  """The factors that a node sums over by itself.
+
+  Not those of a product with something that depends on the arguments: these are what a layer is there for. A product
+  of variables alone, as in a spectral norm, is a statistic of them like any other sum.
+  """
+  if len(spec.kills) > 1 and any(info.varies for info in infos):
     return frozenset()
   return frozenset(spec.sizes) - {f for axes in spec.outs for axis in axes for f in factors_of(axis)}
 
@@ -65,7 +71,7 @@ def in_nobodys_way(node: Node, spec: Spec, live: Liveness) -> Spec:
     neutral=others if len(others) < len(node.ins) else variables,
     whole=frozenset(),
     sees=frozenset(),
-    weak=_own_sums(spec),
+    weak=_own_sums(spec, infos),
     lasts=lasts,
     opaque="",
   )
@@ -143,6 +149,12 @@ class Causes:
       return None
     kept, allowed = (sum(int(self._ev.count(s)) for s in column) for column in zip(*pairs, strict=True))
     return Stay(kept, allowed, self._seer(self._forwards((value, axis))))
+
+  def entries(self, value: Value) -> int:
+    """How many entries of a variable are kept."""
+    layers = self._live.layers(value)
+    wheres = [self._live.stored(value)] if layers is None else layers
+    return sum(math.prod(int(self._ev.count(s)) for s in self._ev.box(where)) for where in wheres)
 
   def _seer(self, cause: Node | None) -> Node | None:
     """Of a node that is computed as it was, for the signs of its zeros, the nearest one that sees them."""

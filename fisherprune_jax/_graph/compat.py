@@ -30,8 +30,19 @@ _LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("flax", "jax", "optax"
 
 def trace(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Any, PyTree]:
   """Traces ``fn`` to a jaxpr; returns it and the tree of ``fn``'s result (of ``ShapeDtypeStruct``)."""
+<<<<<<< HEAD
   # A function of its own each time: JAX remembers traces by function, and what this one reads may have changed.
   return jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*args)
+=======
+  trace_once = jax.make_jaxpr(fn, return_shape=True)
+  try:
+    return trace_once(*args)
+  except jax.errors.TracerBoolConversionError:
+    # Python decides by a constant, as lax.reduce_window does by its initial value: JAX can tell if it computes
+    # with constants at once. Not the first choice, since then programs hold large arrays of constants.
+    with jax.ensure_compile_time_eval():
+      return trace_once(*args)
+>>>>>>> h-reports
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -118,6 +129,14 @@ def acts(eqn: Equation) -> bool:
 def is_concrete(x: Any) -> bool:
   """Whether ``x`` is a value rather than a tracer or an abstract shape."""
   return not isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+
+def number(x: Any) -> np.ndarray | None:
+  """A scalar as a NumPy array, None if its value is not known here.
+
+  Inside a caller's trace JAX would turn any comparison with a ``jax.Array`` into a tracer.
+  """
+  return np.asarray(x) if is_concrete(x) and dtype_of(x) != np.dtype(object) else None
 
 
 def dtype_of(x: Any) -> Any:

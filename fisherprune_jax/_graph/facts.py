@@ -84,8 +84,7 @@ def box_of(axes: Axes, factors: Factors, shape: Shape) -> Box:
 
 def constant(value: Any, shape: tuple[Any, ...]) -> Info:
   """What is known of an array that is written into the program."""
-  known = shape == () and compat.is_concrete(value)
-  return Info(whole_box(shape), value if known else None, known=_known(value))
+  return Info(whole_box(shape), compat.number(value) if shape == () else None, known=_known(value))
 
 
 def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
@@ -121,7 +120,7 @@ def _are_masks_end_to_end(spec: Spec, infos: Sequence[Info]) -> bool:
 
 
 def _is_one(const: Any) -> bool:
-  return compat.is_concrete(const) and const is not None and bool(const == 1)
+  return const is not None and bool(const == 1)
 
 
 def _layer_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:

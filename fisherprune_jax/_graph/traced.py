@@ -1,15 +1,16 @@
 """A user's apply function: traced once, and analysed by policy where somebody asks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import jax
 
 from fisherprune_jax._errors import path_name
 from fisherprune_jax._graph import control as control
 from fisherprune_jax._graph import sets
-from fisherprune_jax._graph.boxes import Where, hull, whole_box
+from fisherprune_jax._graph.boxes import Box, Where, hull, whole_box
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness, Rules
 from fisherprune_jax._graph.policy import MaskPolicy
@@ -73,10 +74,19 @@ class Analysis:
     """The values of the variables' leaves."""
     return self.traced.variables
 
-  def by_rules(self, rules: Rules, asked_of: Callable[[Value], Where]) -> Liveness:
-    """What would be live by other rules, if the outputs asked for something else; of the same values."""
+  def by_rules(
+    self, rules: Rules, asked_of: Callable[[Value], Where], known: Mapping[Value, Box] = MappingProxyType({})
+  ) -> Liveness:
+    """What would be live by other rules, if the outputs asked for something else; of the same values.
+
+    ``known`` says where some inputs can be non-zero.
+    """
     live, traced = self.live, self.traced
-    return analyse(traced.program, traced.infos, traced.updates, rules, live.policy, asked_of, live.subs)[0]
+    infos = [
+      info._replace(possible=known[value]) if value in known else info
+      for value, info in zip(traced.program.inputs, traced.infos, strict=True)
+    ]
+    return analyse(traced.program, infos, traced.updates, rules, live.policy, asked_of, live.subs)[0]
 
 
 def trace_apply(

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
@@ -121,7 +120,7 @@ def _kills(node: Node, infos: Sequence[Info]) -> frozenset[int]:
 def _is_product(node: Node, infos: Sequence[Info]) -> bool:
   """Whether a choice is one between +0 and something else, as ``where(mask > 0, x, 0)``: not where the predicate does."""
   zero = infos[1].const
-  return len(infos) == 3 and infos[1].is_zero and compat.is_concrete(zero) and not np.signbit(np.real(zero))
+  return len(infos) == 3 and infos[1].is_zero and not np.signbit(np.real(zero))
 
 
 def _is_everywhere(info: Info) -> bool:

@@ -83,6 +83,7 @@ class Liveness:
     for node in reversed(program.nodes):
       if not self.runs(node):
         continue
+      self.conditions.pop(node, None)  # more may be asked for than in an earlier pass of a loop
       if node in self.subs:
         STRUCTURED[node.name].backward(node, self)
       else:
@@ -119,7 +120,9 @@ class Liveness:
 
   def when(self, node: Node, held: Iterable[Set] = ()) -> Set:
     """The condition that a node has to run, beyond that some sets are not empty."""
-    return self.conditions[node](held) if node in self.conditions else self._condition(node)(held)
+    if node not in self.conditions:
+      self.conditions[node] = self._condition(node)
+    return self.conditions[node](held)
 
   def _condition(self, node: Node) -> "Condition":
     asked = [(at, out) for at, out in enumerate(node.outs) if out in self.asked]

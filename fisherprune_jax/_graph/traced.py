@@ -1,5 +1,6 @@
 """A user's apply function: traced once, and analysed by policy where somebody asks."""
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,10 @@ from fisherprune_jax._graph.rules import spec_of
 from fisherprune_jax._graph.updates import analyse
 from fisherprune_jax._graph.variables import VariableTree, abstract
 from fisherprune_jax._types import ApplyFn, Picker, PyTree
+
+
+_networks = itertools.count()
+"""A number for each function that is traced."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,20 +133,22 @@ def _places(updates: Picker, out_tree: PyTree, tree: VariableTree) -> dict[int, 
 
 
 def _variable_infos(values: Sequence[Value], flags: Sequence[bool], ranks: Sequence[int]) -> list[Info]:
-  infos, position = [], 0
+  infos, position, network = [], 0, next(_networks)
   for value, is_mask in zip(values, flags, strict=True):
     infos.append(
-      _mask_info(position, value.shape, ranks[position]) if is_mask else Info(whole_box(value.shape))
+      _mask_info(network, position, value.shape, ranks[position]) if is_mask else Info(whole_box(value.shape))
     )
     position += is_mask
   return infos
 
 
-def _mask_info(position: int, shape: tuple[int, ...], rank: int) -> Info:
+def _mask_info(network: int, position: int, shape: tuple[int, ...], rank: int) -> Info:
   if len(shape) > rank:
-    return _with_examples(_mask_info(position, (*shape[:-2], shape[-1]), rank), shape[-2])
+    inner = _mask_info(network, position, (*shape[:-2], shape[-1]), rank)
+    return _with_examples(inner, shape[-2])
   leaves = [
-    Info((sets.leaf((position, layer), shape[-1]),), mask=True) for layer in range(math.prod(shape[:-1]))
+    Info((sets.leaf((position, layer), shape[-1], network),), mask=True)
+    for layer in range(math.prod(shape[:-1]))
   ]
   for size in reversed(shape[:-1]):
     leaves = [_stack_of(leaves[start : start + size]) for start in range(0, len(leaves), size)]

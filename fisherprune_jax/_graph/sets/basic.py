@@ -40,9 +40,16 @@ def nothing(size: int) -> Set:
   return fixed(np.zeros(size, bool))
 
 
-def leaf(key: Hashable, size: int) -> Set:
-  """The live features of one mask."""
-  return make(Leaf, size, data=key)
+def leaf(key: Hashable, size: int, network: Hashable = None) -> Set:
+  """The live features of one mask.
+
+  Args:
+    key: the mask.
+    size: how many features it has.
+    network: whose mask it is. Sets of two networks are never one object, so that how the sets of the one are nested does
+      not depend on the other.
+  """
+  return make(Leaf, size, data=key, same=(network, key))
 
 
 class Whole(Set):

@@ -40,17 +40,19 @@ class Set:
     serial: greater than that of every part.
     support: the masks that it depends on, as bits.
     number: a small number of its own, used again once it is gone: the bit that it is among the atoms of others.
+    inside: what ``nonempty`` found for it, kept where that does not hold the set itself; so there is no circle.
     is_all: whether it holds every position.
     is_weak: whether it holds every position only until somebody says more (``weak``).
   """
 
-  __slots__ = ("__weakref__", "data", "number", "parts", "serial", "size", "support")
+  __slots__ = ("__weakref__", "data", "inside", "number", "parts", "serial", "size", "support")
   size: Size
   parts: "tuple[Set, ...]"
   data: Any
   serial: int
   support: int
   number: int
+  inside: "Set | None"
   is_all: ClassVar[bool] = False
   is_weak: ClassVar[bool] = False
 
@@ -205,7 +207,7 @@ def _new(kind: type[Kind], size: Size, parts: tuple[Set, ...], data: Any) -> Kin
     _numbers += 1
   found = kind()
   found.number = _free.pop()
-  found.size, found.parts, found.data = size, parts, data
+  found.size, found.parts, found.data, found.inside = size, parts, data, None
   found.support = found._masks_below()
   found.serial = _count = _count + 1
   return found
@@ -233,7 +235,7 @@ def in_order(roots: Iterable[Set], known: Collection[Set] = ()) -> list[Set]:
 
 
 def members(atoms: int) -> list[Set]:
-  """The expressions whose bits are set."""
+  """The expressions whose bits are set, as they were made: their numbers may have been those of others before."""
   found = []
   while atoms:
     lowest = atoms & -atoms
@@ -241,4 +243,4 @@ def members(atoms: int) -> list[Set]:
     assert alive is not None
     found.append(alive)
     atoms ^= lowest
-  return found
+  return sorted(found, key=lambda s: s.serial)

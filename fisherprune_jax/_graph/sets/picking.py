@@ -171,7 +171,9 @@ def spread(when: Set, size: int) -> Set:
 
 def nonempty(s: Set) -> Set:
   """One position, in the set if any position of ``s`` is."""
-  return s.nonempty() or (s if s.size == 1 else make(Nonempty, 1, (s,)))
+  if s.inside is None:
+    s.inside = s.nonempty()  # of many parts it is long, and all that read them ask
+  return s.inside or (s if s.size == 1 else make(Nonempty, 1, (s,)))
 
 
 def any_of(base: Set, groups: np.ndarray | Sequence[int], size: int) -> Set:

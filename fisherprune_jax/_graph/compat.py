@@ -30,11 +30,8 @@ _LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("flax", "jax", "optax"
 
 def trace(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Any, PyTree]:
   """Traces ``fn`` to a jaxpr; returns it and the tree of ``fn``'s result (of ``ShapeDtypeStruct``)."""
-<<<<<<< HEAD
   # A function of its own each time: JAX remembers traces by function, and what this one reads may have changed.
-  return jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)(*args)
-=======
-  trace_once = jax.make_jaxpr(fn, return_shape=True)
+  trace_once = jax.make_jaxpr(lambda *args: fn(*args), return_shape=True)
   try:
     return trace_once(*args)
   except jax.errors.TracerBoolConversionError:
@@ -42,7 +39,6 @@ def trace(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Any, PyTree]:
     # with constants at once. Not the first choice, since then programs hold large arrays of constants.
     with jax.ensure_compile_time_eval():
       return trace_once(*args)
->>>>>>> h-reports
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:

@@ -26,6 +26,68 @@ def weight_norm(x, *, v=(3, 5), g=(5,), vv=(5, 4), gg=(4,), w=(4, 2)):
 
 @function(
   (3,),
+  groups={"first": group(5, "a 1, b 0, u 0"), "second": group(4, "b 1, w 0")},
+  stay="b 0, b 1, u 0",
+)
+def spectral_norm(x, *, a=(3, 5), b=(5, 4), u=(5,), w=(4, 2)):
+  """A power iteration by hand, that starts from what is stored of the last one."""
+  v = u @ b
+  v = v * lax.rsqrt(v @ v + 1e-3)
+  new = b @ v
+  return nn.relu(nn.relu(x @ a) @ (b / (jnp.tanh(new @ new) + 1))) @ w
+
+
+@function(
+  (4, 4, 2),
+  groups={"first": group(5, "a 3, b 2"), "second": group(4, "b 3, w 0")},
+  stay="b 2",
+)
+def weight_standardisation(x, *, a=(3, 3, 2, 5), b=(3, 3, 5, 4), w=(4, 2)):
+  """Kernels less their means, over their deviations: a stem that keeps its arguments, and a layer behind it."""
+
+  def layer(x, kernel):
+    centred = kernel - jnp.mean(kernel, (0, 1, 2))
+    kernel = centred * lax.rsqrt(jnp.mean(centred**2, (0, 1, 2)) + 1e-3)
+    return nn.relu(
+      lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    )
+
+  return jnp.mean(layer(layer(x, a), b), (1, 2)) @ w
+
+
+@function((3,), groups={"hidden": group(5, "a 1, w 0")}, stay="w 0")
+def cosine_classifier(x, *, a=(3, 5), w=(5, 4)):
+  h = nn.relu(x @ a)
+  return (h @ (w * lax.rsqrt(jnp.sum(w * w, 0) + 1e-3))) * lax.rsqrt(jnp.sum(h * h, -1, keepdims=True) + 1e-3)
+
+
+@function(
+  (4, 3),
+  groups={"stream": group(5, "a 1, q 1, mix 0, b 0"), "hidden": group(6, "b 1, w 0")},
+  stay="q 1, mix 0",
+)
+def queries_projected_alone(x, *, a=(3, 5), q=(4, 5), mix=(5, 2), b=(5, 6), w=(6, 2)):
+  """Queries that are added to a stream, and projected alone as well."""
+  return nn.relu((x @ a + q) @ b) @ w + q @ mix
+
+
+@function(
+  (3,),
+  groups={"first": group(5, "a 1, b 0"), "second": group(4, "b 1, w 0")},
+  stay="b 0, b 1",
+)
+def power_iteration_in_a_loop(x, *, a=(3, 5), b=(5, 4), w=(4, 2)):
+  def turn(u, _):
+    v = u @ b
+    u = b @ (v * lax.rsqrt(v @ v + 1e-3))
+    return u * lax.rsqrt(u @ u + 1e-3), None
+
+  u, _ = lax.scan(turn, jnp.ones(5, b.dtype), None, length=2)
+  return nn.relu(nn.relu(x @ a) @ (b * lax.rsqrt(u @ u + 1e-3))) @ w
+
+
+@function(
+  (3,),
   groups={
     "hidden": group(5, "w 1, b 1, out 0"),
     "rank": group(2, "a 1, b 0"),

@@ -134,7 +134,22 @@ def check_auto(net: Network, other: int) -> None:
       if "no example axis" not in str(error):
         raise
       raise WildError("examples were added up: of single ones nothing can be said") from error
+  if net.seed % 3 == 1:
+    check_members(found)
   check(found, other)
+
+
+def check_members(found: AutoMasked) -> None:
+  """Each member of a group that lost features is shorter than it was, or the report says why not."""
+  small = fp.compact(found, found.variables, found.batch(found.shape[0]))
+  said = {(held.path, held.axis) for blocker in small.blockers for held in blocker.holds}
+  for group in found.auto.groups:
+    mask = found.masks[group.name]
+    gone = not mask.reshape(-1, group.size).any(0).all()  # in all layers of a stack
+    for path, axis in group.members if gone else ():
+      name = path.removeprefix("params/")
+      shorter = small.variables["params"][name].shape[axis] < found.params[name].shape[axis]
+      assert shorter or (path, axis) in said, f"member {path}, axis {axis}, of {group.name} stays, unsaid"
 
 
 def check_masks(found: AutoMasked, variables: Any) -> None:

@@ -208,3 +208,42 @@ def examples_elsewhere(b: Any) -> None:
     return jax.vmap(layer)(x)
 
   b.add(f"examples {kind} {name}", run, v)
+
+
+def power_iterated(w: Any) -> Any:
+  u = jnp.ones(w.shape[0], w.dtype)
+  for _ in range(2):
+    v = u @ w
+    u = w @ v / (1 + jnp.linalg.norm(w @ v))
+  return w / (1 + jnp.sum(u * u))
+
+
+BY_VARIABLES = {
+  "power iteration": power_iterated,
+  "loop": lambda w: (
+    w / (1 + jnp.sum(lax.scan(lambda u, _: (jnp.tanh(w @ (u @ w)), None), w[:, 0], None, length=2)[0] ** 2))
+  ),
+  "standardised": lambda w: (w - jnp.mean(w, 0)) / jnp.sqrt(jnp.var(w, 0) + 0.2),
+  "cosine": lambda w: w / jnp.sqrt(jnp.sum(w * w, 0) + 0.2),
+  "rows": lambda w: w / jnp.sqrt(jnp.sum(w * w, 1, keepdims=True) + 0.2),
+  "whole": lambda w: w / (1 + jnp.linalg.norm(w)),
+}
+
+
+@op(0.8)
+def weights_of_variables(b: Any) -> None:
+  """A layer with a kernel that is computed from variables alone, or a query that is projected alone as well."""
+  v = b.pick(lambda s: len(s) >= 2)
+  need(b.free(v) and b.free(v)[-1] == len(b.shape(v)) - 1)
+  n, hidden, outs = b.shape(v)[-1], b.size(), b.size()
+  first, w, name = b.param((n, hidden)), b.param((hidden, outs)), b.mask(hidden)
+  query, mix = b.param((hidden,)), b.param((hidden, outs))
+  kind = b.choice([*BY_VARIABLES, "query"])
+  floor = jnp.asarray(-0.4) if b.chance(0.3) else None
+
+  def run(p: Any, m: Any, x: Any) -> Any:
+    h = x @ p[first] + (p[query] if kind == "query" else 0)
+    h = jnp.tanh(h if floor is None else jnp.where(h > floor, h, floor)) * m[name]
+    return h @ p[w] + p[query] @ p[mix] if kind == "query" else h @ BY_VARIABLES[kind](p[w])
+
+  b.add(f"by variables {kind} {name}", run, v)

@@ -112,7 +112,7 @@ def paths(tree: Any) -> list[str]:
 
 
 def found_groups(auto: Any) -> Counter[Any]:
-  return Counter((g.size, frozenset(g.members)) for g in auto.groups)
+  return Counter((g.size, frozenset(g.members + g.stays)) for g in auto.groups)
 
 
 @ALL
@@ -134,7 +134,7 @@ def test_the_groups_are_those_written_down(name):
   assert {g.kind for g in auto.groups} == {"features"}
   layers = {(g.size, g.members): g.layers for g in model.groups.values()}
   for g in auto.groups:
-    rows = layers[g.size, frozenset(g.members)]
+    rows = layers[g.size, frozenset(g.members + g.stays)]
     assert auto.masks[g.name].shape == ((g.size,) if rows is None else (rows, g.size))
   assert auto.masks.keys() == {g.name for g in auto.groups}
   assert len(auto.masks) == len(auto.groups)
@@ -243,13 +243,29 @@ def test_every_group_goes_from_all_its_members(name):
   sizes: dict[Any, list[tuple[int, int]]] = {}
   for g in s.auto.groups:
     alive = int(np.max(np.sum(s.masks[g.name], axis=-1)))  # of a stack, the widest layer
-    for member in {*g.members} - s.model.stay:
+    for member in g.members:
       sizes.setdefault(member, []).append((g.size, alive))
   for (path, axis), parts in sizes.items():
     before, after = full[path][axis], left[path][axis]
     merged, laid = np.prod(parts, axis=0), np.sum(parts, axis=0)
     made_up = [lengths[1] for lengths in (merged, laid) if lengths[0] == before]
     assert after in made_up if made_up else after < before, (path, axis)
+
+
+@ALL
+def test_members_that_stay_are_said_to(name):
+  """They are those written down, are as long as they were, and the report names them with their parameters."""
+  s = setup(name)
+  stay = {member for g in s.auto.groups for member in g.stays}
+  assert stay == s.model.stay
+  full, left = (
+    dict(zip(paths(tree), jax.tree.leaves(tree), strict=True)) for tree in (s.variables, s.small.variables)
+  )
+  said = {(held.path, held.axis): blocker for blocker in s.small.blockers for held in blocker.holds}
+  for path, axis in stay:
+    assert left[path].shape[axis] == full[path].shape[axis]
+    assert said[path, axis].parameters > 0
+    assert "of variables alone" in said[path, axis].reason or said[path, axis].reason.endswith("non-zero")
 
 
 @ALL
@@ -298,7 +314,7 @@ def test_a_mask_stands_once_before_all_that_reads_it(name):
       strict=True,
     )
   )
-  names = {(g.size, frozenset(g.members)): g.name for g in s.auto.groups}
+  names = {(g.size, frozenset(g.members + g.stays)): g.name for g in s.auto.groups}
   for label, readers in ONCE[name].items():
     size, found, _ = s.model.groups[label]
     expected = sum(

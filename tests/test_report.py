@@ -113,6 +113,56 @@ def test_an_output_that_is_masked_only_where_it_is_read():
     fp.compact(model.apply, variables, X, strict=True)
 
 
+class Wrapped(nn.Module):
+  """A layer with a weight norm of Flax around it, between two masks."""
+
+  wrap: object
+
+  @nn.compact
+  def __call__(self, x):
+    x = fp.Mask(name="first")(nn.relu(nn.Dense(8, name="before")(x)))
+    x = self.wrap(nn.Dense(6, name="inner"))(x)
+    return nn.Dense(2, name="after")(fp.Mask(name="second")(nn.relu(x)))
+
+
+def spectral_norm(layer):
+  return lambda x: nn.SpectralNorm(layer)(x, update_stats=False)
+
+
+WRAPPED = {
+  "spectral norm": (spectral_norm, {("params/inner/kernel", 0): (8, 4), ("params/inner/kernel", 1): (6, 3)}),
+  "weight norm": (lambda layer: nn.WeightNorm(layer), {("params/inner/kernel", 0): (8, 4)}),
+  "weight norm of rows": (
+    lambda layer: nn.WeightNorm(layer, feature_axes=-2),
+    {("params/inner/kernel", 1): (6, 3)},
+  ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_what_variables_alone_sum_over_is_named(name):
+  wrap, expected = WRAPPED[name]
+  model = Wrapped(wrap)
+  variables = model.init(jax.random.key(0), X)
+  variables = {**variables, "masks": jax.tree.map(lambda m: jnp.arange(m.size) % 2.0, variables["masks"])}
+  small = fp.compact(model.apply, variables, X)
+  found = {(h.path, h.axis): (h.kept, h.allowed) for b in small.blockers for h in b.holds}
+  assert {key: found[key] for key in found if key[0].startswith("params/inner/kernel")} == expected
+  assert sum(b.parameters for b in small.blockers) >= 3 * 4  # entries of the kernel alone
+  assert "parameters" in small.report()
+  np.testing.assert_allclose(small(small.variables, X), model.apply(variables, X), rtol=1e-5, atol=1e-6)
+  with pytest.raises(ValueError, match="strict=True"):
+    fp.compact(model.apply, variables, X, strict=True)
+
+
+def test_parameters_that_stay_are_counted_once():
+  """Of a kernel held along both axes: what it has, less what masks allow."""
+  net = lambda v, x: jnp.tanh(x * v["masks"]["a"]) @ (v["w"] / jnp.linalg.norm(v["w"])) * v["masks"]["b"]
+  masks = {"a": jnp.array([1.0, 0, 1, 0, 1]), "b": jnp.array([1.0, 0, 0, 0])}
+  small = fp.compact(net, {"w": jnp.ones((5, 4)), "masks": masks}, X)
+  assert sum(b.parameters for b in small.blockers) == 5 * 4 - 3 * 1
+
+
 SILENT = {
   "plain": (8, nn.relu, "mask", 4, "mask", 2),
   "masked output": (8, "mask"),

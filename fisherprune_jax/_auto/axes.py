@@ -92,7 +92,7 @@ class Axes:
   def walk(self, program: Program, turns: tuple[Atom, ...] = ()) -> None:
     """Ties the axes of everything in a program that runs in each of ``turns``."""
     self.bodies.append(Body(program, turns))
-    for node in _used(program):
+    for node in used(program):
       self._learn(node.ins, node.outs)
       if node in self.live.specs:
         self._node(node, self.live.specs[node])
@@ -249,7 +249,7 @@ def _vanishing(program: Program, cotangents: Sequence[Value], live: Liveness) ->
   return found
 
 
-def _used(program: Program) -> list[Node]:
+def used(program: Program) -> list[Node]:
   """The nodes that an output hangs on; the others say nothing of what belongs together."""
   wanted, found = set(program.outputs), []
   for node in reversed(program.nodes):

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from fisherprune_jax._auto.atoms import Atom, leaves
@@ -10,6 +11,7 @@ from fisherprune_jax._auto.axes import Axes
 from fisherprune_jax._auto.blocks import Branch, branches
 from fisherprune_jax._auto.forms import Form
 from fisherprune_jax._auto.naming import block_names, unique_names
+from fisherprune_jax._auto.staying import staying
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.program import Program, Value
 
@@ -29,6 +31,8 @@ class Group:
     members: ``(path, axis)`` of every variable that shrinks with it, as in ``("params/Conv_0/kernel", 3)``.
     kind: ``"features"``, or ``"block"`` for a residual branch that goes as a whole.
     rows: the leading axes of its mask, one row for each layer of a stack; mostly none.
+    stays: ``(path, axis)`` of variables that have these features, too, and keep all of them: something that variables
+      alone make, such as a spectral norm, sums over them.
   """
 
   name: str
@@ -36,6 +40,7 @@ class Group:
   members: tuple[tuple[str, int], ...]
   kind: str = "features"
   rows: tuple[int, ...] = ()
+  stays: tuple[tuple[str, int], ...] = ()
 
 
 class Skipped(NamedTuple):
@@ -127,7 +132,16 @@ def find(form: Form, paths: Sequence[tuple[str, ...]]) -> Found:
   ]
   order = {name: at for at, name in enumerate(names)}
   skipped = sorted(set(skipped), key=lambda one: (order[one.path], one.axis, one.size, one.why))
+  whole = staying(axes, form.program, form.variables)
+  kept = [{(names[at], axis) for at, axis, _ in places[leaf] if (at, leaf) in whole} for leaf in good]
+  groups = [_told(group, stays) for group, stays in zip(groups, kept, strict=True)]
   return Found(groups, skipped, [places[leaf] for leaf in good])
+
+
+def _told(group: Group, stays: AbstractSet[tuple[str, int]]) -> Group:
+  """A group that says which of its members cannot shrink."""
+  members = tuple(member for member in group.members if member not in stays)
+  return replace(group, members=members, stays=tuple(m for m in group.members if m in stays))
 
 
 def _is_free(leaf: Atom) -> bool:

@@ -1,0 +1,48 @@
+"""Axes of variables that have a group's features and cannot shrink: something made of variables alone sums over them.
+
+A mask is multiplied with arrays that depend on the arguments. A spectral norm, a weight standardisation or the projection
+of a learned query are computed from variables alone, before any mask, and need all of what they sum over.
+"""
+
+from collections.abc import Sequence
+
+from fisherprune_jax._auto.atoms import Atom, leaves
+from fisherprune_jax._auto.axes import Axes, used
+from fisherprune_jax._graph.program import Node, Program, Value
+from fisherprune_jax._graph.spec import factors_of
+from fisherprune_jax._graph.structured import links
+
+
+def staying(axes: Axes, program: Program, variables: Sequence[Value]) -> set[tuple[int, Atom]]:
+  """Which variables, by position, keep all entries of which leaf."""
+  origins: dict[Value, frozenset[int]] = {value: frozenset({at}) for at, value in enumerate(variables)}
+  return _walk(axes, program, origins)
+
+
+def _walk(axes: Axes, program: Program, origins: dict[Value, frozenset[int]]) -> set[tuple[int, Atom]]:
+  found: set[tuple[int, Atom]] = set()
+  for node in used(program):
+    found |= {(at, leaf) for value, leaf in _summed(axes, node) for at in origins.get(value, ())}
+    of_all = frozenset[int]().union(*(origins.get(value, frozenset()) for value in node.ins))
+    origins.update((out, of_all) for out in node.outs if not axes.varies(out))
+    for link in links(node, axes.live):
+      origins.update((inner, origins[outer]) for outer, inner in link.ins if outer in origins)
+      origins.update((taker, of_all) for taker, _ in link.turns)  # a turn may give anything to the next
+      found |= _walk(axes, link.program, origins)
+  return found
+
+
+def _summed(axes: Axes, node: Node) -> list[tuple[Value, Atom]]:
+  """The leaves that a node sums over in operands that variables alone make, or needs whole in them."""
+  spec = axes.live.specs.get(node)
+  if spec is None or any(map(axes.varies, node.ins)):
+    return []
+  needed = spec.roles.summed | spec.whole
+  return [
+    (value, leaf)
+    for value, own in zip(node.ins, spec.ins, strict=True)
+    if value.literal is None
+    for atom, axis in zip(axes.of(value), own, strict=True)
+    if not needed.isdisjoint(factors_of(axis))
+    for leaf in leaves(atom)
+  ]

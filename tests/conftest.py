@@ -18,7 +18,7 @@ import pytest
 
 # What takes most of the time: whole tables of networks, trainings, processes of their own. ``make test-fast`` leaves it out.
 SLOW = """
-  auto_models batches budget choices compaction conformance cost criteria criterion devices docs edits emptied
+  auto_blocks auto_examples auto_models batches budget choices compaction conformance cost criteria criterion devices docs edits emptied
   exactness example_axes example_code_transformer example_pretrained_encoder example_ranking_mlp export frameworks
   fuzz growth kept latency linen linen_training measures nnx nnx_auto onnx opt_states parity placing plan
   precision prices regressions report restarts rounding saving seeing sets several several_processes threads

@@ -1,11 +1,13 @@
 """Residual branches: sums ``x + f(x)`` of which ``f(x)`` can go as a whole.
 
-The *stream* of an array is what it is the sum of, moved or cast: of ``x + f(x)``, itself, ``x`` and ``f(x)``. A term of a
-sum is a branch of the other one if it is computed from that one's stream, by variables of its own. Branches of the same
-variables, as where layers are shared, are one block.
+The *stream* of an array is what it is the sum of, moved, cast or multiplied: of ``x + g * f(x)``, itself, ``x``, ``g``
+and ``f(x)``. A term of a sum (or a difference) is a branch of the other one if variables of its own meet that one's stream
+in it. Where there is no such term, the stream of a shortcut goes through a projection too, a product with a variable; the
+branch is then the term that is none. Branches of the same variables, as where layers are shared, are one block.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -13,7 +15,9 @@ from fisherprune_jax._auto.atoms import Atom
 from fisherprune_jax._auto.axes import Axes
 from fisherprune_jax._graph.program import Node, Program, Value
 
-SUMS = ("add", "add_any")
+SUMS = ("add", "add_any", "sub")
+SCALES = ("mul", "div")
+PROJECTIONS = ("dot_general", "conv_general_dilated")
 
 
 class Branch(NamedTuple):
@@ -43,15 +47,14 @@ def _of_program(axes: Axes, program: Program, turns: tuple[Atom, ...]) -> Iterat
   for node in program.nodes:
     if node.name not in SUMS or not all(_is_term(axes, value, node) for value in node.ins):
       continue
-    for operand in (1, 0):
+    for projected, operand in itertools.product((False, True), (1, 0)):
       branch, trunk = node.ins[operand], node.ins[1 - operand]
-      if not any(before.has(branch, value) for value in _stream(trunk, makers, axes)):
-        continue
       own = before.of(branch) & ~before.of(trunk)
       variables = frozenset(axes.learned[value] for value in before.values(own) if value in axes.learned)
-      if variables:
-        rows = {atom.root() for variable in variables for atom in axes.of(variable)}
-        yield Branch(node, operand, tuple(turn.root() for turn in turns if turn.root() in rows), variables)
+      if not variables or not _is_branch(axes, before, makers, own, branch, trunk, projected):
+        continue
+      rows = {atom.root() for variable in variables for atom in axes.of(variable)}
+      yield Branch(node, operand, tuple(turn.root() for turn in turns if turn.root() in rows), variables)
       break
 
 
@@ -59,8 +62,30 @@ def _is_term(axes: Axes, value: Value, node: Node) -> bool:
   return value.literal is None and axes.varies(value) and value.shape == node.outs[0].shape
 
 
-def _stream(value: Value, makers: dict[Value, Node], axes: Axes) -> Iterator[Value]:
-  """An array, and the terms that it is the sum of."""
+def _is_branch(
+  axes: Axes,
+  before: "_Ancestors",
+  makers: dict[Value, Node],
+  own: int,
+  branch: Value,
+  trunk: Value,
+  projected: bool,
+) -> bool:
+  """Whether variables of a term's own meet the stream of the other one in it."""
+  stream = set(_stream(trunk, makers, axes, projected))
+  if projected:
+    stream -= set(_stream(branch, makers, axes, projected))
+  shared = functools.reduce(int.__or__, map(before.bit, stream), 0)
+  mine = [value for value in before.values(own) if axes.varies(value) and value in makers]
+  return any(
+    any(v in axes.learned and before.of(v) & own for v in makers[value].ins)
+    and any(before.of(v) & shared for v in makers[value].ins if v.literal is None and axes.varies(v))
+    for value in mine
+  )
+
+
+def _stream(value: Value, makers: dict[Value, Node], axes: Axes, projected: bool) -> Iterator[Value]:
+  """An array, and the terms and factors that it is made of; what it is a projection of, too."""
   waiting, seen = [value], set()
   while waiting:
     value = waiting.pop()
@@ -69,8 +94,14 @@ def _stream(value: Value, makers: dict[Value, Node], axes: Axes) -> Iterator[Val
     seen.add(value)
     yield value
     node = makers.get(value)
-    if node is not None and (node.name in SUMS or (node in axes.live.specs and axes.live.specs[node].moves)):
-      waiting += node.ins if node.name in SUMS else node.ins[:1]
+    if node is None:
+      continue
+    if node.name in (*SUMS, *SCALES):
+      waiting += node.ins
+    elif node in axes.live.specs and axes.live.specs[node].moves:
+      waiting += node.ins[:1]
+    elif projected and node.name in PROJECTIONS and any(v in axes.learned for v in node.ins):
+      waiting += node.ins
 
 
 class _Ancestors:
@@ -89,9 +120,9 @@ class _Ancestors:
     """An array and all that it is computed from."""
     return self._sets.get(value, 0)
 
-  def has(self, value: Value, other: Value) -> bool:
-    """Whether an array is computed from another one."""
-    return value is not other and bool(self.of(value) & self._bit[other])
+  def bit(self, value: Value) -> int:
+    """The array alone."""
+    return self._bit[value]
 
   def values(self, bits: int) -> Iterable[Value]:
     """The arrays of a set."""

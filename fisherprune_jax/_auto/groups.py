@@ -16,6 +16,8 @@ from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.program import Program, Value
 
 BLOCK = "block"
+NO_AXIS = -1
+"""The place of a variable that has none."""
 
 Place = tuple[int, int, int]
 """Which variable, which of its axes, which of the leaves that this is made of."""
@@ -70,7 +72,7 @@ def find_blocks(form: Form, paths: Sequence[tuple[str, ...]]) -> tuple[list[Grou
     [
       (at, axis, 0)
       for at in sorted(position[value] for value in key)
-      for axis in range(len(form.variables[at].shape))
+      for axis in range(len(form.variables[at].shape)) or (NO_AXIS,)
     ]
     for key in found
   ]
@@ -82,7 +84,7 @@ def find_blocks(form: Form, paths: Sequence[tuple[str, ...]]) -> tuple[list[Grou
     Group(
       name,
       1,
-      tuple(("/".join(paths[at]), axis) for at, axis, _ in own),
+      tuple(("/".join(paths[at]), axis) for at, axis, _ in own if axis != NO_AXIS),
       BLOCK,
       tuple(turn.size for turn in branch.turns),
     )

@@ -88,21 +88,34 @@ def _match_blocks(
   places: Sequence[Sequence[Place]],
   found: Matched,
 ) -> None:
-  """Adds the residual branches of a form, each known by its variables."""
+  """Adds the residual branches of a form, each known by its variables.
+
+  What some branch has in one of both forms alone, as the averages of batch norm are read in serving, says nothing.
+  """
   there = branches(form.axes)
-  for group, own in zip(groups, places, strict=True):
-    if group.kind == BLOCK:
-      variables = {values[at] for at, _, _ in own}
-      mine = [branch for branch in there if branch.variables == variables]
-      if not mine:
-        raise _lacking(
-          group, "The function must have every residual branch, but it has none of the variables of"
-        )
-      atom = Atom(1)
-      found.leaves[atom] = (group, mine[0].turns)
-      found.branches.extend((branch, atom) for branch in mine)
-      for branch in mine:
-        _check_rows(group, branch.turns)
+  blocks = [
+    (group, frozenset(values[at] for at, _, _ in own))
+    for group, own in zip(groups, places, strict=True)
+    if group.kind == BLOCK
+  ]
+  of_groups = frozenset[Value | None]().union(*(variables for _, variables in blocks))
+  of_form = frozenset[Value | None]().union(*(branch.variables for branch in there))
+  taken: dict[int, Group] = {}
+  for group, variables in blocks:
+    wanted = variables & of_form
+    mine = [at for at, branch in enumerate(there) if wanted and branch.variables & of_groups == wanted]
+    if not mine:
+      raise _lacking(
+        group, "The function must have every residual branch, but it has none of the variables of"
+      )
+    atom = Atom(1)
+    found.leaves[atom] = (group, there[mine[0]].turns)
+    for at in mine:
+      if at in taken:
+        raise _misfit(group, f"has the branch of {taken[at].name!r} for it, too")
+      taken[at] = group
+      found.branches.append((there[at], atom))
+      _check_rows(group, there[at].turns)
 
 
 def _check_rows(group: Group, turns: Sequence[Atom]) -> None:

@@ -48,18 +48,25 @@ def block_names(variables: Sequence[Sequence[int]], paths: Sequence[tuple[str, .
   >>> block_names([[0, 1]], paths), block_names([[0], [1]], paths)
   (['Layer_0.block'], ['Layer_0/Dense_0.block', 'Layer_0/Dense_1.block'])
   """
-  shared = [_common([paths[at] for at in own]) for own in variables]
-  names = ["/".join(_without_collection(path)) or "model" for path in shared]
+  short = _without_collections(paths)
+  shared = [_common([short[at] for at in own]) for own in variables]
+  names = ["/".join(path or short[own[0]][:1]) for own, path in zip(variables, shared, strict=True)]
   count = Counter(names)
   for at, (own, path) in enumerate(zip(variables, shared, strict=True)):
     if count[names[at]] > 1:
-      names[at] = "/".join(_without_collection(paths[own[0]][: len(path) + 1]))
+      names[at] = "/".join(short[own[0]][: len(path) + 1])
   count, seen = Counter(names), Counter[str]()
   for at, name in enumerate(names):
     if count[name] > 1:
       names[at] = f"{name}.{seen[name]}"
       seen[name] += 1
   return [f"{name}.block" for name in names]
+
+
+def _without_collections(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+  """Paths without ``params`` and what is beside it, ``batch_stats`` or ``state``, where variables come so."""
+  apart = all(len(path) > 1 for path in paths) and any(path[0] == "params" for path in paths)
+  return [path[1:] for path in paths] if apart else list(paths)
 
 
 def _common(own: Sequence[tuple[str, ...]]) -> tuple[str, ...]:

@@ -331,4 +331,4 @@ def test_groups_come_in_one_order_in_all_processes():
   ]
   printed = {run.communicate()[0] for run in runs}
   assert len(printed) == 1
-  assert "q.1" in printed.pop()
+  assert "q.heads" in printed.pop()

@@ -41,7 +41,8 @@ def plan_of(form: Form, found: Matched) -> Plan:
     if not wanted:
       continue
     operand, axis = max(
-      reader.places, key=lambda place: _merit(form, form.axes.operand(reader.node, place[0]), place[1], wanted)
+      reader.places,
+      key=lambda place: _merit(form, form.axes.operand(reader.node, place[0]), place[1], wanted),
     )
     sites = plan.setdefault(reader.node, [])
     same = next((site for site in sites if (site.operand, site.axis) == (operand, axis)), None)
@@ -95,9 +96,7 @@ class Masked:
         env.update(zip(node.outs, self._apply(node, arrays, masks), strict=True))
     return [read(value) for value in program.outputs]
 
-  def _mask(
-    self, array: Any, atoms: Sequence[Atom], sites: Sequence[Site], masks: Masks, node: Node
-  ) -> Any:
+  def _mask(self, array: Any, atoms: Sequence[Atom], sites: Sequence[Site], masks: Masks, node: Node) -> Any:
     """An array times masks, in float32 or wider."""
     wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
     for _, axis, wanted in sites:

@@ -21,8 +21,8 @@ import fisherprune_jax as fp
 
 SERVED = (1, 32)  # sentences at a time, whose speed is measured
 PARTS = {  # what the groups are that ``auto_mask`` finds in a layer, by its names
-  "attention/query.1": "heads",
-  "attention/query.2": "depth of queries and keys",
+  "attention/query.heads": "heads",
+  "attention/query.depth": "depth of queries and keys",
   "attention/value": "depth of values",
   "up": "MLP",
 }

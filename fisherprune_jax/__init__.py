@@ -7,7 +7,7 @@ from fisherprune_jax import rules as rules
 from fisherprune_jax._auto.auto import AutoMask as AutoMask
 from fisherprune_jax._auto.auto import auto_mask as auto_mask
 from fisherprune_jax._auto.groups import Group as Group
-from fisherprune_jax._auto.groups import Skipped as Skipped
+from fisherprune_jax._auto.skipping import Skipped as Skipped
 from fisherprune_jax._compaction.compact import Compact as Compact
 from fisherprune_jax._compaction.compact import compact as compact
 from fisherprune_jax._compaction.loading import Loaded as Loaded

@@ -180,6 +180,7 @@ def normed(x: jax.Array, name: str) -> jax.Array:
 
 
 from tests import auto_models_attention as auto_models_attention  # noqa: E402  they add to the table
+from tests import auto_models_data as auto_models_data  # noqa: E402
 from tests import auto_models_images as auto_models_images  # noqa: E402
 from tests import auto_models_layouts as auto_models_layouts  # noqa: E402
 from tests import auto_models_more as auto_models_more  # noqa: E402

@@ -636,6 +636,41 @@ def contract(b: Any) -> None:
 
 
 @op(1)
+def shared_constant(b: Any) -> None:
+  """A table that is read on both sides of a layer."""
+  v = b.pick()
+  axis, rank = b.axis(v), len(b.shape(v))
+  n = b.shape(v)[axis]
+  w, name = b.param((n, n)), b.mask(n)
+
+  def run(p: Any, m: Any, x: Any) -> Any:
+    table = along(1.5 + jnp.cos(0.7 * jnp.arange(n)), axis, rank)
+    y = jnp.moveaxis(jnp.tensordot(x * table, p[w], ((axis,), (0,))), -1, axis)
+    return jnp.tanh(y) * table * along(m[name], axis, rank)
+
+  b.add(f"shared constant {axis} {name}", run, v)
+
+
+@op(1)
+def vmapped_slice(b: Any) -> None:
+  """A window of every example, which JAX makes a gather of, and mostly put back by a scatter."""
+  v = b.pick(lambda s: len(s) >= 3)
+  need(0 not in b.free(v))
+  axis = b.axis(v, 2)
+  need(axis)
+  length, back = int(b.rng.integers(1, b.shape(v)[axis])), b.chance(0.6)
+  start = int(b.rng.integers(0, b.shape(v)[axis]))
+  moves = b.chance(0.5)
+
+  def one(x: Any) -> Any:
+    at = start * (jnp.sum(x) > 0).astype(jnp.int32) if moves else start
+    piece = lax.dynamic_slice_in_dim(x, at, length, axis - 1)
+    return lax.dynamic_update_slice_in_dim(x, jnp.tanh(piece), at, axis - 1) if back else piece
+
+  b.add(f"vmapped slice {axis}", lambda p, m, x: jax.vmap(one)(x), v)
+
+
+@op(1)
 def where_constant(b: Any) -> None:
   v = b.pick()
   w = b.pick(lambda s: s == b.shape(v))

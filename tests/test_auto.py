@@ -1,6 +1,7 @@
 """``fp.auto_mask``: what it says, what it refuses, and the same groups in other functions of the same variables."""
 
 import dataclasses
+import functools
 import os
 import re
 import subprocess
@@ -332,7 +333,7 @@ def test_groups_come_in_one_order_in_all_processes():
   ]
   printed = {run.communicate()[0] for run in runs}
   assert len(printed) == 1
-  assert "q.1" in printed.pop()
+  assert "q.heads" in printed.pop()
 
 
 class Setting:
@@ -406,3 +407,39 @@ def test_what_a_function_reads_from_outside_may_change_between_calls():
     small = fp.compact(auto.apply, auto.variables, x)
     for y in (auto.apply(auto.variables, x), small(small.variables, x)):
       np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("mix", "width"),
+  [
+    (lambda h: h + h[:, ::-1], 6),
+    (lambda h: sum(h[:, i : i + 4] for i in range(3)), 4),
+    (lambda h: h + jnp.roll(h, 1, -1), 6),
+  ],
+)
+def test_an_axis_that_is_cut_into_single_entries_is_skipped_with_a_line(mix, width):
+  params = {"e": normal(3, 4), "a": normal(4, 6), "o": normal(width, 2)}
+  auto = fp.auto_mask(lambda p, x: mix(jnp.tanh(jnp.tanh(x @ p["e"]) @ p["a"])) @ p["o"], params, X)
+  (first, *_), reasons = auto.skipped, {(s.path, s.axis): s.why for s in auto.skipped}
+  assert (first.path, first.axis, first.size) == ("a", 1, 6)
+  assert reasons["a", 1].startswith("single entries of it are used in different ways, at ")
+  assert __file__ in reasons["a", 1]
+  assert [s.why for s in auto.skipped[-2:]] == ["it reaches an argument", "it reaches an output"]
+
+
+def test_the_table_has_one_line_for_kernels_and_one_for_outputs():
+  params = {"a": normal(3, 3, 2, 4), "b": normal(5, 5, 4, 6), "o": normal(6, 3), "c": normal(3)}
+  conv = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME")
+  conv = functools.partial(conv, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+  def network(p, x):
+    return jnp.tanh(conv(jnp.tanh(conv(x, p["a"])), p["b"])).mean((1, 2)) @ p["o"] + p["c"]
+
+  lines = str(fp.auto_mask(network, params, normal(2, 7, 7, 2))).splitlines()
+  rows = [re.split(r"  +", line) for line in lines[lines.index("") + 2 :]]
+  assert [row[0] for row in rows] == ["a, axis 0 and 3 more", "a, axis 2", "c, axis 0 and 1 more"]
+  assert [row[2].partition(",")[0] for row in rows] == [
+    "it is the size of a kernel",
+    "it reaches an argument",
+    "it reaches an output",
+  ]

@@ -142,6 +142,25 @@ def test_the_groups_are_those_written_down(name):
 
 
 @ALL
+def test_every_axis_is_in_a_group_or_skipped_with_a_reason(name):
+  model, auto = UNMASKED[name], setup(name).auto
+  variables = model.variables(0, jnp.float64)
+  said = {place for g in auto.groups for place in g.members} | {(s.path, s.axis) for s in auto.skipped}
+  shapes = zip(paths(variables), (leaf.shape for leaf in jax.tree.leaves(variables)), strict=True)
+  assert said == {(path, axis) for path, shape in shapes for axis in range(len(shape))}
+  plain = (
+    "it reaches an argument",
+    "it reaches an output",
+    "it has one entry",
+    "the function does not use it",
+  )
+  places = [
+    s.why.rpartition(", at ")[2] for s in auto.skipped if s.why not in (*plain, "the turns of a loop")
+  ]
+  assert all(re.match(r"/.*\.py:\d+ \(", place) for place in places), places
+
+
+@ALL
 @pytest.mark.parametrize("examples", [1, 4])
 def test_groups_and_names_do_not_hang_on_the_batch_size(name, examples):
   model, auto = UNMASKED[name], setup(name).auto

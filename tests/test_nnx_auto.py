@@ -320,7 +320,9 @@ def test_heads_streams_and_keyword_arguments():
   masked = fp.nnx.auto_mask(model, TOKENS)
   widths = {group.name: group.size for group in masked.groups}
   assert widths["embed"] == 16
-  assert [widths[f"blocks/0/{name}"] for name in ("attention/query.1", "attention/query.2", "up")] == [
+  assert [
+    widths[f"blocks/0/{name}"] for name in ("attention/query.heads", "attention/query.depth", "up")
+  ] == [
     4,
     4,
     24,
@@ -335,7 +337,7 @@ def test_heads_streams_and_keyword_arguments():
   masked.train()
   differentiate = nnx.jit(fp.nnx.value_and_grads(lambda model, tokens: jnp.mean(model(tokens) ** 2)))
   mask_grads = differentiate(masked, TOKENS)[1][1]
-  assert mask_grads["masks"]["blocks/0/attention/query.1"].shape == (2, 4)
+  assert mask_grads["masks"]["blocks/0/attention/query.heads"].shape == (2, 4)
 
 
 class Normed(nnx.Module):
@@ -388,7 +390,7 @@ def test_caches_are_written_and_shrink():
   model.attention.init_cache((2, 6, 16))
   other = nnx.clone(model)
   masked = fp.nnx.auto_mask(model, TOKENS[:, :1])
-  group = next(group for group in masked.groups if group.name == "attention/query.1")
+  group = next(group for group in masked.groups if group.name == "attention/query.heads")
   assert ("state/attention/cached_key", 2) in group.members
   for at in range(3):
     token = TOKENS[:, at : at + 1]
@@ -401,7 +403,7 @@ def test_caches_are_written_and_shrink():
   switch(masked)
   small = fp.nnx.compact(masked, TOKENS[:, :1], mutable=True)
   thin = fp.nnx.module(small, masked)
-  heads = int(masked.masks["attention/query.1"][...].sum())
+  heads = int(masked.masks["attention/query.heads"][...].sum())
   assert thin.model.attention.cached_key.shape[:3] == (2, 6, heads)
   for at in range(3):
     token = TOKENS[:, at : at + 1]

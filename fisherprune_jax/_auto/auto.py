@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from fisherprune_jax._auto.forms import study
-from fisherprune_jax._auto.groups import Group, Skipped, find, find_blocks
+from fisherprune_jax._auto.groups import Group, find, find_blocks
 from fisherprune_jax._auto.matching import tree_of
+from fisherprune_jax._auto.skipping import Skipped, folded
 from fisherprune_jax._auto.table import table
 from fisherprune_jax._auto.wrapping import Model, Wrapped
 from fisherprune_jax._cost.measures import cost_model
@@ -153,7 +154,7 @@ def auto_mask(
   )
   masks = {group.name: jnp.ones((*group.rows, group.size), jnp.float32) for group in model.groups}
   holder = {**variables} if isinstance(variables, Mapping) else {"params": variables}
-  skipped = [*found.skipped, *_unselected(found.groups, chosen)]
+  skipped = [*_unselected(found.groups, chosen), *found.skipped]
   return AutoMask(
     tuple(model.groups),
     tuple(skipped),
@@ -183,7 +184,7 @@ def _paths(variables: PyTree) -> list[tuple[str, ...]]:
 
 def _chosen(groups: list[Group], select: Select, skipped: list[Skipped]) -> list[Group]:
   if not groups:
-    reasons = "\n".join(f"  {one.path}, axis {one.axis} ({one.size}): {one.why}" for one in skipped)
+    reasons = "\n".join(f"  {where} ({size}): {why}" for where, size, why in folded(skipped))
     raise ValueError(f"There must be something to prune, got no group at all. What was skipped:\n{reasons}")
   if select is None:
     return groups

@@ -22,6 +22,8 @@ from fisherprune_jax._graph.spec import Axis, Factor, Pick, Prod, Spec, factors_
 from fisherprune_jax._graph.structured import STRUCTURED, Link, links
 
 TURNS = "the turns of a loop"
+KERNEL = "it is the size of a kernel"
+OUTPUT = "it reaches an output"
 
 
 class Reader(NamedTuple):
@@ -130,7 +132,7 @@ class Axes:
     given = dict.fromkeys(name for axes in spec.ins for axis in axes for name in factors_of(axis))
     made = {name for axes in spec.outs for axis in axes for name in factors_of(axis)}
     for name in (name for name in given if name in spec.whole):
-      block(factors[name], f"{spec.opaque or f'{node.name} works along it'}, at {node.source}")
+      block(factors[name], f"{_reason(node, spec, name)}, at {node.source}")
     for name in (name for name in given if name not in spec.whole):
       if name not in made:
         self._sum(node, spec, name, factors[name])
@@ -228,6 +230,13 @@ class Axes:
 
   def _can_be_masked(self, value: Value) -> bool:
     return value.literal is None and self.varies(value) and _is_float(value)
+
+
+def _reason(node: Node, spec: Spec, name: Factor) -> str:
+  """Why a node needs a factor whole."""
+  if node.name == "conv_general_dilated" and any(name in factors_of(axis) for axis in spec.ins[1]):
+    return KERNEL
+  return spec.opaque or f"{node.name} works along it"
 
 
 def _is_float(value: Value) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from fisherprune_jax._auto.atoms import Atom, block, tie
-from fisherprune_jax._auto.axes import Axes
+from fisherprune_jax._auto.axes import OUTPUT, Axes
 from fisherprune_jax._auto.data import ARGUMENT, made_of
 from fisherprune_jax._errors import is_traced
 from fisherprune_jax._graph.boxes import whole_box
@@ -69,7 +69,7 @@ def study(
   axes.hand_on(examples, program.inputs[count:])
   block(examples, EXAMPLES)
   axes.block_all(program.inputs[count:], ARGUMENT)
-  axes.block_all(program.outputs, "it reaches an output")
+  axes.block_all(program.outputs, OUTPUT)
   return Form(program, jax.tree.structure(out_tree), axes, given, examples, captured)
 
 

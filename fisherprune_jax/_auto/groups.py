@@ -10,7 +10,9 @@ from fisherprune_jax._auto.atoms import Atom, leaves
 from fisherprune_jax._auto.axes import Axes
 from fisherprune_jax._auto.blocks import Branch, branches
 from fisherprune_jax._auto.forms import Form
-from fisherprune_jax._auto.naming import block_names, unique_names
+from fisherprune_jax._auto.naming import WIDTH, block_names, unique_names
+from fisherprune_jax._auto.roles import roles_of
+from fisherprune_jax._auto.skipping import Skipped, skipped_of
 from fisherprune_jax._auto.staying import staying
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.program import Program, Value
@@ -43,15 +45,6 @@ class Group:
   kind: str = "features"
   rows: tuple[int, ...] = ()
   stays: tuple[tuple[str, int], ...] = ()
-
-
-class Skipped(NamedTuple):
-  """An axis of a variable, or the part of one with ``size`` entries, that cannot be pruned, and why."""
-
-  path: str
-  axis: int
-  size: int
-  why: str
 
 
 class Found(NamedTuple):
@@ -114,6 +107,10 @@ def find(form: Form, paths: Sequence[tuple[str, ...]]) -> Found:
   read = {leaf for reader in axes.readers for leaf in leaves(reader.atom)}
   good = [leaf for leaf in makers if leaf in places and leaf in read and _is_free(leaf)]
   rows = stacks(axes)
+  roles = roles_of(axes, set(good))
+  called = unique_names(
+    [(makers[leaf], places[leaf]) for leaf in good], paths, [roles.get(leaf, WIDTH) for leaf in good]
+  )
   groups = [
     Group(
       name,
@@ -121,19 +118,9 @@ def find(form: Form, paths: Sequence[tuple[str, ...]]) -> Found:
       tuple(dict.fromkeys((names[at], axis) for at, axis, _ in places[leaf])),
       rows=tuple(label.size for label in rows.get(leaf, ())),
     )
-    for leaf, name in zip(
-      good, unique_names([(makers[leaf], places[leaf]) for leaf in good], paths), strict=True
-    )
+    for leaf, name in zip(good, called, strict=True)
   ]
-  taken = set(good)
-  skipped = [
-    Skipped(names[at], axis, leaf.size, _why(leaf, leaf in makers, leaf in read))
-    for leaf, all_places in places.items()
-    if leaf not in taken and leaf.size != 1
-    for at, axis, _ in all_places
-  ]
-  order = {name: at for at, name in enumerate(names)}
-  skipped = sorted(set(skipped), key=lambda one: (order[one.path], one.axis, one.size, one.why))
+  skipped = skipped_of(axes, form.variables, names, places, set(good), makers.keys())
   whole = staying(axes, form.program, form.variables)
   kept = [{(names[at], axis) for at, axis, _ in places[leaf] if (at, leaf) in whole} for leaf in good]
   groups = [_told(group, stays) for group, stays in zip(groups, kept, strict=True)]
@@ -148,12 +135,6 @@ def _told(group: Group, stays: AbstractSet[tuple[str, int]]) -> Group:
 
 def _is_free(leaf: Atom) -> bool:
   return not leaf.why and compat.is_static_size(leaf.size) and leaf.size > 1
-
-
-def _why(leaf: Atom, made: bool, read: bool) -> str:
-  if leaf.why:
-    return leaf.why
-  return "nothing that depends on the arguments sums over it" if made or not read else "no variable makes it"
 
 
 def stacks(axes: Axes) -> dict[Atom, tuple[Atom, ...]]:

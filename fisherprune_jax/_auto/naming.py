@@ -3,35 +3,44 @@
 from collections import Counter
 from collections.abc import Sequence
 
+HEADS, DEPTH, WIDTH = "heads", "depth", "width"
+
 
 def unique_names(
-  makers: Sequence[tuple[int, Sequence[tuple[int, int, int]]]], paths: Sequence[tuple[str, ...]]
+  makers: Sequence[tuple[int, Sequence[tuple[int, int, int]]]],
+  paths: Sequence[tuple[str, ...]],
+  roles: Sequence[str] = (),
 ) -> list[str]:
-  """A name for each group, after the module that makes it; with the axis where one module makes several.
+  """A name for each group, after the module that makes it; with what the axis is where one module makes several.
 
   Args:
     makers: of each group the position of the variable that makes it, and all places ``(variable, axis, part)``.
     paths: the path of every variable.
+    roles: what each group is, as in ``"heads"``.
 
   >>> paths = [("params", "Dense_0", "kernel"), ("params", "Dense_0", "bias")]
   >>> unique_names([(0, [(0, 1, 0), (1, 0, 0)])], paths)
   ['Dense_0']
+  >>> unique_names([(0, [(0, 1, 0)]), (0, [(0, 2, 0)])], [("query", "kernel")], ["heads", "depth"])
+  ['query.heads', 'query.depth']
   >>> unique_names([(0, [(0, 1, 0)]), (0, [(0, 1, 1)])], [("qkv", "kernel"), ("qkv", "bias")])
-  ['qkv.1.0', 'qkv.1.1']
+  ['qkv.width.0', 'qkv.width.1']
   """
+  roles = roles or [WIDTH] * len(makers)
   bases = [_module(paths[maker], paths) for maker, _ in makers]
+  own = ["/".join(_without_collection(paths[maker])) for maker, _ in makers]
   axes = [_axis(maker, places) for maker, places in makers]
+  known = [*zip(bases, own, roles or [WIDTH] * len(bases), axes, strict=True)]
   names = bases
-  for more in (
-    [f"{base}.{axis}" for base, (axis, _) in zip(bases, axes, strict=True)],
-    [f"{base}.{axis}.{part}" for base, (axis, part) in zip(bases, axes, strict=True)],
-    [
-      f"{'/'.join(_without_collection(paths[maker]))}.{axis}.{part}"
-      for (maker, _), (axis, part) in zip(makers, axes, strict=True)
-    ],
+  for longer in (
+    [path if role == WIDTH else f"{base}.{role}" for base, path, role, _ in known],
+    [path if role == WIDTH else f"{path}.{role}" for _, path, role, _ in known],
+    [f"{base}.{role}.{part}" for base, _, role, (_, part) in known],
+    [f"{base}.{role}.{axis}.{part}" for base, _, role, (axis, part) in known],
+    [f"{path}.{role}.{axis}.{part}" for _, path, role, (axis, part) in known],
   ):
     count = Counter(names)
-    names = [longer if count[name] > 1 else name for name, longer in zip(names, more, strict=True)]
+    names = [more if count[name] > 1 else name for name, more in zip(names, longer, strict=True)]
   return names
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from fisherprune_jax._auto.groups import Group, Skipped
+from fisherprune_jax._auto.groups import Group
+from fisherprune_jax._auto.skipping import Skipped, folded
 from fisherprune_jax._tables import align
 
 MOST_SHOWN = 20
@@ -10,7 +11,7 @@ MOST_SHOWN = 20
 
 
 def table(groups: Sequence[Group], skipped: Sequence[Skipped], shares: Sequence[float]) -> str:
-  """One line for each group, with the share of the FLOPs that hangs on it, then one for each axis that was skipped."""
+  """One line for each group, with the share of the FLOPs that hangs on it, then what was skipped."""
   lines = align(
     [
       ("group", "kind", "size", "axes", "FLOPs"),
@@ -26,13 +27,13 @@ def table(groups: Sequence[Group], skipped: Sequence[Skipped], shares: Sequence[
       ),
     ]
   )
-  if skipped:
-    rows = [(f"{one.path}, axis {one.axis}", str(one.size)) for one in skipped[:MOST_SHOWN]]
-    left = align([("skipped", "size"), *rows])
+  rows = folded(skipped)
+  if rows:
+    left = align([("skipped", "size"), *((where, str(size)) for where, size, _ in rows[:MOST_SHOWN])])
     lines += [
       "",
-      *(f"{line}  {why}" for line, why in zip(left, ["why", *(one.why for one in skipped)], strict=False)),
+      *(f"{line}  {why}" for line, why in zip(left, ["why", *(why for *_, why in rows)], strict=False)),
     ]
-  if len(skipped) > MOST_SHOWN:
-    lines.append(f"and {len(skipped) - MOST_SHOWN} more: auto.skipped")
+  if len(rows) > MOST_SHOWN:
+    lines.append(f"and {len(rows) - MOST_SHOWN} more: auto.skipped")
   return "\n".join(lines)

@@ -25,7 +25,14 @@ Primitive = core.Primitive
 Params = dict[str, Any]
 """The parameters of an equation: what they are, its primitive alone knows."""
 UndecidedSize = InconclusiveDimensionOperation
-_LIBRARIES = tuple(f"{os.sep}{name}{os.sep}" for name in ("flax", "jax", "optax", "fisherprune_jax"))
+_LIBRARIES = tuple(
+  f"{os.sep}{name}{os.sep}"
+  for name in (
+    *("flax", "jax", "optax", "fisherprune_jax", "haiku", "equinox", "haliax", "keras", "jaxtyping"),
+    *("einops", "penzai", "transformers", "chex", "beartype", "typeguard"),
+  )
+)
+"""Folders of libraries: a line in them is none of the user's own."""
 
 
 def trace(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Any, PyTree]:

@@ -150,6 +150,13 @@ class _Pick(NamedTuple):
   drops: bool
 
 
+class _Picks(NamedTuple):
+  """The nodes that only move a reshaped array or pick from it, the reshape first; and the picks."""
+
+  moved: list[Node]
+  picks: list[_Pick]
+
+
 def _pick_first(program: Program) -> None:
   """Picks entries before a reshape, wherever nothing else is read of it."""
   readers: dict[Value, list[Node]] = defaultdict(list)
@@ -160,11 +167,10 @@ def _pick_first(program: Program) -> None:
   gone = set[Node]()
   for node in program.nodes:
     node.ins = [instead.get(value, value) for value in node.ins]
-    picks = _picks_of(node, readers, set(program.outputs)) if node.name == "reshape" else None
-    if picks:
-      moved, picks = picks
-      gone.update(moved)
-      for pick in picks:
+    found = _picks_of(node, readers, set(program.outputs)) if node.name == "reshape" else None
+    if found:
+      gone.update(found.moved)
+      for pick in found.picks:
         nodes, instead[pick.node.outs[pick.result]] = _picked(node, pick)
         kept += nodes
     if node not in gone:
@@ -173,10 +179,8 @@ def _pick_first(program: Program) -> None:
   program.outputs = [instead.get(value, value) for value in program.outputs]
 
 
-def _picks_of(
-  reshape: Node, readers: dict[Value, list[Node]], outputs: set[Value]
-) -> tuple[list[Node], list[_Pick]] | None:
-  """The nodes that only move a reshaped array or pick from it, and the picks; None where anything else is done with it."""
+def _picks_of(reshape: Node, readers: dict[Value, list[Node]], outputs: set[Value]) -> _Picks | None:
+  """What is read of a reshaped array, if that is single entries along one axis and nothing else."""
   if reshape.params.get("dimensions") is not None or reshape.params.get("sharding") is not None:
     return None
   moved, picks = [reshape], list[_Pick]()
@@ -194,7 +198,7 @@ def _picks_of(
         return None
   if len({pick.axis for pick in picks}) != 1 or _merged(reshape, picks[0].axis) is None:
     return None
-  return moved, picks
+  return _Picks(moved, picks)
 
 
 def _entries(node: Node, order: tuple[int, ...]) -> Iterator[_Pick]:

@@ -7,7 +7,8 @@ from flax import nnx
 
 from fisherprune_jax._auto.auto import AutoMask
 from fisherprune_jax._auto.auto import auto_mask as find
-from fisherprune_jax._auto.groups import Group, Skipped
+from fisherprune_jax._auto.groups import Group
+from fisherprune_jax._auto.skipping import Skipped
 from fisherprune_jax._graph.variables import abstract
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._types import BatchAxes, PyTree

@@ -83,8 +83,8 @@ def prune_some(
 ) -> Choice:
   """Switches off at least one bundle, and further ones as long as they come to no more than ``count`` features.
 
-  A *bundle* is what goes together: the features that bring a mask to the next smaller width that it may have, of all rows of
-  a stack that is uniform. Its score is that of its signals and costs added up. A mask loses one bundle at most, or as many
+  A *bundle* is what goes together: the features that bring a mask to the next smaller width that it may have, of all rows
+  that keep equal widths. Its score is that of its signals and costs added up. A mask loses one bundle at most, or as many
   single features as it can spare.
 
   Args:

@@ -65,7 +65,11 @@ def as_written(x: Any) -> Fraction:
   >>> as_written(0.07), as_written(np.float32(0.1))
   (Fraction(7, 100), Fraction(1, 10))
   """
-  return Fraction(str(np.asarray(x)[()]))
+  number = np.asarray(x)
+  if jnp.issubdtype(number.dtype, jnp.integer):
+    return Fraction(int(number))
+  texts = (f"{float(number):.{digits}g}" for digits in range(1, 18))
+  return Fraction(next(text for text in texts if number.dtype.type(float(text)) == number))
 
 
 def path_name(path: Path) -> str:

@@ -22,7 +22,7 @@ SLOW = """
   exactness example_axes example_code_transformer example_pretrained_encoder example_ranking_mlp export frameworks
   fuzz growth kept latency linen linen_training measures nnx nnx_auto onnx opt_states parity placing plan
   precision prices regressions report restarts rounding saving seeing sets several several_processes threads
-  training uniform vmapped_loops
+  training training_edges uniform vmapped_loops
 """.split()
 
 

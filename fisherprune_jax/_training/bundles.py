@@ -153,12 +153,6 @@ def _together(names: Sequence[str], sizes: Sequence[int], uniform: Sequence[str]
       found,
       "Give a pattern for each size.",
     )
-    require(
-      [*found] != [pattern],
-      "uniform must fit several masks by each pattern, which then keep equal widths",
-      pattern,
-      "Give one pattern that fits all of them, such as 'layer*'.",
-    )
     unit[np.isin(unit, unit[rows])] = unit[rows].min()
   return np.unique(unit, return_inverse=True)[1]
 

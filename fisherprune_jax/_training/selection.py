@@ -138,7 +138,7 @@ class Selection(NamedTuple):
     """Which features go next: at least one bundle, and further ones as long as they come to no more than ``count``.
 
     A *bundle* is what goes together: the features that bring a mask to the next smaller width that it may have, of all rows
-    of a stack that is uniform. Its score is that of its signals and costs added up. A mask loses one bundle at most, or as
+    that keep equal widths. Its score is that of its signals and costs added up. A mask loses one bundle at most, or as
     many single features as it can spare. Ties go to the first mask in tree order, then to the lowest index.
     """
     rows, score = self.rows, self.score

@@ -82,7 +82,8 @@ def fisher_prune(
     multiple_of: features of a mask go in such numbers that its width is a multiple of this (or at the floor) from the first
       time on; a number, or a mapping from glob patterns to numbers. Those that matter least for what they cost
       go, signals and costs of what goes together being added up. None for one by one.
-    uniform: glob patterns of stacked masks ``(L, C)`` whose rows lose features together, one from each row at a time.
+    uniform: glob patterns. All masks that one pattern fits, rows of a stack ``(L, C)`` and separate masks alike, keep equal
+      widths: each loses one feature (or one multiple) at a time. Of different floors the largest holds for all of them.
     recost: after how many features of one prune the cost is taken anew: more is faster where a network has very many. The
       target is met as exactly: where so many would be too many, fewer go, and the last one alone. None for each.
     axis_name: a mapped axis (``pmap``, ``shard_map``), or a tuple of axes, to average the signals over; ``()`` where

@@ -32,6 +32,10 @@ def unique_names(
   ):
     count = Counter(names)
     names = [longer if count[name] > 1 else name for name, longer in zip(names, more, strict=True)]
+  seen: Counter[str] = Counter()
+  for at, name in enumerate(names):  # keys may hold slashes: then two paths may be one text
+    seen[name] += 1
+    names[at] = name if seen[name] == 1 else f"{name}#{seen[name]}"
   return names
 
 

@@ -12,10 +12,13 @@ from fisherprune_jax._auto.inserting import Masked, Masks, plan_of
 from fisherprune_jax._auto.laying import Laid
 from fisherprune_jax._auto.matching import Leaves, Tree, match
 from fisherprune_jax._auto.numbering import Numbering
-from fisherprune_jax._errors import path_name, require, require_same_tree
+from fisherprune_jax._errors import path_names, require, require_same_tree
 from fisherprune_jax._graph.examples import example_axes
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._types import BatchAxes, PyTree, Shape
+
+NO_PATH = ("variables",)
+"""What stands for the path of variables that are one array."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +26,7 @@ class Model:
   """What every form of a model has in common: its variables by path, how their axes are cut, and its groups."""
 
   has_params: bool
-  paths: list[str]
+  paths: list[tuple[str, ...]]
   shapes: list[Shape]
   trees: list[list[Tree]]
   groups: list[Group]
@@ -43,15 +46,16 @@ class Model:
   def in_order(self, variables: PyTree, values: Sequence[Any]) -> "list[Any | None]":
     """What belongs to this model's variables, of what belongs to the leaves of ``variables``; None of one that is not there."""
     found = {
-      path_name(path): (leaf.shape, value)
+      path_names(path) or NO_PATH: (leaf.shape, value)
       for (path, leaf), value in zip(jax.tree_util.tree_leaves_with_path(variables), values, strict=True)
     }
     used = {self.paths[at] for places in self.places for at, _, _ in places}
     for path, shape in zip(self.paths, self.shapes, strict=True):
       if path in used and (path not in found or tuple(found[path][0]) != tuple(shape)):
-        got = f"of shape {tuple(found[path][0])}" if path in found else f"none there, but {sorted(found)[:8]}"
+        there = ["/".join(names) for names in sorted(found)[:8]]
+        got = f"of shape {tuple(found[path][0])}" if path in found else f"none there, but {there}"
         raise ValueError(
-          f"The variables must be those of the function that auto_mask analysed, with {path!r} of shape {tuple(shape)}, "
+          f"The variables must be those of the function that auto_mask analysed, with {'/'.join(path)!r} of shape {tuple(shape)}, "
           f"got {got}. Pass a tree like auto.variables, or call fp.auto_mask for this function."
         )
     return [found[path][1] if path in found else None for path in self.paths]

@@ -205,5 +205,5 @@ def _unselected(groups: list[Group], chosen: list[Group]) -> list[Skipped]:
     Skipped(path, axis, group.size, f"group {group.name!r} is not selected")
     for group in groups
     if group not in chosen
-    for path, axis in (*group.members, *group.stays)
+    for path, axis in group.members
   ]

@@ -203,8 +203,9 @@ class _Sums(NamedTuple):
 
 def _iterated(batches: Iterable[PyTree]) -> Iterable[PyTree]:
   """The batches, if they are seen not to be one batch: a mapping, an array, a named tuple, arrays of different ranks."""
-  is_one = isinstance(batches, Mapping | str) or hasattr(batches, "dtype") or hasattr(batches, "_fields")
+  is_one = isinstance(batches, Mapping | str) or hasattr(batches, "dtype")
   if isinstance(batches, list | tuple):
+    is_one |= type(batches) not in (list, tuple)  # a named tuple
     is_one |= len({jnp.ndim(batch) for batch in batches if hasattr(batch, "dtype")}) > 1
   if is_one or not isinstance(batches, Iterable):
     raise TypeError(

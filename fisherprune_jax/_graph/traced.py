@@ -20,7 +20,6 @@ from fisherprune_jax._graph.updates import analyse
 from fisherprune_jax._graph.variables import VariableTree, abstract
 from fisherprune_jax._types import ApplyFn, Picker, PyTree
 
-
 _networks = itertools.count()
 """A number for each function that is traced."""
 

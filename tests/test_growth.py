@@ -3,6 +3,7 @@
 Sizes are compared, not times: of the families of ``benchmarks/growth.py`` at N and 2 N.
 """
 
+import contextlib
 import importlib.util
 import logging
 from pathlib import Path
@@ -18,6 +19,7 @@ from fisherprune_jax._cost.measures import cost_of
 from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.prices import Prices
+from fisherprune_jax._graph.sets import expression, junctions
 from fisherprune_jax._graph.structured import costs_of
 from fisherprune_jax._graph.terms import collect
 from fisherprune_jax._graph.traced import trace_apply
@@ -47,18 +49,31 @@ def masks_of(masks, seed):
   return {name: m if m.any() else np.ones_like(m) for name, m in drawn.items()}
 
 
+@contextlib.contextmanager
+def counting():
+  """Counts in a list how often two sets are united or intersected."""
+  made, before = [], junctions._combined
+  junctions._combined = lambda *args: made.append(0) or before(*args)
+  try:
+    yield made
+  finally:
+    junctions._combined = before
+
+
 def sizes(family, n):
   """How much is made of a network: equations, set expressions, terms, gates, pairs, lines of ``per_feature``."""
   apply, variables, x = growth.network(family, n)
   tree = VariableTree(variables, "masks")
-  model = trace_apply(apply, tree, (x,)).analyse()
-  terms = collect(cost.term for cost in costs_of(model.program, model.live, FlopsMeter()))
+  with counting() as joins:
+    model = trace_apply(apply, tree, (x,)).analyse()
+    terms = collect(cost.term for cost in costs_of(model.program, model.live, FlopsMeter()))
   prices = Prices(terms, sizes_of(tree.mask_leaves))
   boxes = [model.live.stored(value).box for node in model.program.nodes for value in node.outs]
   found = sets.in_order(s for box in boxes for s in box)
   sharing, features = prices._circuit._sharing, prices._circuit.features
   return {
     "equations": len(model.program.nodes),
+    "joins": len(joins),
     "sets": len(found),
     "parts": sum(len(s.parts) for s in found),
     "entries": sum(s.data.size for s in found if isinstance(s.data, np.ndarray)),
@@ -84,7 +99,9 @@ SLACK = {
   "shuffles": {"pairs": 4.5, "weights": 3.5},
   "grouped_norms": {"weights": 4.5},
   # The operands of its concatenations are as many.
-  "dense_net": {"parts": 4.2},
+  "dense_net": {"parts": 4.2, "joins": 4.2},
+  # Each expert's gate is cut from an axis of N, and is so a set of N positions.
+  "experts": {"entries": 4.2},
   # How many channels a piece lies across is a matter of arithmetic.
   "flattened": {"gates": 3, "weights": 3, "pairs": 6},
 }
@@ -98,6 +115,56 @@ def test_what_is_made_grows_with_the_network(family):
   slack = SLACK.get(family, {})
   for name, size in small.items():
     assert large[name] <= slack.get(name, 2.3) * size + 20, (name, small, large)
+
+
+def shape_of(s):
+  """A set as nested tuples, by its masks' keys: equal for sets that are nested alike."""
+  found = {}
+  for part in sets.in_order([s]):
+    data = part.data.tolist() if isinstance(part.data, np.ndarray) else part.data
+    data = None if isinstance(part, junctions.Junction) else str(data)
+    found[part] = hash((type(part).__name__, part.size, data, *(found[p] for p in part.parts)))
+  return found[s]
+
+
+def test_analysis_does_not_depend_on_what_was_analysed_before():
+  n = 12
+
+  def apply(v, x):
+    h, skips = x @ v["e"] * v["masks"]["e"], []
+    for at in range(n):
+      h = jnp.tanh(h @ v["d"][at]) * v["masks"]["d"][at]
+      skips.append(h)
+    for at in range(n):
+      h = jnp.tanh(jnp.concatenate([h, skips.pop()], -1) @ v["u"][at]) * v["masks"]["u"][at]
+    return h @ v["o"]
+
+  def ones(*shape):
+    return np.ones(shape, np.float32)
+
+  masks = {"e": ones(5), "d": [ones(5)] * n, "u": [ones(5)] * n}
+  variables = {
+    "e": ones(4, 5),
+    "d": [ones(5, 5)] * n,
+    "u": [ones(10, 5)] * n,
+    "o": ones(5, 2),
+    "masks": masks,
+  }
+
+  def analysed():
+    with counting() as joins:
+      model = trace_apply(apply, VariableTree(variables, "masks"), (ones(2, 4),)).analyse()
+    wheres = [model.live.stored(value) for node in model.program.nodes for value in node.outs]
+    return len(joins), [shape_of(s) for where in wheres for s in (*where.box, where.when)]
+
+  first = analysed()
+  for seed in range(3):
+    others = [sets.leaf(("other", seed, at), 2) for at in range(1000)]
+    np.random.default_rng(seed).shuffle(others)
+    while others:  # their numbers are free in any order
+      del others[-1]
+    np.random.default_rng(seed).shuffle(expression._free)
+    assert analysed() == first
 
 
 @FAMILIES

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,12 +12,13 @@ import numpy as np
 from fisherprune_jax._errors import (
   Path,
   is_known,
+  is_traced,
   path_name,
   require_same_tree,
   require_shapes,
   same_structure,
 )
-from fisherprune_jax._types import MaskGrads, Masks
+from fisherprune_jax._types import MaskGrads, Masks, Shape
 
 COLLECTION = "masks"
 """The Flax collection that masks live in."""
@@ -203,15 +205,32 @@ def flatten(tree: Masks) -> jax.Array:
 
 def unflatten(vector: jax.Array, tree: Masks) -> Masks:
   """The inverse of ``flatten``, in the shapes of ``tree``."""
-  leaves, start = [], 0
-  for leaf in jax.tree.leaves(tree):
-    leaves.append(_part(vector, start, leaf.shape))
-    start += leaf.size
-  return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+  (found,) = unflatten_all([vector], tree)
+  return found
 
 
-# Where it starts is an argument: outside ``jit``, one program serves all leaves of a shape. XLA needs 10 ms for each
-# result of a program, and large networks have a thousand masks.
+def unflatten_all(vectors: Sequence[jax.Array], tree: Masks) -> list[Masks]:
+  """The same of several vectors: a smaller program than one after the other."""
+  leaves, structure = jax.tree.flatten(tree)
+  shapes = [leaf.shape for leaf in leaves]
+  starts = _hidden(np.cumsum([0, *map(math.prod, shapes)], dtype=np.int32)[:-1], vectors[0])
+  cut = [map(_part, [vector] * len(shapes), starts, shapes) for vector in vectors]
+  return [jax.tree.unflatten(structure, list(parts)) for parts in cut]
+
+
+def _hidden(starts: np.ndarray, vector: jax.Array) -> Sequence[jax.typing.ArrayLike]:
+  """Under ``jit``, numbers of which XLA does not know that they are constants.
+
+  XLA compiles a kernel once, however often a program has it, but slices from different constants are different kernels, of
+  20 ms each. A conditional hides them: both of its branches give the same numbers.
+  """
+  if not is_traced(vector) or vector.size == 0:
+    return list(starts)
+  return jax.lax.cond(jnp.ravel(vector)[0] != 0, lambda: list(starts), lambda: list(starts))
+
+
+# Where it starts is an argument: outside ``jit``, one program serves all leaves of a shape.
 @functools.partial(jax.jit, static_argnums=2, inline=True)
-def _part(vector: jax.Array, start: int, shape: tuple[int, ...]) -> jax.Array:
-  return jax.lax.dynamic_slice_in_dim(vector, start, math.prod(shape)).reshape(shape)
+def _part(vector: jax.Array, start: jax.typing.ArrayLike, shape: Shape) -> jax.Array:
+  part = jax.lax.dynamic_slice(vector, (start,), (math.prod(shape),), allow_negative_indices=False)
+  return part.reshape(shape)

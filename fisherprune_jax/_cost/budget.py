@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._graph import exact
-from fisherprune_jax._types import Array, Masks
+from fisherprune_jax._types import Array
 
 BEHIND = 2
 """Digits behind the point of a target that is an array: its last one is 2 ** -32 FLOPs; more of smaller units."""
@@ -20,25 +20,27 @@ class ExactCost(NamedTuple):
   """A cost in whole numbers.
 
   Attributes:
-    digits: ``digits(masks)``, the cost in units of ``per``, in as many digits as ``dense`` needs.
+    digits: ``digits(features)``, the cost in units of ``per``, in as many digits as ``dense`` needs; features are those
+      of all masks, end to end.
     dense: that of all-ones masks, the largest there is.
     per: what one unit is per example, as a third of a FLOP where three examples were traced.
   """
 
-  digits: Callable[[Masks], exact.Digits]
+  digits: Callable[[jax.Array], exact.Digits]
   dense: int
   per: Fraction
 
-  def exceeds(self, masks: Masks, target: float | Array) -> jax.Array:
-    """Whether the cost per example is above ``target``."""
-    if isinstance(target, jax.Array):
-      return self._exceeds_array(masks, target)
-    limit = limit_of(target, 1 / self.per)
-    if limit >= self.dense:
-      return jnp.bool_(False)
-    return exact.above(self.digits(masks), exact.constant(limit, exact.digits_for(self.dense)))
+  def exceeds(self, features: jax.Array, limit: exact.Digits) -> jax.Array:
+    """Whether the cost is above a limit."""
+    return exact.above(self.digits(features), limit)
 
-  def _exceeds_array(self, masks: Masks, target: jax.Array) -> jax.Array:
+  def limit(self, target: float | Array) -> exact.Digits:
+    """The largest cost per example that is not above ``target``, or ``dense``: nothing costs more."""
+    if isinstance(target, jax.Array):
+      return self._limit_of_array(target)
+    return exact.constant(min(limit_of(target, 1 / self.per), self.dense), exact.digits_for(self.dense))
+
+  def _limit_of_array(self, target: jax.Array) -> exact.Digits:
     digits = exact.digits_for(self.dense)
     near = target <= 1.5 * float(self.dense * self.per)  # or it is above any cost, and might have more digits
     target = jnp.where(near, target, 0)
@@ -49,7 +51,8 @@ class ExactCost(NamedTuple):
       limit = exact.times(exact.of_array(target, digits, behind), exact.constant(int(units), behind + digits))
     else:  # of seconds, say: then an array is as exact as its product with a number is
       behind, limit = BEHIND, exact.of_array(target * float(units), digits, BEHIND)
-    return near & exact.above(self.digits(masks), limit[behind:])
+    dense = exact.constant(self.dense, digits)
+    return [jnp.where(near, x, y) for x, y in zip(limit[behind:], dense, strict=True)]
 
 
 def limit_of(target: float | Array, units: Fraction | int) -> int:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._cost.counted import Counted, Row
+from fisherprune_jax._cost.flat import FlatCost
 from fisherprune_jax._cost.owned import Owned, Ownership
 from fisherprune_jax._errors import (
   as_written,
@@ -19,6 +20,7 @@ from fisherprune_jax._errors import (
   require_same_tree,
   require_shapes,
 )
+from fisherprune_jax._masks import flatten, unflatten
 from fisherprune_jax._types import Array, Masks, Shape
 
 
@@ -31,6 +33,7 @@ class CostModel:
     masks: the tree of all-ones masks.
     dense: the cost per example with every feature alive.
     unit: what it is measured in, such as ``"FLOPs"``.
+    flat: the cost of the features of all masks, end to end.
 
   ``a + b``, ``sum([a, b])`` and ``2.0 * a`` of cost models on the same masks are cost models.
 
@@ -49,8 +52,7 @@ class CostModel:
   def __init__(
     self,
     masks: Masks,
-    total: Callable[[Masks], jax.Array],
-    per_feature: Callable[[Masks], Masks],
+    flat: FlatCost,
     unit: str = "",
     counted: Counted | None = None,
     rows: Callable[[Masks], list[Row]] | None = None,
@@ -59,20 +61,21 @@ class CostModel:
   ) -> None:
     with jax.ensure_compile_time_eval():  # it may be made inside a function that is traced
       self.masks = jax.tree.map(lambda m: jnp.ones(m.shape, jnp.float32), masks)
-      self.dense = float(total(self.masks)) if counted is None else counted.worth(counted.dense)
+      self.dense = float(flat.total(flatten(self.masks))) if counted is None else counted.worth(counted.dense)
     self.unit = unit
-    self._total = jax.jit(total)
-    self._per_feature = per_feature
+    self.flat = flat
+    self._total = jax.jit(lambda masks: flat.total(flatten(masks)))
+    self._drops = jax.jit(lambda masks: flat.drops(flatten(masks)))
     self._counted = counted
     self._examples = examples
     self._owned = owned
     self._rows = rows if counted is None else counted.breakdown
-    self._exact_cost = None if counted is None else counted.exact_cost
 
   @classmethod
   def of(cls, counted: Counted, unit: str, owned: Sequence[Owned] | None = None) -> "CostModel":
     """The cost model of a sum of terms."""
-    return cls(counted.masks, counted.total, counted.per_feature, unit, counted, owned=owned)
+    flat = FlatCost(counted.total, counted.drops, counted.exact_cost)
+    return cls(counted.masks, flat, unit, counted, owned=owned)
 
   @functools.cached_property
   def ownership(self) -> Ownership | None:
@@ -107,7 +110,15 @@ class CostModel:
     >>> cost.dense
     21.0
     """
-    return cls(masks, lambda m: jnp.asarray(total(m), jnp.float32), jax.jit(per_feature), unit)
+
+    def drops(features: jax.Array) -> jax.Array:
+      found = per_feature(unflatten(jnp.float32(features), masks))
+      return flatten(jax.tree.map(lambda m, d: jnp.broadcast_to(jnp.float32(d), m.shape), masks, found))
+
+    def of_features(features: jax.Array) -> jax.Array:
+      return jnp.asarray(total(unflatten(jnp.float32(features), masks)), jnp.float32)
+
+    return cls(masks, FlatCost(of_features, drops), unit)
 
   def __add__(self, other: Any) -> "CostModel":
     """The sum of two costs on the same masks, exact where both are."""
@@ -119,16 +130,14 @@ class CostModel:
     if self._counted is not None and other._counted is not None:
       return CostModel.of(self._counted.plus(other._counted), unit, owned)
 
-    def per_feature(masks: Masks) -> Masks:
-      return jax.tree.map(jnp.add, self.per_feature(masks), other.per_feature(masks))
+    a, b = self.flat, other.flat
 
     def rows(masks: Masks) -> list[Row]:
       return [*self.breakdown(masks), *other.breakdown(masks)]
 
     return CostModel(
       self.masks,
-      lambda masks: self(masks) + other(masks),
-      jax.jit(per_feature),
+      FlatCost(lambda on: a.total(on) + b.total(on), lambda on: a.drops(on) + b.drops(on)),
       unit,
       rows=rows,
       examples=self._examples if self._examples == other._examples else 1,
@@ -149,8 +158,7 @@ class CostModel:
     if self._counted is not None:
       return CostModel.of(self._counted.times(number), unit, self._owned)
 
-    def per_feature(masks: Masks) -> Masks:
-      return jax.tree.map(lambda drop: factor * drop, self.per_feature(masks))
+    flat = self.flat
 
     def rows(masks: Masks) -> list[Row]:
       found = self.breakdown(masks)
@@ -158,8 +166,7 @@ class CostModel:
 
     return CostModel(
       self.masks,
-      lambda masks: factor * self(masks),
-      jax.jit(per_feature),
+      FlatCost(lambda on: factor * flat.total(on), lambda on: factor * flat.drops(on)),
       unit,
       rows=rows,
       examples=self._examples,
@@ -176,7 +183,7 @@ class CostModel:
   def per_feature(self, masks: Masks) -> Masks:
     """The drop in cost per example if one feature also went: a float32 tree like ``masks``; jit-able."""
     self._check(masks)
-    return self._per_feature(masks)
+    return unflatten(self._drops(masks), masks)
 
   def exact(self, masks: Masks) -> int | float:
     """The cost of one traced batch, computed on the host: an integer, unless a unit (seconds) is divided."""
@@ -207,9 +214,7 @@ class CostModel:
     (True, False)
     """
     self._check(masks)
-    if self._exact_cost is None:
-      return self._total(masks) > target
-    return self._exact_cost.exceeds(masks, target)
+    return self.flat.exceeds(flatten(masks), self.flat.limit(target))
 
   def breakdown(self, masks: Masks) -> list[Row]:
     """Where the cost is: one row per source line and primitive (per parameter), dense and under ``masks``."""

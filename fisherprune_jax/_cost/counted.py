@@ -16,7 +16,6 @@ from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.prices import Prices
 from fisherprune_jax._graph.terms import Dearest, Term, collect, total
 from fisherprune_jax._graph.variables import sizes_of, vectors_of
-from fisherprune_jax._masks import flatten, unflatten
 from fisherprune_jax._types import Masks
 
 
@@ -100,13 +99,13 @@ class Counted:
     """What a sum of terms is per example."""
     return float(number * self.per)
 
-  def total(self, masks: Masks) -> jax.Array:
-    """The cost per example, in float32; jit-able."""
-    return self.prices.total(alive(masks)) / self._divisor
+  def total(self, features: jax.Array) -> jax.Array:
+    """The cost per example, in float32, from which features of all masks, end to end, are alive; jit-able."""
+    return self.prices.total(features != 0) / self._divisor
 
-  def per_feature(self, masks: Masks) -> Masks:
-    """What it drops by with each feature; jit-able. One compiled program gives one flat result, which is cut outside."""
-    return unflatten(self._drops(masks), masks)
+  def drops(self, features: jax.Array) -> jax.Array:
+    """What it drops by with each feature; jit-able."""
+    return self.prices.drops(features != 0) / self._divisor
 
   def exact(self, masks: Masks) -> int | float:
     """The cost of a batch on the host: an integer, unless the cost of one is none."""
@@ -146,12 +145,8 @@ class Counted:
   def _divisor(self) -> float:
     return float(1 / self.per)
 
-  @functools.cached_property
-  def _drops(self) -> "jax.stages.Wrapped":
-    return jax.jit(lambda masks: self.prices.drops(alive(masks)) / self._divisor)
-
-  def _digits(self, masks: Masks) -> whole_numbers.Digits:
-    sizes = functools.partial(self.prices.sizes, alive(masks))
+  def _digits(self, features: jax.Array) -> whole_numbers.Digits:
+    sizes = functools.partial(self.prices.sizes, features != 0)
     return whole_numbers.total(self.terms, sizes, whole_numbers.digits_for(self.dense))
 
 
@@ -161,8 +156,3 @@ def _scaled(entries: Iterable[Entry], factor: int) -> Iterable[Entry]:
 
 def _evaluation(masks: Masks) -> Evaluation:
   return Evaluation(vectors_of(jax.tree.leaves(masks)))
-
-
-def alive(masks: Masks) -> jax.Array:
-  """Which features are alive, end to end."""
-  return flatten(masks) != 0

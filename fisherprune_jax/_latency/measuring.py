@@ -4,7 +4,6 @@ import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._cost.counted import Row, alive
+from fisherprune_jax._cost.counted import Row
+from fisherprune_jax._cost.flat import FlatCost
 from fisherprune_jax._cost.measures import analysed, cost_of, parameters_of
 from fisherprune_jax._cost.meters import BytesMeter
 from fisherprune_jax._cost.owned import owned
@@ -28,7 +28,7 @@ from fisherprune_jax._latency.grids import grid_of, some_of, table_of
 from fisherprune_jax._latency.kernels import PRODUCTS, Kernel, ProductsMeter, Timed
 from fisherprune_jax._latency.tables import Table, Times
 from fisherprune_jax._latency.whole import wholes
-from fisherprune_jax._masks import unflatten
+from fisherprune_jax._masks import flatten
 from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
@@ -110,7 +110,9 @@ def measure_latency(
   held = parameters_of(analysis, tree)
   timed = wholes(apply_fn, tree, args, batch_axes, analysis.program, multiple_of, repeats, memory)
   parts = jax.jit(times.parts)
-  rows = [[float(jnp.sum(parts(alive(m)))), float(others(m)) * examples, float(held(m))] for m in timed.masks]
+  rows = [
+    [float(jnp.sum(parts(flatten(m) != 0))), float(others(m)) * examples, float(held(m))] for m in timed.masks
+  ]
   per_second, per_byte, per_entry = factors = fitted(rows, timed.seconds)
   rest = ((others, per_byte), (held, per_entry / examples))
   sums = [sum(map(operator.mul, row, factors)) / examples for row in rows]
@@ -118,7 +120,7 @@ def measure_latency(
     others.masks,
     products,
     parts,
-    jax.jit(times.drops),
+    times.drops,
     per_second / examples,
     rest,
     Curve.of(sums, [seconds / examples for seconds in timed.seconds]),
@@ -126,8 +128,7 @@ def measure_latency(
   )
   return CostModel(
     found.masks,
-    found.total,
-    found.per_feature,
+    FlatCost(found.total, found.drops),
     "seconds",
     rows=found.rows,
     examples=examples,
@@ -143,7 +144,7 @@ class Latency:
     masks: the tree of masks.
     products: where they are.
     parts: what each of them takes alone, from which features are alive; jit-able.
-    drops: what of that goes with each feature; likewise.
+    times: what of that goes with each feature; likewise.
     per_second: what a second of a product alone is in the whole network, per example.
     rest: the bytes that everything else moves, entries of variables: costs, and what a unit of them takes.
     curve: from the sum of all that to what whole networks take.
@@ -153,30 +154,31 @@ class Latency:
   masks: Masks
   products: list[Cost]
   parts: Callable[[jax.Array], jax.Array]
-  drops: Callable[[jax.Array], jax.Array]
+  times: Callable[[jax.Array], jax.Array]
   per_second: float
   rest: tuple[tuple[CostModel, float], ...]
   curve: Curve
   calling: float
 
-  def total(self, masks: Masks) -> jax.Array:
+  def total(self, features: jax.Array) -> jax.Array:
     """Seconds per example."""
-    return self.calling + self.curve(self._sum(masks))
+    return self.calling + self.curve(self._sum(features))
 
-  def _sum(self, masks: Masks) -> jax.Array:
-    products = self.per_second * jnp.sum(self.parts(alive(masks)))
-    return sum((scale * cost(masks) for cost, scale in self.rest), start=products)
+  def _sum(self, features: jax.Array) -> jax.Array:
+    products = self.per_second * jnp.sum(self.parts(features != 0))
+    return sum((scale * cost.flat.total(features) for cost, scale in self.rest), start=products)
 
-  def per_feature(self, masks: Masks) -> Masks:
+  def drops(self, features: jax.Array) -> jax.Array:
     """What goes with each feature."""
-    found = jax.tree.map(lambda t: self.per_second * t, unflatten(self.drops(alive(masks)), masks))
+    found = self.per_second * self.times(features != 0)
     for cost, scale in self.rest:
-      found = jax.tree.map(lambda t, drop, by=scale: t + by * drop, found, cost.per_feature(masks))
-    return jax.tree.map(partial(self.curve.fall, self._sum(masks)), found)
+      found = found + scale * cost.flat.drops(features)
+    return self.curve.fall(self._sum(features), found)
 
   def rows(self, masks: Masks) -> list[Row]:
     """Where the time goes."""
-    dense, now = (np.asarray(self.parts(alive(m))) * self.per_second for m in (self.masks, masks))
+    features = [flatten(m) != 0 for m in (self.masks, masks)]
+    dense, now = (np.asarray(self.parts(each)) * self.per_second for each in features)
     sums: dict[tuple[str, str], np.ndarray] = {}
     for cost, *pair in zip(self.products, dense, now, strict=True):
       key = cost.node.source, cost.label
@@ -187,7 +189,7 @@ class Latency:
       for cost, scale in self.rest
       for row in cost.breakdown(masks)
     ]
-    was, is_ = (self.curve.over(float(self._sum(m))) for m in (self.masks, masks))
+    was, is_ = (self.curve.over(float(self._sum(each))) for each in features)
     rows = [row._replace(dense=was * row.dense, now=is_ * row.now) for row in rows]
     return [*rows, Row("", "calling it", self.calling, self.calling, "seconds")]
 

@@ -35,6 +35,11 @@ class Rows:
   together: np.ndarray
 
   @property
+  def key(self) -> tuple[bytes, ...]:
+    """The same for rows that are alike."""
+    return tuple(part.tobytes() for part in (self.starts, self.floors, self.multiples, self.together))
+
+  @property
   def are_single(self) -> bool:
     """Whether features go one by one."""
     return bool((self.multiples == 1).all() and len({*self.together}) == len(self.together))
@@ -72,7 +77,8 @@ class Rows:
 
   def widths(self, alive: jax.Array) -> jax.Array:
     """Per row, how many features it has."""
-    return jax.ops.segment_sum(alive.astype(jnp.int32), jnp.asarray(self._row), len(self.floors))
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(alive, dtype=jnp.int32)])[self.starts]
+    return before[1:] - before[:-1]
 
   def spare(self, alive: jax.Array) -> jax.Array:
     """Per feature, how many its row could lose."""

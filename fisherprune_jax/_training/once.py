@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._cost.flat import Limit
 from fisherprune_jax._errors import (
   describe,
   is_known,
@@ -18,13 +19,12 @@ from fisherprune_jax._errors import (
   require_shapes,
   warn,
 )
-from fisherprune_jax._masks import flatten, named_rows
+from fisherprune_jax._masks import flatten, named_rows, unflatten
 from fisherprune_jax._training.criteria import criterion_of
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.gradients import Reduction, examples_of, value_and_grads
 from fisherprune_jax._training.options import Options
-from fisherprune_jax._training.state import start
-from fisherprune_jax._training.transform import prune_if_due
+from fisherprune_jax._training.selection import tamed
 from fisherprune_jax._types import Masks, PyTree
 
 
@@ -81,17 +81,35 @@ def prune(cost: CostModel, signals: Masks, target: float | None = None, **option
   require_shapes(
     signals, cost.masks, lambda shape, path: f"signals must have the shape {shape} of a mask", how
   )
-  state = start(cost, chosen.masks)
-  scores = jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), signals)
-  _require_finite(scores, "signals")
-  run = jax.jit(lambda state: prune_if_due(state, jnp.bool_(True), jnp.bool_(False), chosen))
-  state = run(state._replace(scores=scores, step=jnp.int32(1)))
-  if not to_floors and not is_traced(state.exhausted) and bool(state.exhausted):
+  _require_finite(jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), signals), "signals")
+  masks = cost.masks if chosen.masks is None else chosen.masks
+  weight = chosen.at("flops_weight", jnp.int32(1))
+  run = _program(chosen, weight)
+  limit = None if to_floors or target is None else cost.flat.limit(target)
+  left, exhausted = run(masks, signals, limit, None if isinstance(weight, str) else weight)
+  left = unflatten(left, masks)
+  if not to_floors and not is_traced(exhausted) and bool(exhausted):
     warn(
-      f"The target of {target:,g} {cost.unit} was not met: nothing is left that may go at {float(state.cost):,g}. Lower "
+      f"The target of {target:,g} {cost.unit} was not met: nothing is left that may go at {float(cost(left)):,g}. Lower "
       "min_features, exclude less, or raise the target."
     )
-  return state.masks
+  return left
+
+
+def _program(options: Options, weight: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """What prunes at once, compiled once for a cost and what is chosen; targets, weights and signals are its arguments."""
+  flat, word = options.cost.flat, weight if isinstance(weight, str) else None
+  key = (word, options.at_once, *options.rows.key)
+
+  def run(masks: Masks, signals: Masks, limit: Limit | None, weight: Any) -> tuple[jax.Array, jax.Array]:
+    select = options.selection(lambda alive: flat.price(alive, limit), weight if word is None else word)
+    vector = tamed(flatten(signals).astype(jnp.float32))
+    left = select.run(flatten(masks) > 0, vector, jnp.bool_(True), jnp.bool_(False))
+    return left.alive.astype(jnp.float32), left.exhausted
+
+  if key not in flat.programs:
+    flat.programs[key] = jax.jit(run)
+  return flat.programs[key]
 
 
 def estimate_signals(

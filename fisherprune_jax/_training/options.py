@@ -16,12 +16,14 @@ import numpy as np
 import optax
 
 from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._cost.flat import Priced
 from fisherprune_jax._errors import describe, is_number, is_traced, require, warn
 from fisherprune_jax._masks import check_masks
 from fisherprune_jax._training.bundles import Multiple, Rows, rows_of
 from fisherprune_jax._training.criteria import criterion_of
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.floors import MinFeatures, check_floors, floors_of
+from fisherprune_jax._training.selection import Selection, scorer
 from fisherprune_jax._types import AxisNames, Masks
 
 INJECTED = "or use fp.inject_hyperparams."
@@ -202,6 +204,11 @@ class Options:
     """Which features go together."""
     multiple_of = 1 if self.multiple_of is None else self.multiple_of
     return rows_of(self.cost.masks, self.floors, multiple_of, self.uniform)
+
+  def selection(self, price: Callable[[jax.Array], Priced], weight: Any) -> Selection:
+    """How features are selected, by their cost and a weight of it."""
+    score = scorer(self.cost.dense, weight)
+    return Selection(self.rows, price, score, self.features_per_prune, self.at_once)
 
   @property
   def at_once(self) -> int:

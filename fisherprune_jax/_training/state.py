@@ -52,7 +52,7 @@ def start(cost: CostModel, masks: Masks | None) -> FisherPruneState:
     masks=masks,
     pruned_at=redate(alive, masks, 0),
     cost=jnp.asarray(total, jnp.float32),
-    shares=shares_of(cost, masks, total),
+    shares=shares_of(cost.per_feature(masks), total),
     decay_product=jnp.ones([], jnp.float32),
     counted=jnp.zeros([], jnp.int32),
     skipped=jnp.zeros([], jnp.int32),
@@ -66,12 +66,10 @@ def corrected(state: FisherPruneState) -> Masks:
   return jax.tree.map(lambda s: s / jnp.where(weight > 0, weight, 1), state.scores)
 
 
-def follow_edits(state: FisherPruneState) -> tuple[FisherPruneState, jax.Array]:
-  """Brings the history up to masks that were put into the state by hand; whether there were any."""
-  masks = jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), state.masks)
-  pruned_at = redate(state.pruned_at, masks, state.step)
-  changed = differ(pruned_at, state.pruned_at) | jnp.isnan(state.cost)  # as fp.set_masks leaves it
-  return state._replace(masks=masks, pruned_at=pruned_at), changed
+def was_edited(pruned_at: jax.Array, masks: jax.Array, cost: jax.Array) -> jax.Array:
+  """Whether masks were put into a state by hand, which its history does not know of."""
+  changed = jnp.any((pruned_at < 0) != (masks > 0))
+  return changed | jnp.isnan(cost)  # as fp.set_masks leaves it
 
 
 def with_masks(state: FisherPruneState, masks: Masks, cost: CostModel | None) -> FisherPruneState:
@@ -83,7 +81,7 @@ def with_masks(state: FisherPruneState, masks: Masks, cost: CostModel | None) ->
     masks=masks,
     pruned_at=redate(state.pruned_at, masks, state.step),
     cost=total,
-    shares=unknown if cost is None else shares_of(cost, masks, total),
+    shares=unknown if cost is None else shares_of(cost.per_feature(masks), total),
     exhausted=jnp.zeros([], bool),
   )
 
@@ -93,15 +91,10 @@ def make_inert(state: FisherPruneState, path: Any = ()) -> FisherPruneState:
   return state._replace(scores={}, masks={}, pruned_at={}, shares={})
 
 
-def shares_of(cost: CostModel, masks: Masks, total: float | jax.Array) -> PyTree:
+def shares_of(drops: Masks, total: float | jax.Array) -> PyTree:
   """For every mask, the drops in cost of its features, over the cost; 0 where there is no cost."""
-  drops = jax.tree.map(lambda drop: jnp.sum(drop, axis=-1), cost.per_feature(masks))
-  return jax.tree.map(lambda drop: jnp.where(total > 0, drop / jnp.where(total > 0, total, 1), 0.0), drops)
-
-
-def differ(a: PyTree, b: PyTree) -> jax.Array:
-  """Whether two trees of one structure and shapes differ anywhere."""
-  return jnp.any(jnp.stack(jax.tree.leaves(jax.tree.map(lambda x, y: jnp.any(x != y), a, b))))
+  part = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
+  return jax.tree.map(lambda drop: part * jnp.sum(drop, axis=-1), drops)
 
 
 def check_types(opt_state: optax.OptState) -> None:

@@ -1,37 +1,29 @@
 """Fisher pruning as an Optax gradient transformation with a purely functional state."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._masks import flatten
+from fisherprune_jax._cost.flat import Priced
+from fisherprune_jax._masks import flatten, redate, unflatten_all
 from fisherprune_jax._training.bundles import Multiple
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.floors import MinFeatures
 from fisherprune_jax._training.gradients import own_gradients
 from fisherprune_jax._training.options import DECAY, FLOPS_TARGET, FLOPS_WEIGHT, Options
-from fisherprune_jax._training.selection import (
-  Choice,
-  epsilon_for,
-  prune_one,
-  prune_some,
-  rank,
-  repeat_in_steps,
-  repeat_while,
-)
+from fisherprune_jax._training.selection import tamed
 from fisherprune_jax._training.state import (
   FisherPruneState,
   check_state,
   check_types,
   corrected,
-  differ,
-  follow_edits,
   shares_of,
   start,
+  was_edited,
 )
 from fisherprune_jax._types import AxisNames, Masks, PyTree
 
@@ -138,11 +130,11 @@ def fisher_prune(
     if not jax.tree.leaves(state.masks):  # the network was compacted: nothing left to prune
       return updates, state._replace(step=step)
     check_state(state, options.cost.masks)
-    state, edited = follow_edits(state)
+    state = state._replace(masks=jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), state.masks))
     own = {"masks": state.masks, "step": step, "axis_name": options.axis_name, "name": options.name}
     signal = options.criterion.signal_of({**extra_args, "updates": updates, "params": params, **own})
     state, counts = _accumulate(state._replace(step=step), signal, options)
-    return updates, prune_if_due(state, counts, edited, options)
+    return updates, prune_if_due(state, counts, options)
 
   tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
   return tx if options.name is None else _under_name(tx, options.name, options.criterion)
@@ -176,7 +168,7 @@ def _accumulate(
 ) -> tuple[FisherPruneState, jax.Array]:
   """Takes the signal of a batch into the scores if all of it is finite and the decay is one; whether it did."""
   decay = jnp.asarray(options.at("decay", state.step) if options.criterion.averaged else 0.0, jnp.float32)
-  finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(s)) for s in jax.tree.leaves(signal)]))
+  finite = jnp.all(jnp.isfinite(flatten(signal)))
   counts = finite & DECAY.allows(decay)
 
   def mean(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -185,60 +177,57 @@ def _accumulate(
   state = state._replace(
     scores=jax.tree.map(mean, state.scores, signal),
     decay_product=jnp.where(counts, decay * state.decay_product, state.decay_product),
-    counted=state.counted + counts.astype(jnp.int32),
-    skipped=state.skipped + (~counts).astype(jnp.int32),
+    counted=jnp.where(counts, optax.safe_increment(state.counted), state.counted),
+    skipped=jnp.where(counts, state.skipped, optax.safe_increment(state.skipped)),
   )
   return state, counts
 
 
-def prune_if_due(
-  state: FisherPruneState, counts: jax.Array, edited: jax.Array, options: Options
-) -> FisherPruneState:
+def prune_if_due(state: FisherPruneState, counts: jax.Array, options: Options) -> FisherPruneState:
   """Switches features off if this is a step to do so; takes the cost anew then, and when masks were edited."""
-  cost = options.cost
   target, weight = options.at(options.goal, state.step), options.at("flops_weight", state.step)
-  current = corrected(state) if options.debias else state.scores
-  due = counts & (state.step > options.burn_in) & (state.step % options.prune_every == 0)
+  # Vectors are made here, where each is one kernel: in a conditional they would be part of all that reads them.
+  flat = _Flat(*map(flatten, (state.masks, state.pruned_at, state.scores)))
+  edited = was_edited(flat.pruned_at, flat.masks, state.cost)
+  due = counts & _is_due(state.step, options)
   due &= FLOPS_TARGET.allows(target) & FLOPS_WEIGHT.allows(weight)
 
-  def above(state: FisherPruneState) -> jax.Array:
-    return (target <= 0) | cost.exceeds(state.masks, target)
+  def act() -> dict[str, PyTree]:
+    cost, alive = options.cost.flat, flat.masks > 0
+    current = corrected(state._replace(scores=flat.scores)) if options.debias else flat.scores
 
-  def go_on(state: FisherPruneState) -> jax.Array:
-    return due & above(state) & ~state.exhausted
+    def price(alive: jax.Array) -> Priced:
+      found = cost.price(alive, cost.limit(target))
+      return found._replace(too_much=(target <= 0) | found.too_much)
 
-  def after(state: FisherPruneState, choice: Choice) -> FisherPruneState:
-    return state._replace(
-      masks=choice.masks,
-      pruned_at=jax.tree.map(lambda at, c: jnp.where(c, state.step, at), state.pruned_at, choice.chosen),
-      cost=jnp.asarray(cost(choice.masks), jnp.float32),
-      exhausted=~choice.found,
-    )
-
-  def score(signals: Masks, costs: Masks) -> Masks:
-    return rank(signals, costs, weight, epsilon_for(cost.dense))
-
-  def one(state: FisherPruneState) -> FisherPruneState:
-    scores = score(current, cost.per_feature(state.masks))
-    return after(state, prune_one(state.masks, scores, options.floors))
-
-  def some(state: FisherPruneState, count: jax.Array) -> tuple[FisherPruneState, jax.Array]:
-    drops = cost.per_feature(state.masks)
-    choice = prune_some(state.masks, current, drops, score, options.rows, count, options.at_once)
-    return after(state, choice), jnp.sum(flatten(choice.chosen), dtype=jnp.int32)
-
-  def act(before: FisherPruneState) -> FisherPruneState:
+    select = options.selection(price, weight)
+    left = select.run(alive, tamed(current), due, state.exhausted & ~edited)
+    # Masks that were put in by hand since the last step went with that.
+    at = redate(redate(flat.pruned_at, flat.masks, state.step - 1), left.alive, state.step)
+    vectors = left.cost.drops, left.alive.astype(jnp.float32), at
+    drops, masks, pruned_at = unflatten_all(vectors, state.masks)
     # The state's own cost is not trusted: whoever edits masks and history by hand may leave it as it was.
-    state = before._replace(cost=jnp.asarray(cost(before.masks), jnp.float32))
-    tries = due & above(state)
-    state = state._replace(exhausted=state.exhausted & ~(edited | tries))
-    times = options.features_per_prune
-    if options.at_once == 1 and options.rows.are_single:
-      state = repeat_while(go_on, one, state, times)
-    else:
-      state = repeat_in_steps(go_on, some, state, times, options.at_once)
-    moved = edited | (state.cost != before.cost) | differ(state.masks, before.masks)
-    shares = jax.lax.cond(moved, lambda s: shares_of(cost, s.masks, s.cost), lambda s: s.shares, state)
-    return state._replace(shares=shares)
+    total, exhausted = left.cost.total, left.exhausted
+    shares = shares_of(drops, total)
+    return {"masks": masks, "pruned_at": pruned_at, "cost": total, "shares": shares, "exhausted": exhausted}
 
-  return jax.lax.cond(due | edited, act, lambda s: s, state)
+  def rest() -> dict[str, PyTree]:
+    return {name: getattr(state, name) for name in ("masks", "pruned_at", "cost", "shares", "exhausted")}
+
+  return state._replace(**jax.lax.cond(due | edited, act, rest))
+
+
+class _Flat(NamedTuple):
+  """What a state has of all features, end to end."""
+
+  masks: jax.Array
+  pruned_at: jax.Array
+  scores: jax.Array
+
+
+def _is_due(step: jax.Array, options: Options) -> jax.Array:
+  """Whether a step is one to prune at; numbers beyond those that a step comes to are never reached."""
+  last = jnp.iinfo(step.dtype).max
+  if max(options.prune_every, options.burn_in) >= last:
+    return jnp.bool_(False)
+  return (step > options.burn_in) & (step % options.prune_every == 0)

@@ -3,7 +3,7 @@
   python benchmarks/growth.py --out benchmarks/growth.json
 
 Each size runs in a process of its own, on one core, under a time limit: tracing and analysis, the first
-``cost(masks)``, the first ``per_feature(masks)``, ``compact``, and ``auto_mask`` of the same network with its masks
+``cost(masks)``, the first ``per_feature(masks)``, ``compact``, its ``report``, and ``auto_mask`` of the same network with its masks
 left out (ones), compilation included, in seconds of that core's time. The bar: twice the network takes at most 2.5 times as long (half a second of start-up aside),
 and the larger under 20 seconds.
 """
@@ -27,7 +27,7 @@ import numpy as np
 import fisherprune_jax as fp
 
 Apply = Callable[[Any, jax.Array], jax.Array]
-STAGES = ("trace", "cost", "per_feature", "compact", "auto")
+STAGES = ("trace", "cost", "per_feature", "compact", "report", "auto")
 RATIO, SECONDS, STARTUP = 2.5, 20.0, 0.5
 
 
@@ -249,6 +249,80 @@ def bottlenecks(v: Variables, n: int) -> Layer:
   return run
 
 
+def heads(v: Variables, n: int) -> tuple[list[str], Callable[[Any, Any, jax.Array], list[jax.Array]]]:
+  """N dense layers of width 3 on one input, each under its mask, and the names of their masks."""
+  kernels, masks = [v.param(8, 3) for _ in range(n)], [v.mask(3) for _ in range(n)]
+  return masks, lambda p, k, x: [x @ p[w] * k[m] for w, m in zip(kernels, masks, strict=True)]
+
+
+def concatenated(v: Variables, n: int) -> Layer:
+  """N arrays laid end to end, and cut up again."""
+  (_, first), last = heads(v, n), [v.param(3, 2) for _ in range(n)]
+
+  def run(p: Any, k: Any, x: jax.Array) -> jax.Array:
+    cut = jnp.split(jnp.tanh(jnp.concatenate(first(p, k, x), -1)), n, -1)
+    return sum((h @ p[w] for h, w in zip(cut, last, strict=True)), jnp.zeros(()))
+
+  return run
+
+
+def looped(v: Variables, n: int, loop: Callable[..., list[jax.Array]]) -> Layer:
+  """N layers, then N more with the same masks, as a loop does them, then N dense ones that are added up."""
+  (masks, first), inner, last = heads(v, n), v.param(n, 3, 3), [v.param(3, 2) for _ in range(n)]
+
+  def run(p: Any, k: Any, x: jax.Array) -> jax.Array:
+    def turn(xs: list[jax.Array]) -> list[jax.Array]:
+      return [jnp.tanh(h @ w) * k[m] for h, w, m in zip(xs, p[inner], masks, strict=True)]
+
+    return sum((h @ p[w] for h, w in zip(loop(turn, first(p, k, x)), last, strict=True)), jnp.zeros(()))
+
+  return run
+
+
+def carried(v: Variables, n: int) -> Layer:
+  """A scan that carries N arrays."""
+  return looped(v, n, lambda turn, xs: jax.lax.scan(lambda c, _: (turn(c), None), xs, None, length=3)[0])
+
+
+def carried_while(v: Variables, n: int) -> Layer:
+  """A while loop that carries N arrays."""
+
+  def loop(turn: Callable[..., Any], xs: list[jax.Array]) -> list[jax.Array]:
+    return jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, turn(c[1])), (0, xs))[1]
+
+  return looped(v, n, loop)
+
+
+def read_and_written(v: Variables, n: int) -> Layer:
+  """A scan that reads N arrays and writes N others, entry by entry."""
+
+  def loop(turn: Callable[..., Any], xs: list[jax.Array]) -> list[jax.Array]:
+    ys = jax.lax.scan(lambda c, x: (c, turn(x)), 0.0, [jnp.stack([x, x]) for x in xs])[1]
+    return [y.sum(0) for y in ys]
+
+  return looped(v, n, loop)
+
+
+def experts(v: Variables, n: int) -> Layer:
+  """A mixture of N experts: each reads the input, and its result times a gate is added."""
+  (_, first), last, gate = heads(v, n), [v.param(3, 2) for _ in range(n)], v.param(8, n)
+
+  def run(p: Any, k: Any, x: jax.Array) -> jax.Array:
+    gates = jax.nn.softmax(x @ p[gate])
+    outs = (jnp.tanh(h) @ p[w] for h, w in zip(first(p, k, x), last, strict=True))
+    return sum((gates[:, i : i + 1] * out for i, out in enumerate(outs)), jnp.zeros(()))
+
+  return run
+
+
+def switched(v: Variables, n: int) -> Layer:
+  """N branches, of which one is chosen."""
+  layers = [chain([dense(v, 8, 3), masked(v, 3), dense(v, 3, 2)]) for _ in range(n)]
+  return lambda p, k, x: jax.lax.switch(
+    jnp.int32(x.sum()), [lambda x, layer=layer: layer(p, k, x) for layer in layers], x
+  )
+
+
 FAMILIES: dict[str, tuple[Callable[[Variables, int], Layer], int]] = {
   "plain": (plain, 500),
   "residual_writes": (residual_writes, 20),
@@ -264,6 +338,12 @@ FAMILIES: dict[str, tuple[Callable[[Variables, int], Layer], int]] = {
   "grouped_norms": (grouped_norms, 20),
   "stacked": (stacked, 24),
   "bottlenecks": (bottlenecks, 16),
+  "concatenated": (concatenated, 200),
+  "carried": (carried, 100),
+  "carried_while": (carried_while, 100),
+  "read_and_written": (read_and_written, 100),
+  "experts": (experts, 100),
+  "switched": (switched, 50),
 }
 """Each with N; the bar is for N and 2 N."""
 
@@ -298,7 +378,8 @@ def measure(family: str, n: int) -> dict[str, float]:
   cost = timed("trace", lambda: fp.cost_model(apply, variables, x))
   timed("cost", lambda: cost(masks))
   timed("per_feature", lambda: cost.per_feature(masks))
-  timed("compact", lambda: fp.compact(apply, {**variables, "masks": masks}, x).variables)
+  compact = timed("compact", lambda: fp.compact(apply, {**variables, "masks": masks}, x))
+  timed("report", compact.report)
   ones = jax.tree.map(np.ones_like, variables["masks"])
   timed(
     "auto", lambda: groups_of(lambda p, x: apply({"params": p, "masks": ones}, x), variables["params"], x)

@@ -77,6 +77,11 @@ def path_name(path: Path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator="/") if path else "the root"
 
 
+def path_names(path: Path) -> tuple[str, ...]:
+  """A tree path as names, one for each key: two paths differ where ``path_name`` may not, as a key may hold a slash."""
+  return tuple(path_name((key,)) for key in path)
+
+
 def require_same_tree(tree: PyTree, reference: PyTree, what: str, like: str, remedy: str) -> None:
   """Raises ``ValueError`` unless two trees have one structure; it names the first place where they differ."""
   if not same_structure(tree, reference):

@@ -140,12 +140,28 @@ def named_rows(tree: Masks) -> list[tuple[str, Any]]:
   >>> [name for name, _ in named_rows({"conv": {"mask": jnp.ones(2)}, "layers": jnp.ones((2, 3))})]
   ['conv', 'layers[0]', 'layers[1]']
   """
-  found = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = path_name(path).removesuffix("/mask") if path else "mask"
-    for row in np.ndindex(leaf.shape[:-1]):
-      found.append((name + "".join(f"[{i}]" for i in row), leaf[row]))
-  return found
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [(name, leaf[row]) for path, leaf in leaves for name, row in _rows(path, leaf)]
+
+
+def _rows(path: Path, leaf: Any) -> list[tuple[str, tuple[int, ...]]]:
+  """The names of the vectors of one leaf, and where each of them is."""
+  name = path_name(path).removesuffix("/mask") if path else "mask"
+  return [(name + "".join(f"[{i}]" for i in row), row) for row in np.ndindex(leaf.shape[:-1])]
+
+
+def check_names(masks: Masks) -> None:
+  """Raises if two masks have one name: keys may hold slashes."""
+  paths: dict[str, Path] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(masks):
+    for name, _ in _rows(path, leaf):
+      if name in paths:
+        keys = [jax.tree_util.keystr(p) for p in (paths[name], path)]
+        raise ValueError(
+          f"Every mask must have a name of its own, its keys joined by '/', got {name!r} for two masks, at {keys[0]} and "
+          f"{keys[1]}. Rename a key of one of them."
+        )
+      paths[name] = path
 
 
 def check_masks(masks: Masks, expected: Masks, whose: str) -> None:

@@ -89,7 +89,11 @@ _FUSED = {
   "stem": group(7, "stem/kernel 1, stem/bias 0, qkv/kernel 0"),
   "heads": group(2, "qkv/kernel 1, qkv/bias 0, out/kernel 0"),
 }
-_ONE_DEPTH = {**_FUSED, "depth": group(5, "qkv/kernel 1, qkv/bias 0, out/kernel 0")}  # of q, k and v: one box
+_DEPTHS = {
+  **_FUSED,
+  "depth": group(5, "qkv/kernel 1, qkv/bias 0"),
+  "values": group(5, "qkv/kernel 1, qkv/bias 0, out/kernel 0"),
+}
 
 
 def fused(x: jax.Array, axes: str, *shape: int) -> jax.Array:
@@ -99,13 +103,13 @@ def fused(x: jax.Array, axes: str, *shape: int) -> jax.Array:
   return nn.dot_product_attention(query, key, value)
 
 
-@network((4, 3), groups=_ONE_DEPTH)
+@network((4, 3), groups=_DEPTHS)
 def fused_3_heads_depth(x):
   y = fused(dense(7, "stem")(x), "3hd", 3, 2, 5)
   return dense(4, "out")(y.reshape(*y.shape[:2], -1))
 
 
-@network((4, 3), groups=_ONE_DEPTH)
+@network((4, 3), groups=_DEPTHS)
 def fused_heads_3_depth(x):
   y = fused(dense(7, "stem")(x), "h3d", 2, 3, 5)
   return dense(4, "out")(y.reshape(*y.shape[:2], -1))

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import fisherprune_jax as fp
+from fisherprune_jax._auto.skipping import WHOLE
 from tests.auto_models import EXAMPLES, UNMASKED, Unmasked, members
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -112,7 +113,12 @@ def paths(tree: Any) -> list[str]:
 
 
 def found_groups(auto: Any) -> Counter[Any]:
-  return Counter((g.size, frozenset(g.members + g.stays)) for g in auto.groups)
+  return Counter((g.size, frozenset(g.members)) for g in auto.groups)
+
+
+def written_down(model: Any) -> dict[Any, Any]:
+  """The groups of a model, without the axes that stay."""
+  return {(g.size, g.members - model.stay): g for g in model.groups.values()}
 
 
 @ALL
@@ -130,11 +136,11 @@ def test_what_is_written_down_is_there(name):
 @ALL
 def test_the_groups_are_those_written_down(name):
   model, auto = UNMASKED[name], setup(name).auto
-  assert found_groups(auto) == Counter((g.size, g.members) for g in model.groups.values())
+  assert found_groups(auto) == Counter(written_down(model).keys())
   assert {g.kind for g in auto.groups} == {"features"}
-  layers = {(g.size, g.members): g.layers for g in model.groups.values()}
+  layers = {key: g.layers for key, g in written_down(model).items()}
   for g in auto.groups:
-    rows = layers[g.size, frozenset(g.members + g.stays)]
+    rows = layers[g.size, frozenset(g.members)]
     assert auto.masks[g.name].shape == ((g.size,) if rows is None else (rows, g.size))
   assert auto.masks.keys() == {g.name for g in auto.groups}
   assert len(auto.masks) == len(auto.groups)
@@ -275,7 +281,7 @@ def test_every_group_goes_from_all_its_members(name):
 def test_members_that_stay_are_said_to(name):
   """They are those written down, are as long as they were, and the report names them with their parameters."""
   s = setup(name)
-  stay = {member for g in s.auto.groups for member in g.stays}
+  stay = {(one.path, one.axis) for one in s.auto.skipped if one.why.startswith(WHOLE)}
   assert stay == s.model.stay
   full, left = (
     dict(zip(paths(tree), jax.tree.leaves(tree), strict=True)) for tree in (s.variables, s.small.variables)
@@ -333,14 +339,14 @@ def test_a_mask_stands_once_before_all_that_reads_it(name):
       strict=True,
     )
   )
-  names = {(g.size, frozenset(g.members + g.stays)): g.name for g in s.auto.groups}
+  names = {(g.size, frozenset(g.members)): g.name for g in s.auto.groups}
   for label, readers in ONCE[name].items():
     size, found, _ = s.model.groups[label]
     expected = sum(
       np.sum(np.moveaxis(products[path], axis, 0).reshape(size, -1), axis=1)
       for path, axis in members(readers)
     )
-    close(expected, of_masks[names[size, found]], 1e-6)
+    close(expected, of_masks[names[size, found - s.model.stay]], 1e-6)
 
 
 TRAINED = """

@@ -9,6 +9,7 @@ import flax.linen as nn
 import flax.serialization
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax.core import FrozenDict
@@ -446,3 +447,79 @@ def test_the_first_path_that_differs_is_named(name):
   assert str(error.value) == f"ours must have the structure of theirs, got {difference}. Do so."
   for tree in (found, wanted):
     require_same_tree(tree, jax.tree.map(lambda x: x + 1, tree), "ours", "theirs", "Do so.")
+
+
+# Names that are one once their keys are joined
+
+SLASHED = {
+  "a/b": jnp.ones((3, 4)),
+  "a": {"b": jnp.ones((3, 5))},
+  "o": jnp.ones((4, 2)),
+  "q": jnp.ones((5, 2)),
+}
+
+
+def two_branches(p, x):
+  return jnp.tanh(x @ p["a/b"]) @ p["o"] + jnp.tanh(x @ p["a"]["b"]) @ p["q"]
+
+
+def test_variables_whose_joined_names_are_one_are_told_apart(tmp_path):
+  x = jnp.arange(6.0).reshape(2, 3) / 6
+  auto = fp.auto_mask(two_branches, SLASHED, x)
+  np.testing.assert_allclose(auto.apply(auto.variables, x), two_branches(SLASHED, x), rtol=1e-6)
+  masks = {name: mask.at[0].set(0) for name, mask in auto.masks.items()}
+  variables = {**SLASHED, "masks": masks}
+  small = fp.compact(auto.apply, variables, x)
+  assert small.variables["a/b"].shape == (3, 3)
+  assert small.variables["a"]["b"].shape == (3, 4)
+  np.testing.assert_allclose(small(small.variables, x), auto.apply(variables, x), rtol=1e-5)
+  small.save(tmp_path / "file")
+  loaded = fp.load(tmp_path / "file")
+  np.testing.assert_allclose(loaded(loaded.variables, x), auto.apply(variables, x), rtol=1e-5)
+
+
+def test_groups_whose_names_would_be_one_have_a_mask_each():
+  kernels = {"a/b": {"k": jnp.ones((3, 4))}, "a": {"b": {"k": jnp.ones((3, 5))}}}
+  p = {**kernels, "o": jnp.ones((4, 2)), "q": jnp.ones((5, 2))}
+  apply = lambda p, x: two_branches({**p, "a/b": p["a/b"]["k"], "a": {"b": p["a"]["b"]["k"]}}, x)
+  auto = fp.auto_mask(apply, p, jnp.ones((2, 3)))
+  assert sorted(mask.size for mask in auto.masks.values()) == [4, 5]
+  assert len({group.name for group in auto.groups}) == 2
+
+
+ONE_NAME = {
+  "a slash in a key": {"a/b": jnp.ones(4), "a": {"b": jnp.ones(4)}},
+  "a stack": {"a": jnp.ones((2, 4)), "a[1]": jnp.ones(4)},
+  "a mask of a layer": {"a": {"mask": jnp.ones(4)}, "a/mask": jnp.ones(4)},
+}
+
+
+@pytest.mark.parametrize("how", ONE_NAME)
+@pytest.mark.parametrize("use", [fp.cost_model, fp.compact, fp.measure_latency])
+def test_masks_of_one_name_are_refused(how, use):
+  variables = {"w": jnp.ones((3, 4)), "masks": ONE_NAME[how]}
+
+  def apply(v, x):
+    product = 1.0
+    for mask in jax.tree.leaves(v["masks"]):
+      product = product * mask.reshape(-1, 4)[0]
+    return (x @ v["w"]) * product
+
+  with pytest.raises(ValueError, match=r"a name of its own.*got 'a.*' for two masks.*Rename"):
+    use(apply, variables, jnp.ones((2, 3)))
+
+
+def test_statistics_whose_joined_names_are_one_are_returned_each_to_its_own():
+  stats = {"a/b": jnp.zeros(4), "a": {"b": jnp.zeros(4)}}
+  variables = {"w": jnp.ones((3, 4)), "s": stats, "masks": jnp.array([1.0, 0, 1, 1])}
+
+  def apply(v, x):
+    h = (x @ v["w"]) * v["masks"]
+    return h.sum(1), {"s": {"a/b": v["s"]["a/b"] + h.mean(0), "a": {"b": v["s"]["a"]["b"] + 2 * h.mean(0)}}}
+
+  x = jnp.ones((2, 3))
+  small = fp.compact(apply, variables, x, updates=lambda out: out[1])
+  found, expected = small(small.variables, x)[1], apply(variables, x)[1]
+  kept = jnp.array([0, 2, 3])
+  np.testing.assert_allclose(found["s"]["a/b"], expected["s"]["a/b"][kept])
+  np.testing.assert_allclose(found["s"]["a"]["b"], expected["s"]["a"]["b"][kept])

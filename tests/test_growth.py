@@ -3,6 +3,8 @@
 Sizes are compared, not times: of the families of ``benchmarks/growth.py`` at N and 2 N.
 """
 
+import contextlib
+import gc
 import importlib.util
 import logging
 from pathlib import Path
@@ -18,6 +20,7 @@ from fisherprune_jax._cost.measures import cost_of
 from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.prices import Prices
+from fisherprune_jax._graph.sets import expression, junctions
 from fisherprune_jax._graph.structured import costs_of
 from fisherprune_jax._graph.terms import collect
 from fisherprune_jax._graph.traced import trace_apply
@@ -47,18 +50,31 @@ def masks_of(masks, seed):
   return {name: m if m.any() else np.ones_like(m) for name, m in drawn.items()}
 
 
+@contextlib.contextmanager
+def counting():
+  """Counts in a list how often two sets are united or intersected."""
+  made, before = [], junctions._combined
+  junctions._combined = lambda *args: made.append(0) or before(*args)
+  try:
+    yield made
+  finally:
+    junctions._combined = before
+
+
 def sizes(family, n):
   """How much is made of a network: equations, set expressions, terms, gates, pairs, lines of ``per_feature``."""
   apply, variables, x = growth.network(family, n)
   tree = VariableTree(variables, "masks")
-  model = trace_apply(apply, tree, (x,)).analyse()
-  terms = collect(cost.term for cost in costs_of(model.program, model.live, FlopsMeter()))
+  with counting() as joins:
+    model = trace_apply(apply, tree, (x,)).analyse()
+    terms = collect(cost.term for cost in costs_of(model.program, model.live, FlopsMeter()))
   prices = Prices(terms, sizes_of(tree.mask_leaves))
   boxes = [model.live.stored(value).box for node in model.program.nodes for value in node.outs]
   found = sets.in_order(s for box in boxes for s in box)
   sharing, features = prices._circuit._sharing, prices._circuit.features
   return {
     "equations": len(model.program.nodes),
+    "joins": len(joins),
     "sets": len(found),
     "parts": sum(len(s.parts) for s in found),
     "entries": sum(s.data.size for s in found if isinstance(s.data, np.ndarray)),
@@ -84,7 +100,9 @@ SLACK = {
   "shuffles": {"pairs": 4.5, "weights": 3.5},
   "grouped_norms": {"weights": 4.5},
   # The operands of its concatenations are as many.
-  "dense_net": {"parts": 4.2},
+  "dense_net": {"parts": 4.2, "joins": 4.2},
+  # Each expert's gate is cut from an axis of N, and is so a set of N positions.
+  "experts": {"entries": 4.2},
   # How many channels a piece lies across is a matter of arithmetic.
   "flattened": {"gates": 3, "weights": 3, "pairs": 6},
 }
@@ -98,6 +116,61 @@ def test_what_is_made_grows_with_the_network(family):
   slack = SLACK.get(family, {})
   for name, size in small.items():
     assert large[name] <= slack.get(name, 2.3) * size + 20, (name, small, large)
+
+
+def shape_of(s):
+  """A set as nested tuples, by its masks' keys: equal for sets that are nested alike."""
+  found = {}
+  for part in sets.in_order([s]):
+    data = part.data.tolist() if isinstance(part.data, np.ndarray) else part.data
+    data = None if isinstance(part, junctions.Junction) else str(data)
+    found[part] = hash((type(part).__name__, part.size, data, *(found[p] for p in part.parts)))
+  return found[s]
+
+
+def unet(n):
+  """A network whose second half reads the first half's results in reverse, with masks put into it."""
+
+  def ones(*shape):
+    return np.ones(shape, np.float32)
+
+  def apply(p, x):
+    h, skips = x @ p["e"], []
+    for w in p["d"]:
+      h = jnp.tanh(h @ w)
+      skips.append(h)
+    for w in p["u"]:
+      h = jnp.tanh(jnp.concatenate([h, skips.pop()], -1) @ w)
+    return h @ p["o"]
+
+  params = {"e": ones(4, 5), "d": [ones(5, 5)] * n, "u": [ones(10, 5)] * n, "o": ones(5, 2)}
+  return fp.auto_mask(apply, params, ones(2, 4))
+
+
+def analysed(auto):
+  """How much is joined to analyse a network, and how the sets that are found are nested; nothing of it stays."""
+  with counting() as joins:
+    model = trace_apply(auto.apply, VariableTree(auto.variables, "masks"), (np.ones((2, 4)),)).analyse()
+  wheres = [model.live.stored(value) for node in model.program.nodes for value in node.outs]
+  shapes = [shape_of(s) for where in wheres for s in (*where.box, where.when)]
+  del model, wheres
+  gc.collect()
+  return len(joins), shapes
+
+
+@pytest.mark.parametrize("others_are_held", [True, False])
+def test_analysis_does_not_depend_on_what_was_analysed_before(others_are_held):
+  auto, other = unet(16), unet(8)
+  first = analysed(auto)
+  masks = masks_of(other.masks, 0)
+  small = fp.compact(other.apply, {**other.variables, "masks": masks}, np.ones((2, 4), np.float32))
+  held = [small.report(), small, [sets.leaf(("other", at), 2) for at in range(1000)]]
+  if not others_are_held:
+    del small
+    held.clear()
+    gc.collect()
+    np.random.default_rng(0).shuffle(expression._free)  # the numbers of sets that are gone, in any order
+  assert analysed(auto) == first
 
 
 @FAMILIES

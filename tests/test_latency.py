@@ -360,3 +360,77 @@ def test_what_loops_do_tells_programs_apart(tmp_path):
   for number, of in enumerate((jnp.sin, jnp.cos, jnp.sin), start=1):
     fp.measure_latency(turns(of), V, X, repeats=1, cache=path)
     assert programs_in(path) == 5 * min(number, 2)  # four widths, and what any call takes
+
+
+BAD_TIMES = {
+  "infinity": float("inf"),
+  "minus infinity": -float("inf"),
+  "nan": float("nan"),
+  "nothing": 0,
+  "less than nothing": -1.0,
+  "years": 1e30,
+  "a huge integer": 10**400,
+  "an integer that cannot be printed": 10**4299,
+  "true": True,
+  "text": "1.0",
+  "null": None,
+  "a list": [1.0],
+}
+
+
+@pytest.mark.parametrize("how", BAD_TIMES)
+def test_a_cache_with_a_time_that_is_none_is_refused(how, tmp_path):
+  path = tmp_path / "times.json"
+  for text in (
+    json.dumps({clock.machine(): {"a": 1.0, "b": BAD_TIMES[how]}}),
+    json.dumps({"another": {"b": BAD_TIMES[how]}}),
+  ):
+    path.write_text(text)
+    with pytest.raises(
+      ValueError, match=r"cache must be a JSON file.*'b' must take from 1e-12 to 1e\+09 seconds, got"
+    ) as caught:
+      fp.measure_latency(two_layers, V, X, cache=path)
+    assert len(str(caught.value)) < 400
+    assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+  "text", ["[" * 100_000, '{"a":' * 100_000, "9" * 5000, "\udcff", "NaN", '{"a": {"b": 1}', ""]
+)
+def test_a_cache_of_something_else_is_refused(text, tmp_path):
+  path = tmp_path / "times.json"
+  path.write_bytes(text.encode("utf-8", "surrogateescape"))
+  with pytest.raises(ValueError, match="cache must be a JSON file"):
+    fp.measure_latency(two_layers, V, X, cache=path)
+
+
+def test_a_time_that_the_clock_cannot_tell_from_nothing_is_above_it(tmp_path):
+  clock.Memory(tmp_path / "times.json").add({"a": 0.0})
+  assert clock.Memory(tmp_path / "times.json").times == {"a": 1e-12}
+
+
+def test_a_cache_where_none_can_be_written_is_refused_before_anything_is_timed(tmp_path, monkeypatch):
+  monkeypatch.setattr(grids, "medians", None)
+  (tmp_path / "file").write_text("")
+  with pytest.raises(IsADirectoryError, match="got the folder"):
+    fp.measure_latency(two_layers, V, X, cache=tmp_path)
+  with pytest.raises(OSError, match=r"a file can be written, got .*times\.json, where .*file is no folder"):
+    fp.measure_latency(two_layers, V, X, cache=tmp_path / "file" / "times.json")
+  monkeypatch.setattr(clock.os, "access", lambda *_: False)  # root may write anywhere
+  with pytest.raises(OSError, match=r"may be written to\. Name another"):
+    fp.measure_latency(two_layers, V, X, cache=tmp_path / "times.json")
+
+
+def test_a_cache_that_knows_everything_need_not_be_written(tmp_path, monkeypatch):
+  path = tmp_path / "times.json"
+  first = fp.measure_latency(two_layers, V, X, repeats=1, cache=path)
+  monkeypatch.setattr(clock.os, "access", lambda *_: False)
+  assert fp.measure_latency(two_layers, V, X, repeats=1, cache=path).dense == first.dense
+
+
+def test_a_cache_may_be_a_link_into_a_folder_that_is_not_there_yet(tmp_path):
+  link, target = tmp_path / "link.json", tmp_path / "later" / "times.json"
+  link.symlink_to(target)
+  clock.Memory(link).add({"a": 1.0})
+  assert link.is_symlink()
+  assert clock.Memory(target).times == clock.Memory(link).times == {"a": 1.0}

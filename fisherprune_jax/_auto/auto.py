@@ -12,9 +12,9 @@ from fisherprune_jax._auto.groups import Group, find, find_blocks
 from fisherprune_jax._auto.matching import tree_of
 from fisherprune_jax._auto.skipping import Skipped, folded
 from fisherprune_jax._auto.table import table
-from fisherprune_jax._auto.wrapping import Model, Wrapped
+from fisherprune_jax._auto.wrapping import NO_PATH, Model, Wrapped
 from fisherprune_jax._cost.measures import cost_model
-from fisherprune_jax._errors import Path, describe, path_name, require
+from fisherprune_jax._errors import Path, describe, path_name, path_names, require
 from fisherprune_jax._graph.examples import batch_size, example_axes
 from fisherprune_jax._graph.variables import abstract
 from fisherprune_jax._masks import COLLECTION
@@ -146,7 +146,7 @@ def auto_mask(
   shapes: list[Shape] = [value.shape for value in form.variables]
   model = Model(
     isinstance(variables, Mapping) and "params" in variables,
-    ["/".join(path) for path in paths],
+    paths,
     shapes,
     trees,
     [found.groups[at] for at in kept],
@@ -179,7 +179,7 @@ def _paths(variables: PyTree) -> list[tuple[str, ...]]:
       "auto_mask takes a function that holds no masks, got variables with a collection 'masks'. Leave it out of them, "
       "or prune with the masks that are there: fp.cost_model(apply_fn, variables, ...)."
     )
-  return [tuple(path_name((key,)) for key in path) or ("variables",) for path, _ in leaves]
+  return [path_names(path) or NO_PATH for path, _ in leaves]
 
 
 def _chosen(groups: list[Group], select: Select, skipped: list[Skipped]) -> list[Group]:
@@ -205,5 +205,5 @@ def _unselected(groups: list[Group], chosen: list[Group]) -> list[Skipped]:
     Skipped(path, axis, group.size, f"group {group.name!r} is not selected")
     for group in groups
     if group not in chosen
-    for path, axis in (*group.members, *group.stays)
+    for path, axis in group.members
   ]

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from fisherprune_jax._auto.atoms import Atom, leaves
@@ -35,8 +34,6 @@ class Group:
     members: ``(path, axis)`` of every variable that shrinks with it, as in ``("params/Conv_0/kernel", 3)``.
     kind: ``"features"``, or ``"block"`` for a residual branch that goes as a whole.
     rows: the leading axes of its mask, one row for each layer of a stack; mostly none.
-    stays: ``(path, axis)`` of variables that have these features, too, and keep all of them: something that variables
-      alone make, such as a spectral norm, sums over them.
   """
 
   name: str
@@ -44,7 +41,6 @@ class Group:
   members: tuple[tuple[str, int], ...]
   kind: str = "features"
   rows: tuple[int, ...] = ()
-  stays: tuple[tuple[str, int], ...] = ()
 
 
 class Found(NamedTuple):
@@ -107,6 +103,7 @@ def find(form: Form, paths: Sequence[tuple[str, ...]]) -> Found:
   read = {leaf for reader in axes.readers for leaf in leaves(reader.atom)}
   good = [leaf for leaf in makers if leaf in places and leaf in read and _is_free(leaf)]
   rows = stacks(axes)
+  whole = staying(axes, form.program, form.variables)
   roles = roles_of(axes, set(good))
   called = unique_names(
     [(makers[leaf], places[leaf]) for leaf in good], paths, [roles.get(leaf, WIDTH) for leaf in good]
@@ -115,22 +112,13 @@ def find(form: Form, paths: Sequence[tuple[str, ...]]) -> Found:
     Group(
       name,
       leaf.size,
-      tuple(dict.fromkeys((names[at], axis) for at, axis, _ in places[leaf])),
+      tuple(dict.fromkeys((names[at], axis) for at, axis, _ in places[leaf] if (at, leaf) not in whole)),
       rows=tuple(label.size for label in rows.get(leaf, ())),
     )
     for leaf, name in zip(good, called, strict=True)
   ]
-  skipped = skipped_of(axes, form.variables, names, places, set(good), makers.keys())
-  whole = staying(axes, form.program, form.variables)
-  kept = [{(names[at], axis) for at, axis, _ in places[leaf] if (at, leaf) in whole} for leaf in good]
-  groups = [_told(group, stays) for group, stays in zip(groups, kept, strict=True)]
+  skipped = skipped_of(axes, form.variables, names, places, set(good), makers.keys(), whole)
   return Found(groups, skipped, [places[leaf] for leaf in good])
-
-
-def _told(group: Group, stays: AbstractSet[tuple[str, int]]) -> Group:
-  """A group that says which of its members cannot shrink."""
-  members = tuple(member for member in group.members if member not in stays)
-  return replace(group, members=members, stays=tuple(m for m in group.members if m in stays))
 
 
 def _is_free(leaf: Atom) -> bool:

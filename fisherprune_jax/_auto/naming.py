@@ -30,7 +30,7 @@ def unique_names(
   bases = [_module(paths[maker], paths) for maker, _ in makers]
   own = ["/".join(_without_collection(paths[maker])) for maker, _ in makers]
   axes = [_axis(maker, places) for maker, places in makers]
-  known = [*zip(bases, own, roles or [WIDTH] * len(bases), axes, strict=True)]
+  known = [*zip(bases, own, roles, axes, strict=True)]
   names = bases
   for longer in (
     [path if role == WIDTH else f"{base}.{role}" for base, path, role, _ in known],
@@ -41,6 +41,10 @@ def unique_names(
   ):
     count = Counter(names)
     names = [more if count[name] > 1 else name for name, more in zip(names, longer, strict=True)]
+  seen: Counter[str] = Counter()
+  for at, name in enumerate(names):  # keys may hold slashes: then two paths may be one text
+    seen[name] += 1
+    names[at] = name if seen[name] == 1 else f"{name}#{seen[name]}"
   return names
 
 

@@ -1,4 +1,4 @@
-"""Which row of a mask is laid where, so that row n is of one example everywhere; and what says so where there is none."""
+"""Where the rows of per-example masks lie in each array, so that row n belongs to example n everywhere."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,8 +15,8 @@ from fisherprune_jax._auto.rows import FIRST, Rows
 from fisherprune_jax._graph.program import Node, Value
 
 REMEDY = (
-  "Do it to the data before a variable is involved, or leave the group out: fp.auto_mask(..., select=...). Masks of one "
-  "row for all examples, auto.masks, fit anywhere."
+  "Permute or mix the data before any variable is involved, or leave the group out: fp.auto_mask(..., select=...). Masks "
+  "without an example axis, such as auto.masks, work anywhere."
 )
 
 
@@ -52,7 +52,7 @@ class Numbering:
           base, before = bases.setdefault(name, (rows.base, node))
           if base != rows.base:
             raise ValueError(
-              "A row of a mask must be of one example wherever the mask stands, but the examples are in different orders "
+              "A row of a mask must belong to one example wherever the mask stands, but the examples are in different orders "
               f"at {before.source} and at {node.source}, which both sum over group {name!r}: {_stirred(base | rows.base)} "
               f"orders them by what the data holds. {REMEDY}"
             )
@@ -83,8 +83,8 @@ class Numbering:
     if hidden is not None:
       what = f"{hidden.why.name} at {hidden.why.source}" if hidden.why else "an index of too many entries"
       raise ValueError(
-        f"Masks of one row per example must meet arrays of which each row is of a known example, got {where}. "
-        f"Nobody can follow the examples through {what}: it permutes or mixes them. {REMEDY}"
+        f"Masks of one row per example must meet arrays in which each row belongs to a known example, got {where}. "
+        f"The examples cannot be followed through {what}, which permutes or mixes them. {REMEDY}"
       )
     if len(found) > 1:
       raise ValueError(
@@ -94,8 +94,8 @@ class Numbering:
     if not found:
       raise ValueError(
         f"Masks of one row per example must meet arrays of examples, got {where} that has no example axis. Say where "
-        "the arguments have theirs: fp.auto_mask(..., batch_axes=...), auto.wrap(fn, batch_axes=...). (After a "
-        "primitive without a rule nobody knows where they are: fp.register_rule.)"
+        "the arguments have theirs: fp.auto_mask(..., batch_axes=...), auto.wrap(fn, batch_axes=...). (A "
+        "primitive without a rule hides them: fp.register_rule.)"
       )
     return found[0]
 

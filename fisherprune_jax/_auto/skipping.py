@@ -13,6 +13,7 @@ from fisherprune_jax._graph.program import Value
 from fisherprune_jax._graph.spec import Pick, Sum
 
 ALONE = "it has one entry"
+WHOLE = "variables alone are summed over along it"
 FOLDED = (KERNEL, ARGUMENT, OUTPUT, ALONE)
 """How reasons begin that say little, the more interesting first: tables have one line for each."""
 Place = tuple[int, int, int]
@@ -34,6 +35,7 @@ def skipped_of(
   places: Mapping[Atom, Sequence[Place]],
   groups: AbstractSet[Atom],
   makers: AbstractSet[Atom],
+  whole: Mapping[tuple[int, Atom], str],
 ) -> list[Skipped]:
   """What is said of all leaves that are no group.
 
@@ -44,6 +46,7 @@ def skipped_of(
     places: where each leaf lies.
     groups: the leaves that are groups.
     makers: the leaves that a variable makes.
+    whole: which variables, by position, keep all entries of which leaf of a group, and the line that needs them.
   """
   used, cut = _where(axes)
   read = {leaf for reader in axes.readers for leaf in leaves(reader.atom)}
@@ -57,6 +60,10 @@ def skipped_of(
       else:
         found.add(Skipped(names[at], axis, leaf.size, why))
   found.update(Skipped(names[at], axis, size, why) for (at, axis, why), size in single.items())
+  for leaf in groups:
+    for at, axis, _ in places[leaf]:
+      if (at, leaf) in whole:
+        found.add(Skipped(names[at], axis, leaf.size, f"{WHOLE}, at {whole[at, leaf]}"))
   order = {name: at for at, name in enumerate(names)}
   return sorted(found, key=lambda one: (rank(one), order[one.path], one.axis, one.size, one.why))
 

@@ -13,16 +13,16 @@ from fisherprune_jax._graph.spec import factors_of
 from fisherprune_jax._graph.structured import links
 
 
-def staying(axes: Axes, program: Program, variables: Sequence[Value]) -> set[tuple[int, Atom]]:
-  """Which variables, by position, keep all entries of which leaf."""
+def staying(axes: Axes, program: Program, variables: Sequence[Value]) -> dict[tuple[int, Atom], str]:
+  """Which variables, by position, keep all entries of which leaf, each with the line that needs them."""
   origins: dict[Value, frozenset[int]] = {value: frozenset({at}) for at, value in enumerate(variables)}
   return _walk(axes, program, origins)
 
 
-def _walk(axes: Axes, program: Program, origins: dict[Value, frozenset[int]]) -> set[tuple[int, Atom]]:
-  found: set[tuple[int, Atom]] = set()
+def _walk(axes: Axes, program: Program, origins: dict[Value, frozenset[int]]) -> dict[tuple[int, Atom], str]:
+  found: dict[tuple[int, Atom], str] = {}
   for node in used(program):
-    found |= {(at, leaf) for value, leaf in _summed(axes, node) for at in origins.get(value, ())}
+    found |= {(at, leaf): node.source for value, leaf in _summed(axes, node) for at in origins.get(value, ())}
     of_all = frozenset[int]().union(*(origins.get(value, frozenset()) for value in node.ins))
     origins.update((out, of_all) for out in node.outs if not axes.varies(out))
     for link in links(node, axes.live):

@@ -1,7 +1,7 @@
 """A function of variables that may hold masks: traced, its groups found again, and run with the masks put in."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -12,10 +12,18 @@ from fisherprune_jax._auto.inserting import Masked, Masks, plan_of
 from fisherprune_jax._auto.laying import Laid
 from fisherprune_jax._auto.matching import Leaves, Tree, match
 from fisherprune_jax._auto.numbering import Numbering
-from fisherprune_jax._errors import path_name, require, require_same_tree
+from fisherprune_jax._errors import is_traced, path_names, require, require_same_tree
 from fisherprune_jax._graph.examples import example_axes
+from fisherprune_jax._graph.variables import signature
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._types import BatchAxes, PyTree, Shape
+
+NO_PATH = ("variables",)
+"""What stands for the path of variables that are one array."""
+MOST_KEPT = 8
+"""Shapes that a function is kept traced at, for calls outside of ``jit``."""
+CONTAINERS, PLAIN = (tuple, list, dict, type(None)), (bool, int, float, complex, str, bytes)
+"""What can be told apart by its value, since it cannot change."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +31,7 @@ class Model:
   """What every form of a model has in common: its variables by path, how their axes are cut, and its groups."""
 
   has_params: bool
-  paths: list[str]
+  paths: list[tuple[str, ...]]
   shapes: list[Shape]
   trees: list[list[Tree]]
   groups: list[Group]
@@ -43,15 +51,16 @@ class Model:
   def in_order(self, variables: PyTree, values: Sequence[Any]) -> "list[Any | None]":
     """What belongs to this model's variables, of what belongs to the leaves of ``variables``; None of one that is not there."""
     found = {
-      path_name(path): (leaf.shape, value)
+      path_names(path) or NO_PATH: (leaf.shape, value)
       for (path, leaf), value in zip(jax.tree_util.tree_leaves_with_path(variables), values, strict=True)
     }
     used = {self.paths[at] for places in self.places for at, _, _ in places}
     for path, shape in zip(self.paths, self.shapes, strict=True):
       if path in used and (path not in found or tuple(found[path][0]) != tuple(shape)):
-        got = f"of shape {tuple(found[path][0])}" if path in found else f"none there, but {sorted(found)[:8]}"
+        there = ["/".join(names) for names in sorted(found)[:8]]
+        got = f"of shape {tuple(found[path][0])}" if path in found else f"none there, but {there}"
         raise ValueError(
-          f"The variables must be those of the function that auto_mask analysed, with {path!r} of shape {tuple(shape)}, "
+          f"The variables must be those of the function that auto_mask analysed, with {'/'.join(path)!r} of shape {tuple(shape)}, "
           f"got {got}. Pass a tree like auto.variables, or call fp.auto_mask for this function."
         )
     return [found[path][1] if path in found else None for path in self.paths]
@@ -90,6 +99,7 @@ class Wrapped:
   fn: Callable[..., PyTree]
   model: Model
   batch_axes: BatchAxes = 0
+  _kept: dict[Any, tuple[Masked, Leaves]] = field(default_factory=dict)
 
   @property
   def __wrapped__(self) -> Callable[..., PyTree]:
@@ -103,15 +113,29 @@ class Wrapped:
       return self.fn(own, *args, **kwargs)
     count = self.model.examples_of(masks)
     given = _Arguments(args, kwargs)
-    masked, leaves = self._traced(own, given, count)
+    masked, leaves = self._masked(own, given, count)
     if count == 1:  # one example is all that there is: nothing tells it apart
       masks = {name: mask.reshape((*mask.shape[:-2], mask.shape[-1])) for name, mask in masks.items()}
     labels = (masked.numbering.label,) if masked.numbering else ()
     laid = {leaf: Laid(masks[group.name], (*turns, *labels)) for leaf, (group, turns) in leaves.items()}
     return masked([*jax.tree.leaves(own), *given.arrays], Masks(laid))
 
+  def _masked(self, own: PyTree, given: "_Arguments", count: int | None) -> tuple[Masked, Leaves]:
+    """The same, kept for the next call where nothing is traced and the arguments cannot have changed."""
+    key = given.key(own)
+    if key is None or any(map(is_traced, (*jax.tree.leaves(own), *given.arrays))):
+      return self._traced(own, given, count)
+    if (key, count) not in self._kept:
+      made = self._traced(own, given, count)
+      if made[0].form.captured:
+        return made
+      if len(self._kept) == MOST_KEPT:
+        self._kept.pop(next(iter(self._kept)))
+      self._kept[key, count] = made
+    return self._kept[key, count]
+
   def _traced(self, own: PyTree, given: "_Arguments", count: int | None) -> tuple[Masked, Leaves]:
-    """The function traced, with a plan of where masks stand: at every call, as whatever it reads may have changed."""
+    """The function traced, with a plan of where masks stand."""
 
     def function(variables: PyTree, *arrays: Any) -> PyTree:
       args, kwargs = given.filled(arrays)
@@ -141,6 +165,17 @@ class _Arguments:
     taken = set(self._at)
     self._rest = {at: leaf for at, leaf in enumerate(leaves) if at not in taken}
 
+  def key(self, own: PyTree) -> Any:
+    """What a trace with variables ``own`` depends on; None if that holds objects, which may change."""
+    if not (_is_plain(self._tree) and _is_plain(jax.tree.structure(own))):
+      return None
+    if any(type(x) not in PLAIN for x in self._rest.values()):
+      return None
+    rest = tuple(
+      (at, type(x), repr(x)) for at, x in self._rest.items()
+    )  # 1, True and 1.0 are equal, as 0.0 and -0.0
+    return signature(own), signature(self.arrays), self._tree, rest
+
   def filled(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments with other arrays."""
     leaves = dict(zip(self._at, arrays, strict=True)) | self._rest
@@ -156,3 +191,13 @@ class _Arguments:
       axis if axis is not None and len(x.shape) > axis and x.shape[axis] == count else None
       for x, axis in ((x, axes[at]) for at, x in zip(self._at, self.arrays, strict=True))
     ]
+
+
+def _is_plain(tree: Any) -> bool:
+  """Whether a tree's structure is one of tuples, lists and dictionaries with names."""
+  data = tree.node_data()
+  if data is None:
+    return True  # a leaf
+  kind, more = data
+  named = kind is not dict or all(type(name) is str for name in more)
+  return kind in CONTAINERS and named and all(map(_is_plain, tree.children()))

@@ -3,14 +3,16 @@
 import hashlib
 import importlib.util
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fisherprune_jax._compaction.schema import ARRAYS, misfits
 from fisherprune_jax._files import PathLike, replacing, target_of
 from fisherprune_jax._types import Array
 
@@ -107,8 +109,22 @@ def read(path: PathLike) -> Content:
       f"A file to load must be as it was written, got {os.fspath(path)!r}, which is cut short or changed: its checksum "
       "differs. Copy it again from where it came from, or save the network again."
     )
-  found = {name: tensor["data"] for name, tensor in safetensors.deserialize(whole)}
-  return Content(header, {name: _read(found[name], *kind) for name, kind in header["arrays"].items()})
+  try:
+    refuse(path, misfits(header.get("arrays"), ARRAYS, "the header/arrays"))
+    found = {name: tensor["data"] for name, tensor in safetensors.deserialize(whole)}
+    return Content(header, {name: _read(found, name, *kind) for name, kind in header["arrays"].items()})
+  except safetensors.SafetensorError as error:
+    refuse(path, iter([str(error)]))
+    raise
+
+
+def refuse(path: PathLike, wrong: Iterator[str]) -> None:
+  """Raises for the first of some faults of a file, if there are any."""
+  if found := next(wrong, ""):
+    raise ValueError(
+      f"A file to load must hold what small.save writes, got {os.fspath(path)!r}, where {found}. It was changed by "
+      "something else: save the network again."
+    )
 
 
 def on_host(name: str, leaf: Array) -> np.ndarray:
@@ -134,8 +150,13 @@ def _written(array: np.ndarray) -> np.ndarray:
   return array if array.dtype.name in NATIVE else np.frombuffer(array.tobytes(), np.uint8)
 
 
-def _read(data: bytes, dtype: str, shape: Sequence[int]) -> np.ndarray:
-  return np.frombuffer(data, jnp.dtype(dtype)).reshape(shape)
+def _read(found: dict[str, bytes], name: str, dtype: str, shape: Sequence[int]) -> np.ndarray:
+  need, have = math.prod(shape) * jnp.dtype(dtype).itemsize, len(found.get(name, b""))
+  if name not in found or need != have:
+    raise ValueError(
+      f"A file to load must hold {need:,} bytes for each {dtype}{list(shape)}, got {have:,} for {name!r}. Save the network again."
+    )
+  return np.frombuffer(found[name], jnp.dtype(dtype)).reshape(shape)
 
 
 def _metadata(whole: bytes) -> tuple[dict[str, Any], str] | None:

@@ -8,11 +8,9 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 from fisherprune_jax._compaction import files
 from fisherprune_jax._compaction.files import Content
-from fisherprune_jax._compaction.loading import history_of, originals_of
+from fisherprune_jax._compaction.loading import history_of, originals_of, read
 from fisherprune_jax._compaction.report import share, times
 from fisherprune_jax._compaction.saving import ALL, NONE, VARIABLES
 from fisherprune_jax._files import PathLike
@@ -47,7 +45,7 @@ def show(path: PathLike) -> None:
 def described(path: PathLike) -> list[Table | list[str]]:
   """Tables, and lines of text, that say what a file holds."""
   files.check_installed()
-  content = files.read(path)
+  content = read(path)
   masks = [
     (name, f"{before:,}", f"{after:,}", share(after, before))
     for name, before, after in content.header["widths"]
@@ -85,17 +83,17 @@ def _variable_rows(content: Content) -> list[Cells]:
 
 
 def _totals(content: Content) -> list[Cells]:
-  numbers, size = np.zeros(2, int), np.zeros(2, int)
+  numbers, size = [0, 0], [0, 0]
   for line, original in zip(content.header["leaves"], originals_of(content), strict=True):
     if not line["mask"]:
-      both = np.array([math.prod(original.shape), math.prod(original.compact_shape)])
+      both = [math.prod(original.shape), math.prod(original.compact_shape)]
       array = content.arrays[line["array"]]
-      numbers += both
-      size += both * array.nbytes // max(both[1], 1)
+      numbers = [have + n for have, n in zip(numbers, both, strict=True)]
+      size = [have + n * array.nbytes // max(both[1], 1) for have, n in zip(size, both, strict=True)]
   rows: list[tuple[str, Sequence[float]]] = [
     ("FLOPs per example", (content.header["dense"], content.header["cost"])),
-    ("numbers in all variables", numbers.tolist()),
-    ("bytes of all variables", size.tolist()),
+    ("numbers in all variables", numbers),
+    ("bytes of all variables", size),
   ]
   return [(name, f"{before:,.0f}", f"{after:,.0f}", share(after, before)) for name, (before, after) in rows]
 

@@ -1,7 +1,7 @@
 """A compact network from a file, without the code of the model."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from fisherprune_jax._compaction.files import Content
 from fisherprune_jax._compaction.originals import Original
 from fisherprune_jax._compaction.plain import from_json, plain
 from fisherprune_jax._compaction.saving import ALL, HISTORY, NONE, PROGRAM, VARIABLES, as_arrays, stored
+from fisherprune_jax._compaction.schema import contradictions, count_leaves, misfits
 from fisherprune_jax._errors import describe, path_name, require_same_tree
 from fisherprune_jax._files import PathLike
 from fisherprune_jax._training.history import Pruned
@@ -37,13 +38,15 @@ class Loaded:
 
   def __init__(self, path: PathLike) -> None:
     files.check_installed()
-    content = files.read(path)
+    content = read(path)
     header = content.header
     self.exported = _program(path, content)
     self._content = _without_variables(content)
     self._trees = {name: from_json(header[name]) for name in ("variables", "arguments", "outputs")}
     _check_precision(path, content)
-    self.variables = self._tree("variables", [_leaf(line, content) for line in header["leaves"]])
+    leaves = [_leaf(path, line, content) for line in header["leaves"]]
+    files.refuse(path, _misfits(self.exported, header, leaves))
+    self.variables = self._tree("variables", leaves)
     self.kept = self._tree("variables", [original.index for original in originals_of(content)])
     self.cost: float = header["cost"]
     self.dense: float = header["dense"]
@@ -152,6 +155,18 @@ def load(path: PathLike) -> Loaded:
   return Loaded(path)
 
 
+def read(path: PathLike) -> Content:
+  """Reads a file, and refuses one that ``save`` cannot have written.
+
+  Raises:
+    ValueError: if it is another kind of file, of a newer version, damaged, or changed.
+  """
+  content = files.read(path)
+  files.refuse(path, misfits(content.header))
+  files.refuse(path, contradictions(content.header, content.arrays))
+  return content
+
+
 def originals_of(content: Content) -> list[Original]:
   """What is known of each variable from before."""
   return [_original(line, content) for line in content.header["leaves"]]
@@ -172,9 +187,27 @@ def _original(line: dict[str, Any], content: Content) -> Original:
   return Original(tuple(line["original"]), tuple(index))
 
 
-def _leaf(line: dict[str, Any], content: Content) -> jax.Array:
+def _leaf(path: PathLike, line: dict[str, Any], content: Content) -> jax.Array:
   array = jnp.asarray(content.arrays[line["array"]])
-  return array if line["key"] is None else jax.random.wrap_key_data(array, impl=line["key"])
+  if line["key"] is None:
+    return array
+  try:
+    return jax.random.wrap_key_data(array, impl=line["key"])
+  except Exception as error:
+    files.refuse(path, iter([f"{line['array']!r} is no random key of {line['key']!r}: {error}"]))
+    raise
+
+
+def _misfits(exported: export.Exported, header: dict[str, Any], leaves: Sequence[jax.Array]) -> Iterator[str]:
+  """Where a program does not fit what the header says of it."""
+  taken, given = (count_leaves(header[name]) for name in ("arguments", "outputs"))
+  takes, gives = len(exported.in_avals), len(exported.out_avals)
+  if (takes, gives) != (len(leaves) + taken, given):
+    yield f"a program of {takes} arrays that gives {gives} has {len(leaves) + taken} that give {given}"
+    return
+  for line, leaf, aval in zip(header["leaves"], leaves, exported.in_avals, strict=False):
+    if (leaf.shape, leaf.dtype) != (aval.shape, aval.dtype):
+      yield f"{line['array']!r} must be {aval}, as the program takes it, and is {describe(leaf)}"
 
 
 def _without_variables(content: Content) -> Content:

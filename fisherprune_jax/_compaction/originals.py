@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from fisherprune_jax._compaction.kept import Index, Kept
-from fisherprune_jax._errors import Path, path_name
+from fisherprune_jax._errors import Path, path_names
 from fisherprune_jax._types import PyTree
 
 T = TypeVar("T")
@@ -55,10 +55,10 @@ def original_of(kept: Kept) -> Original:
 
 def originals(kept: PyTree, before: PyTree) -> PyTree:
   """A tree of ``Original`` for a tree of ``Kept``; ``before`` is that of the network which these were cut from."""
-  known = {names_of(path): original for path, original in jax.tree_util.tree_leaves_with_path(before)}
+  known = {path_names(path): original for path, original in jax.tree_util.tree_leaves_with_path(before)}
 
   def of_leaf(path: Path, leaf: Kept) -> Original:
-    own, names = original_of(leaf), names_of(path)
+    own, names = original_of(leaf), path_names(path)
     ways = [
       names,
       *(names[:at] + names[at + 1 :] for at, name in PUT_IN.items() if names[at : at + 1] == (name,)),
@@ -74,11 +74,6 @@ def inside(function: Any, kind: type[T]) -> T | None:
   while function is not None and not isinstance(function, kind):
     function = getattr(function, "__wrapped__", getattr(function, "func", None))
   return function
-
-
-def names_of(path: Path) -> Names:
-  """A path as names."""
-  return tuple(path_name((key,)) for key in path)
 
 
 def _positions(shape: tuple[int, ...], index: Index) -> Indices:

@@ -198,8 +198,8 @@ def _serialized(exported_with: Callable[[str], export.Exported]) -> tuple[export
       warn(f"The network is saved with {kept}. JAX cannot differentiate it otherwise: {reason}")
     return exported, program, derivative
   raise ValueError(
-    f"A network to save must be one that JAX can write to a file, got {reason} Take out what cannot be written, such as "
-    "callbacks into Python, before fp.compact."
+    f"A network to save must be one that JAX can write to a file, got {reason}. Take out what jax.export cannot write, "
+    "such as callbacks into Python and variables of int2, before fp.compact."
   )
 
 

@@ -111,19 +111,21 @@ class Prices:
     own = [self._circuit.features_of(group.support) for group in level]
     group, features = np.repeat(np.arange(len(level)), [f.size for f in own]), np.concatenate(own)
     sums, lanes = choices(level), np.array(self._lane_of_sum)
-    falls = [found[lanes[column[group]], features] * self._hangs(own, column) for column in sums.T]
+    falls = found[lanes[sums[group]], features[:, None]] * self._hangs(own, sums)
     values = totals[sums]
     behind = jnp.max(values, axis=1, keepdims=True) - values  # exactly zero for the largest one
-    drop = jnp.min(behind[group] + jnp.stack(falls, axis=1), axis=1)
+    drop = jnp.min(behind[group] + falls, axis=1)
     parents = np.array([lanes[g.parent] for g in level])
     return found.at[parents[group], features].add(_scales(level)[group] * drop)
 
   def _hangs(self, own: list[np.ndarray], sums: np.ndarray) -> np.ndarray:
-    """Of features of several groups, end to end, whether one sum of each group hangs on them: others may share its lane."""
-    supports = (self._sums.supports[at] for at in sums)
-    return np.concatenate(
-      [np.isin(f, self._circuit.features_of(support)) for f, support in zip(own, supports, strict=True)]
-    )
+    """``(features, sums)``: of features of several groups, end to end, whether the sums of the group hang on each.
+
+    Others may share the lane of a sum.
+    """
+    below = {at: self._circuit.features_of(self._sums.supports[at]) for at in {*sums.flat}}
+    groups = zip(own, sums, strict=True)
+    return np.concatenate([np.stack([np.isin(f, below[at]) for at in row], axis=1) for f, row in groups])
 
 
 def _scales(level: list[Group]) -> np.ndarray:

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import jax
 
-from fisherprune_jax._errors import path_name
+from fisherprune_jax._errors import path_name, path_names
 from fisherprune_jax._graph import control as control
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.boxes import Box, Where, hull, whole_box
@@ -117,10 +117,10 @@ def _places(updates: Picker, out_tree: PyTree, tree: VariableTree) -> dict[int, 
   """Which leaf of the output replaces which leaf of the variables."""
   shapes = [leaf.shape for leaf in jax.tree.leaves(out_tree)]
   picked = updates(jax.tree.unflatten(jax.tree.structure(out_tree), range(len(shapes))))
-  places = {path_name(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
+  places = {path_names(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
   found = {}
   for path, out in jax.tree_util.tree_leaves_with_path(picked):
-    at, shape = places.get(path_name(path), (None, None))
+    at, shape = places.get(path_names(path), (None, None))
     if at is None or shapes[out] != shape:
       raise ValueError(
         f"updates must pick from the output what replaces entries of `variables`, got {path_name(path)} of shape "

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._errors import Path, path_name
+from fisherprune_jax._masks import check_names
 from fisherprune_jax._types import Array, Masks, PyTree
 
 MaskSelector = str | Callable[[Path], bool]
@@ -34,6 +35,7 @@ class VariableTree:
     for path, leaf in self.paths:
       if self.is_mask(path) and not len(leaf.shape):
         raise ValueError(f"A mask must have a feature axis, got a scalar at {path_name(path)}.")
+    check_names(self.mask_tree)
 
   @property
   def paths(self) -> list[tuple[Path, Array]]:

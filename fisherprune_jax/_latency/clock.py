@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._files import PathLike, replacing
+from fisherprune_jax._files import PathLike, replacing, target_of
 
+SHORTEST, LONGEST = 1e-12, 1e9
+"""Seconds: less is what a clock cannot tell from nothing, more is what nothing takes."""
 VISIT = 2e-3
 """Seconds that a program runs for, over and over, each time that its turn comes: far more than a clock's tick."""
 Run = Callable[[], Any]
@@ -61,16 +63,17 @@ class Memory:
 
   Raises:
     ValueError: for a file that holds something else.
+    IsADirectoryError: for a folder.
   """
 
   def __init__(self, path: PathLike | None) -> None:
-    self._path = None if path is None else Path(path)
+    self._path = None if path is None else Path(target_of(path))
     self._machine = machine()
     self.times: dict[str, float] = self._read().get(self._machine, {})
 
   def add(self, found: Mapping[str, float]) -> None:
     """Remembers times; the file is written anew, with what others have added to it meanwhile, and put in its place."""
-    self.times.update(found)
+    self.times.update({name: max(seconds, SHORTEST) for name, seconds in found.items()})
     if self._path is None:
       return
     everything = self._read()
@@ -82,20 +85,47 @@ class Memory:
   def _read(self) -> dict[str, dict[str, float]]:
     if self._path is None or not self._path.exists():
       return {}
+    if self._path.is_dir():
+      raise IsADirectoryError(
+        f"cache must be the path of a file, got the folder {self._path}. Name a file in it."
+      )
     try:
       found = json.loads(self._path.read_text())
       _check(found)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise ValueError(
         f"cache must be a JSON file that fp.measure_latency wrote, or a path where there is none, got {self._path}: "
         f"{error}. Remove it, or name another."
       ) from error
     return found
 
+  def check_place(self) -> None:
+    """Raises where no file can be written: to be asked before anything is timed."""
+    if self._path is None:
+      return
+    folder = next(folder for folder in self._path.parents if folder.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+      raise OSError(
+        f"cache must be a path where a file can be written, got {self._path}, where {folder} is no folder that may be "
+        "written to. Name another."
+      )
+
 
 def _check(found: Any) -> None:
   parts: Iterable[Any] = found.values() if isinstance(found, dict) else [None]
   if not all(isinstance(part, dict) for part in parts):
     raise ValueError("it holds no times by machine")
-  if not all(isinstance(t, float | int) and t >= 0 for part in parts for t in part.values()):
-    raise ValueError("a time is no number of seconds")
+  wrong = [(name, t) for part in parts for name, t in part.items() if not _is_time(t)]
+  if wrong:
+    raise ValueError(
+      f"{wrong[0][0][:80]!r} must take from {SHORTEST:g} to {LONGEST:g} seconds, got {_short(wrong[0][1])}"
+    )
+
+
+def _is_time(t: Any) -> bool:
+  return isinstance(t, float | int) and not isinstance(t, bool) and SHORTEST <= t <= LONGEST
+
+
+def _short(value: Any) -> str:
+  """A value of JSON for an error of one line."""
+  return "a huge number" if isinstance(value, int) and value.bit_length() > 99 else str(value)[:30]

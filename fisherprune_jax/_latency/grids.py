@@ -42,6 +42,7 @@ def table_of(kernel: Kernel, grid: Sequence[Sequence[int]], repeats: int, memory
   names = [kernel.name(widths) for widths in points]
   new = {name: w for name, w in zip(names, points, strict=True) if name not in memory.times}
   if new:
+    memory.check_place()
     memory.add(dict(zip(new, _seconds(kernel, [*new.values()], repeats), strict=True)))
   seconds = np.zeros([len(g) + 1 for g in grid])
   found = [memory.times[name] for name in names]

@@ -80,6 +80,7 @@ def measure_latency(
   Raises:
     ValueError: for fractions that do not rise to 1, fewer than one repeat, a file that holds something else, and as
       :func:`cost_model`.
+    OSError: if something must be timed, and the file cannot be written.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp

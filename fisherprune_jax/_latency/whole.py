@@ -68,6 +68,7 @@ def wholes(
   names = [f"program {program_name}, {share:g} of widths in multiples of {multiple_of}" for share in CUTS]
   names.append(f"program {program_name}, calling it")
   if not memory.times.keys() >= set(names):
+    memory.check_place()
     memory.add(dict(zip(names, _seconds(apply_fn, tree, args, batch_axes, leaves, repeats), strict=True)))
   *seconds, calling = (memory.times[name] for name in names)
   return Wholes(alike, seconds, calling)

@@ -85,9 +85,8 @@ def prune(cost: CostModel, signals: Masks, target: float | None = None, **option
   masks = cost.masks if chosen.masks is None else chosen.masks
   weight = chosen.at("flops_weight", jnp.int32(1))
   run = _program(chosen, weight)
-  left, exhausted = run(
-    masks, signals, cost.flat.limit(target or 0.0), None if isinstance(weight, str) else weight
-  )
+  limit = None if to_floors or target is None else cost.flat.limit(target)
+  left, exhausted = run(masks, signals, limit, None if isinstance(weight, str) else weight)
   left = unflatten(left, masks)
   if not to_floors and not is_traced(exhausted) and bool(exhausted):
     warn(
@@ -102,7 +101,7 @@ def _program(options: Options, weight: Any) -> Callable[..., tuple[jax.Array, ja
   flat, word = options.cost.flat, weight if isinstance(weight, str) else None
   key = (word, options.at_once, *options.rows.key)
 
-  def run(masks: Masks, signals: Masks, limit: Limit, weight: Any) -> tuple[jax.Array, jax.Array]:
+  def run(masks: Masks, signals: Masks, limit: Limit | None, weight: Any) -> tuple[jax.Array, jax.Array]:
     select = options.selection(lambda alive: flat.price(alive, limit), weight if word is None else word)
     vector = tamed(flatten(signals).astype(jnp.float32))
     left = select.run(flatten(masks) > 0, vector, jnp.bool_(True), jnp.bool_(False))
@@ -204,8 +203,9 @@ class _Sums(NamedTuple):
 
 def _iterated(batches: Iterable[PyTree]) -> Iterable[PyTree]:
   """The batches, if they are seen not to be one batch: a mapping, an array, a named tuple, arrays of different ranks."""
-  is_one = isinstance(batches, Mapping | str) or hasattr(batches, "dtype") or hasattr(batches, "_fields")
+  is_one = isinstance(batches, Mapping | str) or hasattr(batches, "dtype")
   if isinstance(batches, list | tuple):
+    is_one |= type(batches) not in (list, tuple)  # a named tuple
     is_one |= len({jnp.ndim(batch) for batch in batches if hasattr(batch, "dtype")}) > 1
   if is_one or not isinstance(batches, Iterable):
     raise TypeError(

@@ -8,7 +8,7 @@ nothing to say here; the constructors ask these before they make anything new.
 
 import threading
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
@@ -163,6 +163,7 @@ class Set:
 _interned: "weakref.WeakValueDictionary[Any, Set]" = weakref.WeakValueDictionary()
 _numbered: "dict[int, weakref.ref[Set]]" = {}
 _masks: dict[Hashable, int] = {}
+_keys: list[Hashable] = []
 _count = _numbers = 0
 _lock = threading.RLock()
 """Two threads that trace at once must not make one expression twice, nor two with one number."""
@@ -215,12 +216,16 @@ def _new(kind: type[Kind], size: Size, parts: tuple[Set, ...], data: Any) -> Kin
 
 def bit_of(key: Hashable) -> int:
   """The bit that a mask is in the support of sets."""
-  return 1 << _masks.setdefault(key, len(_masks))
+  with _lock:
+    if key not in _masks:
+      _masks[key] = len(_keys)
+      _keys.append(key)
+  return 1 << _masks[key]
 
 
 def keys_of(support: int) -> list[Any]:
-  """The masks whose bits are set."""
-  return [key for key, at in list(_masks.items()) if support >> at & 1] if support else []
+  """The masks whose bits are set; takes as long as these are many, however many masks other networks have."""
+  return [_keys[at] for at in _places(support)]
 
 
 def in_order(roots: Iterable[Set], known: Collection[Set] = ()) -> list[Set]:
@@ -237,10 +242,16 @@ def in_order(roots: Iterable[Set], known: Collection[Set] = ()) -> list[Set]:
 def members(atoms: int) -> list[Set]:
   """The expressions whose bits are set, as they were made: their numbers may have been those of others before."""
   found = []
-  while atoms:
-    lowest = atoms & -atoms
-    alive = _numbered[lowest.bit_length() - 1]()
+  for number in _places(atoms):
+    alive = _numbered[number]()
     assert alive is not None
     found.append(alive)
-    atoms ^= lowest
   return sorted(found, key=lambda s: s.serial)
+
+
+def _places(bits: int) -> Iterator[int]:
+  """Which bits are set."""
+  while bits:
+    lowest = bits & -bits
+    yield lowest.bit_length() - 1
+    bits ^= lowest

@@ -22,6 +22,10 @@ MOST_COMPARED = 16
 """Pairs of conditions that are looked at one by one, to see which follow from which."""
 
 
+Halves = tuple[Set | None, Set | None]
+NEITHER: Halves = (None, None)
+
+
 class Junction(Set):
   """Two sets of one size, position by position.
 
@@ -29,10 +33,15 @@ class Junction(Set):
 
   Attributes:
     every: whether a position has to be in both parts.
+    halves: if a condition is among its atoms, what ``_halves`` found; else None.
   """
 
-  __slots__ = ()
+  __slots__ = ("halves",)
   every: ClassVar[bool]
+  halves: "Halves | None"
+
+  def __init__(self) -> None:
+    self.halves = None
 
   @staticmethod
   def of_bits(a: Any, b: Any) -> Any:
@@ -55,13 +64,12 @@ class Junction(Set):
   def of(self, parts: Sequence[Set]) -> Set:
     return combine(type(self), *parts)
 
-  def _conditions(self) -> tuple[list[Set], list[Set]]:
-    """Its parts that are conditions laid out, or under such (of a union), and the others."""
-    found = members(self.data[0]) if self.data[2] else []
-    sides: tuple[list[Set], list[Set]] = [], []
-    for part in found:
-      sides[not (isinstance(part, Spread) or (isinstance(part, And) and part.data[2]))].append(part)
-    return sides
+  def nonempty(self) -> Set | None:
+    """From its conditions, and the rest: so they stay one position and are not looked at for every one."""
+    if not self.data[2] or self.size == 1:
+      return None
+    conditions, rest = _halves(self)
+    return combine(type(self), conditions, nonempty(rest)) if conditions and rest else conditions
 
   def atoms(self, kind: "type[Junction]") -> int:
     return self.data[0] if kind is type(self) else 1 << self.number
@@ -80,13 +88,6 @@ class And(Junction):
   def of_bits(a: Any, b: Any) -> Any:
     return a & b
 
-  def nonempty(self) -> Set | None:
-    """Its conditions, and that of the rest: so they stay one position and are not looked at for every one."""
-    conditions, rest = self._conditions()
-    if not conditions or self.size == 1:
-      return None
-    return intersection(*map(nonempty, conditions), *([nonempty(intersection(*rest))] if rest else ()))
-
 
 class Or(Junction):
   """``union``."""
@@ -101,10 +102,7 @@ class Or(Junction):
   def nonempty(self) -> Set | None:
     if any(isinstance(part, Fixed) for part in self.parts):
       return ALWAYS
-    conditions, rest = self._conditions()
-    if not conditions or self.size == 1:
-      return None
-    return union(*map(nonempty, conditions), *([nonempty(union(*rest))] if rest else ()))
+    return super().nonempty()
 
 
 def intersection(*sets: Set) -> Set:
@@ -175,6 +173,35 @@ def _by_atoms(kind: type[Junction], a: Set, b: Set) -> Set:
   parts = sorted((a, b), key=lambda s: s.serial)
   conditional = any(isinstance(p, Spread) or (isinstance(p, Junction) and p.data[2]) for p in parts)
   return make(kind, a.size, parts, (atoms, duals, conditional), same=atoms)
+
+
+def _halves(s: Junction) -> Halves:
+  """That those atoms of an expression are not empty that are conditions laid out, or under such (of a union); the others.
+
+  Found from those of its parts: a stream has one more atom at every place where something is added to it. Nothing where
+  none of the atoms is a condition.
+  """
+  kind, pending = type(s), [s]
+  while pending:  # no recursion: a stream is as deep as the network
+    here = pending[-1]
+    missing = [p for p in here.parts if isinstance(p, kind) and p.data[2] and p.halves is None]
+    if missing:
+      pending += missing
+    else:
+      conditions, others = (
+        [*filter(None, column)] for column in zip(*(_half(kind, p) for p in here.parts), strict=True)
+      )
+      rest = _fold(kind, others) if conditions and others else None
+      here.halves = (_fold(kind, conditions) if conditions else None, rest)
+      pending.pop()
+  return s.halves or NEITHER
+
+
+def _half(kind: type[Junction], part: Set) -> Halves:
+  if isinstance(part, kind):
+    return part.halves if part.halves and part.halves[0] else (None, part)
+  conditional = isinstance(part, Spread) or (isinstance(part, And) and part.data[2])
+  return (nonempty(part), None) if conditional else (None, part)
 
 
 def is_within(small: Set, big: Set) -> bool:

@@ -216,7 +216,7 @@ def redate(pruned_at: Masks, masks: Masks, step: jax.typing.ArrayLike) -> Masks:
 
 def flatten(tree: Masks) -> jax.Array:
   """All entries of a tree of masks as one vector, in the order that ties are broken in."""
-  return jnp.concatenate([jnp.reshape(leaf, -1) for leaf in jax.tree.leaves(tree)])
+  return jnp.concatenate([jnp.reshape(leaf, -1) for leaf in jax.tree.leaves(tree)] or [jnp.zeros(0)])
 
 
 def unflatten(vector: jax.Array, tree: Masks) -> Masks:

@@ -10,7 +10,7 @@ import pytest
 
 import fisherprune_jax as fp
 from fisherprune_jax._cost.owned import keys_of
-from fisherprune_jax._training.criteria import CRITERIA, fisher_signal, taylor_signal
+from fisherprune_jax._training.criteria import CRITERIA, criterion_of, fisher_signal, taylor_signal
 from tests.models import CASES, random_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:fisherprune_jax has no rule")
@@ -84,11 +84,8 @@ def test_fishers_signals_are_handed_out_in_the_order_of_both_ranks(name, weighte
   weights = jnp.asarray(rng.uniform(size=6), jnp.float32) if weighted else None
   found = {}
   for method in ("fisher", "magnitude", "fisher_magnitude"):
-    tx = fp.fisher_prune(cost, method=method, masks=masks)
-    params = weights_of(variables)
-    state = tx.init(params)
-    _, state = jax.jit(tx.update)({}, state, params, mask_grads=grads, example_weights=weights)
-    found[method] = map(np.atleast_2d, jax.tree.leaves(fp.signals(state)))
+    scores = scores_of(method, cost, weights_of(variables), masks, grads, example_weights=weights)
+    found[method] = map(np.atleast_2d, jax.tree.leaves(scores))
   leaves = zip(*map(jax.tree.leaves, (masks, grads)), *found.values(), strict=True)
   for mask, gradients, losses, norms, got in leaves:
     rows = np.asarray(gradients).reshape(-1, 6, mask.shape[-1])
@@ -103,12 +100,23 @@ def test_fishers_signals_are_handed_out_in_the_order_of_both_ranks(name, weighte
       np.testing.assert_allclose(got[row], expected, rtol=1e-6)
 
 
-def signals_of(method, params, grads=None, cost=None, **given):
+def scores_of(method, cost, params, masks, mask_grads, **given):
+  """What features are pruned by after one update."""
+  criterion = criterion_of(method, cost=cost)
+
+  @jax.jit
+  def score(params, masks, mask_grads, given):
+    given = {"axis_name": None, "name": None, **given}
+    given |= {"params": params, "masks": masks, "mask_grads": mask_grads}
+    return criterion.ranked(criterion.signal_of(given), given)
+
+  return score(params, masks, mask_grads, given)
+
+
+def signals_of(method, params, grads=None, **given):
   """Of one update; of a network whose norms are ``params["b"]``'s rows, mostly."""
-  tx = fp.fisher_prune(COST if cost is None else cost, method=method)
   grads = None if grads is None else {"m": jnp.asarray(grads, jnp.float32)}
-  _, state = tx.update({}, tx.init(params), params, mask_grads=grads, **given)
-  return np.asarray(fp.signals(state)["m"])
+  return np.asarray(scores_of(method, COST, params, V["masks"], grads, **given)["m"])
 
 
 RISING = {"b": jnp.array([[1.0], [2.0], [3.0], [4.0]]) * jnp.ones((4, 2))}
@@ -159,8 +167,11 @@ def test_norms_that_are_not_finite_prune_nothing(method, bad):
   tx = fp.fisher_prune(COST, method=method, prune_every=1, flops_weight=0.0)
   params = {"b": RISING["b"].at[2, 0].set(bad)}
   _, state = tx.update({}, tx.init(params), params, mask_grads=GRADS)
-  assert int(fp.get_state(state).skipped) == 1
+  assert int(fp.get_state(state).skipped) == (
+    method == "magnitude"
+  )  # Fisher's importance is finite, the ranking is not
   np.testing.assert_array_equal(fp.get_masks(state)["m"], 1)
+  assert not fp.get_state(state).exhausted
 
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
@@ -247,6 +258,42 @@ def gone(method, mask_grads=GRADS, **options):
   for _ in range(3):
     state = step(state)
   return [pruned.feature for pruned in fp.history(state)]
+
+
+def primitives_of_a_step(method):
+  """Of a step that prunes nothing: those outside of conditionals."""
+  tx = fp.fisher_prune(COST, method=method)
+  update = lambda state: tx.update({}, state, V["params"], mask_grads=GRADS, example_weights=jnp.ones(2))
+
+  def walk(jaxpr):
+    for eqn in jaxpr.eqns:
+      if eqn.primitive.name == "cond":
+        continue
+      inner = [p.jaxpr for p in eqn.params.values() if hasattr(p, "jaxpr")]
+      yield from itertools.chain(*map(walk, inner)) if inner else [eqn.primitive.name]
+
+  closed = jax.make_jaxpr(update)(tx.init(V["params"]))
+  return sorted(walk(closed.jaxpr))
+
+
+def test_a_step_that_prunes_nothing_does_what_fishers_does():
+  assert primitives_of_a_step("fisher_magnitude") == primitives_of_a_step("fisher")
+  assert "sort" not in primitives_of_a_step("fisher_magnitude")
+
+
+def test_fishers_signals_are_averaged_before_they_are_ranked():
+  rng = np.random.default_rng(2)
+  batches = [jnp.asarray(rng.normal(size=(3, 4)) * np.array([[3.0], [1.0], [0.1]])) for _ in range(4)]
+  tx = fp.fisher_prune(COST, decay=0.5, prune_every=4, method="fisher_magnitude", flops_weight=0.0)
+  state = tx.init(V["params"])
+  for batch in batches:
+    _, state = tx.update({}, state, V["params"], mask_grads={"m": batch})
+  losses = [np.square(batch).mean(0) / 2 for batch in batches]
+  mean = sum(2.0**n * loss for n, loss in enumerate(losses)) / 15
+  np.testing.assert_allclose(fp.signals(state)["m"], mean, rtol=1e-5)
+  trust = (1 - share(np.asarray(batches[-1]), np.ones(3))) ** 2
+  both = np.argsort(np.argsort(mean)) + trust * np.arange(4)  # norms rise
+  assert [pruned.feature for pruned in fp.history(state)] == [int(np.argmin(both))]
 
 
 def test_each_prunes_what_it_ranks_lowest():

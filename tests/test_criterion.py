@@ -95,6 +95,31 @@ def test_fisher_by_name_and_as_an_object_are_one():
   assert runs[0].cost[-1] < cost().dense
 
 
+def opposite(scores):
+  return jax.tree.map(jnp.negative, scores)
+
+
+def test_a_rank_decides_where_features_are_pruned_and_changes_no_score():
+  method = fp.Criterion(lambda: RANKING, rank=opposite)
+  tx = fp.fisher_prune(COST, prune_every=2, method=method, flops_weight=0.0)
+  state = run(tx, 6)
+  assert gone(state) == [("layers[1]", 1), ("a", 0), ("layers[0]", 1)]
+  assert [pruned.step for pruned in fp.history(state)] == [2, 4, 6]
+  chex.assert_trees_all_close(fp.signals(state), jax.tree.map(jnp.float32, RANKING), rtol=1e-6)
+  once = fp.estimate_signals(None, {}, MASKS, (), method=method)
+  chex.assert_trees_all_close(once, jax.tree.map(lambda x: -jnp.float32(x), RANKING))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_rank_that_is_not_finite_prunes_nothing(bad):
+  rank = lambda scores, step: {**scores, "a": jnp.where(step < 3, bad, scores["a"])}
+  method = fp.Criterion(lambda step: RANKING, needs=("step",), rank=rank)
+  tx = fp.fisher_prune(COST, prune_every=1, method=method)
+  assert not gone(run(tx, 2))
+  assert not run(tx, 2).exhausted
+  assert gone(run(tx, 3)) == ORDER[:1]
+
+
 def mean_absolute(mask_grads):
   return jax.tree.map(lambda g: jnp.mean(jnp.abs(g), axis=-2), mask_grads)
 
@@ -242,6 +267,16 @@ REFUSED = {
     lambda: pruned_by(lambda: {**RANKING, "layers": np.ones((2, 3))})(),
     ValueError,
     ("signal of the criterion 'mine' must have the shape (2, 2) of the mask at layers", "got (2, 3)"),
+  ),
+  "a rank of another shape": (
+    lambda: pruned_by(rank=lambda scores: {**scores, "a": jnp.ones(2)})(),
+    ValueError,
+    ("rank of the criterion 'mine' must have the shape (3,) of the mask at a", "got (2,)"),
+  ),
+  "a rank that is no function": (
+    lambda: fp.Criterion(len, rank=RANKING),
+    TypeError,
+    ("rank of a Criterion must be a", "got dict"),
   ),
   "no function": (lambda: fp.Criterion(RANKING), TypeError, ("signal of a Criterion must be a", "got dict")),
   "a name in place of names": (

@@ -119,9 +119,9 @@ def magnitude(cost: CostModel | None) -> Criterion:
 
 
 def fisher_magnitude(cost: CostModel | None) -> Criterion:
-  r"""Fisher's signals, handed out anew in each mask: in the order of magnitude too, as far as few examples have gradients.
+  r"""Fisher's signals, reassigned within each mask: in the order of magnitude too, as far as few examples have gradients.
 
-  .. math:: signal_k = fisher_{(r_k)}, \qquad r_k = rank of \bigl(rank_{fisher}(k) + (1 - \rho)^2 rank_{\|w\|}(k)\bigr)
+  .. math:: score_k = fisher_{(r_k)}, \qquad r_k = rank of \bigl(rank_{fisher}(k) + (1 - \rho)^2 rank_{\|w\|}(k)\bigr)
 
   .. math:: \rho = \frac{N\bigl(w_n \sum_k g_{nk}^2\bigr) - 1}{N(w_n) - 1}, \qquad
     N(x_n) = \frac{\bigl(\sum_n x_n\bigr)^2}{\sum_n x_n^2}
@@ -132,6 +132,9 @@ def fisher_magnitude(cost: CostModel | None) -> Criterion:
   says nothing of what these examples need; ``rho`` is the share of a batch (of weights ``w``) that does have gradients: 1 where
   all examples have equal ones, 0 where one of several has them all.
 
+  The running mean is that of Fisher's signals, so a step costs what Fisher's does. Scores are reassigned at the steps that
+  prune, with the parameters and the share ``rho`` of that step.
+
   References:
     Dwork et al., `Rank aggregation methods for the web <https://dl.acm.org/doi/10.1145/371920.372165>`_, 2001, for the sum of
     ranks (Borda's count)
@@ -141,21 +144,24 @@ def fisher_magnitude(cost: CostModel | None) -> Criterion:
   norms = _norms(cost, "fisher_magnitude")
 
   def signal(
+    mask_grads: MaskGrads, example_weights: jax.Array | None, axis_name: AxisNames, **others: Any
+  ) -> Masks:
+    return fisher_signal(mask_grads, example_weights, axis_name)
+
+  def rank(
+    scores: Masks,
     mask_grads: MaskGrads,
     params: PyTree,
     masks: Masks,
-    example_weights: jax.Array | None = None,
-    axis_name: AxisNames = None,
-    name: str | None = None,
+    example_weights: jax.Array | None,
+    axis_name: AxisNames,
+    name: str | None,
   ) -> Masks:
-    losses = fisher_signal(mask_grads, example_weights, axis_name)
     shares = jax.tree.map(partial(_share, weights=example_weights, axis_name=axis_name), mask_grads, masks)
-    return jax.tree.map(_by_both, losses, norms(params, masks, name), shares, masks)
+    return jax.tree.map(_by_both, scores, norms(params, masks, name), shares, masks)
 
-  takes = "example_weights", "axis_name", "name"
-  return Criterion(
-    signal, "fisher_magnitude", needs=("mask_grads", "params", "masks"), takes=takes, unit="nats"
-  )
+  needs, takes = ("mask_grads", "params", "masks"), ("example_weights", "axis_name", "name")
+  return Criterion(signal, "fisher_magnitude", needs, takes, unit="nats", rank=rank)
 
 
 def _share(
@@ -185,7 +191,7 @@ def _by_both(losses: jax.Array, norms: jax.Array, share: jax.Array, mask: jax.Ar
   # Laid in Fisher's order, equals stay in it when they are sorted.
   both = jnp.argsort(jnp.take_along_axis(sums, order, -1), -1, stable=True)
   handed_out = _placed(rising, jnp.take_along_axis(order, both, -1))
-  # NaN has no rank: such a batch is left out.
+  # NaN has no rank: nothing is pruned by it.
   return jnp.where(jnp.isfinite(norms), jnp.where(alive, handed_out, losses), jnp.nan)
 
 

@@ -38,6 +38,9 @@ class Criterion:
     takes: names of arguments that may be missing; they are None then.
     averaged: whether the score is the running mean; else it is the last signal, whatever the ``decay``.
     unit: of the signal, as tables show it.
+    rank: ``rank(scores, **arguments)``, called with the scores and the arguments of that update where features are pruned,
+      and at no other step: the place for what takes long, such as sorting. It returns the scores to prune by, a tree like
+      the masks. If one of them is not finite, nothing is pruned. None to prune by the scores as they are.
 
   Raises:
     TypeError: for a ``signal`` that cannot be called, or names that are no tuple of strings.
@@ -67,10 +70,13 @@ class Criterion:
   takes: tuple[str, ...] = ()
   averaged: bool = True
   unit: str = "signal"
+  rank: Callable[..., PyTree] | None = None
 
   def __post_init__(self) -> None:
-    if not callable(self.signal):
-      raise TypeError(f"signal of a Criterion must be a function, got {describe(self.signal)}.")
+    for field in ("signal", "rank"):
+      function = getattr(self, field)
+      if not callable(function) and (field == "signal" or function is not None):
+        raise TypeError(f"{field} of a Criterion must be a function, got {describe(function)}.")
     for field in ("needs", "takes"):
       names = getattr(self, field)
       if not isinstance(names, tuple) or not all(isinstance(name, str) for name in names):
@@ -89,13 +95,24 @@ class Criterion:
     for name in self.needs:
       if given.get(name) is None:
         raise ValueError(self._missing(name))
-    arguments = {name: given.get(name) for name in self.asks_for}
+    arguments = self._arguments(given)
     for name, check in CHECKS.items():
       if arguments.get(name) is not None:
         check(arguments[name], masks, given["axis_name"])
     signal = self.signal(**arguments)
-    self._check(signal, masks)
+    self._check(signal, masks, "signal")
     return signal
+
+  def ranked(self, scores: Masks, given: Mapping[str, Any]) -> PyTree:
+    """The scores to prune by, from those of the criterion and what the update is given, as ``signal_of`` has checked it."""
+    if self.rank is None:
+      return scores
+    found = self.rank(scores, **self._arguments(given))
+    self._check(found, given["masks"], "rank")
+    return found
+
+  def _arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given.get(name) for name in self.asks_for}
 
   def _missing(self, name: str) -> str:
     wrappers = (
@@ -112,9 +129,9 @@ class Criterion:
     how = "tx.update(grads, state, params)" if name == "params" else f"tx.update(..., {name}=...)"
     return f"The criterion {self.name!r} needs {name}, got {name}=None. Pass it: {how}. {wrappers}"
 
-  def _check(self, signal: PyTree, masks: Masks) -> None:
+  def _check(self, signal: PyTree, masks: Masks, field: str) -> None:
     """Raises unless there is one number per feature."""
     how = "It is one number per feature."
-    require_same_tree(signal, masks, f"The signal of the criterion {self.name!r}", "the masks", how)
-    what = f"The signal of the criterion {self.name!r} must have the shape"
+    require_same_tree(signal, masks, f"The {field} of the criterion {self.name!r}", "the masks", how)
+    what = f"The {field} of the criterion {self.name!r} must have the shape"
     require_shapes(signal, masks, lambda shape, path: f"{what} {shape} of the mask at {path}", how)

@@ -170,6 +170,8 @@ def get_masks(opt_state: optax.OptState, name: str | None = None) -> Masks:
 def signals(opt_state: optax.OptState, name: str | None = None) -> Masks:
   """The bias-corrected signals inside any Optax state, in nats (or the criterion's unit): a tree like the masks.
 
+  With ``method="fisher_magnitude"`` they are Fisher's: they are ranked with the parameters, at the steps that prune.
+
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
     name: which pruning, where there are several; see :func:`get_state`.

@@ -164,7 +164,7 @@ def estimate_signals(
   criterion = criterion_of(method, cost=cost)
   own = {"masks": masks, "params": params, "step": jnp.int32(1), "axis_name": None, "name": None}
   if "mask_grads" not in criterion.asks_for:
-    signals = jax.tree.map(jnp.float32, criterion.signal_of(own))
+    signals = jax.tree.map(jnp.float32, criterion.ranked(criterion.signal_of(own), own))
     _require_finite(signals, f"The signals of method={criterion.name!r}")
     return signals
   grads_of = value_and_grads(loss_fn, has_aux=has_aux, reduction=reduction)
@@ -172,7 +172,8 @@ def estimate_signals(
   @jax.jit
   def add(sums: _Sums, own: dict[str, Any], batch: PyTree) -> _Sums:
     _, (_, mask_grads) = grads_of(own["params"], own["masks"], batch)
-    signal = criterion.signal_of({**own, "axis_name": None, "mask_grads": mask_grads})
+    given = {**own, "axis_name": None, "mask_grads": mask_grads}
+    signal = criterion.ranked(criterion.signal_of(given), given)
     finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(s)) for s in jax.tree.leaves(signal)]))
     total = jax.tree.map(lambda t, s: jnp.where(finite, t + examples_of(batch) * s, t), sums.total, signal)
     return _Sums(

@@ -132,9 +132,10 @@ def fisher_prune(
     check_state(state, options.cost.masks)
     state = state._replace(masks=jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), state.masks))
     own = {"masks": state.masks, "step": step, "axis_name": options.axis_name, "name": options.name}
-    signal = options.criterion.signal_of({**extra_args, "updates": updates, "params": params, **own})
+    given = {**extra_args, "updates": updates, "params": params, **own}
+    signal = options.criterion.signal_of(given)
     state, counts = _accumulate(state._replace(step=step), signal, options)
-    return updates, prune_if_due(state, counts, options)
+    return updates, _prune_if_due(state, counts, options, given)
 
   tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
   return tx if options.name is None else _under_name(tx, options.name, options.criterion)
@@ -183,7 +184,9 @@ def _accumulate(
   return state, counts
 
 
-def prune_if_due(state: FisherPruneState, counts: jax.Array, options: Options) -> FisherPruneState:
+def _prune_if_due(
+  state: FisherPruneState, counts: jax.Array, options: Options, given: Mapping[str, Any]
+) -> FisherPruneState:
   """Switches features off if this is a step to do so; takes the cost anew then, and when masks were edited."""
   target, weight = options.at(options.goal, state.step), options.at("flops_weight", state.step)
   # Vectors are made here, where each is one kernel: in a conditional they would be part of all that reads them.
@@ -194,14 +197,14 @@ def prune_if_due(state: FisherPruneState, counts: jax.Array, options: Options) -
 
   def act() -> dict[str, PyTree]:
     cost, alive = options.cost.flat, flat.masks > 0
-    current = corrected(state._replace(scores=flat.scores)) if options.debias else flat.scores
+    current, valid = _ranked(state, flat.scores, options, given)
 
     def price(alive: jax.Array) -> Priced:
       found = cost.price(alive, cost.limit(target))
       return found._replace(too_much=(target <= 0) | found.too_much)
 
     select = options.selection(price, weight)
-    left = select.run(alive, tamed(current), due, state.exhausted & ~edited)
+    left = select.run(alive, tamed(current), due & valid, state.exhausted & ~edited)
     # Masks that were put in by hand since the last step went with that.
     at = redate(redate(flat.pruned_at, flat.masks, state.step - 1), left.alive, state.step)
     vectors = left.cost.drops, left.alive.astype(jnp.float32), at
@@ -215,6 +218,16 @@ def prune_if_due(state: FisherPruneState, counts: jax.Array, options: Options) -
     return {name: getattr(state, name) for name in ("masks", "pruned_at", "cost", "shares", "exhausted")}
 
   return state._replace(**jax.lax.cond(due | edited, act, rest))
+
+
+def _ranked(
+  state: FisherPruneState, scores: jax.Array, options: Options, given: Mapping[str, Any]
+) -> tuple[jax.Array, jax.Array]:
+  """The scores to prune by, end to end, and whether they are valid; ``scores`` are those of the state, end to end."""
+  if options.criterion.rank is None:
+    return corrected(state._replace(scores=scores)) if options.debias else scores, jnp.bool_(True)
+  found = flatten(options.criterion.ranked(corrected(state) if options.debias else state.scores, given))
+  return found, jnp.all(jnp.isfinite(found))
 
 
 class _Flat(NamedTuple):

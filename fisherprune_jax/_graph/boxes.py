@@ -5,8 +5,8 @@ from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 from fisherprune_jax._graph import compat, sets, together
+from fisherprune_jax._graph.joint import Together
 from fisherprune_jax._graph.sets import Set
-from fisherprune_jax._graph.together import Together
 from fisherprune_jax._types import Shape
 
 Box = tuple[Set, ...]

@@ -10,10 +10,10 @@ import numpy as np
 
 from fisherprune_jax._graph import compat, presence, sets, together
 from fisherprune_jax._graph.boxes import Box, Where, empty_box, join, united, whole_box
+from fisherprune_jax._graph.joint import Together
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec, Sum, compose, factors_of, project
-from fisherprune_jax._graph.together import Together
 from fisherprune_jax._types import Shape
 
 Factors = dict[Factor, Set]
@@ -94,7 +94,7 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
   tied = together.forward(spec, [(info.possible, info.together) for info in infos])
   found = [
     Where(
-      *together.laid(spec, tied, axes, box_of(axes, factors, out.shape)),
+      *together.laid(spec, tied, axes, box_of(axes, factors, out.shape), factors),
       sets.every(
         *presence.of_operands(spec, infos, at, factors), *([sums] if spec.roles.vanishing[at] else ())
       ),
@@ -103,7 +103,7 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
   ]
   if (layer := _layer_taken(spec, infos)) is not None:
     return [layer]
-  known = _fold(node, infos)
+  known = fold(node, [info.known for info in infos])
   if spec.moves:
     first, ((box, axes, when),) = infos[0], found
     mask = first.mask and _is_exact(spec, factors, first)
@@ -147,18 +147,18 @@ def _is_followed(dtype: Any) -> bool:
   return bool(jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_))
 
 
-def _fold(node: Node, infos: Sequence[Info]) -> np.ndarray | None:
+def fold(node: Node, known: Sequence[np.ndarray | None]) -> np.ndarray | None:
   """The value of a node that computes small integers from known ones, as indexing does."""
   if node.acts or len(node.outs) != 1:
     return None
   (out,) = node.outs
   small = all(map(compat.is_static_size, out.shape)) and math.prod(out.shape) <= LARGEST_KNOWN
-  if not infos and node.name != "iota":
+  if not node.ins and node.name != "iota":
     return None  # such as the value of a symbolic size
-  known = [info.known for info in infos if info.known is not None]
-  if not small or not _is_followed(out.aval.dtype) or len(known) < len(infos):
+  given = [value for value in known if value is not None]
+  if not small or not _is_followed(out.aval.dtype) or len(given) < len(known):
     return None
-  return compat.evaluate(node.eqn, known)
+  return compat.evaluate(node.eqn, given)
 
 
 def _is_exact(spec: Spec, factors: Factors, info: Info) -> bool:

@@ -18,6 +18,7 @@ from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Spec
+from fisherprune_jax._graph.spelled import spell_out
 from fisherprune_jax._graph.structured import STRUCTURED, links
 
 Rules = Callable[[Node, Sequence[Info]], Spec]
@@ -48,6 +49,7 @@ class Liveness:
 
   def forward(self, program: Program, inputs: Sequence[Info]) -> list[Info]:
     """Finds what is known of every value of a program; returns it for the outputs."""
+    spell_out(program, inputs)
     self.infos.update(zip(program.inputs, inputs, strict=True))
     self.infos.update((value, constant(const, value.shape)) for value, const in program.consts)
     for node in program.nodes:
@@ -97,11 +99,11 @@ class Liveness:
     results = [
       (axes, where.box, where.together) for axes, where in zip(spec.outs, stored, strict=True) if where
     ]
-    tied = together.backward(spec, results, factors)
+    tied = together.backward(spec, [(info.possible, info.together) for info in infos], results, factors)
     when = self.conditions[node] = self._condition(node)
     for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
       if value.literal is None and (spec.same_as in (None, operand) or self.policy.multiplies):
-        box, merged = together.laid(spec, tied, axes, box_of(axes, factors, value.shape))
+        box, merged = together.laid(spec, tied, axes, box_of(axes, factors, value.shape), factors)
         self.ask(value, Where(box, merged, when(box, operand)))
 
   def wheres(self, values: Iterable[Value]) -> list[Where | None]:
@@ -147,6 +149,7 @@ class Liveness:
     if value not in self.asked:
       return nowhere(value.shape)
     box, merged, when = self.asked[value]
+    merged = together.meet((info.possible, info.together), (box, merged))
     return Where(meet(info.possible, box), merged, sets.every(info.when, when))
 
   def ask(self, value: Value, where: Where) -> None:

@@ -74,12 +74,13 @@ class Node:
 
 @dataclass(eq=False)
 class Program:
-  """Inputs, constants, nodes in order of execution, and outputs."""
+  """Inputs, constants, nodes in order of execution, and outputs; whether known positions are spelled out (``spelled.py``)."""
 
   inputs: list[Value]
   consts: list[tuple[Value, Any]]
   outputs: list[Value] = field(default_factory=list)
   nodes: list[Node] = field(default_factory=list)
+  is_spelled: bool = False
 
 
 def trace(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Program, PyTree]:
@@ -128,6 +129,23 @@ def _inline(
   program.consts += zip(held, consts, strict=True)
   env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*held, *ins), strict=True))
   return _append(program, jaxpr, env, callers)
+
+
+def nodes_of(
+  program: Program, fn: Callable[..., jax.Array], ins: Sequence[Value], instead: Node
+) -> list[Node]:
+  """Nodes that compute the one result of another node by ``fn``, for the same program; there is at least one."""
+  closed, _ = compat.trace(fn, *(jax.ShapeDtypeStruct(value.shape, value.aval.dtype) for value in ins))
+  jaxpr, consts = compat.open_jaxpr(closed)
+  held = [Value(var.aval) for var in jaxpr.constvars]
+  program.consts += zip(held, consts, strict=True)
+  found = Program(list(ins), [])
+  env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*held, *ins), strict=True))
+  (out,) = _append(found, jaxpr, env, instead.callers)
+  if not found.nodes or out not in found.nodes[-1].outs:
+    return [instead]
+  found.nodes[-1].outs = instead.outs
+  return found.nodes
 
 
 class _Pick(NamedTuple):

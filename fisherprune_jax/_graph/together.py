@@ -7,113 +7,168 @@ backwards (is asked for). It only ever adds to what the boxes say, and is droppe
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 
-from fisherprune_jax._graph import compat, sets
+from fisherprune_jax._graph import sets
+from fisherprune_jax._graph.joint import (
+  LARGEST,
+  Singles,
+  Tied,
+  Together,
+  is_followed,
+  known,
+  merged,
+  of_array,
+)
 from fisherprune_jax._graph.sets import Set
-from fisherprune_jax._graph.spec import Axes, Factor, Prod, Spec
-
-Together = Mapping[tuple[int, ...], Set]
-"""For some axes of an array, in an order, what is known of them merged in that order."""
-Tied = dict[tuple[Factor, ...], Set]
-"""The same of factors."""
+from fisherprune_jax._graph.sizes import are_static
+from fisherprune_jax._graph.spec import Axes, Factor, Prod, Spec, Sum, compose, factors_of, project
 
 
-def of_array(axes: Axes, box: Sequence[Set], together: Together) -> Tied:
-  """What one array says of factors together."""
-  found = {axis.parts: s for axis, s in zip(axes, box, strict=True) if isinstance(axis, Prod) and _tells(s)}
-  for places, s in together.items():
-    factors = tuple(axes[at] for at in places)
-    if all(isinstance(f, str) for f in factors):
-      found[factors] = s  # type: ignore[index]
-  return found
-
-
-def _tells(s: Set) -> bool:
-  """Whether a set of merged axes may say more than one set for each."""
-  return bool(s.support) and len(s.factors) == 1
+def _of_each(spec: Spec, axes: Axes, box: Sequence[Set]) -> dict[Factor, Set]:
+  """What the box of an array says of each of its factors."""
+  pairs = [(axis, s) for axis, s in zip(axes, box, strict=True) if axis is not None]
+  return {f: project(axis, s, f, spec.sizes) for axis, s in pairs for f in factors_of(axis)}
 
 
 def forward(spec: Spec, arrays: Sequence[tuple[Sequence[Set], Together]]) -> Tied:
   """Where the results can be non-zero, by factors together."""
-  said = [of_array(axes, *array) for axes, array in zip(spec.ins, arrays, strict=True)]
-  candidates = dict.fromkeys(f for at, tied in enumerate(said) if at not in spec.neutral for f in tied)
+  said = [of_array(axes, *array, spec.sizes) for axes, array in zip(spec.ins, arrays, strict=True)]
+  candidates = {f: None for at, tied in enumerate(said) if at not in spec.neutral for f in tied}
+  loose = beside_others(spec)
+  if not candidates and not loose:
+    return {}
+  ones = [_of_each(spec, axes, box) for axes, (box, _) in zip(spec.ins, arrays, strict=True)]
+  candidates |= _laid_beside(spec, ones, loose) if loose else {}
   found = {}
   for factors in candidates:
-    if {*factors} & spec.whole or not _are_static(factors, spec):
+    if {*factors} & spec.whole:
       continue
-    seen = {
-      at: _read(factors, spec, axes, box, tied)
-      for at, (axes, (box, _), tied) in enumerate(zip(spec.ins, arrays, said, strict=True))
-      if at not in spec.neutral
-    }
-    by_one = [s for at, s in seen.items() if at in spec.kills]
-    if not {*factors} & spec.alive:
-      by_one.append(sets.union(*seen.values()))
+    seen = [known(factors, tied, one, spec.sizes) for tied, one in zip(said, ones, strict=True)]
+    by_one = [seen[at] for at in spec.kills]
+    by_one += [
+      sets.union(*(seen[at] for at in spec.roles.givers[f])) for f in factors if f in spec.roles.keeping
+    ]
     if by_one:
       found[factors] = sets.intersection(*by_one)
   return found
 
 
-def _are_static(factors: Iterable[Factor], spec: Spec) -> bool:
-  return all(compat.is_static_size(spec.sizes[f]) for f in factors)
-
-
-def _read(factors: tuple[Factor, ...], spec: Spec, axes: Axes, box: Sequence[Set], tied: Tied) -> Set:
-  """What one operand says of these factors in this order; everything if it says nothing."""
-  for parts, s in tied.items():
-    if sorted(parts) == sorted(factors):
-      return reordered(s, parts, factors, spec.sizes)
-  if all(f in axes for f in factors):
-    return sets.outer([box[axes.index(f)] for f in factors])
-  return sets.everything(math.prod(spec.sizes[f] for f in factors))
+def _laid_beside(
+  spec: Spec, ones: Sequence[Singles], loose: AbstractSet[Factor]
+) -> dict[tuple[Factor, ...], None]:
+  """The factors along which parts that are laid end to end differ, each with the part."""
+  shared = {f: {one[f] for one in ones if f in one} for f in spec.sizes if f not in loose}
+  differing = [f for f, of_parts in shared.items() if len(of_parts) > 1]
+  pairs = [(f, part) for one in ones for part in loose & one.keys() for f in differing if f in one]
+  return {pair: None for pair in pairs if is_followed(pair, spec.sizes)}
 
 
 def backward(
-  spec: Spec, results: Sequence[tuple[Axes, Sequence[Set], Together]], factors: Mapping[Factor, Set]
+  spec: Spec,
+  arrays: Sequence[tuple[Sequence[Set], Together]],
+  results: Sequence[tuple[Axes, Sequence[Set], Together]],
+  factors: Singles,
 ) -> Tied:
-  """What is asked of factors together, by the only result that is asked for."""
-  if len(results) != 1:
-    return {}
-  (result,) = results
+  """What is asked of factors together: by all results that are asked for, and of the terms of sums."""
+  found = {}
+  said = [of_array(*result, spec.sizes) for result in results]
+  for parts in dict.fromkeys(parts for tied in said for parts in tied):
+    asked = (
+      known(parts, tied, {**factors, **_of_each(spec, axes, box)}, spec.sizes)
+      for tied, (axes, box, _) in zip(said, results, strict=True)
+    )
+    found[parts] = sets.union(*asked)
+  if len(spec.roles.summed) > 1:
+    found |= _of_terms(spec, arrays)
   return {
     parts: s
-    for parts, s in of_array(*result).items()
-    if not {*parts} & spec.whole
-    and _are_static(parts, spec)
-    and s is not sets.outer([factors[f] for f in parts])
+    for parts, s in found.items()
+    if not {*parts} & spec.whole and s is not sets.outer([factors[f] for f in parts])
   }
 
 
+def _of_terms(spec: Spec, arrays: Sequence[tuple[Sequence[Set], Together]]) -> Tied:
+  """What all operands offer of factors that are summed over together."""
+  summed = spec.roles.summed
+  said = [of_array(axes, *array, spec.sizes) for axes, array in zip(spec.ins, arrays, strict=True)]
+  found = {}
+  for parts in dict.fromkeys(parts for tied in said for parts in tied if summed.issuperset(parts)):
+    offered = (
+      known(parts, tied, _of_each(spec, axes, box), spec.sizes)
+      for tied, axes, (box, _) in zip(said, spec.ins, arrays, strict=True)
+    )
+    terms = sets.intersection(*offered)
+    found[parts] = terms if spec.weak.isdisjoint(parts) else sets.intersection(sets.weak(terms.size), terms)
+  return found
+
+
 def laid(
-  spec: Spec, tied: Tied, axes: Axes, box: Sequence[Set]
+  spec: Spec, tied: Tied, axes: Axes, box: Sequence[Set], ones: Singles
 ) -> tuple[tuple[Set, ...], dict[tuple[int, ...], Set]]:
-  """What factors say together, laid out on an array: on a merged axis, or on several."""
-  found, together = list(box), {}
-  for factors, s in tied.items():
-    if all(f in axes for f in factors):
-      together[tuple(axes.index(f) for f in factors)] = s
-    for at, axis in enumerate(axes):
-      if isinstance(axis, Prod) and sorted(axis.parts) == sorted(factors):
-        found[at] = _within(reordered(s, factors, axis.parts, spec.sizes), found[at], axis, spec)
-  return tuple(found), together
+  """What factors say together, laid out on an array: on a merged axis, on several, and on each of these."""
+  if not tied:
+    return tuple(box), {}
+  tied, ones = _projected(tied, ones, axes, spec)
+  found = [compose(axis, {**ones}, s.size) for axis, s in zip(axes, box, strict=True)]
+  for at, axis in enumerate(axes):
+    if isinstance(axis, Prod):
+      found[at] = known(axis.parts, tied, ones, spec.sizes)
+  together = {}
+  for places in dict.fromkeys(_places(names, axes) for names in tied):
+    sizes = [box[at].size for at in places]
+    if len(places) > 1 and are_static(sizes) and math.prod(sizes) <= LARGEST:
+      joint = merged([axes[at] for at in places], tied, ones, spec.sizes)
+      for at, one in zip(places, sets.split(joint, sizes), strict=True):
+        found[at] = sets.intersection(found[at], one)
+      together[places] = joint
+  return tuple(found), {
+    places: s for places, s in together.items() if s is not sets.outer([found[at] for at in places])
+  }
 
 
-def _within(s: Set, box: Set, axis: Prod, spec: Spec) -> Set:
-  """What is in a set of merged factors and in a product of one set for each."""
-  hull = sets.outer(sets.split(s, [spec.sizes[f] for f in axis.parts]))
-  return s if hull is box else sets.intersection(box, s)  # it lies within its own hull
+def _projected(tied: Tied, ones: Singles, axes: Axes, spec: Spec) -> tuple[Tied, dict[Factor, Set]]:
+  """What is left of joint sets for those factors that an array has, together and one by one.
+
+  A factor that lies beside others along an axis says nothing of entries that are theirs.
+  """
+  held = {f for axis in axes for f in factors_of(axis)}
+  alone = {f for axis in axes if not isinstance(axis, Sum) for f in factors_of(axis)}
+  loose = beside_others(spec) - alone
+  left, each = Tied(), dict(ones)
+  for names, s in tied.items():
+    shape, inside = [spec.sizes[f] for f in names], tuple(f for f in names if f in held)
+    for f, one in zip(names, sets.split(s, shape), strict=True):
+      if loose.isdisjoint({*names} - {f}):
+        each[f] = sets.intersection(each[f], one)
+    if len(inside) == len(names):
+      left[names] = s
+    elif len(inside) > 1 and loose.isdisjoint({*names} - {*inside}):
+      full = [n if f in held else 1 for f, n in zip(names, shape, strict=True)]
+      groups = np.broadcast_to(np.arange(math.prod(full)).reshape(full), shape).reshape(-1)
+      projected = sets.any_of(s, groups, math.prod(full))
+      left[inside] = sets.intersection(left[inside], projected) if inside in left else projected
+  return left, each
 
 
-def reordered(s: Set, before: Sequence[Factor], after: Sequence[Factor], sizes: Mapping[Factor, Any]) -> Set:
-  """A set of factors merged in one order, as they are merged in another."""
-  if tuple(before) == tuple(after):
-    return s
-  places = np.arange(s.size).reshape([sizes[f] for f in before])
-  return sets.take(s, places.transpose([list(before).index(f) for f in after]).reshape(-1))
+def beside_others(spec: Spec) -> frozenset[Factor]:
+  """The factors that lie beside others along an axis."""
+  all_axes = (axis for axes in (*spec.ins, *spec.outs) for axis in axes)
+  return frozenset(f for axis in all_axes if isinstance(axis, Sum) for f in axis.parts)
+
+
+def _places(names: Sequence[Factor], axes: Axes) -> tuple[int, ...]:
+  """The axes that hold factors; none if some are on no axis."""
+  held = {f: at for at, axis in enumerate(axes) for f in factors_of(axis)}
+  return tuple(sorted({held[f] for f in names})) if {*names} <= held.keys() else ()
+
+
+def meet(a: tuple[Sequence[Set], Together], b: tuple[Sequence[Set], Together]) -> dict[tuple[int, ...], Set]:
+  """What two boxes share of axes together."""
+  return {places: sets.intersection(_asked(*a, places), _asked(*b, places)) for places in {**a[1], **b[1]}}
 
 
 def union(
@@ -121,12 +176,22 @@ def union(
 ) -> dict[tuple[int, ...], Set]:
   """What two readers ask of axes together, each under a condition, where that is less than the box of both."""
   found = {}
-  for places in {**a[1], **b[1]}:
+  for places in {**a[1], **b[1], **_differing(a[0], b[0], joined)}:
     parts = (sets.gated(_asked(box, together, places), when) for box, together, when in (a, b))
     asked = sets.union(*parts)
     if asked is not sets.outer([joined[at] for at in places]):
       found[places] = asked
   return found
+
+
+def _differing(a: Sequence[Set], b: Sequence[Set], joined: Sequence[Set]) -> dict[tuple[int, ...], None]:
+  """The axes of two boxes of which neither holds the other."""
+  places = tuple(at for at, (s, t) in enumerate(zip(a, b, strict=True)) if s is not t)
+  sizes = [joined[at].size for at in places]
+  held = any(all(box[at] is joined[at] for at in places) for box in (a, b))
+  weak = any(box[at].is_weak for at in places for box in (a, b))
+  follows = len(places) > 1 and not held and not weak and are_static(sizes) and math.prod(sizes) <= LARGEST
+  return {places: None} if follows else {}
 
 
 def in_a_turn(tied: Together) -> dict[tuple[int, ...], Set]:

@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from jax import lax
 
-from fisherprune_jax._graph import compat, program
+from fisherprune_jax._graph import compat, program, sets
 from fisherprune_jax._graph.align import align
-from fisherprune_jax._graph.boxes import Box, Where, join, whole_box
+from fisherprune_jax._graph.boxes import Box, Where, join, nowhere, whole_box
 from fisherprune_jax._graph.control import fixpoint, stacks
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Info, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
+from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, Pairs, costs_of
 
 if TYPE_CHECKING:
@@ -37,9 +38,10 @@ class Scan:
       body, infos[:consts], infos[consts : consts + carry], each, live, _again(node)
     )
     carried = outs[:carry] if _runs(node) else before
+    turns = _writing_turns(body, [*infos[:consts], *before], infos[consts + carry :], each, live)
     stacked = [
-      info_of(out.where.in_all_turns(v.shape), out.varies)
-      for v, out in zip(node.outs[carry:], outs[carry:], strict=True)
+      info_of(_in_turns(out.where.in_all_turns(v.shape), at), out.varies)
+      for v, out, at in zip(node.outs[carry:], outs[carry:], turns[carry:], strict=True)
     ]
     return [*carried, *stacked]
 
@@ -189,6 +191,42 @@ class While:
       *(live.stored(inner) for inner in body.inputs[:consts]),
       *map(join, carried, of_cond[first:]),
     ]
+
+
+def _writing_turns(
+  body: Program, fixed: Sequence[Info], read: Sequence[Info], each: Sequence[Info], live: Liveness
+) -> list[Set]:
+  """For each output of a body, the turns in which it can be non-zero, by what is read in a turn.
+
+  Args:
+    body: what runs in every turn.
+    fixed: what is known of its other inputs.
+    read: what is known of the arrays that it reads, one entry in a turn.
+    each: what is known of that entry.
+    live: the analysis, of this body as it was before.
+  """
+  masked = [at for at, info in enumerate(read) if info.possible[0].support]
+  found: list[list[Set]] = [[] for _ in body.outputs]
+  for gone in ([*([at] for at in masked), masked] if len(masked) > 1 else [masked]) if masked else ():
+    given = [_zero(info) if at in gone else info for at, info in enumerate(each)]
+    turns = sets.union(*(read[at].possible[0] for at in gone))
+    for out, of_out in zip(live.forward(body, [*fixed, *given]), found, strict=True):
+      if out.where.some.is_empty:
+        of_out.append(turns)
+  if masked:
+    live.forward(body, [*fixed, *each])
+  return [sets.intersection(*of_out) if of_out else sets.ALWAYS for of_out in found]
+
+
+def _zero(info: Info) -> Info:
+  """What is known of zeros."""
+  shape = [s.size for s in info.possible]
+  return info_of(nowhere(shape), info.varies)
+
+
+def _in_turns(where: Where, turns: Set) -> Where:
+  """Entries in some turns, if these are known."""
+  return where if turns is sets.ALWAYS else where._replace(box=(turns, *where.box[1:]))
 
 
 def _of_turns(node: Node, turn: Program, live: Liveness, meter: Meter) -> Iterator[Cost]:

@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 
-from fisherprune_jax._auto.atoms import PRODUCT, SUM, Atom, block, cut, leaves, tie
+from fisherprune_jax._auto.atoms import Atom, block, leaves, tie
 from fisherprune_jax._auto.data import hand_on
-from fisherprune_jax._graph.compat import is_static_size
+from fisherprune_jax._auto.tying import tie_axes
 from fisherprune_jax._graph.control.custom import Custom, CustomJvp
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
-from fisherprune_jax._graph.spec import Axis, Factor, Pick, Prod, Spec, factors_of
+from fisherprune_jax._graph.spec import Factor, Spec, factors_of
 from fisherprune_jax._graph.structured import STRUCTURED, Link, links
 
 TURNS = "the turns of a loop"
@@ -123,9 +122,9 @@ class Axes:
     factors = {name: Atom(size) for name, size in spec.sizes.items()}
     for at, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
       if value.literal is None:
-        _tie_axes(self.operand(node, at), axes, factors, node)
+        tie_axes(self.operand(node, at), axes, factors, node)
     for value, axes in zip(node.outs, spec.outs, strict=True):
-      _tie_axes(self.of(value), axes, factors, node)
+      tie_axes(self.of(value), axes, factors, node)
     if not self._computes(node):
       return
     # In order: names of groups are the same in all processes.
@@ -274,54 +273,3 @@ def _origin(value: Value, program: Program, live: Liveness) -> Value:
   while value in makers and makers[value] in live.specs and live.specs[makers[value]].moves:
     value = makers[value].ins[0]
   return value
-
-
-def _tie_axes(atoms: Sequence[Atom], axes: Sequence[Axis], factors: dict[Factor, Atom], node: Node) -> None:
-  for atom, axis in zip(atoms, axes, strict=True):
-    _tie_axis(atom, axis, factors, node)
-
-
-def _tie_axis(atom: Atom, axis: Axis, factors: dict[Factor, Atom], node: Node) -> None:
-  """Ties an axis to its factors."""
-  if isinstance(axis, str):
-    tie(atom, factors[axis])
-  elif isinstance(axis, Pick):
-    _tie_pick(atom, axis.index, factors[axis.factor], f"{node.name} picks from it, at {node.source}")
-  elif axis is not None:
-    cut(atom, PRODUCT if isinstance(axis, Prod) else SUM, [factors[part] for part in axis.parts])
-  elif not (is_static_size(atom.size) and atom.size == 1):
-    block(atom, f"{node.name} works along it, at {node.source}")
-
-
-def _tie_pick(atom: Atom, index: np.ndarray, source: Atom, why: str) -> None:
-  """Ties an axis to the entries that it shows of another: runs of neighbours, or one of each so many."""
-  size = source.root().size
-  step = int(index[1] - index[0]) if index.size > 1 else 1
-  if (
-    step > 1
-    and size % step == 0
-    and index.size == size // step
-    and (np.diff(index) == step).all()
-    and index[0] >= 0
-  ):
-    outer = Atom(index.size)
-    cut(source, PRODUCT, (outer, Atom(step, why)))
-    tie(atom, outer)
-    return
-  goes_on = np.where(index[:-1] < 0, index[1:] < 0, np.diff(index) == 1)
-  runs = np.split(index, np.flatnonzero(~goes_on) + 1) if index.size else []
-  if len(runs) > MOST_RUNS:
-    block(source, why)
-    block(atom, why)
-    return
-  pieces = [Atom(run.size) for run in runs]
-  if pieces:
-    cut(atom, SUM, pieces)
-  for piece, run in zip(pieces, runs, strict=True):
-    first, last = int(run[0]), int(run[-1]) + 1
-    if first >= 0:
-      cut(source, SUM, (Atom(first), piece, Atom(size - last)))
-
-
-MOST_RUNS = 16
-"""Runs of neighbours in a selection before it is taken as arbitrary."""

@@ -50,6 +50,16 @@ def test_the_program_grows_little_with_the_number_of_masks():
   assert counts[0] < 1500
 
 
+def test_vectors_alone_enter_and_leave_the_conditional_that_prunes():
+  def arrays(masks):
+    update, given = update_of(network(masks))
+    found = [eqn for eqn in jax.make_jaxpr(update)(*given).jaxpr.eqns if eqn.primitive.name == "cond"]
+    return [(len(eqn.invars), len(eqn.outvars)) for eqn in found if len(eqn.invars) > 2]
+
+  assert len(arrays(3)) == 1
+  assert arrays(3) == arrays(9)
+
+
 def test_no_kernel_is_compiled_for_each_mask():
   def kernels(masks):
     update, given = update_of(network(masks))

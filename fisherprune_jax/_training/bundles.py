@@ -75,6 +75,10 @@ class Rows:
     """Per bundle, the sum over the features that may be in it."""
     return jax.ops.segment_sum(values, jnp.asarray(self.unit), self.units)
 
+  def sums(self, values: jax.Array) -> jax.Array:
+    """Per row, the sum over its features."""
+    return jax.ops.segment_sum(values, jnp.asarray(self._row), len(self.floors), indices_are_sorted=True)
+
   def widths(self, alive: jax.Array) -> jax.Array:
     """Per row, how many features it has."""
     before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(alive, dtype=jnp.int32)])[self.starts]

@@ -1,11 +1,13 @@
 """The criteria that have names."""
 
+import math
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._cost.owned import Keys, Ownership
@@ -157,8 +159,10 @@ def fisher_magnitude(cost: CostModel | None) -> Criterion:
     axis_name: AxisNames,
     name: str | None,
   ) -> Masks:
-    shares = jax.tree.map(partial(_share, weights=example_weights, axis_name=axis_name), mask_grads, masks)
-    return jax.tree.map(_by_both, scores, norms(params, masks, name), shares, masks)
+    share = partial(_share, weights=example_weights, axis_name=axis_name)
+    shares = jax.tree.map(lambda g, m: jnp.broadcast_to(share(g, m), m.shape), mask_grads, masks)
+    losses, sizes, parts, alive = map(flatten, (scores, norms(params, masks, name), shares, masks))
+    return unflatten(_by_both(losses, sizes, parts, alive, _rows(masks)), masks)
 
   needs, takes = ("mask_grads", "params", "masks"), ("example_weights", "axis_name", "name")
   return Criterion(signal, "fisher_magnitude", needs, takes, unit="nats", rank=rank)
@@ -182,31 +186,39 @@ def _size(weights: jax.Array, axis_name: AxisNames) -> jax.Array:
   return 1 / jnp.where(total > 0, squares, 1)
 
 
-def _by_both(losses: jax.Array, norms: jax.Array, share: jax.Array, mask: jax.Array) -> jax.Array:
-  """The losses of what is alive in the order of both ranks, row by row; what is dead keeps its own."""
+def _by_both(
+  losses: jax.Array, norms: jax.Array, share: jax.Array, mask: jax.Array, row: np.ndarray
+) -> jax.Array:
+  """The losses of what is alive in the order of both ranks, row by row; what is dead keeps its own.
+
+  Rows lie end to end, so that one program sorts all of them; ``row`` is the row of each feature.
+  """
   alive = mask != 0
-  rising, order, by_loss = _ranked(jnp.where(alive, losses, -jnp.inf))  # what is dead comes first,
-  _, _, by_norm = _ranked(jnp.where(alive, norms, -jnp.inf))
+  rising, order, by_loss = _ranked(jnp.where(alive, losses, -jnp.inf), row)  # what is dead comes first,
+  _, _, by_norm = _ranked(jnp.where(alive, norms, -jnp.inf), row)
   sums = jnp.where(alive, by_loss + jnp.square(1 - share) * by_norm, -1)  # here too
   # Laid in Fisher's order, equals stay in it when they are sorted.
-  both = jnp.argsort(jnp.take_along_axis(sums, order, -1), -1, stable=True)
-  handed_out = _placed(rising, jnp.take_along_axis(order, both, -1))
+  both = jnp.lexsort((sums[order], row))
+  handed_out = jnp.zeros_like(rising).at[order[both]].set(rising)
   # NaN has no rank: nothing is pruned by it.
   return jnp.where(jnp.isfinite(norms), jnp.where(alive, handed_out, losses), jnp.nan)
 
 
-def _ranked(x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _rows(masks: Masks) -> np.ndarray:
+  """The row of each feature, of all masks end to end."""
+  shapes = [mask.shape for mask in jax.tree.leaves(masks)]
+  widths = np.repeat([shape[-1] for shape in shapes], [math.prod(shape[:-1]) for shape in shapes])
+  return np.repeat(np.arange(widths.size), widths)
+
+
+def _ranked(x: jax.Array, row: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Row by row in rising order, where each was, and how many are smaller than each: equals have one rank."""
-  order = jnp.argsort(x, -1)
-  rising = jnp.take_along_axis(x, order, -1)
-  first = jnp.concatenate([jnp.ones_like(rising[..., :1], bool), rising[..., 1:] != rising[..., :-1]], -1)
-  smaller = jax.lax.cummax(jnp.where(first, jnp.arange(x.shape[-1]), 0), axis=x.ndim - 1)
-  return rising, order, _placed(smaller, order)
-
-
-def _placed(values: jax.Array, at: jax.Array) -> jax.Array:
-  """Values put at places of their row."""
-  return jnp.put_along_axis(jnp.zeros_like(values), at, values, -1, inplace=False)
+  order = jnp.lexsort((x, row))
+  rising = x[order]
+  begins = np.diff(row, prepend=-1) != 0
+  first = begins | jnp.concatenate([jnp.ones(1, bool), rising[1:] != rising[:-1]])
+  smaller = jax.lax.cummax(jnp.where(first, jnp.arange(x.size), 0)) - np.flatnonzero(begins)[row]
+  return rising, order, jnp.zeros_like(smaller).at[order].set(smaller)
 
 
 def _norms(cost: CostModel | None, method: str) -> Callable[..., Masks]:

@@ -93,8 +93,12 @@ def make_inert(state: FisherPruneState, path: Any = ()) -> FisherPruneState:
 
 def shares_of(drops: Masks, total: float | jax.Array) -> PyTree:
   """For every mask, the drops in cost of its features, over the cost; 0 where there is no cost."""
-  part = jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
-  return jax.tree.map(lambda drop: part * jnp.sum(drop, axis=-1), drops)
+  return jax.tree.map(lambda drop: share_of(jnp.sum(drop, axis=-1), total), drops)
+
+
+def share_of(cost: jax.Array, total: float | jax.Array) -> jax.Array:
+  """Costs over that of the network; 0 where there is none."""
+  return cost * jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
 
 def check_types(opt_state: optax.OptState) -> None:

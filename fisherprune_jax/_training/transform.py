@@ -9,7 +9,7 @@ import optax
 
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._cost.flat import Priced
-from fisherprune_jax._masks import flatten, redate, unflatten_all
+from fisherprune_jax._masks import flatten, redate, unflatten, unflatten_all
 from fisherprune_jax._training.bundles import Multiple
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.floors import MinFeatures
@@ -21,7 +21,7 @@ from fisherprune_jax._training.state import (
   check_state,
   check_types,
   corrected,
-  shares_of,
+  share_of,
   start,
   was_edited,
 )
@@ -134,8 +134,8 @@ def fisher_prune(
     own = {"masks": state.masks, "step": step, "axis_name": options.axis_name, "name": options.name}
     given = {**extra_args, "updates": updates, "params": params, **own}
     signal = options.criterion.signal_of(given)
-    state, counts = _accumulate(state._replace(step=step), signal, options)
-    return updates, _prune_if_due(state, counts, options, given)
+    state, batch = _accumulate(state._replace(step=step), flatten(signal), options)
+    return updates, _prune_if_due(state, batch, options, given)
 
   tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
   return tx if options.name is None else _under_name(tx, options.name, options.criterion)
@@ -164,40 +164,52 @@ def _under_name(
   return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
+class _Batch(NamedTuple):
+  """What a batch has changed.
+
+  Attributes:
+    scores: those of the state, end to end.
+    counts: whether it did.
+  """
+
+  scores: jax.Array
+  counts: jax.Array
+
+
 def _accumulate(
-  state: FisherPruneState, signal: PyTree, options: Options
-) -> tuple[FisherPruneState, jax.Array]:
-  """Takes the signal of a batch into the scores if all of it is finite and the decay is one; whether it did."""
+  state: FisherPruneState, signal: jax.Array, options: Options
+) -> tuple[FisherPruneState, _Batch]:
+  """Takes the signal of a batch into the scores if all of it is finite and the decay is one."""
   decay = jnp.asarray(options.at("decay", state.step) if options.criterion.averaged else 0.0, jnp.float32)
-  finite = jnp.all(jnp.isfinite(flatten(signal)))
+  finite = jnp.all(jnp.isfinite(signal))
   counts = finite & DECAY.allows(decay)
-
-  def mean(old: jax.Array, new: jax.Array) -> jax.Array:
-    return jnp.where(counts, decay * old + (1 - decay) * new, old).astype(old.dtype)
-
+  old = flatten(state.scores)
+  scores = jnp.where(counts, decay * old + (1 - decay) * signal, old).astype(old.dtype)
   state = state._replace(
-    scores=jax.tree.map(mean, state.scores, signal),
+    scores=unflatten(scores, state.masks),
     decay_product=jnp.where(counts, decay * state.decay_product, state.decay_product),
     counted=jnp.where(counts, optax.safe_increment(state.counted), state.counted),
     skipped=jnp.where(counts, state.skipped, optax.safe_increment(state.skipped)),
   )
-  return state, counts
+  return state, _Batch(scores, counts)
 
 
 def _prune_if_due(
-  state: FisherPruneState, counts: jax.Array, options: Options, given: Mapping[str, Any]
+  state: FisherPruneState, batch: _Batch, options: Options, given: Mapping[str, Any]
 ) -> FisherPruneState:
   """Switches features off if this is a step to do so; takes the cost anew then, and when masks were edited."""
   target, weight = options.at(options.goal, state.step), options.at("flops_weight", state.step)
   # Vectors are made here, where each is one kernel: in a conditional they would be part of all that reads them.
-  flat = _Flat(*map(flatten, (state.masks, state.pruned_at, state.scores)))
+  # Whatever enters or leaves a conditional is compiled several times: vectors do, not one array for each mask.
+  masks, pruned_at, shares = map(flatten, (state.masks, state.pruned_at, state.shares))
+  flat = _Flat(masks, pruned_at, shares, state.cost, state.exhausted)
   edited = was_edited(flat.pruned_at, flat.masks, state.cost)
-  due = counts & _is_due(state.step, options)
+  due = batch.counts & _is_due(state.step, options)
   due &= FLOPS_TARGET.allows(target) & FLOPS_WEIGHT.allows(weight)
 
-  def act() -> dict[str, PyTree]:
+  def act() -> _Flat:
     cost, alive = options.cost.flat, flat.masks > 0
-    current, valid = _ranked(state, flat.scores, options, given)
+    current, valid = _ranked(state, batch.scores, options, given)
 
     def price(alive: jax.Array) -> Priced:
       found = cost.price(alive, cost.limit(target))
@@ -207,17 +219,17 @@ def _prune_if_due(
     left = select.run(alive, tamed(current), due & valid, state.exhausted & ~edited)
     # Masks that were put in by hand since the last step went with that.
     at = redate(redate(flat.pruned_at, flat.masks, state.step - 1), left.alive, state.step)
-    vectors = left.cost.drops, left.alive.astype(jnp.float32), at
-    drops, masks, pruned_at = unflatten_all(vectors, state.masks)
     # The state's own cost is not trusted: whoever edits masks and history by hand may leave it as it was.
-    total, exhausted = left.cost.total, left.exhausted
-    shares = shares_of(drops, total)
-    return {"masks": masks, "pruned_at": pruned_at, "cost": total, "shares": shares, "exhausted": exhausted}
+    total, _, drops = left.cost
+    shares = share_of(options.rows.sums(drops), total)
+    return _Flat(left.alive.astype(jnp.float32), at, shares, total, left.exhausted)
 
-  def rest() -> dict[str, PyTree]:
-    return {name: getattr(state, name) for name in ("masks", "pruned_at", "cost", "shares", "exhausted")}
-
-  return state._replace(**jax.lax.cond(due | edited, act, rest))
+  new = jax.lax.cond(due | edited, act, lambda: flat)
+  masks, pruned_at = unflatten_all((new.masks, new.pruned_at), state.masks)
+  shares = unflatten(new.shares, state.shares)
+  return state._replace(
+    masks=masks, pruned_at=pruned_at, shares=shares, cost=new.cost, exhausted=new.exhausted
+  )
 
 
 def _ranked(
@@ -231,11 +243,13 @@ def _ranked(
 
 
 class _Flat(NamedTuple):
-  """What a state has of all features, end to end."""
+  """What pruning changes in a state: of all features, end to end, of all rows, and of the network."""
 
   masks: jax.Array
   pruned_at: jax.Array
-  scores: jax.Array
+  shares: jax.Array
+  cost: jax.Array
+  exhausted: jax.Array
 
 
 def _is_due(step: jax.Array, options: Options) -> jax.Array:

@@ -93,6 +93,36 @@ def test_nothing_is_said_where_nothing_stays():
   assert "on the table" not in small.report()
 
 
+WRITES = {
+  "dynamic_update_slice": lambda c, row, i: jax.lax.dynamic_update_slice_in_dim(c, row[:, None], i, 1),
+  "set": lambda c, row, i: c.at[:, i].set(row),
+  "add": lambda c, row, i: c.at[:, i].add(row),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("loop", ["scan", "fori_loop"])
+def test_an_empty_cache_that_a_loop_fills_keeps_nothing(loop, write):
+  """Each iteration writes a row of features; time is kept whole, features are removed, so there is nothing to report."""
+  fill = WRITES[write]
+
+  def apply(v, x):
+    h = jnp.tanh(x @ v["a"]) * v["masks"]["h"]
+    body = lambda c, i: fill(c, jnp.tanh(h[:, i] @ v["b"]), i)
+    empty = jnp.zeros((*x.shape[:2], 5))
+    if loop == "scan":
+      filled = jax.lax.scan(lambda c, i: (body(c, i), None), empty, jnp.arange(x.shape[1]))[0]
+    else:
+      filled = jax.lax.fori_loop(0, x.shape[1], lambda i, c: body(c, i), empty)
+    return (filled * v["masks"]["row"]) @ v["c"]
+
+  masks = {"h": jnp.array([1.0, 0, 1, 1, 0, 1]), "row": jnp.array([0.0, 1, 1, 0, 1])}
+  variables = {"a": jnp.ones((4, 6)), "b": jnp.ones((6, 5)), "c": jnp.ones((5, 3)), "masks": masks}
+  small = fp.compact(apply, variables, jnp.ones((2, 8, 4)), strict=True)
+  assert {name: v.shape for name, v in small.variables.items()} == {"a": (4, 4), "b": (4, 3), "c": (3, 3)}
+  assert small.blockers == []
+
+
 def test_an_unknown_primitive_is_announced_once_with_its_cost(monkeypatch):
   monkeypatch.setattr(blockers, "_announced", set())
   apply, variables = network(unknown)

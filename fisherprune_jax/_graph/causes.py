@@ -1,7 +1,7 @@
 """Why entries stay: what is live, held against what would be if nothing were in the way.
 
 In the way are uses that cannot do without dead entries (``Spec.opaque``), sums of their own along an axis (the
-statistics of a norm, not the products of a layer), and outputs. ``in_nobodys_way`` gives their specs without
+statistics of a norm, not the products of a layer), and outputs. ``ideal.in_nobodys_way`` gives their specs without
 that: they keep zeros zero, and ask *weakly*, for an axis of which nobody else asks more precisely.
 Where an axis of a variable then holds less, the way from there to the nearest node where the two analyses part
 is followed: forwards as long as more is asked for, backwards where more is possible.
@@ -10,90 +10,17 @@ is followed: forwards as long as more is asked for, backwards where more is poss
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
-from fisherprune_jax._graph.spec import Axes, Axis, Factor, Spec, compose, factors_of, names_of
+from fisherprune_jax._graph.spec import Axes, Axis, Factor, compose, factors_of
 from fisherprune_jax._graph.structured import links
 
-A = TypeVar("A", Axis, Factor)
 Place = tuple[Value, int]
 """One axis of one value."""
-
-
-def is_in_the_way(spec: Spec, infos: Sequence[Info]) -> bool:
-  """Whether a node keeps entries that others could do without."""
-  return bool(spec.opaque or spec.sees or _own_sums(spec, infos))
-
-
-def _own_sums(spec: Spec, infos: Sequence[Info]) -> frozenset[Factor]:
-  """The factors that a node sums over by itself.
-
-  Not those of a product with something that depends on the arguments: these are what a layer is there for. A product
-  of variables alone, as in a spectral norm, is a statistic of them like any other sum.
-  """
-  if len(spec.kills) > 1 and any(info.varies for info in infos):
-    return frozenset()
-  return frozenset(spec.sizes) - {f for axes in spec.outs for axis in axes for f in factors_of(axis)}
-
-
-def in_nobodys_way(node: Node, spec: Spec, live: Liveness) -> Spec:
-  """The spec of a node, as it would be if it could do without dead entries.
-
-  Where a later mask decides what is asked of it, it may bring to life what that mask keeps. What it makes of nothing
-  at all, as a bias behind a mask that was emptied, is not in the way: that is there for good.
-  """
-  shape = node.outs[0].shape if node.outs else None
-  if node.ins and node.ins[0].shape == shape and not {*spec.ins[0]} & {*spec.outs[0]}:
-    spec = _entry_by_entry(spec, shape)  # nothing is known of it
-  decided = {
-    f
-    for out, axes in zip(node.outs, spec.outs, strict=True)
-    for axis, asked in zip(axes, live.asked[out].box if out in live.asked else (), strict=False)
-    for f in factors_of(axis)
-    if asked.support
-  }
-  infos = [live.info(value) for value in node.ins]
-  variables = frozenset(i for i, info in enumerate(infos) if not info.varies and not info.is_masked)
-  others = spec.neutral | variables
-  lasts = not all(spec.roles.deciding) and not (
-    all(spec.roles.vanishing) and variables.isdisjoint(spec.roles.adding)
-  )
-  shifted = {f for i in variables for axis in spec.ins[i] for f in factors_of(axis)}
-  return replace(
-    spec,
-    alive=(spec.alive | shifted) & decided,
-    neutral=others if len(others) < len(node.ins) else variables,
-    whole=frozenset(),
-    sees=frozenset(),
-    weak=_own_sums(spec, infos),
-    lasts=lasts,
-    opaque="",
-  )
-
-
-def _entry_by_entry(spec: Spec, shape: Sequence[int]) -> Spec:
-  linked = dict(zip([*spec.ins[0], *spec.outs[0]], 2 * names_of(shape), strict=True))
-
-  def renamed(axes: Sequence[A]) -> tuple[A | Factor, ...]:
-    return tuple(linked.get(axis, axis) for axis in axes)
-
-  counts = (
-    count._replace(outer=renamed(count.outer), inner=None if count.inner is None else renamed(count.inner))
-    for count in spec.flops
-  )
-  return replace(
-    spec,
-    ins=tuple(map(renamed, spec.ins)),
-    outs=tuple(map(renamed, spec.outs)),
-    sizes={linked.get(f, f): n for f, n in spec.sizes.items()},
-    flops=tuple(counts),
-  )
 
 
 class Stay(NamedTuple):

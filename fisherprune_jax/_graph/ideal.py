@@ -1,16 +1,19 @@
 """What would be live in a function if nothing were in the way: what masks allow."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
+from typing import TypeVar
 
 from fisherprune_jax._graph.boxes import Box, Where, meet, weak_box, whole_box
-from fisherprune_jax._graph.causes import in_nobodys_way, is_in_the_way
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Value
 from fisherprune_jax._graph.rules import spec_of
-from fisherprune_jax._graph.spec import Spec
+from fisherprune_jax._graph.spec import Axis, Factor, Spec, factors_of, names_of
 from fisherprune_jax._graph.traced import Analysis
+
+A = TypeVar("A", Axis, Factor)
 
 MOST_ROUNDS = 4
 """Of finding it: of a chain of variables that only other variables meet, each round finds one more."""
@@ -64,7 +67,93 @@ def without(
   def rules(node: Node, infos: Sequence[Info]) -> Spec:
     spec = spec_of(node, infos)
     free = is_in_the_way(spec, infos) and chosen(node)
-    return in_nobodys_way(node, spec, analysis.live) if free else spec
+    return in_nobodys_way(node, spec, analysis.live, infos) if free else spec
 
   box = weak_box if outputs else whole_box
   return analysis.by_rules(rules, lambda value: Where(box(value.shape)), known)
+
+
+def is_in_the_way(spec: Spec, infos: Sequence[Info]) -> bool:
+  """Whether a node keeps entries that others could do without."""
+  return bool(spec.opaque or spec.sees or _own_sums(spec, infos))
+
+
+def _own_sums(spec: Spec, infos: Sequence[Info]) -> frozenset[Factor]:
+  """The factors that a node sums over by itself.
+
+  Not those of a product with something that depends on the arguments: these are what a layer is there for. A product
+  of variables alone, as in a spectral norm, is a statistic of them like any other sum.
+  """
+  if len(spec.kills) > 1 and any(info.varies for info in infos):
+    return frozenset()
+  return frozenset(spec.sizes) - {f for axes in spec.outs for axis in axes for f in factors_of(axis)}
+
+
+def in_nobodys_way(node: Node, spec: Spec, live: Liveness, now: Sequence[Info]) -> Spec:
+  """The spec of a node, as it would be if it could do without dead entries.
+
+  Where a later mask decides what is asked of it, it may bring to life what that mask keeps. What it makes of nothing
+  at all, as a bias behind a mask that was emptied, is not in the way: that is there for good.
+
+  Args:
+    node: the node.
+    spec: its spec.
+    live: what is live.
+    now: what is known of the operands where this spec is needed.
+  """
+  written = _written(spec, now)
+  shape = node.outs[0].shape if node.outs else None
+  if node.ins and node.ins[0].shape == shape and not {*spec.ins[0]} & {*spec.outs[0]}:
+    spec = _entry_by_entry(spec, shape)  # nothing is known of it
+  decided = {
+    f
+    for out, axes in zip(node.outs, spec.outs, strict=True)
+    for axis, asked in zip(axes, live.asked[out].box if out in live.asked else (), strict=False)
+    for f in factors_of(axis)
+    if asked.support
+  }
+  infos = [live.info(value) for value in node.ins]
+  variables = frozenset(i for i, info in enumerate(infos) if not info.varies and not info.is_masked)
+  others = spec.neutral | variables
+  lasts = not all(spec.roles.deciding) and not (
+    all(spec.roles.vanishing) and variables.isdisjoint(spec.roles.adding)
+  )
+  shifted = {f for i in variables for axis in spec.ins[i] for f in factors_of(axis)}
+  return replace(
+    spec,
+    alive=((spec.alive | shifted) & decided) | written,
+    neutral=others if len(others) < len(node.ins) else variables,
+    whole=frozenset(),
+    sees=frozenset(),
+    weak=_own_sums(spec, infos),
+    lasts=lasts,
+    opaque="",
+  )
+
+
+def _written(spec: Spec, now: Sequence[Info]) -> frozenset[Factor]:
+  """The factors along which nothing is there but what is written to places that are not known, as into an empty cache."""
+  empty = {i for i, info in enumerate(now) if info.where.some.is_empty}
+  others = [i for i, info in enumerate(now) if i not in empty and i not in spec.neutral and info.varies]
+  inside = {f for i in others for axis in spec.ins[i] for f in factors_of(axis)}
+  lacking = {f for i in empty for axis in spec.ins[i] for f in factors_of(axis)} - inside
+  return frozenset(lacking & spec.whole) if others else frozenset()
+
+
+def _entry_by_entry(spec: Spec, shape: Sequence[int]) -> Spec:
+  linked = dict(zip([*spec.ins[0], *spec.outs[0]], 2 * names_of(shape), strict=True))
+
+  def renamed(axes: Sequence[A]) -> tuple[A | Factor, ...]:
+    return tuple(linked.get(axis, axis) for axis in axes)
+
+  counts = (
+    count._replace(outer=renamed(count.outer), inner=None if count.inner is None else renamed(count.inner))
+    for count in spec.flops
+  )
+  return replace(
+    spec,
+    ins=tuple(map(renamed, spec.ins)),
+    outs=tuple(map(renamed, spec.outs)),
+    sizes={linked.get(f, f): n for f, n in spec.sizes.items()},
+    flops=tuple(counts),
+  )

@@ -171,9 +171,8 @@ class _Arguments:
       return None
     if any(type(x) not in PLAIN for x in self._rest.values()):
       return None
-    rest = tuple(
-      (at, type(x), repr(x)) for at, x in self._rest.items()
-    )  # 1, True and 1.0 are equal, as 0.0 and -0.0
+    # By type and text: 1, True and 1.0 are equal, and so are 0.0 and -0.0.
+    rest = tuple((at, type(x), repr(x)) for at, x in self._rest.items())
     return signature(own), signature(self.arrays), self._tree, rest
 
   def filled(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -71,8 +71,8 @@ def _eqns(closed):
         yield from _eqns(value)
 
 
-def test_export_that_cannot_tell_symbolic_sizes_apart_says_so():
-  # The examples are merged with positions into groups of a convolution.
+def test_export_of_examples_that_are_merged_with_positions():
+  # Into groups of a convolution: sizes are products with a symbol.
   layout = ("WCN", "WIO", "WNC")
 
   def apply(variables, x):
@@ -89,8 +89,23 @@ def test_export_that_cannot_tell_symbolic_sizes_apart_says_so():
   variables = {"params": params, "masks": {"m": jnp.array([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])}}
   small = fp.compact(apply, variables, x)
   np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-5)
+  exported = small.export(x)
+  for batch in (x, x[:2], jnp.concatenate([x, 2 * x])):
+    np.testing.assert_allclose(exported.call(batch), apply(variables, batch), rtol=1e-5)
+
+
+def test_a_batch_for_which_more_is_needed_than_was_kept_is_an_error():
+  def apply(variables, x):
+    h = x @ variables["w"]
+    if x.shape[0] > 3:
+      h = jax.nn.softmax(h)
+    return (h * variables["masks"]["m"]) @ variables["v"]
+
+  variables = {"w": jnp.ones((4, 5)), "v": jnp.ones((5, 2)), "masks": {"m": jnp.array([1.0, 0, 1, 1, 0])}}
+  small = fp.compact(apply, variables, jnp.ones((2, 4)))
+  np.testing.assert_allclose(small(small.variables, jnp.ones((3, 4))), apply(variables, jnp.ones((3, 4))))
   with pytest.raises(ValueError, match="must need no more of its variables"):
-    small.export(x)
+    small(small.variables, jnp.ones((4, 4)))
 
 
 @pytest.mark.parametrize("array", [np.array, jnp.array])

@@ -83,8 +83,9 @@ class Axes:
   def hand_on(self, examples: Atom, arguments: Sequence[Value]) -> None:
     """Says of all slices of data which of their axes are examples, and which are an argument's; after ``walk``."""
     given = {leaf for value in arguments for atom in self.of(value) for leaf in leaves(atom)}
+    rows = set(leaves(examples))
     for use, atom in self._slices:
-      hand_on(use, atom, set(leaves(examples)), given)
+      hand_on(use, atom, rows, given)
 
   def varies(self, value: Value) -> bool:
     """Whether an array depends on the arguments."""

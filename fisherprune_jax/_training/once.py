@@ -27,6 +27,9 @@ from fisherprune_jax._training.options import Options
 from fisherprune_jax._training.selection import tamed
 from fisherprune_jax._types import Masks, PyTree
 
+MOST_KEPT = 8
+"""Programs that are kept for one cost."""
+
 
 def prune(cost: CostModel, signals: Masks, target: float | None = None, **options: Any) -> Masks:
   """Masks at a target, chosen at once: as :func:`fisher_prune` chooses, one feature after the other, with these signals.
@@ -108,6 +111,8 @@ def _program(options: Options, weight: Any) -> Callable[..., tuple[jax.Array, ja
     return left.alive.astype(jnp.float32), left.exhausted
 
   if key not in flat.programs:
+    if len(flat.programs) == MOST_KEPT:  # a search over widths must not keep all that it compiled
+      flat.programs.pop(next(iter(flat.programs)))
     flat.programs[key] = jax.jit(run)
   return flat.programs[key]
 
@@ -174,7 +179,7 @@ def estimate_signals(
     _, (_, mask_grads) = grads_of(own["params"], own["masks"], batch)
     given = {**own, "axis_name": None, "mask_grads": mask_grads}
     signal = criterion.ranked(criterion.signal_of(given), given)
-    finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(s)) for s in jax.tree.leaves(signal)]))
+    finite = jnp.all(jnp.isfinite(flatten(signal)))
     total = jax.tree.map(lambda t, s: jnp.where(finite, t + examples_of(batch) * s, t), sums.total, signal)
     return _Sums(
       total, sums.examples + jnp.where(finite, examples_of(batch), 0), sums.bad + jnp.where(finite, 0, 1)

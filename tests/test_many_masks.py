@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fisherprune_jax as fp
+from fisherprune_jax._training.once import MOST_KEPT
 
 LAST = np.iinfo(np.int32).max
 
@@ -146,3 +147,14 @@ def test_options_may_be_beyond_what_counters_hold():
 
   assert left(prune_every=2**31) == left(prune_every=1, burn_in=2**40) == [1] * 4
   assert left(prune_every=1, features_per_prune=2**31, recost=2**33) == [1, 0, 0, 1]
+
+
+def test_a_search_over_floors_keeps_few_programs():
+  cost = fp.CostModel.from_functions(
+    {"m": jnp.ones(20)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m
+  )
+  signals = {"m": jnp.arange(20.0)}
+  for floor in (*range(1, 13), 1):
+    masks = fp.prune(cost, signals, min_features=floor)
+    assert masks["m"].tolist() == [0.0] * (20 - floor) + [1.0] * floor
+    assert len(cost.flat.programs) <= MOST_KEPT

@@ -399,9 +399,7 @@ def check(net: Network, other: int) -> None:
       raise WildError("the sign of a sum that is exactly zero") from None
     raise
   check_costs(net, small)
-  # Of emptied masks on both sides of a set conditions say less than gradients do (docs/design.md, where it ends).
-  emptied = not all(m.any() for m in net.masks.values())
-  if net.seed % 3 == 0 and not emptied and gradients_tell([step.name for step in net.steps]):
+  if net.seed % 3 == 0 and gradients_tell([step.name for step in net.steps]):
     check_report(net, small)
 
 

@@ -334,6 +334,6 @@ def heads_in_the_batch(x):
 @case((2, 6, 3))
 def rows_regrouped_over_the_batch(x):
   """``(6 b, 4) -> (3 b, 8) -> (b, 24)``."""
-  y = mask(jnp.tanh(dense(4)(x.reshape(-1, 3))))
+  y = mask(jnp.tanh(dense(4)(x))).reshape(-1, 4)
   y = jnp.sin(y.reshape(-1, 8))
   return dense(2)(y.reshape(-1, 24))

@@ -1,6 +1,8 @@
 """Entries of arrays: one set for each axis, what is known of several axes merged, and whether there are any at all."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
@@ -13,6 +15,18 @@ Box = tuple[Set, ...]
 F = TypeVar("F", bound=Hashable)
 FEW_MASKS = 4
 """A condition on so few masks may stand beside sets that hang on them too: prices (``overlaps.py``) bear that."""
+
+_exact: ContextVar[bool] = ContextVar("exact", default=False)
+
+
+@contextlib.contextmanager
+def exact_conditions() -> Iterator[None]:
+  """Here conditions are not made simple: for what is only evaluated, and not priced."""
+  token = _exact.set(True)
+  try:
+    yield
+  finally:
+    _exact.reset(token)
 
 
 class Where(NamedTuple):
@@ -140,6 +154,8 @@ def _simple(when: Set, beside: Iterable[Set]) -> Set:
   It must not hang on masks that the sets hang on, too: features on several sides are looked at one by one
   (``sharing.py``), and in a stream under masks all later ones would be.
   """
+  if _exact.get():
+    return when
   support = 0
   for s in beside:
     if s.is_weak:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import TypeVar
 
-from fisherprune_jax._graph.boxes import Box, Where, meet, weak_box, whole_box
+from fisherprune_jax._graph.boxes import Box, Where, exact_conditions, meet, weak_box, whole_box
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Value
@@ -70,7 +70,8 @@ def without(
     return in_nobodys_way(node, spec, analysis.live, infos) if free else spec
 
   box = weak_box if outputs else whole_box
-  return analysis.by_rules(rules, lambda value: Where(box(value.shape)), known)
+  with exact_conditions():
+    return analysis.by_rules(rules, lambda value: Where(box(value.shape)), known)
 
 
 def is_in_the_way(spec: Spec, infos: Sequence[Info]) -> bool:

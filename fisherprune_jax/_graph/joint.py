@@ -97,10 +97,10 @@ def known(factors: Sequence[Factor], tied: Tied, ones: Singles, sizes: Sizes) ->
   for start, end, said in _spans(factors, tied, sizes):
     parts += [_one(f, ones, sizes) for f in factors[place:start]]
     span, place = factors[start:end], end
-    joint = sets.outer([_one(f, ones, sizes) for f in span])
-    for names, s in said:
-      joint = _within(_extended(s, names, span, sizes), joint, [sizes[f] for f in span])
-    parts.append(joint)
+    rest = [_unsaid(f, said, ones, sizes) for f in span]
+    parts.append(
+      sets.intersection(sets.outer(rest), *(_extended(s, names, span, sizes) for names, s in said))
+    )
   return sets.outer([*parts, *(_one(f, ones, sizes) for f in factors[place:])])
 
 
@@ -129,10 +129,16 @@ def _spans(
   return found
 
 
-def _within(s: Set, box: Set, sizes: Sequence[Size]) -> Set:
-  """What is in a set of merged factors and in a product of one set for each."""
-  hull = sets.outer(sets.split(s, sizes))
-  return s if hull is box else sets.intersection(box, s)  # it lies within its own hull
+def _unsaid(
+  factor: Factor, tied: Sequence[tuple[tuple[Factor, ...], Set]], ones: Singles, sizes: Sizes
+) -> Set:
+  """What one set of a factor says that joint ones do not, which lie within their hulls and those of their parts."""
+  held = []
+  for names, s in tied:
+    if factor in names:
+      at, shape = names.index(factor), [sizes[f] for f in names]
+      held += [sets.split(part, shape)[at] for part in (s, *sets.conjuncts(s))]
+  return sets.unsaid(_one(factor, ones, sizes), held)
 
 
 def _extended(s: Set, before: Sequence[Factor], after: Sequence[Factor], sizes: Sizes) -> Set:

@@ -39,8 +39,10 @@ from fisherprune_jax._graph.sets.expression import Place as Place
 from fisherprune_jax._graph.sets.expression import Set as Set
 from fisherprune_jax._graph.sets.expression import in_order as in_order
 from fisherprune_jax._graph.sets.expression import keys_of as keys_of
+from fisherprune_jax._graph.sets.junctions import conjuncts as conjuncts
 from fisherprune_jax._graph.sets.junctions import intersection as intersection
 from fisherprune_jax._graph.sets.junctions import union as union
+from fisherprune_jax._graph.sets.junctions import unsaid as unsaid
 from fisherprune_jax._graph.sets.laying import concat as concat
 from fisherprune_jax._graph.sets.laying import outer as outer
 from fisherprune_jax._graph.sets.laying import split as split

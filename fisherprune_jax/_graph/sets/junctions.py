@@ -9,7 +9,7 @@ looking further that one set is within another, and what two have in common.
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fisherprune_jax._graph.sets.basic import ALWAYS, Fixed, Weak
+from fisherprune_jax._graph.sets.basic import ALWAYS, Fixed, Weak, everything
 from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make, members
 from fisherprune_jax._graph.sets.picking import Nonempty, Spread, nonempty
 
@@ -113,6 +113,21 @@ def intersection(*sets: Set) -> Set:
 def union(*sets: Set) -> Set:
   """Positions in any of ``sets``."""
   return _fold(Or, sets)
+
+
+def conjuncts(s: Set) -> list[Set]:
+  """The sets that one is the intersection of."""
+  return members(s.atoms(And))
+
+
+def unsaid(s: Set, given: Iterable[Set]) -> Set:
+  """What an intersection says that some others do not: those of its parts that none of them has."""
+  atoms = s.atoms(And)
+  for other in given:
+    atoms &= ~other.atoms(And)
+  if atoms == s.atoms(And):
+    return s
+  return _fold(And, members(atoms)) if atoms else everything(s.size)
 
 
 def _fold(kind: type[Junction], sets: Iterable[Set]) -> Set:

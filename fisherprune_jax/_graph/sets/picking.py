@@ -47,6 +47,15 @@ class Take(Set):
       return take(self.parts[0], np.concatenate([self.data, other.data]))
     return None
 
+  def grouped(self, groups: np.ndarray, size: int) -> Set | None:
+    """Of a permutation: groups of what it permutes."""
+    (base,) = self.parts
+    if self.size != base.size or not np.array_equal(np.sort(self.data), np.arange(base.size)):
+      return None
+    before = np.empty_like(groups)
+    before[self.data] = groups
+    return any_of(base, before, size)
+
   def of(self, parts: Sequence[Set]) -> Set:
     return take(parts[0], self.data)
 

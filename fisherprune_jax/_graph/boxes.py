@@ -154,11 +154,9 @@ def _simple(when: Set, beside: Iterable[Set]) -> Set:
   It must not hang on masks that the sets hang on, too: features on several sides are looked at one by one
   (``sharing.py``), and in a stream under masks all later ones would be.
   """
-  if _exact.get():
-    return when
   support = 0
   for s in beside:
     if s.is_weak:
       return sets.ALWAYS  # others have the say beside it, and have it in any case
     support |= s.support
-  return sets.free_of(when, support)
+  return when if _exact.get() else sets.free_of(when, support)

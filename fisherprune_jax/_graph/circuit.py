@@ -1,8 +1,9 @@
-"""Many sets at once as one circuit: a flat list of gates of two inputs each, evaluated layer by layer.
+"""Many sets at once as one circuit: a flat list of gates, evaluated layer by layer.
 
-Every position of every set is a gate: false, true, a feature, or the *and* or *or* of two earlier gates. Where
-sets take, lay out or repeat the positions of others, gates are shared and nothing is added. What is computed
-from it takes time in proportion to the gates, and its program is of one size whatever the network is.
+Every position of every set is a gate: false, true, a feature, the *or* of some features (a wide gate), or the *and* or
+*or* of two earlier gates. Where sets take, lay out or repeat the positions of others, gates are shared and nothing is
+added. What is computed from it takes time in proportion to the gates, and its program is of one size whatever the
+network is.
 
 **What features take with them.** A gate is a monotone function of the features: switching one off never brings
 a gate to life. A feature is *critical* to a gate if the gate is alive and would not be without that feature:
@@ -19,7 +20,8 @@ Let every gate have a weight: what is lost if it goes. What a feature takes with
 all gates that it is critical to. It is found without looking at pairs of a gate and a feature where no feature
 lies below both a and b, since then C(a) and C(b) have nothing in common. From the last gate to the first, the
 weight of ``a and b`` goes to a and to b; that of ``a or b`` goes to the one that alone is alive, and nowhere if
-both are; what arrives at a feature is the answer. It is back-propagation, and all sets' weights go down together.
+both are, and that of a wide gate to the last feature that is alive; what arrives at a feature is the answer. It is
+back-propagation, and all sets' weights go down together.
 
 Take features p, q, r, s, all alive but q, and gates of weight one:
 
@@ -56,10 +58,10 @@ from collections.abc import Hashable, Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
-import jax
 import numpy as np
 
 from fisherprune_jax._graph.gates import FEATURES, Builder
+from fisherprune_jax._graph.kinds import Kinds, add_at
 from fisherprune_jax._graph.layers import Layers, Same, columns_at, put
 from fisherprune_jax._graph.sets import Set, in_order, keys_of
 from fisherprune_jax._graph.sharing import Sharing
@@ -92,8 +94,9 @@ class Circuit:
     wiring = builder.finish()
     self.gates = {s: wiring.places[builder.of(s)[0]] for s in roots}
     self.size = wiring.places.size
-    self._start = FEATURES + self.features
-    self._sharing = Sharing(self._start, wiring)
+    self._wide = Kinds(wiring.wide, wiring.below, int(wiring.wide.max(initial=-1)) + 1, self.features)
+    self._start = FEATURES + self.features + self._wide.count
+    self._sharing = Sharing(self.features, wiring)
     sides = self._sharing.left, self._sharing.right
     self._layers = Layers(wiring.bounds, *sides, wiring.every, self._sharing.cut)
 
@@ -105,7 +108,8 @@ class Circuit:
   def live(self, features: Same, xp: ModuleType) -> Same:
     """Which gates are alive, from which features are."""
     room = xp.zeros(self.size - self._start + self._layers.padding, bool)
-    state = xp.concatenate([xp.asarray([False, True]), features, room])
+    wide = self._wide.counts(features, xp) > 0
+    state = xp.concatenate([xp.asarray([False, True]), features, wide, room])
 
     def step(state: Array, at: int, left: Array, right: Array, every: Array, cut: Array) -> Array:
       a, b = state[left], state[right]
@@ -130,21 +134,15 @@ class Circuit:
     def step(state: Array, at: int, left: Array, right: Array, every: Array, cut: Array) -> Array:
       a, b = live[left], live[right]
       mine = columns_at(state, at, left.size)
-      state = _add(state, left, mine * xp.where(every, a & b, a & ~b))
-      return _add(state, right, mine * xp.where(every, a & b & ~cut, b & ~a))
+      state = add_at(state, (slice(None), left), mine * xp.where(every, a & b, a & ~b))
+      return add_at(state, (slice(None), right), mine * xp.where(every, a & b & ~cut, b & ~a))
 
     state = self._layers.run(step, state, self._start, reverse=True)
-    found = state[:, FEATURES : self._start]
+    end = FEATURES + self.features
+    alive = live[FEATURES:end]
+    last = self._wide.counts(alive, xp) == 1
+    found = state[:, FEATURES:end] + self._wide.spread(state[:, end : self._start] * last, xp)
     if self._sharing.found:
-      gates, features, extra = self._sharing.extras(live, xp)
-      found = _add(found, features, state[:, gates] * extra)
-    return found * live[FEATURES : self._start]
-
-
-def _add(lanes: Array, columns: Array, values: Array) -> Array:
-  """Adds to columns, some of which may be named several times."""
-  if isinstance(lanes, jax.Array):
-    return lanes.at[:, columns].add(values)
-  for lane, of_lane in zip(lanes, values, strict=True):
-    np.add.at(lane, columns, of_lane)
-  return lanes
+      gates, features, extra = self._sharing.extras(live, last, xp)
+      found = add_at(found, (slice(None), features), state[:, gates] * extra)
+    return found * alive

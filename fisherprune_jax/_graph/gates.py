@@ -1,4 +1,4 @@
-"""Gates, as a circuit is built (``circuit.py``): each the *and* or the *or* of two earlier ones.
+"""Gates, as a circuit is built (``circuit.py``): the *or* of features, and the *and* or the *or* of two earlier gates.
 
 Sets bring their own (``Set.gates``) by the few operations of a ``Builder``.
 """
@@ -12,16 +12,18 @@ if TYPE_CHECKING:  # sets are made of gates, not gates of sets
   from fisherprune_jax._graph.sets import Set
 
 FALSE, TRUE, FEATURES = 0, 1, 2
-"""The first gates; from ``FEATURES`` on come the features of all masks, then the gates layer by layer."""
+"""The first gates; from ``FEATURES`` on come the features of all masks, then wide gates, then the others layer by layer."""
 
 Gates = tuple[np.ndarray, bool]
 """The gate of each position of a set, and whether no feature is found at two of them, or twice at one."""
 
 
 class Wiring(NamedTuple):
-  """The gates behind the features, layer by layer: each layer needs the ones before.
+  """The gates behind the features: wide ones, then layer by layer those of two inputs, which need the ones before.
 
   Attributes:
+    wide: for each input of each wide gate, which of these it is of.
+    below: likewise, the feature.
     left: one input of each gate.
     right: the other one.
     every: whether both inputs are needed: an *and*.
@@ -30,6 +32,8 @@ class Wiring(NamedTuple):
     places: for every gate, features too, by the number that it had while the circuit was built: which it is now.
   """
 
+  wide: np.ndarray
+  below: np.ndarray
   left: np.ndarray
   right: np.ndarray
   every: np.ndarray
@@ -53,7 +57,9 @@ class Builder:
     self._first = first
     self._of: dict[Set, Gates] = {}
     self.size = self._start = FEATURES + features
-    self._made: list[tuple[bool, bool, np.ndarray, np.ndarray]] = []
+    self._features = features
+    self._made: list[tuple[bool, bool, np.ndarray, np.ndarray, np.ndarray]] = []
+    self._wide: list[tuple[np.ndarray, np.ndarray]] = []
 
   def add(self, s: "Set") -> None:
     """Makes the gates of a set whose parts have theirs."""
@@ -76,7 +82,8 @@ class Builder:
     if new.size:
       pairs, place = np.unique(a[new] * np.int64(self.size) + b[new], return_inverse=True)
       out[new] = self.size + place
-      self._made.append((every, shared, *np.divmod(pairs, self.size)))
+      made = np.arange(self.size, self.size + pairs.size)
+      self._made.append((every, shared, made, *np.divmod(pairs, self.size)))
       self.size += pairs.size
     return out
 
@@ -85,6 +92,8 @@ class Builder:
     # Group by group, each gate once.
     codes = np.unique(groups * np.int64(self.size) + gates)
     groups, gates = np.divmod(codes, self.size)
+    if gates.size and gates.min() >= FEATURES and gates.max() < FEATURES + self._features:
+      return self._any_of_features(groups, gates, size)
     while gates.size > (starts := np.flatnonzero(np.diff(groups, prepend=-1))).size:
       # Within each group, every other gate takes in the next one.
       rank = np.arange(gates.size) - np.repeat(starts, np.diff(starts, append=gates.size))
@@ -95,18 +104,33 @@ class Builder:
     out[groups] = gates
     return out
 
+  def _any_of_features(self, groups: np.ndarray, gates: np.ndarray, size: int) -> np.ndarray:
+    """The same of features: a wide gate for each group of several. In a tree of gates most would be of these."""
+    out, counts = np.full(size, FALSE), np.bincount(groups, minlength=size)
+    out[groups] = gates
+    several = np.flatnonzero(counts > 1)
+    out[several] = self.size + np.arange(several.size)
+    there = counts[groups] > 1
+    self._wide.append((out[groups[there]], gates[there] - FEATURES))
+    self.size += several.size
+    return out
+
   def finish(self) -> Wiring:
     """All gates, sorted into layers."""
-    layer, at = np.zeros(self.size, np.int64), self._start
-    for _, _, left, right in self._made:
-      layer[at : at + left.size] = 1 + np.maximum(layer[left], layer[right])
-      at += left.size
-    sizes = [left.size for _, _, left, _ in self._made]
-    every, shared = (np.repeat(np.array([made[i] for made in self._made], bool), sizes) for i in (0, 1))
-    left, right = (np.concatenate([np.zeros(0, int), *(made[i] for made in self._made)]) for i in (2, 3))
-    order = np.argsort(layer[self._start :], kind="stable")
+    columns = zip((np.zeros(0, int), np.zeros(0, int)), *self._wide, strict=True)
+    wide, below = (np.concatenate(column) for column in columns)
+    own, wide = np.unique(wide, return_inverse=True)
+    inputs = np.zeros((2, self.size), int)
+    every, shared = np.zeros((2, self.size), bool)
+    layer = np.zeros(self.size, int)
+    for is_every, is_shared, out, left, right in self._made:
+      inputs[:, out] = left, right
+      every[out], shared[out] = is_every, is_shared
+      layer[out] = 1 + np.maximum(layer[left], layer[right])
+    order = self._start + np.argsort(layer[self._start :], kind="stable")
     places = np.arange(self.size)
-    places[self._start + order] = self._start + np.arange(order.size)
-    layer = layer[self._start + order]
-    bounds = np.searchsorted(layer, np.arange(1, layer.max(initial=0) + 2))
-    return Wiring(places[left[order]], places[right[order]], every[order], shared[order], bounds, places)
+    places[order] = self._start + np.arange(order.size)
+    order = order[own.size :]  # wide gates need nothing but features, and so come first
+    bounds = np.searchsorted(layer[order], np.arange(1, layer.max(initial=0) + 2))
+    left, right = places[inputs[:, order]]
+    return Wiring(wide, below, left, right, every[order], shared[order], bounds, places)

@@ -9,9 +9,8 @@ one term, that counts too much (``overlaps.py``), and what is too much is taken 
 Programs are of one size, whatever the network: they work on a few arrays of static indices.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ import numpy as np
 
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.circuit import Circuit
+from fisherprune_jax._graph.kinds import Kinds
 from fisherprune_jax._graph.nested import MAIN, Group, Sums, choices, filled
 from fisherprune_jax._graph.overlaps import Lanes, Monomial, Overlaps
 from fisherprune_jax._graph.sets import Set
@@ -35,8 +35,9 @@ class Prices:
     found = [*(s for t in self._terms for s in t.sets), *(s for m in self._monomials for s in m.factors)]
     self._roots = {s: at for at, s in enumerate(dict.fromkeys(found))}
     self._circuit = Circuit(self._roots, masks)
-    self._gates = np.concatenate([np.zeros(0, int), *(self._circuit.gates[s] for s in self._roots)])
-    self._ends = np.cumsum([0, *(s.size for s in self._roots)])
+    gates = np.concatenate([np.zeros(0, int), *(self._circuit.gates[s] for s in self._roots)])
+    roots = np.repeat(np.arange(len(self._roots)), [s.size for s in self._roots])
+    self._positions = Kinds(roots, gates, len(self._roots), self._circuit.size)
     self._places = self._places_of(m.factors for m in self._monomials)
     lanes = Lanes()
     self._lane_of_sum = [lanes.new(support) for support in self._sums.supports]
@@ -74,15 +75,7 @@ class Prices:
 
   def _sizes(self, live: jax.Array) -> jax.Array:
     """The size of every root, int32."""
-    # Sums of blocks, and the beginning of one block for each root: a running sum of all gates takes ten times as long.
-    total = self._gates.size
-    block = max(total // len(self._roots), 1) if total else 1
-    row, rest = np.divmod(self._ends, block)
-    rows = jnp.pad(live[self._gates].astype(jnp.int32), (0, block - total % block)).reshape(-1, block)
-    sums = jnp.cumsum(jnp.sum(rows, axis=1, dtype=jnp.int32), dtype=jnp.int32)
-    before = jnp.concatenate([jnp.zeros(1, jnp.int32), sums])[row]
-    before += jnp.sum(rows[row] * (jnp.arange(block) < rest[:, None]), axis=1, dtype=jnp.int32)
-    return before[1:] - before[:-1]
+    return self._positions.counts(live[: self._circuit.size], jnp)
 
   def _places_of(self, found: Iterable[Sequence[Set]]) -> np.ndarray:
     """Where among the counts some sets' sizes are, one row each, filled up with that of the one."""
@@ -110,14 +103,7 @@ class Prices:
     """
     handed = self._scale[:, None] * _products_of_others(counts[self._places])
     of_roots = jnp.asarray(self._own).at[self._lane[:, None], self._places].add(handed)
-    kinds = self._kinds
-    of_kinds = jnp.zeros((self._own.shape[0], kinds.number), jnp.float32)
-    return of_kinds.at[:, kinds.of_pair].add(of_roots[:, kinds.root])[:, kinds.of_gate]
-
-  @functools.cached_property
-  def _kinds(self) -> "_Kinds":
-    roots = np.repeat(np.arange(len(self._roots)), np.diff(self._ends))
-    return _kinds_of(self._gates, roots, self._circuit.size)
+    return self._positions.spread(of_roots[:, :-1], jnp)
 
   def _with_groups(self, found: jax.Array, level: list[Group], totals: jax.Array) -> jax.Array:
     """The largest sum of a group drops to what the sum that is then the largest still has."""
@@ -139,46 +125,6 @@ class Prices:
     below = {at: self._circuit.features_of(self._sums.supports[at]) for at in {*sums.flat}}
     groups = zip(own, sums, strict=True)
     return np.concatenate([np.stack([np.isin(f, below[at]) for at in row], axis=1) for f, row in groups])
-
-
-class _Kinds(NamedTuple):
-  """Gates by the roots that they are positions of: there are few kinds, such as all features of a mask.
-
-  Attributes:
-    of_gate: the kind of each gate.
-    number: how many kinds there are.
-    of_pair: for each kind and each of its roots, the kind.
-    root: likewise, the root.
-  """
-
-  of_gate: np.ndarray
-  number: int
-  of_pair: np.ndarray
-  root: np.ndarray
-
-
-def _kinds_of(gates: np.ndarray, roots: np.ndarray, size: int) -> _Kinds:
-  """The kinds of ``size`` gates, from pairs of a gate and a root that it is a position of.
-
-  >>> kinds = _kinds_of(np.array([0, 1, 2, 1, 2]), np.array([0, 0, 0, 1, 1]), 4)
-  >>> kinds.of_gate.tolist(), kinds.of_pair.tolist(), kinds.root.tolist()
-  ([1, 2, 2, 0], [1, 2, 2], [0, 0, 1])
-  """
-  order = np.lexsort((roots, gates))
-  gates, roots = gates[order], roots[order]
-  place = np.arange(gates.size) - np.searchsorted(gates, gates)
-  of_gate, count = np.zeros(size, np.int64), 1
-  by_place = np.argsort(place, kind="stable")
-  for here in np.split(
-    by_place, np.cumsum(np.bincount(place))[:-1]
-  ):  # the first root of each gate, the second, ...
-    key = of_gate[gates[here]] * (int(roots.max(initial=0)) + 1) + roots[here]
-    found, kind = np.unique(key, return_inverse=True)
-    of_gate[gates[here]] = count + kind
-    count += found.size
-  _, first, of_gate = np.unique(of_gate, return_index=True, return_inverse=True)
-  shown = np.isin(gates, first)
-  return _Kinds(of_gate, first.size, of_gate[gates[shown]], roots[shown])
 
 
 def _scales(level: list[Group]) -> np.ndarray:

@@ -15,15 +15,15 @@ from fisherprune_jax._graph.layers import Layers, put
 from fisherprune_jax._types import Array
 
 NONE = 0
-"""The pair that stands for "this feature does not lie below"; from 1 on come the features' own."""
+"""The pair that stands for "this feature does not lie below"; from 1 on come the features' own, then those of wide gates."""
 
 
 class Sharing:
   """The pairs that a circuit needs.
 
   Args:
-    start: the first gate behind the features.
-    wiring: the gates from there on.
+    features: how many there are.
+    wiring: the gates behind them.
 
   Attributes:
     left: the inputs as given, but that of the two the right one has fewer features below where weights are cut.
@@ -32,16 +32,16 @@ class Sharing:
     found: whether there are any such gates.
   """
 
-  def __init__(self, start: int, wiring: Wiring) -> None:
+  def __init__(self, features: int, wiring: Wiring) -> None:
     self.left, self.right, self._every = wiring.left, wiring.right, wiring.every
     self.cut = np.zeros(wiring.left.size, bool)
     self.found = False
-    self._start = start
+    self._features = features
     if wiring.shared.any():
-      self._finish(_Pairs(start, wiring), wiring.shared)
+      self._finish(_Pairs(features, wiring), wiring.shared)
 
   def _finish(self, pairs: "_Pairs", suspects: np.ndarray) -> None:
-    gate = pairs.gate - self._start
+    gate = pairs.gate - pairs.start
     below = np.stack([pairs.left, pairs.right])
     twice = (below != NONE).all(axis=0) & suspects[gate]
     shared = np.zeros(self.left.size, bool)
@@ -59,7 +59,8 @@ class Sharing:
 
   def _keep_needed(self, pairs: "_Pairs", below: np.ndarray, wanted: np.ndarray) -> None:
     """Drops the pairs that nothing hangs on, and numbers the others anew."""
-    own = self._start - FEATURES + 1  # the number of the first pair that is not a feature's own
+    own = self._own = pairs.own  # the number of the first pair of a gate of two inputs
+    self._wide, self._below = pairs.wide, pairs.below
     needed = np.zeros(own + pairs.gate.size, bool)
     needed[below[:, wanted]] = True
     for low, high in reversed(pairs.spans):
@@ -68,7 +69,7 @@ class Sharing:
     moved = np.zeros(needed.size, np.int64)
     moved[:own] = np.arange(own)
     moved[own + kept] = own + np.arange(kept.size)
-    gate, (left, right) = pairs.gate[kept] - self._start, moved[below[:, kept]]
+    gate, (left, right) = pairs.gate[kept] - pairs.start, moved[below[:, kept]]
     self._layers = Layers(
       np.searchsorted(kept, [*(low for low, _ in pairs.spans), pairs.gate.size]),
       pairs.gate[kept], left, right, self.left[gate], self.right[gate], self._every[gate],
@@ -77,10 +78,18 @@ class Sharing:
     self._extras = (gates, features, every, *(moved[side] for side in sides))
     self._size = kept.size
 
-  def extras(self, live: Array, xp: ModuleType) -> tuple[np.ndarray, np.ndarray, Array]:
-    """Gates, features, and whether the feature takes the gate's weight beyond what is handed on."""
+  def extras(self, live: Array, last: Array, xp: ModuleType) -> tuple[np.ndarray, np.ndarray, Array]:
+    """Gates, features, and whether the feature takes the gate's weight beyond what is handed on.
+
+    Args:
+      live: which gates are alive.
+      last: of each wide gate, whether one of its features alone is.
+      xp: the module that computes.
+    """
     gates, features, every, left, right = self._extras
-    own = xp.concatenate([xp.zeros(1, bool), live[FEATURES : self._start]])
+    alive = live[FEATURES : FEATURES + self._features]
+    of_wide = last[self._wide] & alive[self._below]
+    own = xp.concatenate([xp.zeros(1, bool), alive, of_wide])
     state = xp.concatenate([own, xp.zeros(self._size + self._layers.padding, bool)])
 
     def step(
@@ -90,7 +99,7 @@ class Sharing:
       of_all_alive = (state[x] | ~live[a]) & (state[y] | ~live[b])
       return put(state, at, live[gate] & xp.where(every, of_either, of_all_alive))
 
-    state = self._layers.run(step, state, self._start - FEATURES + 1)
+    state = self._layers.run(step, state, self._own)
     return gates, features, state[right] & xp.where(every, ~state[left], state[left])
 
 
@@ -98,40 +107,50 @@ class _Pairs:
   """All pairs of some gates, and of what lies below them.
 
   Attributes:
-    gate: of each pair.
+    start: the first gate of two inputs.
+    own: the number of its first pair.
+    wide: for each pair of a wide gate before that, which of these it is of.
+    below: likewise, the feature.
+    gate: of each other pair.
     feature: likewise.
     left: the pair of the same feature and the gate's left input, ``NONE`` if it does not lie there.
     right: likewise.
     spans: the layers of pairs.
   """
 
-  def __init__(self, start: int, wiring: Wiring) -> None:
-    self._start, self._wiring = start, wiring
-    self._features = start - FEATURES
-    self._known = 1 + self._features
-    self._feature = np.arange(-1, self._features)  # by pair, with room for more
-    self._first = np.zeros(start + wiring.left.size, np.int64)  # by gate, its first pair
-    self._count = np.zeros(start + wiring.left.size, np.int64)
-    self._first[FEATURES:start] = 1 + np.arange(self._features)
-    self._count[FEATURES:start] = 1
+  def __init__(self, features: int, wiring: Wiring) -> None:
+    self._features, self._wiring = features, wiring
+    end = FEATURES + features
+    self.start = end + int(wiring.wide.max(initial=-1)) + 1
     layers = list(zip(wiring.bounds[:-1].tolist(), wiring.bounds[1:].tolist(), strict=True))
     wanted = self._wanted(layers)
+    asked = wanted[end + wiring.wide]
+    self.wide, self.below = wiring.wide[asked], wiring.below[asked]
+    self.own = self._known = 1 + features + self.wide.size
+    self._feature = np.concatenate([np.arange(-1, features), self.below])  # by pair, with room for more
+    self._first = np.zeros(wanted.size, np.int64)  # by gate, its first pair
+    self._count = np.zeros(wanted.size, np.int64)
+    self._first[FEATURES:end] = 1 + np.arange(features)
+    self._count[FEATURES:end] = 1
+    gates, first, count = np.unique(self.wide, return_index=True, return_counts=True)
+    self._first[end + gates], self._count[end + gates] = 1 + features + first, count
     self.spans: list[tuple[int, int]] = []
-    found = [self._layer(low + np.flatnonzero(wanted[low:high])) for low, high in layers]
+    two = wanted[self.start :]
+    found = [self._layer(low + np.flatnonzero(two[low:high])) for low, high in layers]
     self.gate, self.feature, self.left, self.right = map(np.concatenate, zip(*found, strict=True))
 
   def _wanted(self, layers: Sequence[tuple[int, int]]) -> np.ndarray:
     """The gates whose pairs are needed: those with features below both inputs, maybe, and all below them."""
-    wanted = np.concatenate([np.zeros(self._start, bool), self._wiring.shared])
+    wanted = np.concatenate([np.zeros(self.start, bool), self._wiring.shared])
     for low, high in reversed(layers):
-      there = wanted[self._start + low : self._start + high]
+      there = wanted[self.start + low : self.start + high]
       for side in (self._wiring.left, self._wiring.right):
         wanted[side[low:high][there]] = True
-    return wanted[self._start :]
+    return wanted
 
   def _layer(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The pairs of some gates of one layer: gate, feature, and what is left and right of it."""
-    gates = self._start + at
+    gates = self.start + at
     codes, sides = [], []
     for inputs in (self._wiring.left[at], self._wiring.right[at]):
       count = self._count[inputs]
@@ -152,5 +171,5 @@ class _Pairs:
     if end > self._feature.size:
       self._feature = np.concatenate([self._feature, np.zeros(end, np.int64)])  # at least twice the room
     self._feature[self._known : end] = feature
-    self.spans.append((self._known - 1 - self._features, end - 1 - self._features))
+    self.spans.append((self._known - self.own, end - self.own))
     self._known = end

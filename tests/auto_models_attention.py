@@ -1,5 +1,6 @@
 """Unmasked networks with attention: heads, the depth that scores sum over, that of values, and all layouts of them."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -96,11 +97,36 @@ _DEPTHS = {
 }
 
 
-def fused(x: jax.Array, axes: str, *shape: int) -> jax.Array:
+def _moved(y: jax.Array, axis: int) -> Sequence[jax.Array]:
+  return tuple(jnp.moveaxis(y, axis, 0))
+
+
+def _ranges(y: jax.Array, axis: int) -> Sequence[jax.Array]:
+  y = jnp.moveaxis(y, axis, 0)
+  return y[0], *y[1:]
+
+
+def _taken(y: jax.Array, axis: int) -> Sequence[jax.Array]:
+  return tuple(jnp.take(y, at, axis=axis) for at in range(3))
+
+
+def _at_index(y: jax.Array, axis: int) -> Sequence[jax.Array]:
+  return tuple(lax.dynamic_index_in_dim(y, at, axis, keepdims=False) for at in range(3))
+
+
+def fused(x: jax.Array, axes: str, *shape: int, read: Callable[..., Any] = _moved) -> jax.Array:
   """One layer for q, k and v, its features laid out as ``axes`` says."""
   y = dense(30, "qkv")(x).reshape(*x.shape[:2], *shape)
-  query, key, value = jnp.moveaxis(y, 2 + axes.index("3"), 0)
+  query, key, value = read(y, 2 + axes.index("3"))
   return nn.dot_product_attention(query, key, value)
+
+
+for _name, _read in {"ranges": _ranges, "take": _taken, "dynamic_index": _at_index}.items():
+
+  @network((4, 3), name=f"fused_read_by_{_name}", groups=_DEPTHS)
+  def _fused(x, read=_read):
+    y = fused(dense(7, "stem")(x), "3hd", 3, 2, 5, read=read)
+    return dense(4, "out")(y.reshape(*y.shape[:2], -1))
 
 
 @network((4, 3), groups=_DEPTHS)

@@ -97,7 +97,7 @@ def build(closed: Any, callers: tuple[compat.Equation, ...] = ()) -> Program:
   program = Program([env[var] for var in jaxpr.invars], constants)
   program.outputs = _append(program, jaxpr, env, callers)
   if any(node.name == "reshape" for node in program.nodes):
-    _pick_first(program)
+    pick_first(program)
   return program
 
 
@@ -175,7 +175,7 @@ class _Picks(NamedTuple):
   picks: list[_Pick]
 
 
-def _pick_first(program: Program) -> None:
+def pick_first(program: Program) -> None:
   """Picks entries before a reshape, wherever nothing else is read of it."""
   readers: dict[Value, list[Node]] = defaultdict(list)
   for node in program.nodes:
@@ -201,35 +201,61 @@ def _picks_of(reshape: Node, readers: dict[Value, list[Node]], outputs: set[Valu
   """What is read of a reshaped array, if that is single entries along one axis and nothing else."""
   if reshape.params.get("dimensions") is not None or reshape.params.get("sharding") is not None:
     return None
-  moved, picks = [reshape], list[_Pick]()
-  waiting = [(reshape.outs[0], tuple(range(len(reshape.outs[0].shape))))]
-  for value, order in waiting:
+  moved, picks, ranged = [reshape], list[_Pick](), set[int]()
+  axes = tuple(range(len(reshape.outs[0].shape)))
+  waiting = [(reshape.outs[0], axes, (0,) * len(axes))]
+  for (
+    value,
+    order,
+    starts,
+  ) in waiting:  # what is moved, the axes in their order, and where its entries begin along each
     if value in outputs:
       return None
     for node in readers[value]:
       moved.append(node)
       if node.name == "transpose":
-        waiting.append((node.outs[0], tuple(order[at] for at in node.params["permutation"])))
-      elif found := list(_entries(node, order)):
+        permuted = node.params["permutation"]
+        moves = [tuple(x[at] for at in permuted) for x in (order, starts)]
+        waiting.append((node.outs[0], moves[0], moves[1]))
+      elif found := list(_entries(node, order, starts)):
         picks += found
+      elif (part := _range(node)) is not None:
+        first = tuple(start + (part.start if at == part.axis else 0) for at, start in enumerate(starts))
+        ranged.add(order[part.axis])
+        waiting.append((node.outs[0], order, first))
       else:
         return None
-  if len({pick.axis for pick in picks}) != 1 or _merged(reshape, picks[0].axis) is None:
+  if len({pick.axis for pick in picks} | ranged) != 1 or _merged(reshape, picks[0].axis) is None:
     return None
   return _Picks(moved, picks)
 
 
-def _entries(node: Node, order: tuple[int, ...]) -> Iterator[_Pick]:
+def _entries(node: Node, order: tuple[int, ...], starts: tuple[int, ...]) -> Iterator[_Pick]:
   """The single entries along one axis that a node takes of its operand; nothing if it does anything else."""
-  shape = node.ins[0].shape
   if node.name == "unstack" or (node.name == "split" and set(node.params["sizes"]) == {1}):
-    drops = node.name == "unstack"
-    yield from (_Pick(node, at, order, order[node.params["axis"]], at, drops) for at in range(len(node.outs)))
-  elif node.name == "slice":
-    starts, out = node.params["start_indices"], node.outs[0].shape
-    partly = [at for at, (n, m) in enumerate(zip(shape, out, strict=True)) if n is not m and n != m]
-    if len(partly) == 1 and out[partly[0]] == 1:
-      yield _Pick(node, 0, order, order[partly[0]], int(starts[partly[0]]), False)
+    drops, axis = node.name == "unstack", node.params["axis"]
+    for at in range(len(node.outs)):
+      yield _Pick(node, at, order, order[axis], starts[axis] + at, drops)
+  elif (part := _range(node)) is not None and node.outs[0].shape[part.axis] == 1:
+    yield _Pick(node, 0, order, order[part.axis], starts[part.axis] + part.start, False)
+
+
+class _Range(NamedTuple):
+  """Some neighbours along one axis."""
+
+  axis: int
+  start: int
+
+
+def _range(node: Node) -> _Range | None:
+  """What a slice takes, if it takes neighbours along one axis, and all there is along the others."""
+  if node.name != "slice":
+    return None
+  shapes = zip(node.ins[0].shape, node.outs[0].shape, strict=True)
+  partly = [at for at, (n, m) in enumerate(shapes) if n is not m and n != m]
+  if len(partly) != 1 or {*(node.params["strides"] or ())} - {1}:
+    return None
+  return _Range(partly[0], int(node.params["start_indices"][partly[0]]))
 
 
 def _merged(reshape: Node, axis: int) -> tuple[int, int, int] | None:

@@ -15,7 +15,7 @@ from jax import lax
 
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.facts import Info, constant, fold
-from fisherprune_jax._graph.program import Node, Program, nodes_of
+from fisherprune_jax._graph.program import Node, Program, nodes_of, pick_first
 from fisherprune_jax._graph.registry import is_taught
 from fisherprune_jax._graph.sizes import are_static
 
@@ -33,6 +33,7 @@ def spell_out(program: Program, inputs: Sequence[Info]) -> None:
       return
     if any(node.name in SPELLED for node in program.nodes):
       program.nodes = _spelled(program, inputs)
+      pick_first(program)
     program.is_spelled = True
 
 
@@ -63,12 +64,25 @@ def _simpler(program: Program, node: Node, known: Known) -> list[Node]:
     return nodes_of(program, plain, [node.ins[at] for at in arrays], node)
 
 
+def _sliced(node: Node, known: Known) -> Plain | None:
+  """``dynamic_slice``: one window, moved back where it would reach beyond the end."""
+  windows = _windows(node.ins[0].shape, node.outs[0].shape, known[1:], moves_back=True)
+  return None if windows is None else lambda x: _window(x, windows)
+
+
 def _gathered(node: Node, known: Known) -> Plain | None:
-  """Entries along some axes, each taken alone; not what its rule speaks of, a list along one axis."""
+  """One window, or entries along some axes, each taken alone; not what its rule speaks of, a list along one axis."""
   numbers, shape, indices = node.params["dimension_numbers"], node.ins[0].shape, known[1]
   axes, slices = numbers.start_index_map, node.params["slice_sizes"]
   others = [at for at in range(len(shape)) if at not in axes]
-  if indices is None or numbers.operand_batching_dims or {*numbers.collapsed_slice_dims} != {*axes}:
+  if indices is None or numbers.operand_batching_dims:
+    return None
+  gone = numbers.collapsed_slice_dims
+  if indices.ndim == 1:
+    starts = [indices[axes.index(at)] if at in axes else np.zeros((), int) for at in range(len(shape))]
+    windows = _windows(shape, slices, starts, node.params["mode"] == lax.GatherScatterMode.CLIP)
+    return None if windows is None else lambda x: lax.squeeze(_window(x, windows), gone)
+  if {*gone} != {*axes}:
     return None
   if (len(axes) == 1 and indices.ndim == 2) or any(slices[at] != shape[at] for at in others):
     return None
@@ -173,6 +187,13 @@ def _windows(
   return found
 
 
+def _window(x: jax.Array, windows: dict[int, tuple[int, int]]) -> jax.Array:
+  """One window of an array."""
+  for axis, (first, end) in windows.items():
+    x = lax.slice_in_dim(x, first, end, axis=axis)
+  return x
+
+
 def _with_window(x: jax.Array, update: jax.Array, windows: dict[int, tuple[int, int]]) -> jax.Array:
   """An array with one window replaced."""
   if not windows:
@@ -186,6 +207,7 @@ def _with_window(x: jax.Array, update: jax.Array, windows: dict[int, tuple[int, 
 
 
 SPELLED: dict[str, tuple[tuple[int, ...], Callable[[Node, Known], Plain | None]]] = {
+  "dynamic_slice": ((0,), _sliced),
   "gather": ((0,), _gathered),
   "scatter": ((0, 2), _scattered),
   "dynamic_update_slice": ((0, 1), _updated),

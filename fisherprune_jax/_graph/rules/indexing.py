@@ -13,7 +13,6 @@ from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.rules.movement import picked
 from fisherprune_jax._graph.rules.naming import mixed_of, side, sized
 from fisherprune_jax._graph.spec import Bind, Factor, Sizes, Spec
-from fisherprune_jax._types import Size
 
 
 def gather(node: Node, infos: Sequence[Info]) -> Spec:
@@ -52,13 +51,9 @@ def gather(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def _known_picks(node: Node, indices: np.ndarray | None) -> list[np.ndarray | None] | None:
-  """What a gather selects along each axis, if its indices are known: ``x[:, i]``, or one window as in ``x[:, a:b]``."""
+  """What a gather along one axis selects, if its indices are known: ``x[:, i]``."""
   numbers, slices, shape = node.params["dimension_numbers"], node.params["slice_sizes"], node.ins[0].shape
-  if indices is None or numbers.operand_batching_dims:
-    return None
-  if not numbers.collapsed_slice_dims and indices.ndim == 1:
-    return _known_window(node, dict(zip(numbers.start_index_map, indices, strict=True)))
-  if len(numbers.start_index_map) != 1:
+  if indices is None or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
     return None
   (axis,) = numbers.start_index_map
   others = tuple(at for at in range(len(shape)) if at != axis)
@@ -70,23 +65,6 @@ def _known_picks(node: Node, indices: np.ndarray | None) -> list[np.ndarray | No
   if not ((chosen >= 0) & (chosen < shape[axis])).all():
     return None
   return [chosen if at == axis else None for at in range(len(shape))]
-
-
-def _known_window(node: Node, starts: dict[int, np.ndarray]) -> list[np.ndarray | None] | None:
-  """The positions of one window; None where it is cut short, or reaches beyond an end and is filled there."""
-  shape, slices = node.ins[0].shape, node.params["slice_sizes"]
-  clips = node.params["mode"] == lax.GatherScatterMode.CLIP
-  picks: list[np.ndarray | None] = []
-  for axis, (size, length) in enumerate(zip(shape, slices, strict=True)):
-    start = starts.get(axis, 0)
-    if size == length:
-      inside = clips or start == 0
-    else:
-      inside = compat.is_static_size(size) and (clips or 0 <= start <= size - length)
-    if not inside:
-      return None
-    picks.append(_window(np.asarray(start), size, length))
-  return picks
 
 
 def _bind_gather(ins: tuple[Factor, ...]) -> Bind:
@@ -113,9 +91,6 @@ def _bind_gather(ins: tuple[Factor, ...]) -> Bind:
 def dynamic_slice(node: Node, infos: Sequence[Info]) -> Spec:
   """``a b -> a b'``: axes taken whole are elementwise, the others whole."""
   shape, out = node.ins[0].shape, node.outs[0].shape
-  starts = [info.known for info in infos[1:]]
-  if all(start is not None or n == m for start, n, m in zip(starts, shape, out, strict=True)):
-    return picked(node, [_window(*one) for one in zip(starts, shape, out, strict=True)])
   cut = [n != m for n, m in zip(shape, out, strict=True)]
   ins, outs = side("s", cut), side("t", cut)
   return Spec(
@@ -129,14 +104,6 @@ def dynamic_slice(node: Node, infos: Sequence[Info]) -> Spec:
       node.eqn, arrays, {**node.params, "slice_sizes": tuple(sizes[f] for f in outs)}
     ),
   )
-
-
-def _window(start: np.ndarray | None, size: Size, length: Size) -> np.ndarray | None:
-  """A slice's positions; one that would reach beyond the end is moved back, as JAX does."""
-  if start is None or size == length:
-    return None
-  first = int(np.clip(start, 0, size - length))
-  return np.arange(first, first + length)
 
 
 built_in("gather", gather)

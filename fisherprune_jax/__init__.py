@@ -22,6 +22,7 @@ from fisherprune_jax._graph.registry import register_rule as register_rule
 from fisherprune_jax._latency.measuring import measure_latency as measure_latency
 from fisherprune_jax._masks import apply_mask as apply_mask
 from fisherprune_jax._masks import per_example as per_example
+from fisherprune_jax._pruner.gradients import Gradients as Gradients
 from fisherprune_jax._training.classic import pruning_sgd as pruning_sgd
 from fisherprune_jax._training.criterion import Criterion as Criterion
 from fisherprune_jax._training.finding import get_masks as get_masks
@@ -44,12 +45,13 @@ from fisherprune_jax._training.transform import fisher_prune as fisher_prune
 if _typing.TYPE_CHECKING:
   from fisherprune_jax import linen as linen
   from fisherprune_jax import nnx as nnx
+  from fisherprune_jax._pruner.pruner import Pruner as Pruner
   from fisherprune_jax._training.train_state import TrainState as TrainState
   from fisherprune_jax.linen import Mask as Mask
 
 __version__ = "0.1.0"
 
-_OF_FLAX = ("linen", "nnx", "Mask", "TrainState")
+_OF_FLAX = ("linen", "nnx", "Mask", "Pruner", "TrainState")
 
 
 def __getattr__(name: str) -> _typing.Any:
@@ -59,7 +61,10 @@ def __getattr__(name: str) -> _typing.Any:
   # All at once: ``nnx`` tells Flax that variables called "masks" are masks, before ``nnx.bridge`` meets those of a ``Mask``.
   linen, nnx = (_importlib.import_module(f"{__name__}.{face}") for face in ("linen", "nnx"))
   train_state = _importlib.import_module(f"{__name__}._training.train_state")
-  globals().update(linen=linen, nnx=nnx, Mask=linen.Mask, TrainState=train_state.TrainState)
+  pruner = _importlib.import_module(f"{__name__}._pruner.pruner")
+  globals().update(
+    linen=linen, nnx=nnx, Mask=linen.Mask, Pruner=pruner.Pruner, TrainState=train_state.TrainState
+  )
   return globals()[name]
 
 

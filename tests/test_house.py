@@ -21,6 +21,7 @@ STOREYS = [
   {"_training"},
   {"_compaction"},
   {"_auto", "_latency"},
+  {"_pruner"},
   {"linen", "nnx", "rules"},
   {"__init__", "__main__"},
 ]

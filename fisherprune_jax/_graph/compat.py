@@ -16,6 +16,7 @@ from jax._src import source_info_util
 from jax._src.core import InconclusiveDimensionOperation, get_axis_env, is_symbolic_dim
 from jax._src.debugging import DebugEffect, OrderedDebugEffect
 from jax.extend import core
+from jax.extend.random import define_prng_impl
 
 from fisherprune_jax._types import Array, PyTree, Size
 
@@ -75,8 +76,22 @@ def apply(primitive: Primitive, arrays: Sequence[Array], params: Params) -> list
 
 def evaluate(eqn: Equation, arrays: Sequence[Array]) -> np.ndarray:
   """The value of a single-result equation at known operands, also in the middle of a trace."""
+  if (
+    eqn.primitive.name == "pvary"
+  ):  # a type, not a value: that it differs between devices, which JAX asks of a trace
+    return np.asarray(arrays[0])
   with jax.ensure_compile_time_eval():
     return np.asarray(bind(eqn, [jnp.asarray(x) for x in arrays])[0])
+
+
+def without_arithmetic(name: str, advice: str) -> Any:
+  """A kind of random key for data that are none: JAX refuses to compute with it, in an error that gives the advice."""
+
+  def refuse(*_: Any) -> Any:
+    raise TypeError(f"{name} are no random keys: {advice}")
+
+  functions: dict[str, Any] = dict.fromkeys(("seed", "split", "random_bits", "fold_in"), refuse)
+  return define_prng_impl(key_shape=(1,), name=name, tag=f"{name}: {advice}", **functions)
 
 
 def varying_axes(x: Array) -> frozenset[str]:

@@ -9,6 +9,7 @@ from fisherprune_jax.nnx._compaction import module as module
 from fisherprune_jax.nnx._modules import Mask as Mask
 from fisherprune_jax.nnx._modules import MaskVariable as MaskVariable
 from fisherprune_jax.nnx._modules import functional as functional
+from fisherprune_jax.nnx._pruner import Pruner as Pruner
 from fisherprune_jax.nnx._shrinking import shrink_module as shrink_module
 from fisherprune_jax.nnx._shrinking import shrink_optimizer as shrink_optimizer
 from fisherprune_jax.nnx._training import Optimizer as Optimizer

@@ -72,7 +72,7 @@ def functional(model: nnx.Module, *, call: Call | None = None, mutable: bool = F
   variables = {"params": nnx.to_pure_dict(params), COLLECTION: masks, "state": nnx.to_pure_dict(state)}
 
   def apply_fn(variables: dict[str, PyTree], *args: Any) -> PyTree:
-    copy = nnx.merge(graph, variables[COLLECTION], variables["params"], variables["state"])
+    copy = nnx.merge(graph, variables.get(COLLECTION, {}), variables["params"], variables["state"])
     output = copy(*args) if call is None else call(copy, *args)
     return (output, {"state": nnx.to_pure_dict(split(copy, nnx.Param)[3])}) if mutable else output
 

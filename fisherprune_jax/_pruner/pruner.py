@@ -1,0 +1,331 @@
+"""The whole job in four lines."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import optax
+
+from fisherprune_jax._auto.auto import AutoMask, Select, auto_mask
+from fisherprune_jax._auto.groups import Group
+from fisherprune_jax._compaction.compact import Compact, compact
+from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._cost.measures import cost_model
+from fisherprune_jax._errors import describe, is_number, require, same_structure
+from fisherprune_jax._graph.variables import abstract
+from fisherprune_jax._masks import COLLECTION, check_masks, flatten, named_rows
+from fisherprune_jax._pruner.gradients import Gradients
+from fisherprune_jax._pruner.inserting import Masked
+from fisherprune_jax._pruner.schedule import falling
+from fisherprune_jax._pruner.wrapping import wrapped
+from fisherprune_jax._tables import align
+from fisherprune_jax._training.criterion import Criterion
+from fisherprune_jax._training.finding import get_masks
+from fisherprune_jax._training.gradients import Reduction, value_and_grads
+from fisherprune_jax._training.history import Pruned, history
+from fisherprune_jax._training.plots import plot_history
+from fisherprune_jax._training.summary import scalars, summary
+from fisherprune_jax._training.transform import fisher_prune
+from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+DEFAULT = "fisher_magnitude"
+"""The criterion that the quality tables support."""
+
+
+class Pruner:
+  r"""Prunes a network while it trains; the model, the loss function and the optimizer stay as they are.
+
+  The budget falls from the dense cost after step ``start`` to the target at step ``stop``:
+
+  .. math:: budget_n = dense + (target - dense) \cdot \mathrm{clip}((n - start) / (stop - start), 0, 1)
+
+  Every ``every`` steps the features with the lowest importance per cost are masked until the network fits the budget.
+
+  Args:
+    apply_fn: ``apply_fn(variables, *args)``, any JAX function: Linen's ``model.apply``, a Haiku ``apply``, a function
+      of an Equinox model's arrays. Keyword arguments go in by closure.
+    variables: its variables, arrays or ``jax.ShapeDtypeStruct``. If they hold a collection ``"masks"`` (models written with
+      :class:`Mask`), these masks are used; otherwise :func:`auto_mask` finds what can be pruned.
+    *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
+    keep: the fraction of the dense cost to keep, in (0, 1].
+    target: the cost to come down to, in the unit of ``measure``. Give either ``keep`` or ``target``.
+    start: no pruning up to and including this step.
+    stop: the step at which the target is reached.
+    every: steps between two pruning steps.
+    measure: what the cost counts, as in :func:`cost_model`; or a :class:`CostModel` of the same masks.
+    method: the importance criterion, as in :func:`fisher_prune`.
+    select: which groups :func:`auto_mask` masks: a predicate on :class:`Group`, or names; None for all.
+    blocks: whether :func:`auto_mask` masks whole residual branches too.
+    batch_axes: the example axes of ``args``, like ``jax.vmap``'s ``in_axes``.
+    **options: other options of :func:`fisher_prune`, such as ``min_features``, ``exclude``, ``axis_name``.
+
+  Attributes:
+    auto: the automatic masks; None if the variables hold masks.
+    cost: the cost model.
+    target: the cost at the end, in the unit of the cost.
+
+  Raises:
+    ValueError, TypeError: for arguments out of their range, or a network without anything to prune.
+
+  >>> import jax, jax.numpy as jnp, optax
+  >>> import fisherprune_jax as fp
+  >>> def model(variables, x):
+  ...   return jnp.tanh(x @ variables["params"]["w"]) @ variables["params"]["v"]
+  >>> def loss_fn(params, batch):
+  ...   return jnp.mean((model({"params": params}, batch["x"]) - batch["y"]) ** 2)
+  >>> rng = jax.random.split(jax.random.key(0), 3)
+  >>> params = {"w": jax.random.normal(rng[0], (3, 8)), "v": jax.random.normal(rng[1], (8, 2))}
+  >>> batch = {"x": jax.random.normal(rng[2], (16, 3)), "y": jnp.ones((16, 2))}
+  >>> pruner = fp.Pruner(model, {"params": params}, batch["x"], keep=0.5, start=1, stop=5)
+  >>> tx = pruner.wrap(optax.adam(1e-2))
+  >>> opt_state = tx.init(params)
+  >>> for _ in range(6):
+  ...   loss, grads = pruner.value_and_grad(loss_fn)(params, opt_state, batch)
+  ...   updates, opt_state = tx.update(grads, opt_state, params)
+  ...   params = optax.apply_updates(params, updates)
+  >>> small = pruner.compact(params, opt_state)
+  >>> small.variables["params"]["w"].shape
+  (3, 4)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+
+    Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_, 2017: a budget that falls while the
+    network trains
+  """
+
+  auto: AutoMask | None
+  cost: CostModel
+  target: float
+
+  def __init__(
+    self,
+    apply_fn: ApplyFn,
+    variables: PyTree,
+    *args: PyTree,
+    keep: float | None = None,
+    target: float | None = None,
+    start: int = 0,
+    stop: int | None = None,
+    every: int = 1,
+    measure: Any = "flops",
+    method: str | Criterion = DEFAULT,
+    select: Select = None,
+    blocks: bool = False,
+    batch_axes: BatchAxes = 0,
+    **options: Any,
+  ) -> None:
+    _check_options(keep, target, start, stop, options)
+    self._args, self._batch_axes = abstract(args), batch_axes
+    self.auto = None
+    self._apply, found = apply_fn, variables
+    if not (isinstance(variables, Mapping) and COLLECTION in variables):
+      self.auto = auto_mask(apply_fn, variables, *args, select=select, blocks=blocks, batch_axes=batch_axes)
+      self._apply, found = self.auto.apply, self.auto.variables
+    self._masked = Masked(variables, self.auto)
+    self.cost = _cost(measure, self._apply, found, args, batch_axes)
+    self.target = _target(self.cost, keep, target)
+    self._start, self._stop, self._every = start, stop, every
+    self._method, self._options = method, options
+
+  @property
+  def groups(self) -> tuple[Group, ...]:
+    """The groups that :func:`auto_mask` found; empty if the variables hold masks."""
+    return self.auto.groups if self.auto else ()
+
+  def wrap(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with pruning beside it.
+
+    Args:
+      optimizer: any Optax transformation. It gets ordinary gradients, so clipping, ``optax.MultiSteps``,
+        ``optax.contrib.sam`` and line searches belong inside.
+
+    Returns:
+      A transformation for the gradients of :meth:`value_and_grad`. ``update`` passes ``example_weights`` on to pruning and
+      other extra arguments to the optimizer. Its state is a ``PrunerState``.
+
+    Raises:
+      ValueError: if the pruner has no ``stop``.
+    """
+    require(
+      self._stop is not None, "Pruner.wrap needs the step at which the target is reached", self._stop, "Pass "
+      "fp.Pruner(..., stop=number_of_steps)."
+    )  # fmt: skip
+    return wrapped(optimizer, self._pruning())
+
+  def value_and_grad(
+    self, loss_fn: Callable[..., Any], has_aux: bool = False, reduction: Reduction = "mean"
+  ) -> Callable[..., Any]:
+    """Replaces ``jax.value_and_grad``: the same value of the masked network, and gradients for :meth:`wrap`.
+
+    Args:
+      loss_fn: ``loss_fn(params, *rest)``, without a word about masks. ``params`` is what the optimizer trains: the
+        parameters, or all variables. An argument with the structure of another collection of the variables
+        (``batch_stats``) is that collection. The first other argument that is no random key is the batch, whose arrays lead
+        with the example axis.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+      reduction: how ``loss_fn`` adds up examples: ``"mean"``, ``"sum"``, or a factor, as in :func:`value_and_grads`.
+
+    Returns:
+      ``f(params, opt_state, *rest) -> (value, grads)``, where ``grads`` are :class:`Gradients`.
+
+    Raises:
+      ValueError: when called, for parameters of another network, or without a batch.
+    """
+
+    def value_and_gradients(params: PyTree, opt_state: PyTree, *rest: Any) -> tuple[Any, Any]:
+      masks = get_masks(opt_state)
+      if not jax.tree.leaves(masks):
+        raise ValueError(
+          "pruner.value_and_grad needs an optimizer state with masks, got that of a compact network. Train it on "
+          "with jax.value_and_grad."
+        )
+      masked = self._masked.loss(loss_fn, params, rest)
+      at = self._masked.batch_of(rest)
+
+      def loss(params: PyTree, masks: Masks, batch: PyTree, *others: Any) -> Any:
+        return masked(params, masks, *others[:at], batch, *others[at:])
+
+      others = (*rest[:at], *rest[at + 1 :])
+      differentiate = value_and_grads(loss, has_aux=has_aux, reduction=reduction)
+      value, (grads, mask_grads) = differentiate(params, masks, rest[at], *others)
+      return value, Gradients(grads, mask_grads)
+
+    return value_and_gradients
+
+  def apply(self, variables: PyTree, opt_state: PyTree, *args: PyTree) -> PyTree:
+    """The outputs of the masked network.
+
+    Args:
+      variables: the parameters, if there are no other variables, or all variables.
+      opt_state: the state of the wrapped optimizer, or masks.
+      *args: the arguments of ``apply_fn``.
+    """
+    return self._apply(self._masked.complete(variables, self.masks(opt_state)), *args)
+
+  def compact(self, variables: PyTree, opt_state: PyTree, **options: Any) -> Compact:
+    """The network without its masked features.
+
+    Args:
+      variables: the parameters, if there are no other variables, or all variables.
+      opt_state: the state of the wrapped optimizer, or masks.
+      **options: those of :func:`compact`.
+    """
+    complete = self._masked.complete(variables, self.masks(opt_state))
+    return compact(self._apply, complete, *self._args, batch_axes=self._batch_axes, **options)
+
+  def masks(self, opt_state: PyTree) -> Masks:
+    """The masks in the state of the wrapped optimizer; masks are returned as they are.
+
+    Args:
+      opt_state: the state, or masks.
+    """
+    if same_structure(opt_state, self.cost.masks):
+      check_masks(opt_state, self.cost.masks, "fp.Pruner")
+      return opt_state
+    return get_masks(opt_state)
+
+  def summary(self, opt_state: PyTree) -> str:
+    """A table of masks: live features, importance, share of the cost; see :func:`summary`."""
+    return summary(opt_state, method=self._method)
+
+  def metrics(self, opt_state: PyTree) -> dict[str, jax.Array]:
+    """Numbers for a logger, under ``jit`` too; see :func:`scalars`."""
+    return scalars(opt_state)
+
+  def history(self, opt_state: PyTree) -> list[Pruned]:
+    """Which features were masked at which steps; see :func:`history`."""
+    return history(opt_state)
+
+  def plot(self, opt_state: PyTree) -> "Figure":
+    """Cost and widths over the steps; see :func:`plot_history`."""
+    return plot_history(opt_state, self.cost, self.target)
+
+  def _pruning(self) -> optax.GradientTransformationExtraArgs:
+    assert self._stop is not None
+    return fisher_prune(
+      self.cost,
+      prune_every=self._every,
+      burn_in=self._start,
+      target=falling(self.cost.dense, self.target, self._start, self._stop),
+      features_per_prune=flatten(self.cost.masks).size,
+      method=self._method,
+      **self._options,
+    )
+
+  def __str__(self) -> str:
+    """The groups, the cost and the schedule."""
+    unit, dense = self.cost.unit, self.cost.dense
+    masks = "\n".join(
+      align([("mask", "features"), *((name, str(row.size)) for name, row in named_rows(self.cost.masks))])
+    )
+    schedule = (
+      "no stop yet: for one-shot pruning"
+      if self._stop is None
+      else (f"from step {self._start} to step {self._stop}, every {self._every} steps")
+    )
+    return f"{self.auto or masks}\n\ncost {dense:,.0f} to {self.target:,.0f} {unit} ({self.target / dense:.1%}), {schedule}"
+
+  def __repr__(self) -> str:
+    masks = jax.tree.leaves(self.cost.masks)
+    return (
+      f"Pruner({len(masks)} masks, {self.cost.dense:,.0f} to {self.target:,.0f} {self.cost.unit}, "
+      f"start={self._start}, stop={self._stop}, every={self._every}, method={self._method!r})"
+    )
+
+
+_OWN = {
+  "prune_every": "every",
+  "burn_in": "start",
+  "features_per_prune": "keep, start and stop: the budget says how many",
+  "flops_target": "target",
+}
+
+
+def _check_options(
+  keep: float | None, target: float | None, start: int, stop: int | None, options: Mapping[str, Any]
+) -> None:
+  require(
+    (keep is None) != (target is None), "fp.Pruner needs either keep or target", (keep, target),
+    "keep=0.25 keeps a quarter of the dense cost; target= is in the unit of the measure."
+  )  # fmt: skip
+  if keep is not None:
+    require(is_number(keep) and 0 < keep <= 1, "keep must be a fraction of the dense cost in (0, 1]", keep)
+  if stop is not None:
+    require(stop > start, f"stop must come after start={start}", stop)
+  for name in options:
+    if name in _OWN:
+      raise TypeError(f"fp.Pruner has no option {name}, got {options[name]!r}. Use {_OWN[name]}.")
+
+
+def _cost(measure: Any, apply_fn: ApplyFn, variables: PyTree, args: Any, batch_axes: BatchAxes) -> CostModel:
+  if isinstance(measure, CostModel):
+    check_masks(measure.masks, variables[COLLECTION], "fp.Pruner")
+    return measure
+  if callable(measure) and not hasattr(measure, "flops_per_second"):
+    made = measure(variables[COLLECTION])
+    if not isinstance(made, CostModel):
+      raise TypeError(f"measure as a function of the masks must return a CostModel, got {describe(made)}.")
+    return made
+  return cost_model(apply_fn, variables, *args, measure=measure, batch_axes=batch_axes)
+
+
+def _target(cost: CostModel, keep: float | None, target: float | None) -> float:
+  if keep is not None:
+    return float(keep) * cost.dense
+  assert target is not None
+  fraction = (
+    f" For a fraction, use keep={target}." if is_number(target) and 0 < target <= 1 < cost.dense else ""
+  )
+  valid = is_number(target) and target > 0 and not fraction
+  require(
+    valid,
+    f"target must be a positive number of {cost.unit} ({cost.dense:,.0f} dense)",
+    target,
+    fraction.strip(),
+  )
+  return float(target)

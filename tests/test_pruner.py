@@ -12,6 +12,7 @@ from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fisherprune_jax as fp
+from fisherprune_jax._pruner.schedule import falling
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(16, 5)), jnp.float32)
@@ -59,6 +60,15 @@ def step_of(pruner, tx, loss_fn):
     return optax.apply_updates(params, updates), opt_state, loss
 
   return step
+
+
+def trained(pruner, loss_fn, params, *rest, steps=9, optimizer=None):
+  """Parameters and optimizer state after some steps."""
+  tx = pruner.wrap(optimizer or optax.sgd(0.1))
+  state, step = tx.init(params), step_of(pruner, tx, loss_fn)
+  for _ in range(steps):
+    params, state, _ = step(params, state, *rest)
+  return params, state
 
 
 @pytest.mark.parametrize("method", ["fisher", "fisher_magnitude", "taylor", "magnitude"])
@@ -310,12 +320,8 @@ def test_steps_in_a_scan_and_example_weights():
 def test_bfloat16_parameters():
   net, variables = made()
   low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables)
-  pruner = pruner_of(net, low)
-  tx = pruner.wrap(optax.sgd(0.1))
-  params, state = low["params"], tx.init(low["params"])
-  step = step_of(pruner, tx, functools.partial(cross_entropy, net))
-  for _ in range(9):
-    params, state, _ = step(params, state, BATCH)
+  pruner, loss_fn = pruner_of(net, low), functools.partial(cross_entropy, net)
+  params, state = trained(pruner, loss_fn, low["params"], BATCH)
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(fp.get_state(state).scores))
   assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(params))
 
@@ -326,13 +332,8 @@ def test_sharded_batches_give_the_masks_of_one_device():
   found = []
   for spec in (PartitionSpec(), PartitionSpec("data")):
     batch = jax.device_put(BATCH, NamedSharding(mesh, spec))
-    pruner = pruner_of(net, variables)
-    tx = pruner.wrap(optax.sgd(0.1))
-    params, state = variables["params"], tx.init(variables["params"])
-    step = step_of(pruner, tx, functools.partial(cross_entropy, net))
-    for _ in range(9):
-      params, state, _ = step(params, state, batch)
-    found.append(pruner.masks(state))
+    pruner, loss_fn = pruner_of(net, variables), functools.partial(cross_entropy, net)
+    found.append(pruner.masks(trained(pruner, loss_fn, variables["params"], batch)[1]))
   jax.tree.map(np.testing.assert_array_equal, *found)
 
 
@@ -354,12 +355,9 @@ def test_pmap_averages_parameters_and_importance():
   params, state = variables["params"], tx.init(variables["params"])
   shards = jax.tree.map(lambda x: x.reshape(4, 4, *x.shape[1:]), BATCH)
   one = pruner_of(net, variables)
-  one_tx = one.wrap(optax.sgd(0.1))
-  other, other_state = params, one_tx.init(params)
-  one_step = step_of(one, one_tx, loss_fn)
+  other, other_state = trained(one, loss_fn, params, BATCH)
   for _ in range(9):
     params, state, _ = step(params, state, shards)
-    other, other_state, _ = one_step(other, other_state, BATCH)
   jax.tree.map(np.testing.assert_array_equal, pruner.masks(state), one.masks(other_state))
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), params, other)
 
@@ -399,14 +397,11 @@ def test_shard_map_with_an_axis_name():
       )
     )
 
-  one = pruner_of(net, variables)
-  one_tx = one.wrap(optax.sgd(0.1))
-  params = other = variables["params"]
-  state, other_state = tx.init(params), one_tx.init(params)
-  one_step, run = step_of(one, one_tx, loss_fn), mapped(lambda grads: grads)
+  one, params = pruner_of(net, variables), variables["params"]
+  _, other_state = trained(one, loss_fn, params, BATCH)
+  state, run = tx.init(params), mapped(lambda grads: grads)
   for _ in range(9):
     params, state, _ = run(params, state, BATCH)
-    other, other_state, _ = one_step(other, other_state, BATCH)
   jax.tree.map(np.testing.assert_array_equal, pruner.masks(state), one.masks(other_state))
   with pytest.raises(TypeError, match=r"grads\.average"):
     mapped(lambda grads: jax.lax.pmean(grads, "data"))(params, state, BATCH)
@@ -483,11 +478,7 @@ def test_a_function_of_all_its_variables():
       return optax.softmax_cross_entropy_with_integer_labels(model(p, x), y).mean()
 
     pruner = fp.Pruner(model, tree, X, keep=0.5, stop=6)
-    tx = pruner.wrap(optax.sgd(0.1))
-    params, state = tree, tx.init(tree)
-    step = step_of(pruner, tx, loss_fn)
-    for _ in range(6):
-      params, state, _ = step(params, state, X, Y)
+    params, state = trained(pruner, loss_fn, tree, X, Y, steps=6)
     small = pruner.compact(params, state)
     assert small.cost <= 0.5 * pruner.cost.dense
     np.testing.assert_allclose(
@@ -508,3 +499,11 @@ def test_it_prints_what_a_user_wants_to_know():
   assert pruner.history(state) == []
   assert pruner.metrics(state)["pruning/cost"] == pruner.cost.dense
   assert "Mask_0" in str(pruner_of(*made(masked=True)))
+
+
+@pytest.mark.parametrize("dense", [33_554_433.0, 33_554_435.0, 100.0])
+def test_a_budget_in_float32_is_never_above_its_target_nor_below_the_whole_network(dense):
+  assert float(falling(dense, dense, 2, 9)(20)) >= dense
+  assert min(float(falling(dense, dense, 2, 9)(step)) for step in range(12)) >= dense
+  for target in (0.3 * dense, dense - 1):
+    assert target * (1 - 2e-7) <= float(falling(dense, target, 2, 9)(20)) <= target

@@ -76,6 +76,8 @@ def test_nnx_with_its_own_optimizer(masked):
     small(small.variables, X), pruner.apply(model, optimizer, X), rtol=1e-4, atol=1e-5
   )
   assert "step 9" in pruner.summary(optimizer)
+  assert pruner.metrics(optimizer)["pruning/cost"] == fp.get_state(optimizer.opt_state).cost
+  assert pruner.history(optimizer)
   thin = fp.nnx.module(small, model)
   np.testing.assert_allclose(thin(X), small(small.variables, X), rtol=1e-6)
 

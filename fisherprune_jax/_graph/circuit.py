@@ -105,6 +105,13 @@ class Circuit:
     keys = keys_of(support)
     return np.concatenate([np.zeros(0, int), *(self.first[k] + np.arange(self._masks[k]) for k in keys)])
 
+  def positions(self, roots: Iterable[Set]) -> Kinds:
+    """Which gates are the positions of which of some of the sets."""
+    roots = list(roots)
+    gates = np.concatenate([np.zeros(0, int), *(self.gates[s] for s in roots)])
+    of_root = np.repeat(np.arange(len(roots)), [s.size for s in roots])
+    return Kinds(of_root, gates, len(roots), self.size)
+
   def live(self, features: Same, xp: ModuleType) -> Same:
     """Which gates are alive, from which features are."""
     room = xp.zeros(self.size - self._start + self._layers.padding, bool)

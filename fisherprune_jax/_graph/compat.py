@@ -76,9 +76,7 @@ def apply(primitive: Primitive, arrays: Sequence[Array], params: Params) -> list
 
 def evaluate(eqn: Equation, arrays: Sequence[Array]) -> np.ndarray:
   """The value of a single-result equation at known operands, also in the middle of a trace."""
-  if (
-    eqn.primitive.name == "pvary"
-  ):  # a type, not a value: that it differs between devices, which JAX asks of a trace
+  if eqn.primitive.name == "pvary":  # it changes a type alone, and needs the trace that it stands in
     return np.asarray(arrays[0])
   with jax.ensure_compile_time_eval():
     return np.asarray(bind(eqn, [jnp.asarray(x) for x in arrays])[0])

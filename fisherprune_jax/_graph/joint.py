@@ -97,7 +97,8 @@ def known(factors: Sequence[Factor], tied: Tied, ones: Singles, sizes: Sizes) ->
   for start, end, said in _spans(factors, tied, sizes):
     parts += [_one(f, ones, sizes) for f in factors[place:start]]
     span, place = factors[start:end], end
-    rest = [_unsaid(f, said, ones, sizes) for f in span]
+    held = _told_alone(said, sizes)
+    rest = [sets.unsaid(_one(f, ones, sizes), held.get(f, ())) for f in span]
     parts.append(
       sets.intersection(sets.outer(rest), *(_extended(s, names, span, sizes) for names, s in said))
     )
@@ -129,16 +130,14 @@ def _spans(
   return found
 
 
-def _unsaid(
-  factor: Factor, tied: Sequence[tuple[tuple[Factor, ...], Set]], ones: Singles, sizes: Sizes
-) -> Set:
-  """What one set of a factor says that joint ones do not, which lie within their hulls and those of their parts."""
-  held = []
+def _told_alone(tied: Sequence[tuple[tuple[Factor, ...], Set]], sizes: Sizes) -> dict[Factor, list[Set]]:
+  """What joint sets say of each factor alone: they lie within their hulls, and within those of their parts."""
+  found: dict[Factor, list[Set]] = {}
   for names, s in tied:
-    if factor in names:
-      at, shape = names.index(factor), [sizes[f] for f in names]
-      held += [sets.split(part, shape)[at] for part in (s, *sets.conjuncts(s))]
-  return sets.unsaid(_one(factor, ones, sizes), held)
+    for part in dict.fromkeys((s, *sets.conjuncts(s))):
+      for f, one in zip(names, sets.split(part, [sizes[f] for f in names]), strict=True):
+        found.setdefault(f, []).append(one)
+  return found
 
 
 def _extended(s: Set, before: Sequence[Factor], after: Sequence[Factor], sizes: Sizes) -> Set:

@@ -1,7 +1,7 @@
-"""Sums over what belongs together, where there are few kinds of members: all features of a mask, say, are of one.
+"""Sums over groups of members, fast where most members are alike.
 
-What belongs to what are pairs of a group and a member, the entries of a sparse matrix of zeros and ones. Members of the
-same groups are of one *kind*, and what is known of kinds is known of all their members.
+Pairs of a group and a member are the entries of a sparse matrix of zeros and ones. Members of the same groups form one
+*kind*, such as all features of a mask. Sums are computed once per kind, and there are few of them.
 """
 
 from types import ModuleType

@@ -18,7 +18,6 @@ import numpy as np
 
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.circuit import Circuit
-from fisherprune_jax._graph.kinds import Kinds
 from fisherprune_jax._graph.nested import MAIN, Group, Sums, choices, filled
 from fisherprune_jax._graph.overlaps import Lanes, Monomial, Overlaps
 from fisherprune_jax._graph.sets import Set
@@ -35,9 +34,7 @@ class Prices:
     found = [*(s for t in self._terms for s in t.sets), *(s for m in self._monomials for s in m.factors)]
     self._roots = {s: at for at, s in enumerate(dict.fromkeys(found))}
     self._circuit = Circuit(self._roots, masks)
-    gates = np.concatenate([np.zeros(0, int), *(self._circuit.gates[s] for s in self._roots)])
-    roots = np.repeat(np.arange(len(self._roots)), [s.size for s in self._roots])
-    self._positions = Kinds(roots, gates, len(self._roots), self._circuit.size)
+    self._positions = self._circuit.positions(self._roots)
     self._places = self._places_of(m.factors for m in self._monomials)
     lanes = Lanes()
     self._lane_of_sum = [lanes.new(support) for support in self._sums.supports]

@@ -79,7 +79,7 @@ def _gathered(node: Node, known: Known) -> Plain | None:
     return None
   gone = numbers.collapsed_slice_dims
   if indices.ndim == 1:
-    starts = [indices[axes.index(at)] if at in axes else np.zeros((), int) for at in range(len(shape))]
+    starts = _starts(indices, axes, len(shape))
     windows = _windows(shape, slices, starts, node.params["mode"] == lax.GatherScatterMode.CLIP)
     return None if windows is None else lambda x: lax.squeeze(_window(x, windows), gone)
   if {*gone} != {*axes}:
@@ -141,7 +141,7 @@ def _scattered(node: Node, known: Known) -> Plain | None:
   if indices.ndim == 1:
     inside = iter(update)
     lengths = [1 if at in gone else next(inside) for at in range(len(sizes))]
-    starts = [indices[axes.index(at)] if at in axes else np.zeros((), int) for at in range(len(sizes))]
+    starts = _starts(indices, axes, len(sizes))
     windows = _windows(sizes, lengths, starts)
     if windows is None:
       return None
@@ -168,6 +168,11 @@ def _scattered(node: Node, known: Known) -> Plain | None:
 
 def _but(sizes: Sequence[int], axis: int) -> list[int]:
   return [n for at, n in enumerate(sizes) if at != axis]
+
+
+def _starts(indices: np.ndarray, axes: Sequence[int], rank: int) -> list[np.ndarray]:
+  """Where one window begins along every axis, by its index along some."""
+  return [indices[axes.index(at)] if at in axes else np.zeros((), int) for at in range(rank)]
 
 
 def _windows(

@@ -62,12 +62,11 @@ class Times:
     self._terms = terms
     roots = {s: at for at, s in enumerate(dict.fromkeys(s for t in terms for s in t.sets))}
     self._circuit = Circuit(roots, masks)
-    self._gates = np.concatenate([np.zeros(0, int), *(self._circuit.gates[s] for s in roots)])
-    self._ends = np.cumsum([0, *(s.size for s in roots)])
+    self._positions = self._circuit.positions(roots)
     self._one = len(roots)  # the place of a one behind all sizes
     lanes = Lanes()
     self._lane = np.array([lanes.new(s.support) for s in roots], int)
-    self._lanes = lanes.count
+    self._own = np.arange(lanes.count)[:, None] == self._lane
     self._lay_out(tables)
     self._place(roots)
     number = {kernel: at for at, kernel in enumerate(tables)}
@@ -128,14 +127,13 @@ class Times:
 
   def _counts(self, live: jax.Array) -> jax.Array:
     """The size of every root, and behind them a one."""
-    before = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(live[self._gates], dtype=jnp.int32)])
-    return jnp.append((before[self._ends[1:]] - before[self._ends[:-1]]).astype(jnp.float32), 1.0)
+    sizes = self._positions.counts(live[: self._circuit.size], jnp)
+    return jnp.append(sizes.astype(jnp.float32), 1.0)
 
   def _falls(self, live: jax.Array) -> jax.Array:
     """``(lanes, features)``: by how much roots get smaller with each feature."""
-    weights = jnp.zeros((self._lanes, self._circuit.size), jnp.float32)
-    lane = np.repeat(self._lane, np.diff(self._ends))
-    return self._circuit.drops(live, weights.at[lane, self._gates].add(1.0), jnp)
+    weights = self._positions.spread(jnp.asarray(self._own, jnp.float32), jnp)
+    return self._circuit.drops(live, weights, jnp)
 
   def _taken(self, terms: np.ndarray, sizes: Any) -> jax.Array:
     """What some terms take; ``sizes`` of the roots at some places, a row for each term."""

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fisherprune_jax._auto.auto import AutoMask
-from fisherprune_jax._errors import describe, path_name, path_names
+from fisherprune_jax._errors import describe, path_names, require_same_tree, require_shapes
 from fisherprune_jax._graph.variables import abstract
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._types import Masks, PyTree
@@ -39,18 +39,20 @@ class Masked:
     Raises:
       ValueError: if it is neither.
     """
-    if PARAMS in self._collections and _alike(tree, self._collections[PARAMS]):
-      return True
-    if _alike(tree, self._whole):
-      return False
-    wanted = self._collections.get(PARAMS, self._whole)
-    whole = isinstance(tree, Mapping) and PARAMS in tree and PARAMS in self._collections
-    where = _difference(tree, self._whole if whole else wanted)
+    alone = PARAMS in self._collections and _alike(tree, self._collections[PARAMS])
+    if not alone and not _alike(tree, self._whole):
+      self._refuse(tree)
+    return alone
+
+  def _refuse(self, tree: PyTree) -> None:
+    """Says where a tree differs from the variables."""
+    whole = PARAMS not in self._collections or (isinstance(tree, Mapping) and PARAMS in tree)
+    wanted = self._whole if whole else self._collections[PARAMS]
     ways = "variables['params'] or all of variables" if self._collections else "variables"
-    raise ValueError(
-      f"params must be a tree like the {ways} that fp.Pruner was built with, got {where}. Build a new fp.Pruner for "
-      "another network."
-    )
+    like, remedy = f"the {ways} that fp.Pruner was built with", "Build a new fp.Pruner for another network."
+    require_same_tree(tree, wanted, "params", like, remedy)
+    what = f"params must have the shapes of {like}"
+    require_shapes(tree, wanted, lambda shape, path: f"{what}, {shape} at {path}", remedy)
 
   def complete(self, tree: PyTree, masks: Masks) -> PyTree:
     """All variables with masks, from the parameters alone or from all variables."""
@@ -63,15 +65,17 @@ class Masked:
       )
     return {PARAMS: tree, COLLECTION: masks}
 
-  def loss(self, loss_fn: Callable[..., Any], params: PyTree, rest: Sequence[Any]) -> Callable[..., Any]:
+  def loss(
+    self, loss_fn: Callable[..., Any], params: PyTree, places: Mapping[int, str]
+  ) -> Callable[..., Any]:
     """``loss_fn(params, *rest)`` with masks inside, as a function of ``(params, masks, *rest)``.
 
     Args:
       loss_fn: the user's loss.
       params: the parameters that it is called with.
-      rest: the other arguments; those that are like a collection of the variables are this collection.
+      places: which of the other arguments are collections of the variables.
     """
-    alone, places = self.is_params(params), self.collections(rest) if self._auto else {}
+    alone = self.is_params(params)
 
     def with_auto(params: PyTree, masks: Masks, *rest: Any) -> Any:
       assert self._auto is not None
@@ -106,9 +110,8 @@ class Masked:
         left.remove(name)
     return found
 
-  def batch_of(self, rest: Sequence[Any]) -> int:
+  def batch_of(self, rest: Sequence[Any], places: Mapping[int, str]) -> int:
     """Which argument is the batch: the first that is no collection, no random key and no number."""
-    places = self.collections(rest)
     for at, x in enumerate(rest):
       if at not in places and _example_axis(x) is not None:
         return at
@@ -153,14 +156,3 @@ def _shapes(tree: PyTree) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 def _alike(tree: PyTree, reference: PyTree) -> bool:
   return _shapes(tree) == _shapes(reference)
-
-
-def _difference(tree: PyTree, reference: PyTree) -> str:
-  """The first place where two trees differ."""
-  found, wanted = _shapes(tree), _shapes(reference)
-  for names, shape in wanted.items():
-    if found.get(names) != shape:
-      there = f"shape {found[names]}" if names in found else "nothing"
-      return f"{there} at {'/'.join(names) or path_name(())} instead of shape {shape}"
-  (more, *_) = [names for names in found if names not in wanted]
-  return f"one more array at {'/'.join(more) or path_name(())}"

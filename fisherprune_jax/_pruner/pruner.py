@@ -184,8 +184,9 @@ class Pruner:
           "pruner.value_and_grad needs an optimizer state with masks, got that of a compact network. Train it on "
           "with jax.value_and_grad."
         )
-      masked = self._masked.loss(loss_fn, params, rest)
-      at = self._masked.batch_of(rest)
+      places = self._masked.collections(rest)
+      masked = self._masked.loss(loss_fn, params, places)
+      at = self._masked.batch_of(rest, places)
 
       def loss(params: PyTree, masks: Masks, batch: PyTree, *others: Any) -> Any:
         return masked(params, masks, *others[:at], batch, *others[at:])
@@ -205,7 +206,8 @@ class Pruner:
       opt_state: the state of the wrapped optimizer, or masks.
       *args: the arguments of ``apply_fn``.
     """
-    return self._apply(self._masked.complete(variables, self.masks(opt_state)), *args)
+    apply_fn, complete = self._now(variables, opt_state)
+    return apply_fn(complete, *args)
 
   def compact(self, variables: PyTree, opt_state: PyTree, **options: Any) -> Compact:
     """The network without its masked features.
@@ -215,8 +217,8 @@ class Pruner:
       opt_state: the state of the wrapped optimizer, or masks.
       **options: those of :func:`compact`.
     """
-    complete = self._masked.complete(variables, self.masks(opt_state))
-    return compact(self._apply, complete, *self._args, batch_axes=self._batch_axes, **options)
+    apply_fn, complete = self._now(variables, opt_state)
+    return compact(apply_fn, complete, *self._args, batch_axes=self._batch_axes, **options)
 
   def masks(self, opt_state: PyTree) -> Masks:
     """The masks in the state of the wrapped optimizer; masks are returned as they are.
@@ -227,23 +229,31 @@ class Pruner:
     if same_structure(opt_state, self.cost.masks):
       check_masks(opt_state, self.cost.masks, "fp.Pruner")
       return opt_state
-    return get_masks(opt_state)
+    return get_masks(self._state(opt_state))
 
   def summary(self, opt_state: PyTree) -> str:
     """A table of masks: live features, importance, share of the cost; see :func:`summary`."""
-    return summary(opt_state, method=self._method)
+    return summary(self._state(opt_state), method=self._method)
 
   def metrics(self, opt_state: PyTree) -> dict[str, jax.Array]:
     """Numbers for a logger, under ``jit`` too; see :func:`scalars`."""
-    return scalars(opt_state)
+    return scalars(self._state(opt_state))
 
   def history(self, opt_state: PyTree) -> list[Pruned]:
     """Which features were masked at which steps; see :func:`history`."""
-    return history(opt_state)
+    return history(self._state(opt_state))
 
   def plot(self, opt_state: PyTree) -> "Figure":
     """Cost and widths over the steps; see :func:`plot_history`."""
-    return plot_history(opt_state, self.cost, self.target)
+    return plot_history(self._state(opt_state), self.cost, self.target)
+
+  def _state(self, opt_state: Any) -> PyTree:
+    """The optimizer state in what a user has of it."""
+    return opt_state
+
+  def _now(self, variables: PyTree, opt_state: PyTree) -> tuple[ApplyFn, PyTree]:
+    """The network as a function, and all its variables with the masks of an optimizer state."""
+    return self._apply, self._masked.complete(variables, self.masks(opt_state))
 
   def _pruning(self) -> optax.GradientTransformationExtraArgs:
     assert self._stop is not None
@@ -306,7 +316,7 @@ def _cost(measure: Any, apply_fn: ApplyFn, variables: PyTree, args: Any, batch_a
   if isinstance(measure, CostModel):
     check_masks(measure.masks, variables[COLLECTION], "fp.Pruner")
     return measure
-  if callable(measure) and not hasattr(measure, "flops_per_second"):
+  if callable(measure):
     made = measure(variables[COLLECTION])
     if not isinstance(made, CostModel):
       raise TypeError(f"measure as a function of the masks must return a CostModel, got {describe(made)}.")

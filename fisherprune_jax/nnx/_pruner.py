@@ -6,13 +6,12 @@ from typing import Any
 import jax
 from flax import nnx
 
-from fisherprune_jax._compaction.compact import Compact, compact
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._pruner import pruner
 from fisherprune_jax._pruner.gradients import MASK_GRADS, Gradients
 from fisherprune_jax._training.finding import get_masks
 from fisherprune_jax._training.gradients import Reduction
-from fisherprune_jax._types import Masks, PyTree
+from fisherprune_jax._types import PyTree
 from fisherprune_jax.nnx._modules import Call, functional, split
 from fisherprune_jax.nnx._training import value_and_grads
 
@@ -26,6 +25,10 @@ class Pruner(pruner.Pruner):
     *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
     call: ``call(model, *args)`` instead of ``model(*args)``.
     **options: those of ``fp.Pruner``.
+
+  Where ``fp.Pruner`` takes variables, give the module; where it takes the optimizer state, give the ``nnx.Optimizer``.
+  :meth:`apply` and :meth:`compact` run the module in the mode (``train()``, ``eval()``) that it is in.
+  ``fp.nnx.module(small, model)`` makes a module of the compact network.
 
   >>> import jax, jax.numpy as jnp, optax
   >>> import fisherprune_jax as fp
@@ -72,7 +75,7 @@ class Pruner(pruner.Pruner):
       return loss
 
     def value_and_gradients(model: nnx.Module, optimizer: Any, *rest: Any) -> tuple[Any, Any]:
-      opt_state = _pure(optimizer)
+      opt_state = self._state(optimizer)
       if self.auto is None:
         nnx.update(model, get_masks(opt_state))
         given = value_and_grads(loss_fn, has_aux=has_aux, reduction=reduction)(model, *rest)
@@ -88,51 +91,14 @@ class Pruner(pruner.Pruner):
 
     return value_and_gradients
 
-  def apply(self, model: nnx.Module, optimizer: Any, *args: PyTree) -> PyTree:
-    """The outputs of the masked network, in the mode (``train()``, ``eval()``) that the model is in.
+  def _state(self, opt_state: Any) -> PyTree:
+    return opt_state.opt_state if isinstance(opt_state, nnx.Optimizer) else opt_state
 
-    Args:
-      model: the module.
-      optimizer: the ``nnx.Optimizer``, its state, or masks.
-      *args: the arguments of the model.
-    """
-    apply_fn, variables = self._now(model, optimizer)
-    return apply_fn(variables, *args)
-
-  def compact(  # type: ignore[override]  # a module has its variables inside
-    self, model: nnx.Module, optimizer: Any, **options: Any
-  ) -> Compact:
-    """The network without its masked features; ``fp.nnx.module(small, model)`` makes a module of it.
-
-    Args:
-      model: the module; call ``model.eval()`` first for the network to serve.
-      optimizer: the ``nnx.Optimizer``, its state, or masks.
-      **options: those of ``fp.compact``.
-    """
-    apply_fn, variables = self._now(model, optimizer)
-    return compact(apply_fn, variables, *self._args, batch_axes=self._batch_axes, **options)
-
-  def masks(self, optimizer: Any) -> Masks:
-    """The masks of an ``nnx.Optimizer``, of its state, or as they are given.
-
-    Args:
-      optimizer: one of these.
-    """
-    return super().masks(_pure(optimizer))
-
-  def summary(self, optimizer: Any) -> str:
-    """A table of masks; see ``fp.summary``."""
-    return super().summary(_pure(optimizer))
-
-  def _now(self, model: nnx.Module, optimizer: Any) -> tuple[Callable[..., Any], dict[str, PyTree]]:
-    """The model as it is now, as a function, and its variables with the masks of an optimizer."""
-    apply_fn, variables = functional(model, call=self._call)
-    variables[COLLECTION] = self.masks(optimizer)
-    return self.auto.wrap(apply_fn, self._batch_axes) if self.auto else apply_fn, variables
-
-
-def _pure(optimizer: Any) -> PyTree:
-  return nnx.as_pure(optimizer.opt_state) if isinstance(optimizer, nnx.Optimizer) else optimizer
+  def _now(self, variables: nnx.Module, opt_state: Any) -> tuple[Callable[..., Any], dict[str, PyTree]]:
+    # As the module is now: train() or eval() may have been called since.
+    apply_fn, own = functional(variables, call=self._call)
+    own[COLLECTION] = self.masks(opt_state)
+    return self.auto.wrap(apply_fn, self._batch_axes) if self.auto else apply_fn, own
 
 
 def _joined(grads: nnx.State, rows: Gradients) -> nnx.State:

@@ -13,11 +13,10 @@ simplify: what a reshape merged, a later reshape splits again exactly. Expressio
 whoever reads all that a set is made of does not recurse, but goes through it in the order in which it was made
 (``in_order``), parts first.
 
-Each kind of expression is one class with all that is particular to it (``expression.py`` says what that is):
-those made of no others in ``basic.py``, unions and intersections in ``junctions.py``, what picks positions in
-``picking.py``, what lays sets out on a merged axis in ``laying.py``. Conditions, sets of one position, are in
-``conditions.py``. Another kind is another class, with its
-constructor beside it; nothing else has to know.
+Each kind of expression is one class. ``expression.py`` describes the methods that a class may define. The kinds without
+parts are in ``basic.py``, unions and intersections in ``junctions.py``. ``picking.py`` holds the kinds that select
+positions, ``laying.py`` those that combine axes into a merged one. Conditions, which are sets of one position, are in
+``conditions.py``. A new kind is a new class with its constructor beside it; no other code changes.
 """
 
 from fisherprune_jax._graph.sets.basic import ALWAYS as ALWAYS

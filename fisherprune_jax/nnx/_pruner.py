@@ -27,7 +27,7 @@ class Pruner(pruner.Pruner):
     **options: those of ``fp.Pruner``.
 
   Where ``fp.Pruner`` takes variables, give the module; where it takes the optimizer state, give the ``nnx.Optimizer``.
-  :meth:`apply` and :meth:`compact` run the module in the mode (``train()``, ``eval()``) that it is in.
+  ``apply`` and ``compact`` run the module in the mode (``train()``, ``eval()``) that it is in.
   ``fp.nnx.module(small, model)`` makes a module of the compact network.
 
   >>> import jax, jax.numpy as jnp, optax

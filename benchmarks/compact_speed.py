@@ -52,16 +52,16 @@ def seconds(run: Callable[[], Any], count: int) -> float:
   return (clock() - start) / count
 
 
-def measure(name: str, batches: list[int], repeats: int, round_to: int) -> list[dict[str, Any]]:
+def measure(name: str, batches: list[int], repeats: int, multiple_of: int) -> list[dict[str, Any]]:
   """The rows of one network."""
   make, shape, cut = NETWORKS[name]
   model = make()
   x = jax.ShapeDtypeStruct((1, *shape), np.float32)
   variables = variables_of(model, np.zeros(x.shape, x.dtype))
   cost = fp.cost_model(model.apply, variables, x)
-  width = cut(cost)
-  small = fp.compact(model.apply, variables | {"masks": keep(cost.masks, width)}, x, round_to=round_to)
-  hand = make(width=rounded(width, round_to))
+  width = rounded(cut(cost), multiple_of)
+  small = fp.compact(model.apply, variables | {"masks": keep(cost.masks, width)}, x)
+  hand = make(width=width)
   calls = {
     "dense": (jax.jit(model.apply), without_masks(variables)),
     "compact": (small, small.variables),
@@ -102,7 +102,7 @@ def main() -> None:
   parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
   parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
   parser.add_argument("--repeats", type=int, default=15)
-  parser.add_argument("--round-to", type=int, default=1)
+  parser.add_argument("--multiple-of", type=int, default=1)
   parser.add_argument("--out", type=Path)
   options = parser.parse_args()
   table = Table(
@@ -110,7 +110,7 @@ def main() -> None:
   )
   rows = []
   for name in options.networks:
-    for row in measure(name, options.batches, options.repeats, options.round_to):
+    for row in measure(name, options.batches, options.repeats, options.multiple_of):
       rows.append(row)
       table.add_row(
         row["network"],

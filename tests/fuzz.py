@@ -273,12 +273,7 @@ def _another_batch(net: Network, small: Any, variables: Any, x: Any, other: int)
   return "output at another batch size", pairs, (small.variables, y)
 
 
-def _rounded(net: Network, small: Any, variables: Any, x: Any, other: int) -> Any:
-  even = fp.compact(net, variables, x, round_to=2)
-  return "output with even widths", lambda v, x: [(None, even(v, x))], even.variables
-
-
-OTHERS = (_twice, _unpruned, _another_batch, _rounded)
+OTHERS = (_twice, _unpruned, _another_batch)
 
 
 def check_costs(net: Network, small: Any) -> None:

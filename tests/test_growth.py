@@ -211,9 +211,6 @@ def test_three_hundred_blocks_that_mask_the_stream_twice():
   assert small.variables["params"]["p300"].shape == (6, 2)
   fewer = {**masks, "m300": np.where(np.arange(8) == 0, 0, masks["m300"])}
   assert cost.exact(fewer) < cost.exact(masks)
-  # Widths of such depth can be rounded up, too.
-  even = fp.compact(apply, {**variables, "masks": masks}, x, round_to=8)
-  assert even.variables["params"]["p300"].shape == (8, 2)
 
 
 def test_a_lookup_in_a_large_table_is_as_large_as_the_table():

@@ -27,9 +27,13 @@ CHOSEN = """
 
 def products(kernel, points, repeats):
   """A clock that counts multiply-accumulates."""
-  counts = [c for c in kernel.spec.flops if c.pads in (None, True)]
   return [
-    float(sum(c.scale * c.taps * math.prod(kernel.sizes(w)[f] for f in (*c.outer, *c.inner)) for c in counts))
+    float(
+      sum(
+        c.scale * c.taps * math.prod(kernel.sizes(w)[f] for f in (*c.outer, *c.inner))
+        for c in kernel.spec.flops
+      )
+    )
     for w in points
   ]
 

@@ -1,6 +1,5 @@
 """Sets against a plain reading of them, and critical features against switching each feature off."""
 
-import functools
 import random
 import sys
 
@@ -280,28 +279,15 @@ def test_streams_that_are_cut_alike_combine_however_deep_they_are():
   np.testing.assert_array_equal(ev.bits(sets.intersection(a, b)), ev.bits(a) & ev.bits(b))
 
 
-def by_what_it_hangs_on(s, masks):
-  """The bits of a set by the third reading alone."""
-
-  @functools.cache
-  def is_in(s, position):
-    if isinstance(s, sets.Leaf):
-      return bool(masks[s.data][position])
-    every, places = s.hangs_on(position)
-    return (all if every else any)(is_in(*place) for place in places)
-
-  return [is_in(s, position) for position in range(s.size)]
-
-
 def by_its_gates(s, masks):
-  """The bits of a set by the second reading alone."""
+  """The bits of a set by the second reading."""
   circuit = Circuit([s], {key: mask.size for key, mask in masks.items()})
   features = np.concatenate([np.zeros(0, bool), *(mask != 0 for mask in masks.values())])
   return circuit.live(features, np)[circuit.gates[s]]
 
 
 @pytest.mark.parametrize("seed", range(150))
-def test_the_three_readings_of_a_set_say_the_same(seed):
+def test_both_readings_of_a_set_say_the_same(seed):
   rng = random.Random(seed)
   pool: dict[int, list[sets.Set]] = {}
   for _ in range(3):
@@ -310,7 +296,6 @@ def test_the_three_readings_of_a_set_say_the_same(seed):
     masks = {key: np.array([rng.random() < 0.6 for _ in range(key[0])], float) for key in s.leaves}
     bits = Evaluation(masks).bits(s)
     np.testing.assert_array_equal(by_its_gates(s, masks), bits)
-    np.testing.assert_array_equal(by_what_it_hangs_on(s, masks), bits)
     if seed % 30 == 0:
       on_device = {key: jnp.asarray(mask) for key, mask in masks.items()}
       np.testing.assert_array_equal(Evaluation(on_device, jnp).bits(s), bits)
@@ -327,9 +312,6 @@ class Rolled(sets.Set):
   def gates(self, builder):
     found, once = builder.of(self.parts[0])
     return np.roll(found, 1), once
-
-  def hangs_on(self, position):
-    return True, [(self.parts[0], (position - 1) % self.size)]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -357,7 +339,6 @@ def test_another_kind_is_another_class_and_nothing_else(seed):
   for found in made:
     bits = ev.bits(found)
     np.testing.assert_array_equal(by_its_gates(found, masks), bits)
-    np.testing.assert_array_equal(by_what_it_hangs_on(found, masks), bits)
     for key in found.leaves:
       for k, drop in enumerate(drops(found, masks, key)):
         fewer = {**masks, key: np.where(np.arange(key[1]) == k, 0, masks[key])}
@@ -373,8 +354,6 @@ def test_a_kind_without_a_reading_says_so():
     Evaluation({}).bits(s)
   with pytest.raises(NotImplementedError, match="Silent"):
     Circuit([s], {})
-  with pytest.raises(NotImplementedError, match="Silent"):
-    s.hangs_on(0)
 
 
 def test_sets_that_are_gone_leave_nothing_behind():

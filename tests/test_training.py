@@ -164,9 +164,8 @@ class Deep(nn.Module):
     return nn.Dense(3)(x)
 
 
-@pytest.mark.parametrize("round_to", [1, 4])
 @pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_pruning_goes_on_with_the_same_features_at_the_same_steps(optimizer, round_to, x64):
+def test_pruning_goes_on_with_the_same_features_at_the_same_steps(optimizer, x64):
   x = jax.random.normal(jax.random.key(0), (8, 6, 6, 2), jnp.float64)
   labels = jnp.arange(8) % 3
   variables = jax.tree.map(lambda v: v.astype(jnp.float64), Deep().init(jax.random.key(1), x))
@@ -197,9 +196,7 @@ def test_pruning_goes_on_with_the_same_features_at_the_same_steps(optimizer, rou
   tx = transformation(fp.cost_model(Deep().apply, variables, x))
   start = (variables["params"], tx.init(variables["params"]))
   params, state = run(Deep().apply, tx, *start, 13)
-  small = fp.compact(
-    Deep().apply, {"params": params, "masks": fp.get_masks(state)}, x, keep_masks=True, round_to=round_to
-  )
+  small = fp.compact(Deep().apply, {"params": params, "masks": fp.get_masks(state)}, x, keep_masks=True)
   thin_tx = transformation(fp.cost_model(small, small.variables, x))
   thin_state = small.shrink_opt_state(tx, state)
   thin, thin_state = run(small, thin_tx, small.variables["params"], thin_state, 24)

@@ -12,7 +12,7 @@ from fisherprune_jax._compaction import exporting, report, saving
 from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.opt_states import shrink_opt_state, shrink_pruning
 from fisherprune_jax._compaction.originals import inside, originals
-from fisherprune_jax._compaction.plan import check_request, make_plan
+from fisherprune_jax._compaction.plan import check_masks, make_plan
 from fisherprune_jax._compaction.runner import Runner
 from fisherprune_jax._cost.measures import cost_of
 from fisherprune_jax._cost.meters import FlopsMeter
@@ -20,7 +20,6 @@ from fisherprune_jax._files import PathLike
 from fisherprune_jax._graph.blockers import Blocker, Stays, check, what_stays
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
-from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.traced import trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, abstract, vectors_of
 from fisherprune_jax._training.state import make_inert
@@ -35,7 +34,7 @@ class Compact:
 
   Attributes:
     variables: the variables in the tree that they came in, with smaller leaves and without the masks.
-    masks: the masks of what is kept: those given, and with ``round_to`` a few more features.
+    masks: the masks that it was made with.
     cost: FLOPs per example.
     dense: FLOPs per example of the network that it all began with.
     updates: picks from the output what replaces variables, or None.
@@ -50,28 +49,25 @@ class Compact:
     batch_axes: BatchAxes,
     keep_masks: bool,
     updates: Picker | None,
-    round_to: int,
     strict: bool,
     before: "Compact | None",
   ) -> None:
     examples = batch_size(args, batch_axes)
     traced = trace_apply(apply_fn, tree, args, updates)
-    policy = MaskPolicy.KEEP if keep_masks else MaskPolicy.DROP
+    self._analysis = traced.analyse(keep_masks)
     given = [Evaluation(vectors_of(tree.mask_leaves))]
-    check(traced.analyse(policy), tree, examples, METER, given if strict else ())
+    check(self._analysis, tree, examples, METER, given if strict else ())
     self._plan = make_plan(
       traced,
       tree,
-      policy=policy,
-      round_to=round_to,
+      keep_masks=keep_masks,
       batch_axes=batch_axes,
       examples=examples,
       updates=updates,
     )
-    self._analysis = traced.analyse(self._plan.policy)
     self._runner = Runner(apply_fn, self._plan, traced, args)
     self._cost_model = cost_of(self._analysis, tree, examples, METER)
-    self.masks, self.updates = self._plan.masks, updates
+    self.masks, self.updates = tree.mask_tree, updates
     self.cost: float = self._cost_model.exact(self.masks) / examples
     self.dense: float = before.dense if before else self._cost_model.dense
     self.variables = self._plan.present(jax.tree.map(Kept.slice, self._plan.kept, tree.variables))
@@ -139,7 +135,7 @@ class Compact:
     """
     plan = self._plan
     pruning: Callable[..., Any] = make_inert
-    if plan.policy is MaskPolicy.KEEP:
+    if plan.keep_masks:
       kept = VariableTree(plan.kept, plan.tree.masks).mask_tree
       pruning = functools.partial(shrink_pruning, kept=kept, given=plan.tree.mask_tree)
     return shrink_opt_state(tx, opt_state, self.variables, plan.present(plan.kept), of, pruning)
@@ -233,7 +229,6 @@ def compact(
   batch_axes: BatchAxes = 0,
   keep_masks: bool = False,
   updates: Picker | None = None,
-  round_to: int = 1,
   strict: bool = False,
   before: Compact | None = None,
 ) -> Compact:
@@ -253,8 +248,6 @@ def compact(
     keep_masks: leave all-ones masks in, so that pruning can go on.
     updates: picks from the output what replaces entries of ``variables``, which then comes back in compact
       shapes and keeps nothing alive: ``lambda out: out[1]`` for ``mutable=["batch_stats"]``.
-    round_to: keep just enough dead features for every width to be a multiple of this, or whole: hardware
-      likes 8. They are still multiplied by their masks, so outputs and gradients are the same.
     strict: raise where a dead feature cannot be removed, instead of keeping it.
     before: the compact network that ``apply_fn`` runs, if it is none itself, or one under ``jax.jit``, ``auto_mask`` or
       ``functools.partial``: what is kept (``Compact.kept``) is then said of the network before that.
@@ -263,7 +256,7 @@ def compact(
     The compact network: ``small(small.variables, *args)``.
 
   Raises:
-    ValueError: if there are no masks, if they are not 0/1, if ``round_to`` is below 1, or, if ``strict``,
+    ValueError: if there are no masks, if they are not 0/1, or, if ``strict``,
       where something stays.
     TypeError: if the masks are tracers.
 
@@ -287,7 +280,7 @@ def compact(
     JAX, `The jaxpr language <https://docs.jax.dev/en/latest/jaxpr.html>`_
   """
   tree = VariableTree(variables, masks)
-  check_request(tree, round_to)
+  check_masks(tree)
   return Compact(
     apply_fn,
     tree,
@@ -295,7 +288,6 @@ def compact(
     batch_axes=batch_axes,
     keep_masks=keep_masks,
     updates=updates,
-    round_to=round_to,
     strict=strict,
     before=before or inside(apply_fn, Compact),
   )

@@ -76,5 +76,5 @@ def _say(shape: Sequence[int], wanted: Sequence[Names], lost: Sequence[int], kep
   )
   warn(
     f"An array of shape {tuple(shape)} cannot be split along axis {at} over the mesh axis '{names}', as the dense one was: it "
-    f"{where}. For widths that divide, prune with multiple_of= the size of that mesh axis, or pass round_to=."
+    f"{where}. For widths that divide, prune with multiple_of= the size of that mesh axis."
   )

@@ -6,15 +6,12 @@ import jax
 import numpy as np
 
 from fisherprune_jax._compaction.kept import Kept, keep
-from fisherprune_jax._compaction.rounding import round_up, widths_of
 from fisherprune_jax._errors import describe, path_name, require_same_tree, same_structure
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.policy import MaskPolicy
-from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.traced import Analysis, Traced
-from fisherprune_jax._graph.variables import VariableTree, leaves_from, vectors_of
+from fisherprune_jax._graph.variables import VariableTree, vectors_of
 from fisherprune_jax._masks import check_switches
-from fisherprune_jax._types import BatchAxes, Masks, Picker, PyTree
+from fisherprune_jax._types import BatchAxes, Picker, PyTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,8 +21,7 @@ class Plan:
   Attributes:
     tree: the variables as they were before, the masks with their values, all others as shapes.
     kept: a tree of ``Kept`` like them.
-    masks: the masks of what is kept, a tree like those given.
-    policy: what becomes of masks.
+    keep_masks: whether the compact variables hold masks, so that pruning can go on.
     ev: the same masks, for reading sets.
     batch_axes: where the example axes of the arguments are.
     examples: how many examples the first arguments held.
@@ -34,8 +30,7 @@ class Plan:
 
   tree: VariableTree
   kept: PyTree
-  masks: Masks
-  policy: MaskPolicy
+  keep_masks: bool
   ev: Evaluation
   batch_axes: BatchAxes
   examples: int
@@ -44,11 +39,11 @@ class Plan:
   @property
   def left_out(self) -> list[bool]:
     """Per variable, whether it is a mask that the compact variables lack."""
-    return [is_mask and self.policy is not MaskPolicy.KEEP for is_mask in self.tree.flags]
+    return [is_mask and not self.keep_masks for is_mask in self.tree.flags]
 
   def present(self, tree: PyTree) -> PyTree:
     """A tree like all variables, as users see it: without masks, unless they were kept."""
-    return tree if self.policy is MaskPolicy.KEEP else self.tree.without_masks(tree)
+    return tree if self.keep_masks else self.tree.without_masks(tree)
 
   def complete(self, variables: PyTree) -> PyTree:
     """Compact variables as the function takes them: masks are put back if they were left out."""
@@ -80,28 +75,15 @@ def make_plan(
   traced: Traced,
   tree: VariableTree,
   *,
-  policy: MaskPolicy,
-  round_to: int,
+  keep_masks: bool,
   batch_axes: BatchAxes,
   examples: int,
   updates: Picker | None,
 ) -> Plan:
   """Finds what is kept of the variables ``tree``, of whose masks the values are known."""
-  vectors = vectors_of(tree.mask_leaves)
-  if round_to > 1:
-    vectors = round_up(vectors, _widths(traced.analyse(policy), tree), round_to)
-    # The dead features among them are zero only because they are multiplied by their masks.
-    policy = MaskPolicy.MULTIPLY if policy is MaskPolicy.DROP else policy
-  ev = Evaluation(vectors)
-  masks = jax.tree.unflatten(jax.tree.structure(tree.mask_tree), leaves_from(vectors, tree.mask_leaves))
-  kept = _kept(traced.analyse(policy), tree, ev)
-  return Plan(tree.without_weights(), kept, masks, policy, ev, batch_axes, examples, updates)
-
-
-def _widths(analysis: Analysis, tree: VariableTree) -> list[Set]:
-  """The widths of the variables that are no masks."""
-  values = zip(analysis.variables, tree.flags, strict=True)
-  return widths_of([value for value, is_mask in values if not is_mask], analysis.live)
+  ev = Evaluation(vectors_of(tree.mask_leaves))
+  kept = _kept(traced.analyse(keep_masks), tree, ev)
+  return Plan(tree.without_weights(), kept, keep_masks, ev, batch_axes, examples, updates)
 
 
 def _kept(analysis: Analysis, tree: VariableTree, ev: Evaluation) -> PyTree:
@@ -111,10 +93,8 @@ def _kept(analysis: Analysis, tree: VariableTree, ev: Evaluation) -> PyTree:
   return jax.tree.unflatten(jax.tree.structure(tree.variables), leaves)
 
 
-def check_request(tree: VariableTree, round_to: int) -> None:
-  """Raises unless the masks are arrays of 0 and 1, and widths can be rounded so."""
-  if round_to < 1:
-    raise ValueError(f"round_to must be at least 1, got {round_to}. 8 suits most hardware; 1 rounds nothing.")
+def check_masks(tree: VariableTree) -> None:
+  """Raises unless the masks are arrays of 0 and 1."""
   for path, leaf in tree.paths:
     if tree.is_mask(path):
       if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):

@@ -11,7 +11,6 @@ from fisherprune_jax._errors import Path
 from fisherprune_jax._graph.blockers import not_covered
 from fisherprune_jax._graph.boxes import Box, whole_box
 from fisherprune_jax._graph.execute import Held, Run
-from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.traced import Analysis, Traced, trace_apply
 from fisherprune_jax._graph.variables import VariableTree, signature
 from fisherprune_jax._types import ApplyFn, Array, PyTree
@@ -29,7 +28,7 @@ class Runner:
 
   def __init__(self, apply_fn: ApplyFn, plan: Plan, traced: Traced, args: Sequence[PyTree]) -> None:
     self._apply_fn, self._plan = apply_fn, plan
-    self._first = traced.analyse(plan.policy)
+    self._first = traced.analyse(plan.keep_masks)
     # It is added to while a new shape is traced, which leaves nothing of that trace behind: the program for a shape
     # depends on shapes alone, and whoever traces this one again (for a gradient, say) need not trace the function too.
     self._analyses = {signature((plan.tree.variables, args)): self._first}
@@ -57,7 +56,7 @@ class Runner:
 
   def _as_given(self, path: Path, kept: Kept, leaf: Array) -> Kept:
     """What is kept of a variable as it is given: masks may come per example."""
-    per_example = self._plan.policy is MaskPolicy.KEEP and self._plan.tree.is_mask(path)
+    per_example = self._plan.keep_masks and self._plan.tree.is_mask(path)
     return kept.per_example(leaf) if per_example else kept
 
   def _analysis(self, full: PyTree, kept: PyTree, args: Sequence[PyTree]) -> Analysis:
@@ -68,7 +67,7 @@ class Runner:
       tree = VariableTree(shapes, self._plan.tree.masks)
       ranks = [np.ndim(mask) for mask in self._plan.tree.mask_leaves]
       traced = trace_apply(self._apply_fn, tree, args, self._plan.updates, ranks)
-      self._analyses[key] = self._checked(traced.analyse(self._plan.policy), kept)
+      self._analyses[key] = self._checked(traced.analyse(self._plan.keep_masks), kept)
     return self._analyses[key]
 
   def _checked(self, analysis: Analysis, kept: PyTree) -> Analysis:

@@ -54,7 +54,7 @@ def known_of(
   first = VariableTree(originals, plan.tree.masks).mask_leaves
   counts = [math.prod(leaf.shape[:-1]) for leaf in plan.tree.mask_leaves]
   sizes = [leaf.shape[-1] for leaf, rows in zip(first, counts, strict=True) for _ in range(rows)]
-  rows = zip(named_rows(plan.masks), sizes, strict=True)
+  rows = zip(named_rows(plan.tree.mask_tree), sizes, strict=True)
   header = {
     "cost": cost,
     "dense": dense,

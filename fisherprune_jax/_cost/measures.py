@@ -20,10 +20,10 @@ from fisherprune_jax._graph.traced import Analysis, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree
 from fisherprune_jax._types import ApplyFn, BatchAxes, PyTree
 
-METERS: dict[str, Callable[[frozenset[str] | None, bool], Meter]] = {
+METERS: dict[str, Callable[[frozenset[str] | None], Meter]] = {
   "flops": FlopsMeter,
   "macs": MacsMeter,
-  "bytes": lambda names, pad_taps: BytesMeter(names),
+  "bytes": BytesMeter,
 }
 """What is counted node by node."""
 MEASURES = ("flops", "macs", "params", "bytes")
@@ -38,7 +38,6 @@ def cost_model(
   batch_axes: BatchAxes = 0,
   measure: str | Roofline = "flops",
   primitives: Sequence[str] | None = None,
-  pad_taps: bool = True,
   strict: bool = False,
 ) -> CostModel:
   r"""Measures what ``apply_fn(variables, *args)`` costs as a function of its masks: by default, its FLOPs.
@@ -61,8 +60,6 @@ def cost_model(
       operands and its results; or a :class:`Roofline`, for seconds.
     primitives: names of the primitives to count, such as ``("dot_general", "conv_general_dilated")``; None counts all. A
       name that is neither known to the library nor in the network is an error.
-    pad_taps: whether the taps of convolutions and windows that fall on padding count, as most counters have it; False
-      counts what is multiplied and added alone, as XLA does for convolutions.
     strict: raise where a dead feature cannot be removed, instead of keeping it.
 
   Returns:
@@ -100,9 +97,9 @@ def cost_model(
     return parameters_of(analysis, tree)
   _check_names(names or (), {node.name for node in analysis.live.specs})
   if isinstance(measure, Roofline):
-    meter = RooflineMeter(FlopsMeter(names, pad_taps), BytesMeter(names), measure.weights)
+    meter = RooflineMeter(FlopsMeter(names), BytesMeter(names), measure.weights)
     return cost_of(analysis, tree, examples, meter, measure.seconds)
-  return cost_of(analysis, tree, examples, METERS[measure](names, pad_taps))
+  return cost_of(analysis, tree, examples, METERS[measure](names))
 
 
 def _names(primitives: Iterable[str] | None) -> frozenset[str] | None:

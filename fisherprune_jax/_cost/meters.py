@@ -24,11 +24,9 @@ class FlopsMeter:
 
   Attributes:
     primitives: names of the primitives to count; None counts all.
-    pad_taps: whether the taps of windows that fall on padding count.
   """
 
   primitives: frozenset[str] | None = None
-  pad_taps: bool = True
 
   @property
   def unit(self) -> str:
@@ -42,8 +40,7 @@ class FlopsMeter:
     spec, factors = live.specs[node], live.factors[node]
     if not spec.counted:
       return None
-    counts = (flops for flops in spec.flops if flops.pads in (None, self.pad_taps))
-    return [found for flops in counts for found in self.terms(flops, factors)]
+    return [found for flops in spec.flops for found in self.terms(flops, factors)]
 
   def terms(self, flops: Flops, factors: Factors) -> list[Term]:
     """Of a rule's count, what is counted."""
@@ -93,7 +90,7 @@ class BytesMeter(NamedTuple):
   def __call__(self, node: Node, live: Liveness) -> Iterable[Term] | None:
     """What a node reads and writes."""
     spec, factors = live.specs[node], live.factors[node]
-    leaves_out = spec.same_as is not None and not live.policy.multiplies
+    leaves_out = spec.same_as is not None and not live.keep_masks
     if leaves_out or node.name in SHAPES_ALONE or not _is_named(node.name, self.primitives):
       return ()
     read = [pair for pair in zip(node.ins, spec.ins, strict=True) if pair[0].literal is None]

@@ -166,7 +166,7 @@ class Run:
   def again(self, program: Program, inputs: Sequence[Info], asked: Sequence[Box]) -> "Run":
     """A run of another program, under the same masks."""
     wanted = [Where(box) for box in asked]
-    return Run(program, analyse(program, inputs, wanted, spec_of, self.live.policy), self.ev)
+    return Run(program, analyse(program, inputs, wanted, spec_of, self.live.keep_masks), self.ev)
 
 
 def _entry(array: jax.Array, layer: int) -> jax.Array:
@@ -201,7 +201,7 @@ def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequenc
     return box_of(axes, factors, value.shape)
 
   boxes = [box(axes, out) for axes, out in zip(spec.outs, node.outs, strict=True)]
-  if spec.same_as is not None and not run.live.policy.multiplies:
+  if spec.same_as is not None and not run.live.keep_masks:
     kept = node.ins[spec.same_as]
     return [run.read(arrays, kept, box(spec.ins[spec.same_as], kept))], boxes
   operands = [

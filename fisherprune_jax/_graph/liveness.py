@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from fisherprune_jax._graph import presence, sets, signs, together
 from fisherprune_jax._graph.boxes import Where, hull, join, meet, nowhere, whole_box
 from fisherprune_jax._graph.facts import Factors, Info, box_of, constant, needed, results
-from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Spec
@@ -35,7 +34,7 @@ class Liveness:
   """
 
   rules: Rules
-  policy: MaskPolicy = MaskPolicy.DROP
+  keep_masks: bool = False
   signed: AbstractSet[Value] = frozenset()
   infos: dict[Value, Info] = field(default_factory=dict)
   asked: dict[Value, Where] = field(default_factory=dict)
@@ -102,7 +101,7 @@ class Liveness:
     tied = together.backward(spec, [(info.possible, info.together) for info in infos], results, factors)
     when = self.conditions[node] = self._condition(node)
     for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
-      if value.literal is None and (spec.same_as in (None, operand) or self.policy.multiplies):
+      if value.literal is None and (spec.same_as in (None, operand) or self.keep_masks):
         box, merged = together.laid(spec, tied, axes, box_of(axes, factors, value.shape), factors)
         self.ask(value, Where(box, merged, when(box, operand)))
 
@@ -194,7 +193,7 @@ def analyse(
   inputs: Sequence[Info],
   asked: Sequence[Where | None],
   rules: Rules,
-  policy: MaskPolicy = MaskPolicy.DROP,
+  keep_masks: bool = False,
   subs: dict[Node, list[Program]] | None = None,
 ) -> Liveness:
   """Runs both passes.
@@ -204,10 +203,10 @@ def analyse(
     inputs: what is known of each input.
     asked: what is asked of each output; None if nothing is.
     rules: ``rules(node, infos)`` gives the ``Spec`` of a node that runs no program.
-    policy: what becomes of masks.
+    keep_masks: whether the program multiplies by masks; otherwise they are one on all that is left.
     subs: the programs that nodes run, where another analysis has built them: then both speak of the same values.
   """
-  live = Liveness(rules, policy, subs=dict(subs or {}))
+  live = Liveness(rules, keep_masks, subs=dict(subs or {}))
   live.forward(program, inputs)
   live.signed = signs.shown(program, live.specs, lambda node: links(node, live))
   if live.signed:

@@ -57,16 +57,12 @@ Bind = Callable[[Node, Sequence[jax.Array], Sizes], Sequence[jax.Array]]
 
 
 class Flops(NamedTuple):
-  """``scale * prod(outer) * max(2 K - 1, 0)``, ``K = taps * prod(inner)``; without ``inner`` no last factor.
-
-  ``pads``: it counts only where taps that fall on padding count (True), or only where they do not (False).
-  """
+  """``scale * prod(outer) * max(2 K - 1, 0)``, ``K = taps * prod(inner)``; without ``inner`` no last factor."""
 
   outer: tuple[Factor, ...]
   inner: tuple[Factor, ...] | None = None
   scale: int = 1
   taps: int = 1
-  pads: bool | None = None
 
 
 @dataclass(frozen=True)

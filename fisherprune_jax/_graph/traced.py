@@ -1,4 +1,4 @@
-"""A user's apply function: traced once, and analysed by policy where somebody asks."""
+"""A user's apply function: traced once, and analysed when needed, with masks or without."""
 
 import itertools
 import math
@@ -14,7 +14,6 @@ from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.boxes import Box, Where, hull, whole_box
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness, Rules
-from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of
 from fisherprune_jax._graph.updates import analyse
@@ -42,16 +41,18 @@ class Traced:
   infos: list[Info]
   out_tree: PyTree
   updates: dict[int, int]
-  _analyses: dict[MaskPolicy, "Analysis"] = field(default_factory=dict)
+  _analyses: dict[bool, "Analysis"] = field(default_factory=dict)
 
-  def analyse(self, policy: MaskPolicy = MaskPolicy.DROP) -> "Analysis":
-    """What is live in it for every possible mask; found once for each policy."""
-    if policy not in self._analyses:
+  def analyse(self, keep_masks: bool = False) -> "Analysis":
+    """What is live in it for every possible mask; found once for programs that multiply by masks and for those that do not."""
+    if keep_masks not in self._analyses:
       others = [found.live.subs for found in self._analyses.values()]
-      found = analyse(self.program, self.infos, self.updates, spec_of, policy, subs=next(iter(others), None))
+      found = analyse(
+        self.program, self.infos, self.updates, spec_of, keep_masks, subs=next(iter(others), None)
+      )
       # Of the same without its analyses: no circle, so that all goes as soon as nobody holds it.
-      self._analyses[policy] = Analysis(replace(self, _analyses={}), *found)
-    return self._analyses[policy]
+      self._analyses[keep_masks] = Analysis(replace(self, _analyses={}), *found)
+    return self._analyses[keep_masks]
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +91,7 @@ class Analysis:
       info._replace(possible=known[value]) if value in known else info
       for value, info in zip(traced.program.inputs, traced.infos, strict=True)
     ]
-    return analyse(traced.program, infos, traced.updates, rules, live.policy, asked_of, live.subs)[0]
+    return analyse(traced.program, infos, traced.updates, rules, live.keep_masks, asked_of, live.subs)[0]
 
 
 def trace_apply(

@@ -11,7 +11,6 @@ from fisherprune_jax._graph import liveness, sets
 from fisherprune_jax._graph.boxes import Where, join, whole
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness, Rules
-from fisherprune_jax._graph.policy import MaskPolicy
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 
@@ -26,7 +25,7 @@ def analyse(
   infos: Sequence[Info],
   updates: Updates,
   rules: Rules,
-  policy: MaskPolicy,
+  keep_masks: bool,
   asked_of: Callable[[Value], Where] = lambda value: whole(value.shape),
   subs: dict[Node, list[Program]] | None = None,
 ) -> tuple[Liveness, dict[int, Where]]:
@@ -40,7 +39,7 @@ def analyse(
     asked = [
       replacing[at] if at in replacing else asked_of(value) for at, value in enumerate(program.outputs)
     ]
-    return liveness.analyse(program, infos, asked, rules, policy, subs)
+    return liveness.analyse(program, infos, asked, rules, keep_masks, subs)
 
   live = run(dict.fromkeys(updates))
   if not updates:

@@ -13,7 +13,7 @@ from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.rules.naming import sized
-from fisherprune_jax._graph.rules.taps import Slide, histogram, meets_all
+from fisherprune_jax._graph.rules.taps import Slide, histogram
 from fisherprune_jax._graph.rules.weights import inner_product
 from fisherprune_jax._graph.spec import Axes, Axis, Factor, Flops, Prod, Sizes, Spec, factors_of
 from fisherprune_jax._types import Size
@@ -130,19 +130,16 @@ def _products(
   """
   (scale, twice), params = inner_product(*node.ins), node.params
   whole = Flops((*outer, *places), inner, scale, math.prod(taps.values()) * twice)
-  if not all(map(compat.is_static_size, (*space, *taps.values(), *places.values()))):
-    return (whole,)
   strides, steps, gaps = params["window_strides"], params["rhs_dilation"], params["lhs_dilation"]
+  if max(gaps, default=1) == 1 or not all(
+    map(compat.is_static_size, (*space, *taps.values(), *places.values()))
+  ):
+    return (whole,)
   before = [low for low, _ in params["padding"]]
   slides = list(map(Slide, places.values(), strides, taps.values(), steps, space, gaps, before))
-  dilated = max(gaps, default=1) > 1
-  if not dilated and meets_all(slides):
-    return (whole,)
-  exact = tuple(
-    Flops(outer, inner, n * scale, taken * twice, None if dilated else False)
-    for taken, n in sorted(histogram(slides).items())
+  return tuple(
+    Flops(outer, inner, n * scale, taken * twice) for taken, n in sorted(histogram(slides).items())
   )
-  return exact if dilated else (whole._replace(pads=True), *exact)
 
 
 def _merge(parts: str, sizes: Sizes) -> Axis:

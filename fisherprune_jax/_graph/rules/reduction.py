@@ -9,9 +9,9 @@ from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.rules.naming import mixed_of, side, sized
-from fisherprune_jax._graph.rules.taps import Slide, meets_all, met
+from fisherprune_jax._graph.rules.taps import Slide, met
 from fisherprune_jax._graph.rules.weights import weight
-from fisherprune_jax._graph.spec import Factor, Flops, Spec, names_of
+from fisherprune_jax._graph.spec import Flops, Spec, names_of
 from fisherprune_jax._types import Size
 
 # Zeros add nothing to these; the others have to see them.
@@ -139,23 +139,10 @@ def _windowed(node: Node, arrays: int, keeps_zero: bool, reason: str) -> Spec:
     sizes=sized((ins, shape), (outs, out)),
     whole=mixed_of((*ins, *outs)),
     alive=frozenset() if keeps_zero else frozenset(outs),
-    flops=_of_windows(node, outs, arrays * weight(node)),
+    flops=(Flops(tuple(outs), scale=arrays * weight(node) * math.prod(node.params["window_dimensions"])),),
     opaque=reason,
     sees=frozenset(range(len(node.ins))) if node.name == "reduce_window" else frozenset(),
   )
-
-
-def _of_windows(node: Node, outs: Sequence[Factor], scale: int) -> tuple[Flops, ...]:
-  """One operation for each tap; those on padding, and between entries, count or do not."""
-  taps = math.prod(node.params["window_dimensions"])
-  spanned = mixed_of(outs)
-  slides = [_slide(node, axis) for axis, f in enumerate(outs) if f in spanned]
-  known = [slide for slide in slides if slide is not None]
-  if len(known) < len(slides) or meets_all(known):
-    return (Flops(tuple(outs), scale=scale * taps),)
-  exact = math.prod(int(met(slide).sum()) for slide in known)
-  free = tuple(f for f in outs if f not in spanned)
-  return (Flops(tuple(outs), scale=scale * taps, pads=True), Flops(free, scale=scale * exact, pads=False))
 
 
 def spans(params: Params, axis: int) -> bool:

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -55,9 +54,3 @@ def histogram(slides: Sequence[Slide]) -> Counter[int]:
       joint[taken * more] += n * m
     counts = joint
   return counts
-
-
-def meets_all(slides: Sequence[Slide]) -> bool:
-  """Whether every tap meets an entry at every place."""
-  everything = math.prod(slide.taps for slide in slides)
-  return set(histogram(slides)) <= {everything}

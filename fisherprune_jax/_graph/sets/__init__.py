@@ -34,7 +34,6 @@ from fisherprune_jax._graph.sets.conditions import every as every
 from fisherprune_jax._graph.sets.conditions import free_of as free_of
 from fisherprune_jax._graph.sets.conditions import gated as gated
 from fisherprune_jax._graph.sets.expression import Bits as Bits
-from fisherprune_jax._graph.sets.expression import Place as Place
 from fisherprune_jax._graph.sets.expression import Set as Set
 from fisherprune_jax._graph.sets.expression import in_order as in_order
 from fisherprune_jax._graph.sets.expression import keys_of as keys_of

@@ -7,7 +7,7 @@ import numpy as np
 
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.gates import FALSE, TRUE
-from fisherprune_jax._graph.sets.expression import Bits, Place, Set, bit_of, make
+from fisherprune_jax._graph.sets.expression import Bits, Set, bit_of, make
 from fisherprune_jax._types import Size
 
 if TYPE_CHECKING:
@@ -66,9 +66,6 @@ class Whole(Set):
   def gates(self, builder: "Builder") -> "Gates":
     return np.full(self.size, TRUE), True
 
-  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
-    return True, []
-
   def split(self, sizes: Sequence[Size]) -> list[Set]:
     return [self.resized(n) for n in sizes]
 
@@ -115,9 +112,6 @@ class Fixed(Set):
   def gates(self, builder: "Builder") -> "Gates":
     return np.where(self.data, TRUE, FALSE), True
 
-  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
-    return bool(self.data[position]), []
-
   @property
   def is_empty(self) -> bool:
     return not self.data.any()
@@ -142,9 +136,6 @@ class Leaf(Set):
 
   def gates(self, builder: "Builder") -> "Gates":
     return builder.features(self.data, self.size), True
-
-  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
-    return True, []  # but for its own feature
 
   def _masks_below(self) -> int:
     return bit_of(self.data)

@@ -1,7 +1,7 @@
 """What every set is: an expression, interned, so that equal ones are one object, with its readings.
 
-A kind of set is one class. It gives three *readings* of itself, each from those of its parts: its bits for given
-masks, its gates in a circuit, and what a position of it hangs on. What else is particular to it (that a part of a
+A kind of set is one class. It gives two *readings* of itself, each from those of its parts: its bits for given
+masks, and its gates in a circuit. What else is particular to it (that a part of a
 part is a part, say, or that two of it that are cut alike combine part by part) it says in the methods that have
 nothing to say here; the constructors ask these before they make anything new.
 """
@@ -23,8 +23,6 @@ if TYPE_CHECKING:  # what reads sets
 
 Bits: TypeAlias = Array
 """One boolean per position, on the host or traced."""
-Place = tuple["Set", int]
-"""A position of a set."""
 Kind = TypeVar("Kind", bound="Set")
 
 _free: list[int] = []
@@ -56,7 +54,7 @@ class Set:
   is_all: ClassVar[bool] = False
   is_weak: ClassVar[bool] = False
 
-  # The three readings of every kind.
+  # The two readings of every kind.
 
   def bits(self, ev: "Evaluation") -> Bits:
     """One boolean per position: whether it is in the set, under the masks of ``ev``."""
@@ -64,10 +62,6 @@ class Set:
 
   def gates(self, builder: "Builder") -> "Gates":
     """The gates of its positions, made by ``builder`` from those of its parts."""
-    raise NotImplementedError(type(self).__name__)
-
-  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
-    """Whether a position is in the set if every one of some places is, or if any is; and those places."""
     raise NotImplementedError(type(self).__name__)
 
   # What follows from them, unless a kind knows a shorter way.

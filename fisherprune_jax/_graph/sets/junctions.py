@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fisherprune_jax._graph.sets.basic import ALWAYS, Fixed, Weak, everything
-from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make, members
+from fisherprune_jax._graph.sets.expression import Bits, Set, make, members
 from fisherprune_jax._graph.sets.picking import Nonempty, Spread, nonempty
 
 if TYPE_CHECKING:
@@ -57,9 +57,6 @@ class Junction(Set):
     (of_a, once_a), (of_b, once_b) = builder.of(a), builder.of(b)
     shared = bool(a.support & b.support)
     return builder.gate(self.every, of_a, of_b, shared), once_a and once_b and not shared
-
-  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
-    return self.every, [(part, position) for part in self.parts]
 
   def of(self, parts: Sequence[Set]) -> Set:
     return combine(type(self), *parts)

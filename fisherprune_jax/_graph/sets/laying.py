@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fisherprune_jax._graph.sets.basic import ALWAYS, Fixed, everything, fixed, nothing, weak
-from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
+from fisherprune_jax._graph.sets.expression import Bits, Set, make
 from fisherprune_jax._graph.sets.junctions import Junction, intersection, union
 from fisherprune_jax._graph.sets.picking import any_over, nonempty
 from fisherprune_jax._graph.sizes import are_static, quotient, runs
@@ -32,10 +32,6 @@ class Concat(Set):
       once = once and builder.of(part)[1] and not part.support & support
       support |= part.support
     return np.concatenate([builder.of(part)[0] for part in self.parts]), once
-
-  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
-    start, part = self._part_at(position)
-    return True, [(part, position - start)]
 
   @property
   def pieces(self) -> tuple[Set, ...]:
@@ -98,10 +94,6 @@ class Outer(Set):
       out = builder.gate(True, a.reshape(-1), b.reshape(-1), bool(support & part.support))
       support |= part.support
     return out, False
-
-  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
-    places = np.unravel_index(position, [part.size for part in self.parts])
-    return True, [(part, int(place)) for part, place in zip(self.parts, places, strict=True)]
 
   @property
   def factors(self) -> tuple[Set, ...]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fisherprune_jax._graph.gates import FALSE
 from fisherprune_jax._graph.sets.basic import Weak, Whole, fixed
-from fisherprune_jax._graph.sets.expression import Bits, Place, Set, make
+from fisherprune_jax._graph.sets.expression import Bits, Set, make
 from fisherprune_jax._types import Shape
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ class Take(Set):
     found, once = builder.of(self.parts[0])
     there = self.data[self.data >= 0]
     return np.where(self.data >= 0, found[self.data], FALSE), once and np.unique(there).size == there.size
-
-  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
-    return False, [(self.parts[0], int(self.data[position]))] if self.data[position] >= 0 else []
 
   def sides(self, kind: "type[Junction]", other: Set) -> list[tuple[Set, Set]]:
     (a,), (b,) = self.parts, other.parts
@@ -75,9 +72,6 @@ class Spread(Set):
   def gates(self, builder: "Builder") -> "Gates":
     return np.repeat(builder.of(self.parts[0])[0], self.size), False
 
-  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
-    return True, [(self.parts[0], 0)]
-
   def sides(self, kind: "type[Junction]", other: Set) -> list[tuple[Set, Set]]:
     return [(self.parts[0], other.parts[0])]
 
@@ -115,9 +109,6 @@ class Nonempty(Set):
     found, once = builder.of(self.parts[0])
     return builder.any_of_each(np.zeros(found.size, int), found, 1, shared=not once), once
 
-  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
-    return False, [(self.parts[0], place) for place in range(self.parts[0].size)]
-
   def of(self, parts: Sequence[Set]) -> Set:
     return nonempty(parts[0])
 
@@ -140,9 +131,6 @@ class AnyOf(Set):
     found, once = builder.of(self.parts[0])
     there = self.data >= 0
     return builder.any_of_each(self.data[there], found[there], self.size, shared=not once), once
-
-  def hangs_on(self, position: int) -> tuple[bool, list[Place]]:
-    return False, [(self.parts[0], place) for place in np.flatnonzero(self.data == position).tolist()]
 
   def grouped(self, groups: np.ndarray, size: int) -> Set:
     return any_of(self.parts[0], np.where(self.data >= 0, groups[self.data], -1), size)

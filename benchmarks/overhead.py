@@ -131,7 +131,7 @@ def pruning_step(
   @partial(jax.jit, donate_argnums=(0, 1))
   def step(params: Any, opt_state: Any, batch: Any) -> Any:
     masks = fp.get_masks(opt_state)
-    loss, (grads, mask_grads) = fp.value_and_grads(loss_fn)(params, masks, batch)
+    loss, (grads, mask_grads) = fp.value_and_mask_grads(loss_fn)(params, masks, batch)
     updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
     return optax.apply_updates(params, updates), opt_state, loss
 

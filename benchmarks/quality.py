@@ -29,21 +29,21 @@ from rich.progress import Progress
 
 import fisherprune_jax as fp
 
-OVER_COST, ALONE = {}, {"flops_weight": 0.0}
+OVER_COST, ALONE = {}, {"cost_weight": 0.0}
 
 
 def per_mask(mask_grads: Any, masks: Any) -> Any:
   """Root mean squares of gradients over the mean of their mask's, as magnitudes are."""
 
-  def signal(g: jax.Array, mask: jax.Array) -> jax.Array:
+  def importance(g: jax.Array, mask: jax.Array) -> jax.Array:
     norms, alive = jnp.sqrt(jnp.mean(jnp.square(g), -2)), mask != 0
     mean = jnp.sum(norms * alive, -1, keepdims=True) / jnp.maximum(jnp.sum(alive, -1, keepdims=True), 1)
     return norms / jnp.maximum(mean, 1e-30)
 
-  return jax.tree.map(signal, mask_grads, masks)
+  return jax.tree.map(importance, mask_grads, masks)
 
 
-PER_MASK = fp.Criterion(per_mask, "fisher per mask", needs=("mask_grads", "masks"))
+PER_MASK = fp.Criterion(per_mask, "fisher per mask")
 CRITERIA: dict[str, dict[str, Any]] = {
   "fisher": {"method": "fisher", **OVER_COST},
   "fisher, not over cost": {"method": "fisher", **ALONE},
@@ -145,7 +145,7 @@ class Bench:
 
     @jax.jit
     def step(params: Any, state: Any, batch: Data) -> tuple[Any, Any]:
-      _, (grads, mask_grads) = fp.value_and_grads(loss)(params, fp.get_masks(state), batch)
+      _, (grads, mask_grads) = fp.value_and_mask_grads(loss)(params, fp.get_masks(state), batch)
       updates, state = tx.update(grads, state, params, mask_grads=mask_grads)
       return optax.apply_updates(params, updates), state
 

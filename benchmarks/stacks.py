@@ -3,7 +3,7 @@
   python benchmarks/stacks.py --out benchmarks/stacks.json
   python benchmarks/stacks.py --layers 6 --seeds 0
 
-Causal decoders under ``nn.scan`` whose heads and MLP widths are cut to half of their FLOPs: with ``uniform=`` alike in all
+Causal decoders under ``nn.scan`` whose heads and MLP widths are cut to half of their FLOPs: with ``tie=`` alike in all
 layers, or in each layer on its own. First how long a training step of the compact network takes, and how long to compile,
 with masks at random; then what six layers learn of Python's source while they are pruned so, in bits per byte of other files.
 """
@@ -35,8 +35,8 @@ import fisherprune_jax as fp
 from fisherprune_jax._latency.clock import machine, medians
 
 BATCH, TARGET = 8, 0.5
-FORMS = {"uniform": ["*"], "ragged": []}
-"""What ``fp.fisher_prune(uniform=)`` is told."""
+FORMS = {"tie": ["*"], "ragged": []}
+"""What ``fp.fisher_prune(tie=)`` is told."""
 
 
 class Layer(Block):
@@ -75,7 +75,7 @@ def random_masks(cost: fp.CostModel, form: str, seed: int = 0) -> Any:
 
   def draw(mask: Any) -> jax.Array:
     rows, width = mask.shape
-    shares = np.full(rows, 0.5) if form == "uniform" else rng.permutation(np.linspace(0.25, 0.75, rows))
+    shares = np.full(rows, 0.5) if form == "tie" else rng.permutation(np.linspace(0.25, 0.75, rows))
     kept = [rng.permutation(width) < max(1, round(share * width)) for share in shares]
     return jnp.asarray(kept, jnp.float32)
 
@@ -119,9 +119,7 @@ def learn(layers: int, form: str, seed: int, steps: int, text: Text) -> dict[str
   first, last, middle = steps // 10, int(0.45 * steps), steps // 2
   budget = optax.linear_schedule(cost.dense, TARGET * cost.dense, last - first, first)
   features = sum(mask.size for mask in jax.tree.leaves(cost.masks))
-  prune = fp.fisher_prune(
-    cost, prune_every=5, flops_target=budget, features_per_prune=features, uniform=FORMS[form]
-  )
+  prune = fp.fisher_prune(cost, prune_every=5, target=budget, features_per_prune=features, tie=FORMS[form])
   tx = optax.chain(adamw(steps), prune)
   step, state = pruning_step(model.apply, tx, 0.0), tx.init(params)
   lessons = (Lesson(batch_at(text, seed, at)[:BATCH]) for at in range(1, steps + 1))

@@ -92,7 +92,7 @@ class Job:
     """The pruning's own numbers, while there is a pruning."""
     found = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, fp.FisherPruneState))
     pruned = [x for x in found if isinstance(x, fp.FisherPruneState) and x.masks]
-    return fp.scalars(opt_state) if pruned else {}
+    return fp.metrics(opt_state) if pruned else {}
 
   def variables(self, model: Transformer) -> Any:
     return jax.jit(model.init)(jax.random.key(self.args.seed), self.text.held_out[:1, :-1])
@@ -128,7 +128,7 @@ def pruning_step(apply: Callable[..., Any], tx: Any, teaching: float) -> Step:
 
   @partial(jax.jit, donate_argnums=(0, 1))
   def step(params: Any, opt_state: Any, lesson: Lesson) -> tuple[Any, Any, jax.Array]:
-    loss, (grads, mask_grads) = fp.value_and_grads(loss_fn)(params, fp.get_masks(opt_state), lesson)
+    loss, (grads, mask_grads) = fp.value_and_mask_grads(loss_fn)(params, fp.get_masks(opt_state), lesson)
     updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
     return optax.apply_updates(params, updates), opt_state, loss
 

@@ -41,7 +41,7 @@ def pruning(cost: fp.CostModel, args: Args) -> optax.GradientTransformationExtra
   budget = optax.linear_schedule(cost.dense, args.flops_target * cost.dense, last - first, first)
   every_feature = sum(mask.size for mask in jax.tree.leaves(cost.masks))
   return fp.fisher_prune(
-    cost, prune_every=min(5, max(1, args.steps // 20)), flops_target=budget, features_per_prune=every_feature
+    cost, prune_every=min(5, max(1, args.steps // 20)), target=budget, features_per_prune=every_feature
   )
 
 

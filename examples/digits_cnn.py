@@ -112,7 +112,7 @@ def optimizer(cost: fp.CostModel, flops_target: float, steps: int) -> optax.Grad
   return optax.chain(
     optax.add_decayed_weights(5e-4),
     optax.sgd(optax.warmup_cosine_decay_schedule(0.0, 0.15, steps // 30, steps), momentum=0.9),
-    fp.fisher_prune(cost, prune_every=min(2, steps), flops_target=budget, features_per_prune=every_feature),
+    fp.fisher_prune(cost, prune_every=min(2, steps), target=budget, features_per_prune=every_feature),
   )
 
 
@@ -137,7 +137,7 @@ def train(
   @partial(jax.jit, donate_argnums=(0, 1))
   def train_step(params: Any, opt_state: Any, batch: Data) -> tuple[Any, Any, jax.Array]:
     masks = fp.get_masks(opt_state)
-    loss, (grads, mask_grads) = fp.value_and_grads(loss_fn)(params, masks, batch)
+    loss, (grads, mask_grads) = fp.value_and_mask_grads(loss_fn)(params, masks, batch)
     updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
     return optax.apply_updates(params, updates), opt_state, loss
 
@@ -150,7 +150,7 @@ def train(
     run = Run({"params": params, "masks": fp.get_masks(opt_state)}, fp.get_state(opt_state), curve)
     if step % max(1, args.steps // EVALUATIONS) == 0 or step == args.steps:
       curve.append((step, float(accuracy(run.variables, *test_set))))
-      for name, value in {"loss": loss, "accuracy": curve[-1][1], **fp.scalars(opt_state)}.items():
+      for name, value in {"loss": loss, "accuracy": curve[-1][1], **fp.metrics(opt_state)}.items():
         events.add_scalar(name, float(value), step)
       progress.update(task, completed=step, loss=float(loss), share=float(run.state.cost) / cost.dense)
   events.close()

@@ -107,7 +107,7 @@ def optimizer(job: Job, cost: fp.CostModel, flops_target: float) -> optax.Gradie
   budget = optax.linear_schedule(cost.dense, flops_target * cost.dense, last - first, first)
   every_feature = sum(mask.size for mask in jax.tree.leaves(cost.masks))
   every = min(EVERY, max(1, job.steps // 50))
-  prune = fp.fisher_prune(cost, prune_every=every, flops_target=budget, features_per_prune=every_feature)
+  prune = fp.fisher_prune(cost, prune_every=every, target=budget, features_per_prune=every_feature)
   return optax.chain(optax.adamw(rate, b2=0.98, weight_decay=WEIGHT_DECAY), prune)
 
 
@@ -116,7 +116,7 @@ def pruning_step(apply: Callable[..., Any], tx: Any) -> Callable[..., Any]:
 
   @partial(jax.jit, donate_argnums=(0, 1))
   def step(params: Any, opt_state: Any, batch: Any, words: jax.Array) -> tuple[Any, Any, jax.Array]:
-    grads_of = fp.value_and_grads(partial(loss_fn, apply))
+    grads_of = fp.value_and_mask_grads(partial(loss_fn, apply))
     loss, (grads, mask_grads) = grads_of(params, fp.get_masks(opt_state), batch, words)
     updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
     return optax.apply_updates(params, updates), opt_state, loss
@@ -141,7 +141,7 @@ def evaluate(stage: Stage, run: Run, loss: float, n: int, job: Job, writer: Summ
   validation, masks = job.sentences["validation"], fp.get_masks(run.opt_state) if stage.masked else None
   encode = partial(stage.encode, variables_of(run.params, job.words, masks))
   stats = {"loss": loss, "cosine": cosine(embed(encode, validation), validation)}
-  for name, value in (stats | (fp.scalars(run.opt_state) if stage.masked else {})).items():
+  for name, value in (stats | (fp.metrics(run.opt_state) if stage.masked else {})).items():
     writer.add_scalar(name, float(value), n)
   return run._replace(curve=np.vstack([run.curve[1:], [n, *stats.values()]]))
 

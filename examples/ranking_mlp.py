@@ -70,7 +70,7 @@ class Pruning:
   flops_target: float = 25_000
   """FLOPs per example to prune to."""
   decay: float = 0.98
-  """Of the running mean of the signals: 0.98 averages about 50 steps."""
+  """Of the running mean of the importance: 0.98 averages about 50 steps."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def evaluate(run: Run, row: int, step: int, loss: Any, data: Data, writer: Summa
   logits = predict(run.variables, data[0])
   rce, auc = relative_cross_entropy(logits, data[1]), roc_auc_score(data[1], logits)
   run.curve[row] = step, loss, rce, auc
-  values = dict(zip(("loss", "rce", "auc"), run.curve[row, 1:], strict=True)) | fp.scalars(run.opt_state)
+  values = dict(zip(("loss", "rce", "auc"), run.curve[row, 1:], strict=True)) | fp.metrics(run.opt_state)
   for name, value in values.items():
     writer.add_scalar(name, float(value), step)
   return f"RCE {rce:.2f} %, {float(values['pruning/cost']):,.0f} FLOPs"
@@ -159,7 +159,7 @@ def train(
 
   @partial(jax.jit, donate_argnums=(0, 1))
   def train_step(params: Any, opt_state: Any, batch: Data) -> tuple[Any, Any, jax.Array]:
-    loss, (grads, mask_grads) = fp.value_and_grads(loss_fn)(params, fp.get_masks(opt_state), batch)
+    loss, (grads, mask_grads) = fp.value_and_mask_grads(loss_fn)(params, fp.get_masks(opt_state), batch)
     updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
     return optax.apply_updates(params, updates), opt_state, loss
 

@@ -25,20 +25,20 @@ from fisherprune_jax._masks import per_example as per_example
 from fisherprune_jax._pruner.gradients import Gradients as Gradients
 from fisherprune_jax._training.classic import pruning_sgd as pruning_sgd
 from fisherprune_jax._training.criterion import Criterion as Criterion
+from fisherprune_jax._training.finding import get_importance as get_importance
 from fisherprune_jax._training.finding import get_masks as get_masks
 from fisherprune_jax._training.finding import get_state as get_state
 from fisherprune_jax._training.finding import set_masks as set_masks
-from fisherprune_jax._training.finding import signals as signals
-from fisherprune_jax._training.gradients import value_and_grads as value_and_grads
+from fisherprune_jax._training.gradients import value_and_mask_grads as value_and_mask_grads
 from fisherprune_jax._training.history import Pruned as Pruned
 from fisherprune_jax._training.history import history as history
 from fisherprune_jax._training.history import masks_at as masks_at
 from fisherprune_jax._training.injection import inject_hyperparams as inject_hyperparams
-from fisherprune_jax._training.once import estimate_signals as estimate_signals
-from fisherprune_jax._training.once import prune as prune
+from fisherprune_jax._training.once import estimate_importance as estimate_importance
+from fisherprune_jax._training.once import select_masks as select_masks
 from fisherprune_jax._training.plots import plot_history as plot_history
 from fisherprune_jax._training.state import FisherPruneState as FisherPruneState
-from fisherprune_jax._training.summary import scalars as scalars
+from fisherprune_jax._training.summary import metrics as metrics
 from fisherprune_jax._training.summary import summary as summary
 from fisherprune_jax._training.transform import fisher_prune as fisher_prune
 

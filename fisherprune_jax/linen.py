@@ -23,7 +23,7 @@ class Mask(nn.Module):
     axis: the feature axis of the input.
     batch_axis: the example axis of the input, such as 1 for ``(T, B, C)``; None in a model that is written for one
       example and mapped by ``jax.vmap``, where masks are mapped along with the examples. A wrong one is an error where its length
-      is not the number of examples; where T equals B **it cannot be seen**, and signals are those of other examples.
+      is not the number of examples; where T equals B **it cannot be seen**, and the importance is that of other examples.
 
   Raises:
     ValueError: if the input lacks the axis, or its sizes differ from the mask's.

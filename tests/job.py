@@ -60,7 +60,7 @@ def loss_fn(params: Any, masks: Any, batch: Any) -> jax.Array:
 def train_step(
   tx: Any, params: Any, opt_state: Any, batch: Any, loss_fn: Any = loss_fn
 ) -> tuple[Any, Any, jax.Array]:
-  loss, (grads, mask_grads) = fp.value_and_grads(loss_fn)(params, fp.get_masks(opt_state), batch)
+  loss, (grads, mask_grads) = fp.value_and_mask_grads(loss_fn)(params, fp.get_masks(opt_state), batch)
   updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
   return optax.apply_updates(params, updates), opt_state, loss
 

@@ -304,7 +304,7 @@ def test_the_cost_is_that_of_the_compact_network(name):
 def test_rows_of_mask_gradients_are_those_of_single_examples(name):
   s = setup(name)
   mean = lambda _, masks, args, variables: jnp.mean(losses(s.masked(variables, masks, *args)))
-  gradients = jax.jit(fp.value_and_grads(mean))  # of no parameters: less to compile
+  gradients = jax.jit(fp.value_and_mask_grads(mean))  # of no parameters: less to compile
   for masks in (s.masks, jax.tree.map(np.ones_like, s.masks)):
     rows = gradients({}, masks, s.args, s.variables)[1][1]
     singles = [s.values(weights, s.variables, masks, *s.args)[1][1] for weights in np.eye(EXAMPLES)]
@@ -362,7 +362,7 @@ def test_training_comes_down_to_the_target(name):
   least = jax.tree.map(lambda m: np.broadcast_to(np.eye(1, m.shape[-1], dtype=m.dtype)[0], m.shape), s.masks)
   target = 0.5 * (s.cost.dense + float(s.cost(least)))
   features = sum(m.size for m in jax.tree.leaves(s.masks))
-  prune = fp.fisher_prune(s.cost, prune_every=2, flops_target=target, features_per_prune=features)
+  prune = fp.fisher_prune(s.cost, prune_every=2, target=target, features_per_prune=features)
   tx = optax.chain(optax.sgd(1e-3), prune)
   params, rest = s.variables["params"], {key: part for key, part in s.variables.items() if key != "params"}
 
@@ -371,7 +371,7 @@ def test_training_comes_down_to_the_target(name):
 
   @jax.jit
   def step(params: Any, state: Any, args: Any) -> Any:
-    _, (grads, mask_grads) = fp.value_and_grads(loss)(params, fp.get_masks(state), args)
+    _, (grads, mask_grads) = fp.value_and_mask_grads(loss)(params, fp.get_masks(state), args)
     updates, state = tx.update(grads, state, params, mask_grads=mask_grads)
     return optax.apply_updates(params, updates), state
 

@@ -80,15 +80,15 @@ def test_an_injected_decay_out_of_range_skips_the_batch():
   assert fp.get_state(update(state, g)).skipped == 0
 
 
-@pytest.mark.parametrize("option", ["flops_target", "flops_weight"])
+@pytest.mark.parametrize("option", ["target", "cost_weight"])
 @pytest.mark.parametrize("value", [np.nan, -1.0])
 def test_other_schedules_out_of_range_prune_nothing_at_that_step(option, value):
   """A weight may be negative; a target below zero is no target to prune everything for."""
-  good = {"flops_target": 20.0, "flops_weight": 0.1}
+  good = {"target": 20.0, "cost_weight": 0.1}
   schedule = lambda n: jnp.where(n == 4, value, good[option])
   tx = fp.fisher_prune(cost(), **OPTIONS, **{**good, option: schedule})
   states = jax.jit(lambda g: every_state(tx, g))(as_tree(draw(0), True))
-  prunes = option == "flops_weight" and value == -1.0
+  prunes = option == "cost_weight" and value == -1.0
   assert (states.cost[3] < states.cost[2]) == prunes
   assert not states.exhausted[3]
   assert last(states).skipped == 0
@@ -171,7 +171,7 @@ def test_ensembles_over_axes_without_names_prune_each_on_its_own():
 
 
 def test_one_named_axis_of_two_is_taken_at_its_word():
-  """An ensemble of replicas: the signals are averaged over the one axis and not over the other."""
+  """An ensemble of replicas: the importance is averaged over the one axis and not over the other."""
   f = step_of(fp.fisher_prune(cost(), prune_every=1, axis_name="i"))
   g = as_tree(np.stack([replicas(0), replicas(9)]), True)
   found = jax.vmap(jax.vmap(f, axis_name="i"), axis_name="ensemble")(g)

@@ -194,7 +194,7 @@ def test_a_quotient_that_no_float_holds_is_its_own_target():
 def training(cost, target, **options):
   """The masks in the end, and at which step each feature went: the one of the smallest index first."""
   features = cost.masks["m"].size
-  tx = fp.fisher_prune(cost, prune_every=1, flops_target=target, **options)
+  tx = fp.fisher_prune(cost, prune_every=1, target=target, **options)
   grads = {"m": jnp.float32(1) + jnp.arange(features, dtype=jnp.float32)[None]}
 
   @jax.jit
@@ -228,7 +228,7 @@ def test_a_schedule_of_arrays_and_a_traced_target_are_compared_as_they_are():
   assert int(below) < 2 * 10_000_001 * 6 < int(above)
   for target, gone in ((below, 5), (above, 4)):
     assert int(jnp.sum(training(cost, lambda step, t=target: jnp.float32(t)).masks["m"] == 0)) == gone
-  tx = fp.inject_hyperparams(fp.fisher_prune)(cost, prune_every=1, flops_target=float(above))
+  tx = fp.inject_hyperparams(fp.fisher_prune)(cost, prune_every=1, target=float(above))
   state = tx.init({})
   for _ in range(8):
     state = jax.jit(tx.update)({}, state, mask_grads={"m": jnp.ones((1, 10))})[1]

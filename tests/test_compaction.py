@@ -379,7 +379,7 @@ def test_batch_statistics_come_back_in_compact_shapes(x64):
   variables = variables | {"masks": random_masks(variables["masks"], 0, 0.5)}
   widths = [int(mask.sum()) for mask in jax.tree.leaves(variables["masks"])]
   train = functools.partial(model.apply, mutable=["batch_stats"])
-  small = fp.compact(train, variables, x, updates=lambda out: out[1])
+  small = fp.compact(train, variables, x, state_from=lambda out: out[1])
   assert small.variables["params"]["Conv_0"]["kernel"].shape == (3, 3, 2, widths[0])
   assert small.variables["batch_stats"]["BatchNorm_1"]["mean"].shape == (widths[1],)
   expected, stats = train(variables, x)
@@ -398,5 +398,5 @@ def test_updates_must_name_variables():
   x = jnp.ones((4, 6, 6, 2))
   variables = model.init(jax.random.key(0), x)
   train = functools.partial(model.apply, mutable=["batch_stats"])
-  with pytest.raises(ValueError, match="updates must pick"):
-    fp.compact(train, variables, x, updates=lambda out: out)
+  with pytest.raises(ValueError, match="state_from must pick"):
+    fp.compact(train, variables, x, state_from=lambda out: out)

@@ -22,7 +22,7 @@ STEPS = 8
 
 
 def prune(**options):
-  return fp.fisher_prune(COST, prune_every=2, decay=0.9, flops_target=10.0, **options)
+  return fp.fisher_prune(COST, prune_every=2, decay=0.9, target=10.0, **options)
 
 
 def grads_at(step):
@@ -52,7 +52,7 @@ def injected_updates():
     return optax.sgd(learning_rate, momentum=0.9)
 
   return optax.chain(
-    make(0.1), fp.inject_hyperparams(fp.fisher_prune)(COST, prune_every=2, decay=0.9, flops_target=10.0)
+    make(0.1), fp.inject_hyperparams(fp.fisher_prune)(COST, prune_every=2, decay=0.9, target=10.0)
   )
 
 
@@ -210,11 +210,11 @@ def test_optax_finds_the_fields_of_the_state(case):
 
 
 HYPERPARAMETERS = {
-  "numbers": {"decay": 0.8, "flops_weight": 0.01, "flops_target": 12},
+  "numbers": {"decay": 0.8, "cost_weight": 0.01, "target": 12},
   "schedules": {
     "decay": lambda n: 0.5 + 0.04 * n,
-    "flops_weight": lambda n: 0.01 * n,
-    "flops_target": optax.linear_schedule(18.0, 8.0, STEPS),
+    "cost_weight": lambda n: 0.01 * n,
+    "target": optax.linear_schedule(18.0, 8.0, STEPS),
   },
 }
 
@@ -232,11 +232,11 @@ def test_hyperparameters_can_be_injected(kind):
     state = update(state, grads_at(n)[1])
     expected = plain.update({}, expected, mask_grads=grads_at(n)[1])[1]
     assert_equal(fp.get_state(state), expected, rtol=1e-5)
-    assert set(state.hyperparams) == {"decay", "flops_weight", "flops_target"}
+    assert set(state.hyperparams) == {"decay", "cost_weight", "target"}
     for name, value in options.items():
       now = value(n) if callable(value) else value
       assert float(state.hyperparams[name]) == pytest.approx(float(now)), name
-  assert expected.cost <= state.hyperparams["flops_target"] < COST.dense
+  assert expected.cost <= state.hyperparams["target"] < COST.dense
 
 
 SWALLOWED = {

@@ -2,6 +2,7 @@
 
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 
 import fisherprune_jax as fp
 from fisherprune_jax._cost.owned import keys_of
-from fisherprune_jax._training.criteria import CRITERIA, criterion_of, fisher_signal, taylor_signal
+from fisherprune_jax._masks import flatten, unflatten
+from fisherprune_jax._training.criteria import CRITERIA, criterion_of, fisher_importance, taylor_importance
 from tests.models import CASES, random_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:fisherprune_jax has no rule")
@@ -38,7 +40,7 @@ def test_as_many_entries_go_with_a_feature_as_parameters_are_saved(name):
   params = fp.cost_model(apply, variables, x, measure="params")
   leaves = jax.tree_util.tree_leaves_with_path(weights_of(variables))
   ones = {keys_of(path): jnp.ones(leaf.shape) for path, leaf in leaves}
-  found = jax.jit(params.ownership.add_up)(ones, masks)
+  found = unflatten(jax.jit(params.ownership.add_up)(ones, flatten(masks) != 0), masks)
   for got, expected in zip(*map(jax.tree.leaves, (found, params.per_feature(masks))), strict=True):
     np.testing.assert_array_equal(got, expected)
 
@@ -47,7 +49,7 @@ def test_as_many_entries_go_with_a_feature_as_parameters_are_saved(name):
 def test_magnitude_is_the_norm_of_what_goes(name):
   apply, variables, x, masks = setting(name)
   cost = fp.cost_model(apply, variables, x)
-  found = fp.estimate_signals(None, weights_of(variables), masks, (), method="magnitude", cost=cost)
+  found = fp.estimate_importance(None, weights_of(variables), masks, (), method="magnitude", cost=cost)
   squares = jax.tree.map(np.square, weights_of(variables))
 
   def left(masks):
@@ -108,7 +110,7 @@ def scores_of(method, cost, params, masks, mask_grads, **given):
   def score(params, masks, mask_grads, given):
     given = {"axis_name": None, "name": None, **given}
     given |= {"params": params, "masks": masks, "mask_grads": mask_grads}
-    return criterion.ranked(criterion.signal_of(given), given)
+    return criterion.ranked(criterion.importance_of(given), given)
 
   return score(params, masks, mask_grads, given)
 
@@ -164,7 +166,7 @@ def test_equals_have_one_rank_wherever_they_stand():
 @pytest.mark.parametrize("method", ["magnitude", "fisher_magnitude"])
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 def test_norms_that_are_not_finite_prune_nothing(method, bad):
-  tx = fp.fisher_prune(COST, method=method, prune_every=1, flops_weight=0.0)
+  tx = fp.fisher_prune(COST, method=method, prune_every=1, cost_weight=0.0)
   params = {"b": RISING["b"].at[2, 0].set(bad)}
   _, state = tx.update({}, tx.init(params), params, mask_grads=GRADS)
   assert int(fp.get_state(state).skipped) == (
@@ -188,7 +190,7 @@ def test_a_parameter_may_be_called_value():
   variables = {"params": params, "masks": jnp.ones(3)}
   cost = fp.cost_model(apply, variables, jnp.ones((5, 2)))
   norms = np.sqrt(np.square(params["attn"]["value"]).sum(0) + 1)
-  found = fp.estimate_signals(None, params, variables["masks"], (), method="magnitude", cost=cost)
+  found = fp.estimate_importance(None, params, variables["masks"], (), method="magnitude", cost=cost)
   np.testing.assert_allclose(found, norms / norms.mean(), rtol=1e-5)
 
 
@@ -205,9 +207,9 @@ def test_signals_are_float32_under_64_bits(method):
   with jax.enable_x64(True):
     given = {"method": method, "cost": COST}
     loss = lambda params, masks, x: jnp.mean(net({"params": params, "masks": masks}, x) ** 2)
-    found = fp.estimate_signals(loss, V["params"], V["masks"], [X], **given)
+    found = fp.estimate_importance(loss, V["params"], V["masks"], [X], **given)
     if method in ("fisher", "taylor"):
-      signal = {"fisher": fisher_signal, "taylor": taylor_signal}[method]
+      signal = {"fisher": fisher_importance, "taylor": taylor_importance}[method]
       assert signal(GRADS)["m"].dtype == jnp.float32
   assert found["m"].dtype == jnp.float32
 
@@ -216,7 +218,7 @@ def test_a_batch_that_is_not_finite_hands_out_nothing():
   tx = fp.fisher_prune(COST, method="fisher_magnitude", prune_every=1)
   _, before = tx.update({}, tx.init({}), V["params"], mask_grads=GRADS)
   _, after = tx.update({}, before, V["params"], mask_grads={"m": GRADS["m"].at[0, 1].set(jnp.nan)})
-  np.testing.assert_array_equal(fp.signals(after)["m"], fp.signals(before)["m"])
+  np.testing.assert_array_equal(fp.get_importance(after)["m"], fp.get_importance(before)["m"])
 
 
 def recurrent(v, x):
@@ -231,7 +233,7 @@ def test_entries_that_go_along_both_axes_count_once():
   x = jnp.ones((2, 5))
   masks = {"m": jnp.array([1.0, 1, 0, 1, 1])}
   cost = fp.cost_model(recurrent, v, x)
-  found = fp.estimate_signals(None, weights_of(v), masks, (), method="magnitude", cost=cost)["m"]
+  found = fp.estimate_importance(None, weights_of(v), masks, (), method="magnitude", cost=cost)["m"]
   alive = np.array([0, 1, 3, 4])
   w, out = np.square(v["w"])[np.ix_(alive, alive)], np.square(v["out"])[alive]
   norms = np.sqrt(w.sum(0) + w.sum(1) - np.diag(w) + out.sum(1))
@@ -284,13 +286,13 @@ def test_a_step_that_prunes_nothing_does_what_fishers_does():
 def test_fishers_signals_are_averaged_before_they_are_ranked():
   rng = np.random.default_rng(2)
   batches = [jnp.asarray(rng.normal(size=(3, 4)) * np.array([[3.0], [1.0], [0.1]])) for _ in range(4)]
-  tx = fp.fisher_prune(COST, decay=0.5, prune_every=4, method="fisher_magnitude", flops_weight=0.0)
+  tx = fp.fisher_prune(COST, decay=0.5, prune_every=4, method="fisher_magnitude", cost_weight=0.0)
   state = tx.init(V["params"])
   for batch in batches:
     _, state = tx.update({}, state, V["params"], mask_grads={"m": batch})
   losses = [np.square(batch).mean(0) / 2 for batch in batches]
   mean = sum(2.0**n * loss for n, loss in enumerate(losses)) / 15
-  np.testing.assert_allclose(fp.signals(state)["m"], mean, rtol=1e-5)
+  np.testing.assert_allclose(fp.get_importance(state)["m"], mean, rtol=1e-5)
   trust = (1 - share(np.asarray(batches[-1]), np.ones(3))) ** 2
   both = np.argsort(np.argsort(mean)) + trust * np.arange(4)  # norms rise
   assert [pruned.feature for pruned in fp.history(state)] == [int(np.argmin(both))]
@@ -307,21 +309,21 @@ def test_each_prunes_what_it_ranks_lowest():
   assert gone("fisher_magnitude", one) == [0, 3, 2]
   assert (
     gone("random")
-    == np.argsort(fp.estimate_signals(None, {}, V["masks"], (), method="random")["m"])[:3].tolist()
+    == np.argsort(fp.estimate_importance(None, {}, V["masks"], (), method="random")["m"])[:3].tolist()
   )
 
 
 def test_what_one_says_the_other_does():
-  """``fp.prune`` with estimated signals, and the transformation."""
+  """``fp.select_masks`` with estimated importance, and the transformation."""
   x = 0.05 * X  # small enough that no two features matter alike, all being saturated
   for method in CRITERIA:
     loss = lambda params, masks, batch: jnp.mean(
       jnp.sum(net({"params": params, "masks": masks}, batch) ** 2, 1)
     )
-    signals = fp.estimate_signals(loss, V["params"], V["masks"], [x], method=method, cost=COST)
-    once = fp.prune(COST, signals, 0.6 * COST.dense)
+    importance = fp.estimate_importance(loss, V["params"], V["masks"], [x], method=method, cost=COST)
+    once = fp.select_masks(COST, importance, 0.6 * COST.dense)
     tx = fp.fisher_prune(COST, target=0.6 * COST.dense, prune_every=1, features_per_prune=4, method=method)
-    _, (grads, mask_grads) = fp.value_and_grads(loss)(V["params"], V["masks"], x)
+    _, (grads, mask_grads) = fp.value_and_mask_grads(loss)(V["params"], V["masks"], x)
     _, state = tx.update(grads, tx.init(V["params"]), V["params"], mask_grads=mask_grads)
     np.testing.assert_array_equal(once["m"], fp.get_masks(state)["m"], err_msg=method)
 
@@ -339,7 +341,7 @@ def test_the_cost_counts_or_not():
   grads = {"a": jnp.full((4, 2), 2.0), "b": jnp.full((4, 2), 1.0)}
   for method in ("fisher", "taylor"):
     for weight, first in (("auto", "a"), (0.0, "b")):
-      tx = fp.fisher_prune(cost, prune_every=1, method=method, flops_weight=weight)
+      tx = fp.fisher_prune(cost, prune_every=1, method=method, cost_weight=weight)
       _, state = tx.update({}, tx.init({}), mask_grads=grads)
       assert fp.history(state)[0].mask == first
 
@@ -348,17 +350,17 @@ def test_taylor_is_the_mean_absolute_gradient():
   weights = jnp.array([1.0, 3.0])
   tx = fp.fisher_prune(COST, method="taylor")
   _, state = tx.update({}, tx.init({}), mask_grads=GRADS, example_weights=weights)
-  np.testing.assert_allclose(fp.signals(state)["m"], [2.5, 5, 0.5, 0.5], rtol=1e-6)
+  np.testing.assert_allclose(fp.get_importance(state)["m"], [2.5, 5, 0.5, 0.5], rtol=1e-6)
   padded = {"m": GRADS["m"].at[1].set(jnp.nan)}
   _, state = tx.update({}, tx.init({}), mask_grads=padded, example_weights=jnp.array([1.0, 0.0]))
-  np.testing.assert_allclose(fp.signals(state)["m"], [1, 5, 2, 0.5], rtol=1e-6)
+  np.testing.assert_allclose(fp.get_importance(state)["m"], [1, 5, 2, 0.5], rtol=1e-6)
 
 
 def test_magnitude_takes_no_gradients_of_masks():
   tx = fp.fisher_prune(COST, prune_every=1, method="magnitude")
   _, state = tx.update(V["params"], tx.init(V["params"]), V["params"])
   norms = np.sqrt(np.square(V["params"]["a"]).sum(0) + 2)
-  np.testing.assert_allclose(fp.signals(state)["m"], norms / norms.mean(), rtol=1e-5)
+  np.testing.assert_allclose(fp.get_importance(state)["m"], norms / norms.mean(), rtol=1e-5)
   assert "of the mean" in fp.summary(state, method="magnitude")
 
 
@@ -368,18 +370,33 @@ def test_magnitude_of_a_part_of_the_parameters():
   part = {"a": V["params"]["a"]}
   _, state = tx.update(part, tx.init(part), part)
   norms = np.sqrt(np.square(V["params"]["a"]).sum(0))
-  np.testing.assert_allclose(fp.signals(state)["m"], norms / norms.mean(), rtol=1e-5)
+  np.testing.assert_allclose(fp.get_importance(state)["m"], norms / norms.mean(), rtol=1e-5)
 
 
 def test_costs_that_add_up_know_what_they_are_of():
   params = fp.cost_model(net, V, X, measure="params")
   own = fp.CostModel.from_functions(V["masks"], lambda m: m["m"].sum(), lambda m: m)
   for cost in (COST + params, 2 * COST, own + COST, COST + own):
-    found = fp.estimate_signals(None, V["params"], V["masks"], (), method="magnitude", cost=cost)
+    found = fp.estimate_importance(None, V["params"], V["masks"], (), method="magnitude", cost=cost)
     assert float(found["m"].mean()) == pytest.approx(1)
-  for cost, method in itertools.product((own, 2 * own), ("magnitude", "fisher_magnitude")):
-    with pytest.raises(ValueError, match=f"method='{method}' needs a cost that knows which variables go"):
-      fp.fisher_prune(cost, method=method)
+  for cost in (own, 2 * own):
+    with pytest.raises(ValueError, match="method='magnitude' needs a cost that knows which variables go"):
+      fp.fisher_prune(cost, method="magnitude")
+
+
+def test_where_parameters_are_not_known_the_order_is_fishers():
+  own = fp.CostModel.from_functions(V["masks"], lambda m: m["m"].sum(), lambda m: m)
+  loss = lambda params, masks, x: jnp.mean(net({"params": params, "masks": masks}, x) ** 2)
+  given = (loss, V["params"], V["masks"], [X])
+  fisher = fp.estimate_importance(*given, method="fisher")
+  for cost in (None, own):
+    chex.assert_trees_all_equal(fp.estimate_importance(*given, cost=cost), fisher)
+  _, (_, grads) = fp.value_and_mask_grads(loss)(V["params"], V["masks"], X)
+  states = []
+  for method in ("fisher", "fisher_magnitude"):
+    tx = fp.fisher_prune(COST, prune_every=1, method=method)
+    states.append(tx.update({}, tx.init({}), mask_grads=grads)[1])  # without params
+  chex.assert_trees_all_equal(*states)
 
 
 def test_what_is_missing_is_said():
@@ -391,7 +408,7 @@ def test_what_is_missing_is_said():
   ):
     tx.update({}, tx.init({}), {"other": jnp.ones(3)})
   with pytest.raises(ValueError, match="needs the cost model of the network, got cost=None"):
-    fp.estimate_signals(None, V["params"], V["masks"], (), method="magnitude")
+    fp.estimate_importance(None, V["params"], V["masks"], (), method="magnitude")
   tx = fp.fisher_prune(COST, method="taylor")
   with pytest.raises(ValueError, match="mask_grads=None"):
     tx.update({}, tx.init({}))
@@ -409,15 +426,15 @@ def test_shards_say_what_the_whole_batch_says(method, dtype):
   sizes = np.array([0, 0, 5, 1, 1, 1])  # of the first shard one example alone has gradients
   grads = jnp.asarray(np.random.default_rng(1).normal(size=(6, 4)) * sizes[:, None], jnp.float32)
 
-  def signals(grads, **options):
+  def importance(grads, **options):
     tx = fp.fisher_prune(COST, method=method, **options)
-    return fp.signals(tx.update({}, tx.init(params), params, mask_grads={"m": grads})[1])["m"]
+    return fp.get_importance(tx.update({}, tx.init(params), params, mask_grads={"m": grads})[1])["m"]
 
-  shards = jax.vmap(lambda part: signals(part, axis_name="shards"), axis_name="shards")(
+  shards = jax.vmap(lambda part: importance(part, axis_name="shards"), axis_name="shards")(
     grads.reshape(2, 3, 4)
   )
   assert shards.dtype == jnp.float32
-  np.testing.assert_allclose(shards, [signals(grads)] * 2, rtol=1e-5)
+  np.testing.assert_allclose(shards, [importance(grads)] * 2, rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", CRITERIA)
@@ -450,7 +467,7 @@ def test_modules_of_nnx():
   norms = jnp.sqrt(
     jnp.sum(first.kernel[...] ** 2, 0) + first.bias[...] ** 2 + jnp.sum(last.kernel[...] ** 2, 1)
   )
-  _, (grads, _) = fp.nnx.value_and_grads(lambda m, x: jnp.mean(m(x) ** 2))(model, X)
+  _, (grads, _) = fp.nnx.value_and_mask_grads(lambda m, x: jnp.mean(m(x) ** 2))(model, X)
   optimizer.update(model, grads)
   assert int(jnp.argmin(model.layers[1].mask[...])) == int(jnp.argmin(norms))
 

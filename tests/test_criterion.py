@@ -1,5 +1,6 @@
 """What prunes is a criterion: Fisher's by its name or as an object, and any of the user's own."""
 
+import functools
 import inspect
 import re
 from typing import get_type_hints
@@ -46,12 +47,12 @@ def test_a_fixed_ranking_prunes_as_it_says(averaged):
   assert gone(state) == ORDER
   assert [pruned.step for pruned in fp.history(state)] == [1, 2, 3, 4]
   assert state.exhausted
-  chex.assert_trees_all_close(fp.signals(state), jax.tree.map(jnp.float32, RANKING), rtol=1e-6)
+  chex.assert_trees_all_close(fp.get_importance(state), jax.tree.map(jnp.float32, RANKING), rtol=1e-6)
   assert jax.tree.map(lambda x: x.dtype, state) == jax.tree.map(
     lambda x: x.dtype, fp.fisher_prune(COST).init(PARAMS)
   )
-  assert "signal, places" in fp.summary(state, method=method)
-  assert "signal, nats" in fp.summary(state)
+  assert "importance, places" in fp.summary(state, method=method)
+  assert "importance, nats" in fp.summary(state)
 
 
 WRAPPED = {
@@ -101,19 +102,19 @@ def opposite(scores):
 
 def test_a_rank_decides_where_features_are_pruned_and_changes_no_score():
   method = fp.Criterion(lambda: RANKING, rank=opposite)
-  tx = fp.fisher_prune(COST, prune_every=2, method=method, flops_weight=0.0)
+  tx = fp.fisher_prune(COST, prune_every=2, method=method, cost_weight=0.0)
   state = run(tx, 6)
   assert gone(state) == [("layers[1]", 1), ("a", 0), ("layers[0]", 1)]
   assert [pruned.step for pruned in fp.history(state)] == [2, 4, 6]
-  chex.assert_trees_all_close(fp.signals(state), jax.tree.map(jnp.float32, RANKING), rtol=1e-6)
-  once = fp.estimate_signals(None, {}, MASKS, (), method=method)
+  chex.assert_trees_all_close(fp.get_importance(state), jax.tree.map(jnp.float32, RANKING), rtol=1e-6)
+  once = fp.estimate_importance(None, {}, MASKS, (), method=method)
   chex.assert_trees_all_close(once, jax.tree.map(lambda x: -jnp.float32(x), RANKING))
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_rank_that_is_not_finite_prunes_nothing(bad):
   rank = lambda scores, step: {**scores, "a": jnp.where(step < 3, bad, scores["a"])}
-  method = fp.Criterion(lambda step: RANKING, needs=("step",), rank=rank)
+  method = fp.Criterion(lambda: RANKING, rank=rank)
   tx = fp.fisher_prune(COST, prune_every=1, method=method)
   assert not gone(run(tx, 2))
   assert not run(tx, 2).exhausted
@@ -129,7 +130,7 @@ def test_signals_of_another_kind_are_averaged_or_the_last_one(averaged):
   """Against a loop over NumPy arrays, one bad batch among them."""
   decay, draws = 0.8, draw(4)
   draws[5, 2, 3] = np.nan
-  method = fp.Criterion(mean_absolute, needs=("mask_grads",), averaged=averaged)
+  method = fp.Criterion(mean_absolute, averaged=averaged)
   tx = fp.fisher_prune(cost(), decay=decay, method=method)
   states = jax.jit(lambda g: every_state(tx, g))(as_tree(draws, examples=True))
   score, weight = np.zeros(draws.shape[-1]), 0.0
@@ -138,58 +139,72 @@ def test_signals_of_another_kind_are_averaged_or_the_last_one(averaged):
     if np.isfinite(signal).all():
       d = decay if averaged else 0
       score, weight = d * score + (1 - d) * signal, d * weight + (1 - d)
-    found = fp.signals(jax.tree.map(lambda x: x[n], states))  # noqa: B023
+    found = fp.get_importance(jax.tree.map(lambda x: x[n], states))  # noqa: B023
     chex.assert_trees_all_close(found, as_tree(score / weight), rtol=1e-5)
   assert (states.counted[-1], states.skipped[-1]) == (T - 1, 1)
 
 
 def test_all_batches_count_alike_under_the_schedule_that_the_docstring_names():
   draws = draw(1)
-  method = fp.Criterion(mean_absolute, needs=("mask_grads",))
+  method = fp.Criterion(mean_absolute)
   tx = fp.fisher_prune(cost(), decay=lambda n: (n - 1) / n, method=method)
   state = jax.jit(lambda g: every_state(tx, g))(as_tree(draws, examples=True))
   mean = np.mean(np.abs(draws.astype(np.float64)), axis=(0, 1))
-  chex.assert_trees_all_close(fp.signals(jax.tree.map(lambda x: x[-1], state)), as_tree(mean), rtol=1e-5)
+  chex.assert_trees_all_close(
+    fp.get_importance(jax.tree.map(lambda x: x[-1], state)), as_tree(mean), rtol=1e-5
+  )
+
+
+def test_what_partial_has_bound_is_no_longer_a_parameter():
+  seen = []
+
+  def importance(masks, step):
+    seen.append(step)
+    return RANKING
+
+  method = fp.Criterion(functools.partial(importance, step="bound"))
+  assert method.uses == {"masks"}
+  run(fp.fisher_prune(COST, method=method), 1)
+  assert seen == ["bound"]
 
 
 def test_it_gets_what_it_names_and_nothing_else():
   seen = []
 
-  def signal(**arguments):
-    seen.append(arguments)
+  def importance(updates, params, masks, *, step, hint, axis_name="none", absent=3):
+    seen.append(locals())
     return RANKING
 
-  names = ("updates", "params", "masks", "step", "hint")
-  method = fp.Criterion(signal, needs=names, takes=("axis_name", "absent"))
+  method = fp.Criterion(importance)
+  assert method.uses == {"updates", "params", "masks", "step", "hint", "axis_name", "absent"}
   tx = fp.fisher_prune(COST, method=method, prune_every=1)
   state = tx.init(PARAMS)
   for _ in range(2):
     _, state = tx.update({"u": 1}, state, PARAMS, hint=7, other=8)
-  assert [set(arguments) for arguments in seen] == [{*names, "axis_name", "absent"}] * 2
   assert [int(arguments["step"]) for arguments in seen] == [1, 2]
   second = seen[1]
   assert (second["updates"], second["hint"], second["absent"], second["axis_name"]) == (
     {"u": 1},
     7,
-    None,
-    None,
+    3,
+    "none",
   )
   assert second["params"] is PARAMS
   np.testing.assert_array_equal(second["masks"]["a"], [1, 0, 1])
 
 
 def test_what_it_takes_may_be_missing_whatever_it_is():
-  def signal(mask_grads, example_weights):
+  def importance(mask_grads=None, example_weights=None):
     assert mask_grads is None
     assert example_weights is None
     return RANKING
 
-  tx = fp.fisher_prune(COST, method=fp.Criterion(signal, takes=("mask_grads", "example_weights")))
+  tx = fp.fisher_prune(COST, method=fp.Criterion(importance))
   tx.update({}, tx.init(PARAMS), PARAMS)
 
 
 def test_an_axis_that_it_needs_is_an_option():
-  tx = fp.fisher_prune(COST, method=fp.Criterion(lambda axis_name: RANKING, needs=("axis_name",)))
+  tx = fp.fisher_prune(COST, method=fp.Criterion(lambda axis_name: RANKING))
   with pytest.raises(
     ValueError, match=r"needs axis_name, got None. Pass it: fp.fisher_prune\(..., axis_name"
   ):
@@ -201,7 +216,6 @@ def test_weights_decide_where_a_criterion_looks_at_them_alone():
   params = {"w": jnp.array([[3.0, 0.5, 2.0], [0.0, 0.5, 1.0]]), "v": jnp.full((2, 4, 2), 9.0)}
   norms = fp.Criterion(
     lambda params: {"a": jnp.linalg.norm(params["w"], axis=0), "layers": params["v"][:, 0]},
-    needs=("params",),
     averaged=False,
   )
   tx = optax.chain(optax.sgd(0.1), fp.fisher_prune(COST, prune_every=1, method=norms))
@@ -217,56 +231,56 @@ def test_chance_decides_differently_at_every_step():
     key = jax.random.fold_in(jax.random.key(0), step)
     return jax.tree.map(lambda m: jax.random.uniform(jax.random.fold_in(key, m.size), m.shape), masks)
 
-  method = fp.Criterion(chance, needs=("step", "masks"), averaged=False)
+  method = fp.Criterion(chance, averaged=False)
   state = run(fp.fisher_prune(COST, prune_every=1, method=method), 3)
   assert len(gone(state)) == 3
-  signals = [run(fp.fisher_prune(COST, method=method), n).scores["a"] for n in (1, 2, 2)]
-  assert not np.array_equal(signals[0], signals[1])
-  np.testing.assert_array_equal(signals[1], signals[2])
+  importance = [run(fp.fisher_prune(COST, method=method), n).scores["a"] for n in (1, 2, 2)]
+  assert not np.array_equal(importance[0], importance[1])
+  np.testing.assert_array_equal(importance[1], importance[2])
 
 
-def pruned_by(signal=lambda: RANKING, **fields):
-  tx = optax.chain(optax.sgd(0.1), fp.fisher_prune(COST, method=fp.Criterion(signal, name="mine", **fields)))
+def pruned_by(importance=lambda: RANKING, **fields):
+  tx = optax.chain(
+    optax.sgd(0.1), fp.fisher_prune(COST, method=fp.Criterion(importance, name="mine", **fields))
+  )
   return lambda **extra: tx.update(PARAMS, tx.init(PARAMS), **extra)
 
 
 REFUSED = {
   "parameters that are missing": (
-    lambda: pruned_by(needs=("params",))(),
+    lambda: pruned_by(lambda params: RANKING)(),
     ValueError,
     ("The criterion 'mine' needs params, got params=None", "tx.update(grads, state, params)", "drops extra"),
   ),
   "a keyword that is missing": (
-    lambda: pruned_by(needs=("hint",))(other=1),
+    lambda: pruned_by(lambda hint: RANKING)(other=1),
     ValueError,
     ("The criterion 'mine' needs hint, got hint=None", "tx.update(..., hint=...)", "optax.lookahead"),
   ),
   "gradients that are missing": (
-    lambda: pruned_by(needs=("mask_grads",))(),
+    lambda: pruned_by(lambda mask_grads: RANKING)(),
     ValueError,
-    ("got mask_grads=None", "fp.value_and_grads"),
+    ("got mask_grads=None", "fp.value_and_mask_grads"),
   ),
   "gradients that do not fit": (
-    lambda: pruned_by(lambda mask_grads: RANKING, needs=("mask_grads",))(mask_grads=MASKS),
+    lambda: pruned_by(lambda mask_grads: RANKING)(mask_grads=MASKS),
     ValueError,
     ("mask_grads for a mask of shape (3,) must have shape ('B', 3)", "got (3,)"),
   ),
   "weights that are negative": (
-    lambda: pruned_by(lambda example_weights: RANKING, takes=("example_weights",))(
-      example_weights=jnp.array([-1.0])
-    ),
+    lambda: pruned_by(lambda example_weights=None: RANKING)(example_weights=jnp.array([-1.0])),
     ValueError,
     ("example_weights must be finite and at least 0", "got -1.0"),
   ),
-  "a signal of another tree": (
+  "importance of another tree": (
     lambda: pruned_by(lambda: {"a": RANKING["a"]})(),
     ValueError,
-    ("The signal of the criterion 'mine' must have the structure of the masks", "got nothing at layers"),
+    ("The importance of the criterion 'mine' must have the structure of the masks", "got nothing at layers"),
   ),
-  "a signal of another shape": (
+  "importance of another shape": (
     lambda: pruned_by(lambda: {**RANKING, "layers": np.ones((2, 3))})(),
     ValueError,
-    ("signal of the criterion 'mine' must have the shape (2, 2) of the mask at layers", "got (2, 3)"),
+    ("importance of the criterion 'mine' must have the shape (2, 2) of the mask at layers", "got (2, 3)"),
   ),
   "a rank of another shape": (
     lambda: pruned_by(rank=lambda scores: {**scores, "a": jnp.ones(2)})(),
@@ -274,20 +288,29 @@ REFUSED = {
     ("rank of the criterion 'mine' must have the shape (3,) of the mask at a", "got (2,)"),
   ),
   "a rank that is no function": (
-    lambda: fp.Criterion(len, rank=RANKING),
+    lambda: fp.Criterion(lambda: RANKING, rank=RANKING),
     TypeError,
     ("rank of a Criterion must be a", "got dict"),
   ),
-  "no function": (lambda: fp.Criterion(RANKING), TypeError, ("signal of a Criterion must be a", "got dict")),
-  "a name in place of names": (
-    lambda: fp.Criterion(len, needs="params"),
+  "no function": (
+    lambda: fp.Criterion(RANKING),
     TypeError,
-    ("needs of a Criterion must be a tuple of names", "('params',)", "got 'params'"),
+    ("importance of a Criterion must be a", "got dict"),
   ),
-  "names that are none": (
-    lambda: fp.Criterion(len, takes=(1,)),
+  "parameters without names": (
+    lambda: fp.Criterion(lambda *arguments: RANKING),
     TypeError,
-    ("takes of a Criterion must be a tuple of names", "got (1,)"),
+    ("importance of a Criterion must name its parameters", "def importance(mask_grads, masks)"),
+  ),
+  "keywords without names": (
+    lambda: fp.Criterion(lambda: RANKING, rank=lambda scores, **others: scores),
+    TypeError,
+    ("rank of a Criterion must name its parameters",),
+  ),
+  "a rank that needs what is missing": (
+    lambda: pruned_by(rank=lambda scores, hint: scores)(),
+    ValueError,
+    ("The criterion 'mine' needs hint, got hint=None",),
   ),
   "the class itself": (
     lambda: fp.fisher_prune(COST, method=fp.Criterion),
@@ -320,8 +343,8 @@ def test_the_options_of_the_table_are_those_of_the_signature():
 
 
 def test_what_is_no_number_is_static():
-  numbers = {"decay", "flops_target", "flops_weight", "target"}
+  numbers = {"decay", "target", "cost_weight"}
   for name, option in inspect.signature(fp.fisher_prune).parameters.items():
     assert is_static(name, 0.5) == (name not in numbers)
-    assert is_static(name, option.default) == (name not in numbers - {"flops_weight", "target"})
+    assert is_static(name, option.default) == (name not in numbers - {"cost_weight"})
   assert not is_static("learning_rate", 0.5)

@@ -111,7 +111,7 @@ def sharded_step(tx, check_vma, reduce_masks=False):
   """A step under ``shard_map``: every device has its rows of the batch, and its own copy of the rest."""
 
   def local(params, opt_state, batch):
-    loss, (grads, mask_grads) = fp.value_and_grads(job.loss_fn)(params, fp.get_masks(opt_state), batch)
+    loss, (grads, mask_grads) = fp.value_and_mask_grads(job.loss_fn)(params, fp.get_masks(opt_state), batch)
     if check_vma:  # JAX has added up the gradients of what is the same on every device
       grads = jax.tree.map(lambda g: g / jax.lax.axis_size("data"), grads)
     else:

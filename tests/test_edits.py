@@ -30,7 +30,7 @@ from tests.test_transform import (
   simple_gradients,
 )
 
-OPTIONS = {"prune_every": 2, "features_per_prune": 2, "flops_target": 60.0}
+OPTIONS = {"prune_every": 2, "features_per_prune": 2, "target": 60.0}
 
 
 def flat(tree):
@@ -63,7 +63,7 @@ def run(tx, state, steps):
 def test_it_starts_from_given_masks():
   mask = np.ones(K, np.float32)
   mask[[1, 7, 15]] = 0
-  tx = fp.fisher_prune(cost(), masks=as_tree(mask), **{**OPTIONS, "flops_target": 40.0})
+  tx = fp.fisher_prune(cost(), masks=as_tree(mask), **{**OPTIONS, "target": 40.0})
   state = tx.init(PARAMS)
   assert_consistent(state)
   np.testing.assert_array_equal(flat(state.masks), mask)
@@ -248,7 +248,7 @@ def test_injected_hyperparameters_leave_the_masks_alone():
   masks = {"m": jnp.array([0.0, 1, 1, 0, 1, 1])}
   tx = fp.inject_hyperparams(fp.fisher_prune)(simple_cost(), masks=masks, prune_every=2, name="it")
   state = tx.init(PARAMS)
-  assert set(state.hyperparams) == {"decay", "flops_target"}
+  assert set(state.hyperparams) == {"decay", "target"}
   np.testing.assert_array_equal(fp.get_masks(state)["m"], masks["m"])
   one = fp.CostModel.from_functions(jnp.ones(3), jnp.sum, lambda m: m)  # a tree that is an array
   tx = fp.inject_hyperparams(fp.fisher_prune)(one, masks=jnp.array([1.0, 0.0, 1.0]))
@@ -319,7 +319,7 @@ def test_masks_of_a_module_are_set_with_those_of_its_optimizer():
   )
 
   def gradients_of(model):
-    _, (grads, mask_grads) = fp.nnx.value_and_grads(lambda m, x: jnp.mean(m(x) ** 2))(model, x)
+    _, (grads, mask_grads) = fp.nnx.value_and_mask_grads(lambda m, x: jnp.mean(m(x) ** 2))(model, x)
     return grads, {"mask_grads": mask_grads}
 
   for _ in range(2):

@@ -260,7 +260,7 @@ def test_statistics_of_an_emptied_layer_go_too(x64):
   params = {"a": draw(4, 5), "b": draw(5, 6), "c": draw(6, 2)}
   for masks in ({"a": jnp.ones(5), "b": jnp.zeros(6)}, {"a": jnp.zeros(5), "b": jnp.ones(6)}):
     v, x = {"params": params, "stats": stats, "masks": masks}, draw(7, 4)
-    small = fp.compact(apply, v, x, updates=lambda out: out[1])
+    small = fp.compact(apply, v, x, state_from=lambda out: out[1])
     (y, new), (z, found) = apply(v, x), small(small.variables, x)
     close(y, z)
     close(small.shrink(new["stats"]), found["stats"])

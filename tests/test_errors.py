@@ -84,7 +84,7 @@ def step(masks: Any, opt_state: Any) -> Any:
   """A step of the model with given masks and a given optimizer state."""
   variables, tx, _ = made(MODEL)
   loss = lambda params, masks, x: jnp.mean(MODEL.apply({"params": params, "masks": masks}, x))
-  _, (grads, mask_grads) = fp.value_and_grads(loss)(variables["params"], masks, X)
+  _, (grads, mask_grads) = fp.value_and_mask_grads(loss)(variables["params"], masks, X)
   return tx.update(grads, opt_state, variables["params"], mask_grads=mask_grads)
 
 
@@ -132,9 +132,9 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
   "decay that is no number": (prune(decay=float("nan")), ValueError, ("decay must be in [0, 1)", "got nan")),
   "decay that is a string": (prune(decay="0.9"), TypeError, ("decay must be in [0, 1)", "got str")),
   "decay that is a vector": (prune(decay=jnp.ones(2) / 2), TypeError, ("decay", "float32[2]")),
-  "unknown flops_weight": (prune(flops_weight="AUTO"), ValueError, ("flops_weight must be 'auto'", "'AUTO'")),
-  "flops_weight of None": (prune(flops_weight=None), TypeError, ("flops_weight must be 'auto'", "NoneType")),
-  "flops_weight of nan": (prune(flops_weight=float("nan")), ValueError, ("flops_weight must be", "got nan")),
+  "unknown cost_weight": (prune(cost_weight="AUTO"), ValueError, ("cost_weight must be 'auto'", "'AUTO'")),
+  "cost_weight of None": (prune(cost_weight=None), TypeError, ("cost_weight must be 'auto'", "NoneType")),
+  "cost_weight of nan": (prune(cost_weight=float("nan")), ValueError, ("cost_weight must be", "got nan")),
   "unknown method": (
     prune(method="movement"),
     ValueError,
@@ -145,11 +145,11 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     ValueError,
     ("method must be one of", "'fisher'", "or an fp.Criterion", "<built-in function len>"),
   ),
-  "negative target": (prune(flops_target=-5.0), ValueError, ("flops_target must be", "at least 0", "-5.0")),
+  "negative target": (prune(target=-5.0), ValueError, ("target must be", "at least 0", "-5.0")),
   "target in half precision": (
-    prune(flops_target=jnp.bfloat16(100)),
+    prune(target=jnp.bfloat16(100)),
     TypeError,
-    ("flops_target must have at least the precision of float32", "bfloat16[]", "hyperparam_dtype"),
+    ("target must have at least the precision of float32", "bfloat16[]", "hyperparam_dtype"),
   ),
   "floor above a mask": (prune(min_features=4), ValueError, ("min_features must be at most 3", "got 4")),
   "negative floor": (prune(min_features=-1), ValueError, ("min_features must be at least 0", "got -1")),
@@ -169,11 +169,11 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     ValueError,
     ("cost must", "mask", "got {}"),
   ),
-  "update without mask_grads": (update(None), ValueError, ("mask_grads=None", "fp.value_and_grads")),
+  "update without mask_grads": (update(None), ValueError, ("mask_grads=None", "fp.value_and_mask_grads")),
   "mask_grads of another tree": (
     update({"a": FITTING["a"]}),
     ValueError,
-    ("mask_grads must have the structure of the masks", "got nothing at b", "fp.value_and_grads"),
+    ("mask_grads must have the structure of the masks", "got nothing at b", "fp.value_and_mask_grads"),
   ),
   "mask_grads without the example axis": (
     update(COST.masks),
@@ -231,14 +231,14 @@ TABLE: dict[str, tuple[Callable[[], Any], type[Exception], tuple[str, ...]]] = {
     ("decay as a schedule must be in [0, 1)", "got float32[3]"),
   ),
   "a target schedule below zero": (
-    stepped(flops_target=lambda n: 5 - 3 * n),
+    stepped(target=lambda n: 5 - 3 * n),
     ValueError,
-    ("flops_target as a schedule must be", "at least 0", "got -1.0", "step 2"),
+    ("target as a schedule must be", "at least 0", "got -1.0", "step 2"),
   ),
   "a weight schedule of nan": (
-    stepped(flops_weight=lambda n: jnp.where(n > 1, jnp.nan, 0.1)),
+    stepped(cost_weight=lambda n: jnp.where(n > 1, jnp.nan, 0.1)),
     ValueError,
-    ("flops_weight as a schedule must be", "got nan", "step 2"),
+    ("cost_weight as a schedule must be", "got nan", "step 2"),
   ),
   "a name that is a path": (prune(name="a/b"), ValueError, ("name must be a string without '/'", "'a/b'")),
   "a name that is no string": (prune(name=3), ValueError, ("name must be a string without '/'", "got 3")),
@@ -407,7 +407,7 @@ def test_bad_input_is_named_with_its_value(name):
 
 def test_the_good_neighbours_of_the_table_pass():
   """So that no row of it fails for another reason than its own."""
-  for options in ({"decay": 0}, {"min_features": 3}, {"flops_weight": -1}, {"decay": lambda n: 0.5}):
+  for options in ({"decay": 0}, {"min_features": 3}, {"cost_weight": -1}, {"decay": lambda n: 0.5}):
     fp.fisher_prune(COST, **options)
   update(FITTING, example_weights=jnp.ones(5))()
   assert COST(COST.masks) == 10
@@ -518,7 +518,7 @@ def test_statistics_whose_joined_names_are_one_are_returned_each_to_its_own():
     return h.sum(1), {"s": {"a/b": v["s"]["a/b"] + h.mean(0), "a": {"b": v["s"]["a"]["b"] + 2 * h.mean(0)}}}
 
   x = jnp.ones((2, 3))
-  small = fp.compact(apply, variables, x, updates=lambda out: out[1])
+  small = fp.compact(apply, variables, x, state_from=lambda out: out[1])
   found, expected = small(small.variables, x)[1], apply(variables, x)[1]
   kept = jnp.array([0, 2, 3])
   np.testing.assert_allclose(found["s"]["a/b"], expected["s"]["a/b"][kept])

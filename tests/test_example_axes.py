@@ -95,7 +95,7 @@ def test_a_mapped_model_has_the_gradients_of_its_examples():
     return jnp.mean(jax.vmap(one, in_axes=(None, -2, 0))(params, masks, x))
 
   params, masks = variables["params"], random_masks(variables["masks"], 0)
-  _, (_, found) = jax.jit(fp.value_and_grads(loss))(params, masks, x)
+  _, (_, found) = jax.jit(fp.value_and_mask_grads(loss))(params, masks, x)
   for n in range(B):
     expected = jax.grad(one, argnums=1)(params, masks, x[n])
     rows = jax.tree.map(lambda g: g[..., n, :], found)  # noqa: B023
@@ -140,7 +140,7 @@ def test_a_module_is_mapped_over_its_masks():
   one = lambda params, masks, x: apply({**variables, "params": params, "masks": masks}, x) ** 2
   loss = lambda params, masks, x: jnp.sum(jax.vmap(one, in_axes=(None, -2, 0))(params, masks, x))
   params, masks = variables["params"], variables["masks"]
-  _, (_, found) = fp.value_and_grads(loss, reduction="sum")(params, masks, x)
+  _, (_, found) = fp.value_and_mask_grads(loss, reduction="sum")(params, masks, x)
   for n in range(B):
     expected = jax.grad(one, argnums=1)(params, masks, x[n])
     np.testing.assert_allclose(found["mask"]["mask"][n], expected["mask"]["mask"], rtol=1e-5)

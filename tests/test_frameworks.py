@@ -148,7 +148,7 @@ def test_it_trains_to_a_target_and_then_on(name):
   """A dense step, steps that prune, then the same steps by the masked and by the compact network."""
   network, auto, cost, masked = found(name)
   loss = auto.wrap(network.train)
-  options = {"prune_every": 1, "features_per_prune": 500, "flops_target": SHARE * cost.dense}
+  options = {"prune_every": 1, "features_per_prune": 500, "target": SHARE * cost.dense}
   # Deep networks with the statistics of two examples have gradients of any size, and steps ten times as long
   # blow rounding up a thousand times in five: then processors differ, not the networks.
   descent = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1e-4, momentum=0.9))
@@ -159,7 +159,7 @@ def test_it_trains_to_a_target_and_then_on(name):
     def loss_fn(params, masks, batch):
       return loss({"params": params, "state": variables["state"], "masks": masks}, *batch)
 
-    differentiate = fp.value_and_grads(loss_fn, has_aux=True)
+    differentiate = fp.value_and_mask_grads(loss_fn, has_aux=True)
     return differentiate(variables["params"], masks, (network.x, LABELS))
 
   update = jax.jit(tx.update)
@@ -176,7 +176,7 @@ def test_it_trains_to_a_target_and_then_on(name):
       break
   assert fp.get_state(opt_state).cost <= SHARE * cost.dense
   everything = {**variables, "masks": fp.get_masks(opt_state)}
-  small = fp.compact(loss, everything, network.x, LABELS, updates=lambda output: {"state": output[1]})
+  small = fp.compact(loss, everything, network.x, LABELS, state_from=lambda output: {"state": output[1]})
   thin, thin_state = small.variables, small.shrink_opt_state(tx, opt_state)
 
   @jax.jit

@@ -140,7 +140,7 @@ def test_rows_are_the_gradients_of_single_examples(name):
   def loss_fn(params: Any, masks: Any, batch: Any) -> jax.Array:
     return jnp.mean(losses_of(model, params, masks, batch))
 
-  both = jax.jit(lambda *args: (fp.value_and_grads(loss_fn)(*args), jax.value_and_grad(loss_fn)(*args)))
+  both = jax.jit(lambda *args: (fp.value_and_mask_grads(loss_fn)(*args), jax.value_and_grad(loss_fn)(*args)))
   (value, (grads, mask_grads)), (expected_value, expected_grads) = both(params, masks, batch)
   expected = one_at_a_time(name)
   assert [g.shape for g in jax.tree.leaves(mask_grads)] == NETWORKS[name][2]
@@ -179,7 +179,7 @@ def test_reductions_are_undone(name):
   def loss_fn(params: Any, masks: Any, batch: Any) -> jax.Array:
     return reduce(losses_of(model, params, masks, batch), batch)
 
-  step = fp.value_and_grads(loss_fn, reduction=reduction)
+  step = fp.value_and_mask_grads(loss_fn, reduction=reduction)
   _, (_, found) = jax.jit(step)(params, masks, batch | {"w": WEIGHTS})
   expected = scaled(one_at_a_time("dense"), factors)
   chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -193,7 +193,7 @@ def test_a_loss_scale_may_be_traced():
     def loss_fn(params: Any, masks: Any, batch: Any) -> jax.Array:
       return scale * jnp.sum(losses_of(model, params, masks, batch))
 
-    return fp.value_and_grads(loss_fn, reduction=1 / scale)(params, masks, batch)[1][1]
+    return fp.value_and_mask_grads(loss_fn, reduction=1 / scale)(params, masks, batch)[1][1]
 
   chex.assert_trees_all_close(step(jnp.float32(1.0)), step(jnp.float32(4096.0)), rtol=1e-5)
 
@@ -205,7 +205,7 @@ def test_aux_and_further_arguments_pass_through():
     losses = losses_of(model, params, masks, batch)
     return factor * jnp.mean(losses) + shift["b"], {"losses": losses, "shift": shift}
 
-  step = jax.jit(fp.value_and_grads(loss_fn, has_aux=True))
+  step = jax.jit(fp.value_and_mask_grads(loss_fn, has_aux=True))
   (value, aux), (grads, mask_grads) = step(params, masks, batch, jnp.float32(3.0), {"b": jnp.float32(1.0)})
   losses = losses_of(model, params, masks, batch)
   chex.assert_trees_all_close(aux, {"losses": losses, "shift": {"b": 1.0}}, rtol=1e-5)
@@ -222,7 +222,7 @@ def test_bfloat16_activations_give_float32_gradients():
     half = jax.tree.map(lambda p: p.astype(jnp.bfloat16), (params, batch))
     return jnp.mean(losses_of(model, half[0], masks, half[1]).astype(jnp.float32))
 
-  _, (grads, mask_grads) = jax.jit(fp.value_and_grads(loss_fn))(params, masks, batch)
+  _, (grads, mask_grads) = jax.jit(fp.value_and_mask_grads(loss_fn))(params, masks, batch)
   assert {g.dtype for g in jax.tree.leaves((grads, mask_grads))} == {jnp.dtype("float32")}
   for found, exact in zip(jax.tree.leaves(mask_grads), jax.tree.leaves(one_at_a_time("conv")), strict=True):
     assert np.linalg.norm(found - exact) < 0.03 * np.linalg.norm(exact)
@@ -235,7 +235,7 @@ def test_bfloat16_maps_are_summed_in_float32():
   def loss_fn(params: Any, masks: Any, x: jax.Array) -> jax.Array:
     return jnp.vdot(fp.Mask().apply({"masks": masks}, x).astype(jnp.float32), cotangent.astype(jnp.float32))
 
-  _, (_, g) = fp.value_and_grads(loss_fn, reduction="sum")({}, {"mask": jnp.ones(3)}, x)
+  _, (_, g) = fp.value_and_mask_grads(loss_fn, reduction="sum")({}, {"mask": jnp.ones(3)}, x)
   exact = np.einsum("btc,btc->bc", np.asarray(x, np.float64), np.asarray(cotangent, np.float64))
   np.testing.assert_allclose(g["mask"], exact, rtol=1e-5)
 
@@ -245,7 +245,7 @@ def test_half_precision_masks_get_float32_gradients():
     return jnp.mean(masks["m"] * x)
 
   masks = {"m": jnp.ones(3, jnp.float16)}
-  _, (_, g) = fp.value_and_grads(loss_fn)({}, masks, jnp.ones((2, 3), jnp.float16))
+  _, (_, g) = fp.value_and_mask_grads(loss_fn)({}, masks, jnp.ones((2, 3), jnp.float16))
   assert g["m"].dtype == jnp.float32
 
 
@@ -282,7 +282,7 @@ def test_with_batch_statistics_rows_are_gradients_of_the_summed_loss():
 
     return jax.grad(lambda row: jnp.sum(losses(row)))(row), jax.grad(lambda row: losses(row)[n])(row)
 
-  (_, (_, new)), (_, found) = jax.jit(fp.value_and_grads(loss_fn, has_aux=True))(params, masks, batch)
+  (_, (_, new)), (_, found) = jax.jit(fp.value_and_mask_grads(loss_fn, has_aux=True))(params, masks, batch)
   summed, own = (
     jnp.stack(rows) for rows in zip(*(of_one_mask(jnp.ones(4), n) for n in range(B)), strict=True)
   )
@@ -307,13 +307,13 @@ def toy_loss(params: jax.Array, masks: Any, batch: Any) -> jax.Array:
 )
 def test_a_batch_must_lead_with_the_example_axis(batch, found):
   with pytest.raises(ValueError, match=f"`batch`.*{found}"):
-    fp.value_and_grads(toy_loss)(jnp.ones(3), {"m": jnp.ones(3)}, batch)
+    fp.value_and_mask_grads(toy_loss)(jnp.ones(3), {"m": jnp.ones(3)}, batch)
 
 
 @pytest.mark.parametrize("reduction", ["max", "", None, True, [2.0], np.ones(2)], ids=repr)
 def test_an_unknown_reduction_is_refused_at_once(reduction):
   with pytest.raises(ValueError, match=r"reduction must be .*got"):
-    fp.value_and_grads(toy_loss, reduction=reduction)
+    fp.value_and_mask_grads(toy_loss, reduction=reduction)
 
 
 def test_per_example_masks_keep_tree_dtype_and_values():

@@ -119,7 +119,7 @@ def test_a_network_that_is_hidden_is_named():
   masks = {"w": jnp.array([0, 1.0, 1, 1, 1]), "v": jnp.ones(5)}
   variables = {**small.variables, "masks": masks}
   assert list(fp.compact(again.apply, variables, X).kept["b"][0]) == [1, 2, 3, 4]  # of what it was given
-  assert list(fp.compact(again.apply, variables, X, before=small).kept["b"][0]) == [2, 3, 4, 5]
+  assert list(fp.compact(again.apply, variables, X, parent=small).kept["b"][0]) == [2, 3, 4, 5]
 
 
 def test_nnx_modules_that_are_compacted_twice():
@@ -135,7 +135,7 @@ def test_nnx_modules_that_are_compacted_twice():
   own = fp.nnx.shrink_module(small, masked, x)
   alone = fp.nnx.auto_mask(own, x)
   alone.masks["layers/0"][...] = jnp.array([0, 0, 1.0, 1])
-  kept = fp.nnx.compact(alone, x, before=small).kept["params"]["model"]["layers"]
+  kept = fp.nnx.compact(alone, x, parent=small).kept["params"]["model"]["layers"]
   assert list(kept[0]["bias"][0]) == [4, 5]
 
 

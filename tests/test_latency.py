@@ -296,8 +296,8 @@ def test_bad_input_is_refused():
 def test_it_knows_what_goes_with_a_feature(counting_clock):
   cost = fp.measure_latency(two_layers, V, X)
   weights = {key: part for key, part in V.items() if key != "masks"}
-  signals = fp.estimate_signals(None, weights, V["masks"], (), method="magnitude", cost=cost)
-  np.testing.assert_allclose(signals, 1.0, rtol=1e-6)
+  importance = fp.estimate_importance(None, weights, V["masks"], (), method="magnitude", cost=cost)
+  np.testing.assert_allclose(importance, 1.0, rtol=1e-6)
 
 
 def programs_in(path):

@@ -79,7 +79,7 @@ def train_step(state, batch):
     return jnp.mean((y - batch[1]) ** 2), new["batch_stats"]
 
   rng = jax.random.fold_in(jax.random.key(7), state.step)
-  grads_of = fp.value_and_grads(loss_fn, has_aux=True)
+  grads_of = fp.value_and_mask_grads(loss_fn, has_aux=True)
   (loss, stats), (grads, mask_grads) = grads_of(state.params, state.masks, batch, rng)
   return state.apply_gradients(grads=grads, mask_grads=mask_grads, batch_stats=stats), loss
 

@@ -78,20 +78,22 @@ def test_no_kernel_is_compiled_for_each_mask():
   assert many - few < 6
 
 
-@pytest.mark.parametrize("recost", [None, 3])
-def test_pruning_at_once_compiles_once_for_a_cost(recost, caplog):
+@pytest.mark.parametrize("recost_every", [None, 3])
+def test_pruning_at_once_compiles_once_for_a_cost(recost_every, caplog):
   cost = network(3)
-  signals = [jnp.arange(1.0, 5.0) + at for at in range(3)]
+  importance = [jnp.arange(1.0, 5.0) + at for at in range(3)]
   shares = (0.9, 0.6, 0.4)
   with jax.log_compiles(), caplog.at_level(logging.WARNING):
-    found = [fp.prune(cost, signals, share * cost.dense, recost=recost) for share in shares]
+    found = [
+      fp.select_masks(cost, importance, share * cost.dense, recost_every=recost_every) for share in shares
+    ]
   assert [r.getMessage().startswith("Compiling jit(run)") for r in caplog.records].count(True) == 1
   assert len(cost.flat.programs) == 1
   for share, masks in zip(shares, found, strict=True):
-    fresh = fp.prune(network(3), signals, share * cost.dense, recost=recost)
+    fresh = fp.select_masks(network(3), importance, share * cost.dense, recost_every=recost_every)
     jax.tree.map(np.testing.assert_array_equal, masks, fresh)
     assert not cost.exceeds(masks, share * cost.dense)
-  fp.prune(cost, signals, 0.9 * cost.dense, recost=recost, min_features=2)
+  fp.select_masks(cost, importance, 0.9 * cost.dense, recost_every=recost_every, min_features=2)
   assert len(cost.flat.programs) == 2
 
 
@@ -106,12 +108,12 @@ def constant_cost(each, size=4):
 @pytest.mark.parametrize("each", [1e-15, 1e-3, 1.0, 1e15, 1e30])
 def test_ranks_hold_for_numbers_of_any_size(size, each):
   cost, order = constant_cost(each), np.array([3.0, 1.0, 2.0, 4.0])
-  signals = {"m": jnp.asarray(order * size, jnp.float32)}
-  for options in ({}, {"recost": 2}, {"multiple_of": 2}, {"flops_weight": 0.0}):
+  importance = {"m": jnp.asarray(order * size, jnp.float32)}
+  for options in ({}, {"recost_every": 2}, {"multiple_of": 2}, {"cost_weight": 0.0}):
     for kept, expected in ((3, [1, 0, 1, 1]), (2, [1, 0, 0, 1])):
       if kept == 3 and "multiple_of" in options:
         continue
-      found = fp.prune(cost, signals, (kept + 0.5) * each, **options)
+      found = fp.select_masks(cost, importance, (kept + 0.5) * each, **options)
       np.testing.assert_array_equal(found["m"], expected)
 
 
@@ -123,8 +125,8 @@ def test_a_weight_in_nats_per_unit_holds_for_small_and_large_costs():
       masks, lambda m, p=prices: jnp.sum(p * m["m"]), lambda m, p=prices: {"m": p * m["m"]}
     )
     # By score: -1e-24, 1e-24, 0.5e-24, though the second feature matters most.
-    signals = {"m": 1e-24 * jnp.array([0.0, 4.0, 2.5])}
-    found = fp.prune(cost, signals, 5.5 * each, flops_weight=1e-24 / each)
+    importance = {"m": 1e-24 * jnp.array([0.0, 4.0, 2.5])}
+    found = fp.select_masks(cost, importance, 5.5 * each, cost_weight=1e-24 / each)
     np.testing.assert_array_equal(found["m"], [0, 1, 1])
 
 
@@ -147,15 +149,15 @@ def test_options_may_be_beyond_what_counters_hold():
     return tx.update({}, tx.init({}), mask_grads=grads)[1].masks["m"].tolist()
 
   assert left(prune_every=2**31) == left(prune_every=1, burn_in=2**40) == [1] * 4
-  assert left(prune_every=1, features_per_prune=2**31, recost=2**33) == [1, 0, 0, 1]
+  assert left(prune_every=1, features_per_prune=2**31, recost_every=2**33) == [1, 0, 0, 1]
 
 
 def test_a_search_over_floors_keeps_few_programs():
   cost = fp.CostModel.from_functions(
     {"m": jnp.ones(20)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m
   )
-  signals = {"m": jnp.arange(20.0)}
+  importance = {"m": jnp.arange(20.0)}
   for floor in (*range(1, 13), 1):
-    masks = fp.prune(cost, signals, min_features=floor)
+    masks = fp.select_masks(cost, importance, widths={"m": floor})
     assert masks["m"].tolist() == [0.0] * (20 - floor) + [1.0] * floor
     assert len(cost.flat.programs) <= MOST_KEPT

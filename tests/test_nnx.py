@@ -60,7 +60,7 @@ def linen_run(variables, steps):
 
   @jax.jit
   def step(state):
-    differentiate = fp.value_and_grads(loss_fn, has_aux=True)
+    differentiate = fp.value_and_mask_grads(loss_fn, has_aux=True)
     (_, stats), (grads, mask_grads) = differentiate(state.params, state.masks, (X, LABELS), state.batch_stats)
     return state.apply_gradients(grads=grads, mask_grads=mask_grads, batch_stats=stats)
 
@@ -78,7 +78,7 @@ def loss_of(model, batch):
 
 @nnx.jit
 def nnx_step(model, optimizer):
-  loss, (grads, mask_grads) = fp.nnx.value_and_grads(loss_of)(model, (X, LABELS))
+  loss, (grads, mask_grads) = fp.nnx.value_and_mask_grads(loss_of)(model, (X, LABELS))
   optimizer.update(model, grads, mask_grads=mask_grads)
   nnx.update(model, fp.get_masks(optimizer.opt_state))  # nothing new where the optimizer is ours
   return loss
@@ -193,7 +193,7 @@ class Dropped(nnx.Module):
 def test_random_counters_of_the_model_move_on():
   x = np.ones((3, 4), np.float32)
   net = Dropped(nnx.Rngs(0))
-  differentiate = nnx.jit(fp.nnx.value_and_grads(lambda model, x: jnp.sum(model(x)), reduction="sum"))
+  differentiate = nnx.jit(fp.nnx.value_and_mask_grads(lambda model, x: jnp.sum(model(x)), reduction="sum"))
   first, second = differentiate(net, x)[0], differentiate(net, x)[0]
   assert first != second
   other = Dropped(nnx.Rngs(0))
@@ -206,7 +206,7 @@ def test_random_counters_of_the_model_move_on():
 def test_gradients_are_those_of_single_examples():
   net, _ = net_and_variables()
   net.eval()
-  value, (grads, mask_grads) = fp.nnx.value_and_grads(loss_of)(net, (X, LABELS))
+  value, (grads, mask_grads) = fp.nnx.value_and_mask_grads(loss_of)(net, (X, LABELS))
   np.testing.assert_allclose(value, loss_of(net, (X, LABELS)), rtol=1e-6)
   plain = nnx.grad(loss_of)(net, (X, LABELS))
   for a, b in zip(*map(jax.tree.leaves, (grads, plain)), strict=True):
@@ -221,7 +221,7 @@ def test_gradients_are_those_of_single_examples():
 
 def test_aux_is_returned():
   net, _ = net_and_variables()
-  differentiate = fp.nnx.value_and_grads(lambda m, b: (loss_of(m, b), m(b[0])), has_aux=True)
+  differentiate = fp.nnx.value_and_mask_grads(lambda m, b: (loss_of(m, b), m(b[0])), has_aux=True)
   (value, logits), _ = differentiate(net, (X, LABELS))
   assert value.shape == ()
   assert logits.shape == (16, 3)
@@ -254,7 +254,7 @@ def test_stacked_layers_have_widths_of_their_own():
   small = fp.nnx.compact(net, x)
   assert small.cost == sum(w * 7 + w + w + 4 * (2 * w - 1) + 4 + 4 for w in (2, 6, 5))
   np.testing.assert_allclose(small(small.variables, x), net(x), rtol=1e-5, atol=1e-6)
-  grads = nnx.jit(fp.nnx.value_and_grads(lambda m, x: jnp.mean(m(x))))(net, x)[1][1]
+  grads = nnx.jit(fp.nnx.value_and_mask_grads(lambda m, x: jnp.mean(m(x))))(net, x)[1][1]
   assert grads["layers"]["mask"]["mask"].shape == (3, 2, 6)
 
 

@@ -125,7 +125,7 @@ def test_masks_do_what_masks_by_hand_do():
   np.testing.assert_allclose(masked(X), other(X), rtol=1e-5, atol=1e-6)
   ours, theirs = fp.nnx.cost_model(masked, X), fp.nnx.cost_model(other, X)
   assert ours.dense == theirs.dense
-  differentiate = nnx.jit(fp.nnx.value_and_grads(loss_of))
+  differentiate = nnx.jit(fp.nnx.value_and_mask_grads(loss_of))
   (value, (grads, mask_grads)), (wanted, (by_hand_grads, by_hand_mask_grads)) = (
     differentiate(m, (X, LABELS)) for m in (masked, other)
   )
@@ -151,7 +151,7 @@ TRACES = []
 @nnx.jit
 def step(model, optimizer):
   TRACES.append(1)
-  loss, (grads, mask_grads) = fp.nnx.value_and_grads(loss_of)(model, (X, LABELS))
+  loss, (grads, mask_grads) = fp.nnx.value_and_mask_grads(loss_of)(model, (X, LABELS))
   optimizer.update(model, grads, mask_grads=mask_grads)
   return loss
 
@@ -187,12 +187,12 @@ def test_training_prunes_to_the_target_and_traces_once():
 
 
 def test_criteria_find_the_parameters_in_a_module():
-  """Norms by hand, and Fisher's signals in the order of both ranks, of norms as far as few examples have gradients."""
+  """Norms by hand, and Fisher's importance in the order of both ranks, of norms as far as few examples have gradients."""
   found = {}
   for method in ("fisher", "magnitude", "fisher_magnitude"):
     masked = masked_conv()
     cost = fp.nnx.cost_model(masked, X)
-    _, (_, mask_grads) = fp.nnx.value_and_grads(loss_of)(masked, (X, LABELS))
+    _, (_, mask_grads) = fp.nnx.value_and_mask_grads(loss_of)(masked, (X, LABELS))
     scores = scores_of(method, cost, nnx.state(masked, nnx.Param), cost.masks, mask_grads)
     found[method] = np.asarray(scores["masks"]["dense1"])
   model = masked_conv().model
@@ -252,7 +252,7 @@ def test_masks_that_are_kept_can_be_pruned_on():
   thin = fp.nnx.module(fp.nnx.compact(masked, X, keep_masks=True), masked)
   cost = fp.nnx.cost_model(thin, X)
   assert cost.dense == fp.nnx.compact(masked, X).cost
-  grads = fp.nnx.value_and_grads(loss_of)(thin, (X, LABELS))[1][1]
+  grads = fp.nnx.value_and_mask_grads(loss_of)(thin, (X, LABELS))[1][1]
   assert grads["masks"]["conv1"].shape == (16, int(masked.masks["conv1"][...].sum()))
 
 
@@ -333,7 +333,7 @@ def test_heads_streams_and_keyword_arguments():
   with pytest.raises(ValueError, match=r"got Transformer: it (fails|gives|s outputs)"):
     fp.nnx.shrink_module(small, masked, TOKENS)  # the number of heads is an attribute
   masked.train()
-  differentiate = nnx.jit(fp.nnx.value_and_grads(lambda model, tokens: jnp.mean(model(tokens) ** 2)))
+  differentiate = nnx.jit(fp.nnx.value_and_mask_grads(lambda model, tokens: jnp.mean(model(tokens) ** 2)))
   mask_grads = differentiate(masked, TOKENS)[1][1]
   assert mask_grads["masks"]["blocks/0/attention/query.heads"].shape == (2, 4)
 
@@ -429,7 +429,7 @@ def test_stacked_layers_have_a_row_each():
   masked = fp.nnx.auto_mask(model, x)
   assert masked.masks["layers/up"].shape == (3, 6)
   np.testing.assert_allclose(masked(x), model(x), rtol=1e-6, atol=1e-6)
-  grads = nnx.jit(fp.nnx.value_and_grads(lambda m, x: jnp.mean(m(x))))(masked, x)[1][1]
+  grads = nnx.jit(fp.nnx.value_and_mask_grads(lambda m, x: jnp.mean(m(x))))(masked, x)[1][1]
   assert grads["masks"]["layers/up"].shape == (3, 16, 6)
   switch(masked)
   small = fp.nnx.compact(masked, x)
@@ -460,9 +460,9 @@ def test_examples_along_another_axis():
   x = RANDOM.normal(size=(5, 16, 4)).astype(np.float32)
   masked = fp.nnx.auto_mask(model, x, call=Encoder.encode, batch_axes=1)
   loss = lambda m, batch: jnp.sum(m(jnp.swapaxes(batch, 0, 1)))
-  mask_grads = fp.nnx.value_and_grads(loss, reduction="sum")(masked, jnp.swapaxes(x, 0, 1))[1][1]
+  mask_grads = fp.nnx.value_and_mask_grads(loss, reduction="sum")(masked, jnp.swapaxes(x, 0, 1))[1][1]
   assert mask_grads["masks"]["first"].shape == (16, 6)
-  one = fp.nnx.value_and_grads(loss, reduction="sum")(masked, jnp.swapaxes(x, 0, 1)[3:4])[1][1]
+  one = fp.nnx.value_and_mask_grads(loss, reduction="sum")(masked, jnp.swapaxes(x, 0, 1)[3:4])[1][1]
   np.testing.assert_allclose(mask_grads["masks"]["first"][3], one["masks"]["first"][0], rtol=1e-5)
 
 
@@ -536,7 +536,7 @@ def test_a_module_may_hold_what_cannot_be_hashed_and_may_change():
     model.config.scale = scale
     np.testing.assert_allclose(masked(x), model(x), rtol=1e-5)
   loss = lambda masked, x: jnp.mean(masked(x) ** 2)
-  grads = fp.nnx.value_and_grads(loss)(masked, x)
+  grads = fp.nnx.value_and_mask_grads(loss)(masked, x)
   assert all(bool(jnp.isfinite(g).all()) for g in jax.tree.leaves(grads))
   assert fp.nnx.cost_model(masked, x).dense > 0
   masked.masks["first"][...] = jnp.array([1.0, 0, 1, 0, 1, 1])

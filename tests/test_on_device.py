@@ -15,11 +15,11 @@ from tests.compiling import nothing_compiled
 
 def step_with_metrics(tx, params, opt_state, batch):
   params, opt_state, loss = job.train_step(tx, params, opt_state, batch)
-  return params, opt_state, {"loss": loss, **fp.scalars(opt_state)}
+  return params, opt_state, {"loss": loss, **fp.metrics(opt_state)}
 
 
 def test_a_step_moves_nothing_between_host_and_device():
-  tx = job.transformation(prune_every=1, burn_in=0, features_per_prune=2, flops_target=1.0)
+  tx = job.transformation(prune_every=1, burn_in=0, features_per_prune=2, target=1.0)
   params, opt_state, batch = jax.device_put((*job.start(tx), job.batch(0)))
   step = jax.jit(functools.partial(step_with_metrics, tx))
   with jax.transfer_guard("disallow"):
@@ -42,7 +42,7 @@ def test_a_thousand_steps_compile_once():
     prune_every=7,
     burn_in=20,
     features_per_prune=2,
-    flops_target=optax.linear_schedule(job.cost().dense, 0.1 * job.cost().dense, 500),
+    target=optax.linear_schedule(job.cost().dense, 0.1 * job.cost().dense, 500),
   )
   step = jax.jit(functools.partial(step_with_metrics, tx), donate_argnums=(0, 1))
   params, opt_state = jax.device_put(job.start(tx))

@@ -1,6 +1,6 @@
 """The classic optimizer's recorded traces, reproduced through the public API.
 
-What differs by decision is undone here and nowhere else: signals are in nats and per example, so the classic
+What differs by decision is undone here and nowhere else: importance is in nats and per example, so the classic
 ones are ``2 / B**2`` times ours; the bias correction and the floor under each mask are switched off.
 """
 
@@ -109,7 +109,7 @@ def replay(trace):
 
   @jax.jit
   def step(params, opt_state, batch):
-    loss, (grads, mask_grads) = fp.value_and_grads(loss_fn)(params, fp.get_masks(opt_state), batch)
+    loss, (grads, mask_grads) = fp.value_and_mask_grads(loss_fn)(params, fp.get_masks(opt_state), batch)
     updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
     return (
       optax.apply_updates(params, updates),

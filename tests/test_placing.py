@@ -108,8 +108,8 @@ def test_with_multiples_of_the_mesh_axis_nothing_is_said():
   variables = network(mesh_of("automatic"), alive=64)
   x = jnp.ones((2, 6))
   cost = fp.cost_model(apply, variables, x)
-  signals = {"m": jnp.asarray(np.random.default_rng(1).uniform(size=64))}
-  masks = fp.prune(cost, signals, 0.6 * cost.dense, multiple_of=8)
+  importance = {"m": jnp.asarray(np.random.default_rng(1).uniform(size=64))}
+  masks = fp.select_masks(cost, importance, 0.6 * cost.dense, multiple_of=8)
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     small = fp.compact(apply, {**variables, "masks": masks}, x)

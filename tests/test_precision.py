@@ -1,6 +1,6 @@
 """Half precision: float32 statistics, and the choices of float32 wherever scores differ by more than rounding.
 
-Beside each training in half precision, the float32 network computes the signals of the same weights, masks and
+Beside each training in half precision, the float32 network computes the importance of the same weights, masks and
 batches. At every prune the feature that goes must be the one with the smallest float32 score, or one whose score is
 within ``CLOSE`` of it: half precision cannot tell these apart.
 """
@@ -58,7 +58,7 @@ def loss_of(model, scale=1.0):
 
 
 def run(model, scale):
-  """Cost, parameters and, for every step, the state and the float32 signals of the same weights and masks."""
+  """Cost, parameters and, for every step, the state and the float32 importance of the same weights and masks."""
   variables = Network().init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))
   cost = fp.cost_model(Network().apply, variables, jnp.ones((1, 4, 4, 1)))
   pruning = fp.fisher_prune(cost, prune_every=EVERY, decay=0.9)
@@ -68,10 +68,10 @@ def run(model, scale):
   @jax.jit
   def step(params, opt_state, shadow, batch, scale):
     masks = fp.get_masks(opt_state)
-    grads_of = fp.value_and_grads(loss_of(model, scale), reduction=lambda batch: len(batch[1]) / scale)
+    grads_of = fp.value_and_mask_grads(loss_of(model, scale), reduction=lambda batch: len(batch[1]) / scale)
     _, (grads, mask_grads) = grads_of(params, masks, batch)
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), params)
-    _, (_, exact) = fp.value_and_grads(loss_of(Network()))(wide, masks, batch)
+    _, (_, exact) = fp.value_and_mask_grads(loss_of(Network()))(wide, masks, batch)
     _, shadow = only_scores.update({}, shadow, mask_grads=exact)
     grads = jax.tree.map(lambda g: (g.astype(jnp.float32) / scale).astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, opt_state, params, mask_grads=mask_grads)
@@ -80,7 +80,7 @@ def run(model, scale):
   opt_state, shadow, states = tx.init(params), only_scores.init({}), []
   for n in range(STEPS):
     params, opt_state, shadow = step(params, opt_state, shadow, job.batch(n), jnp.float32(scale))
-    states.append((opt_state, fp.signals(shadow)))
+    states.append((opt_state, fp.get_importance(shadow)))
   return cost, params, states
 
 
@@ -108,7 +108,7 @@ def test_signals_are_those_of_float32_up_to_rounding(half):
   _, close, _, _, states = half
   for state, exact in (states[0], states[-1]):
     alive = flat(fp.get_masks(state)) > 0
-    ours, exact = flat(fp.signals(state))[alive], flat(exact)[alive]
+    ours, exact = flat(fp.get_importance(state))[alive], flat(exact)[alive]
     np.testing.assert_allclose(ours, exact, rtol=close, atol=close * np.median(exact))
 
 

@@ -100,7 +100,7 @@ def test_masks_are_those_of_the_functional_api_at_every_step(masked, method):
 
   @jax.jit
   def plain_step(params, state, batch):
-    _, (grads, rows) = fp.value_and_grads(masked_loss)(params, fp.get_masks(state), batch)
+    _, (grads, rows) = fp.value_and_mask_grads(masked_loss)(params, fp.get_masks(state), batch)
     extra = {"mask_grads": rows} if needs_rows else {}
     updates, state = plain.update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state
@@ -183,7 +183,7 @@ def test_stacked_layers_get_their_own_rows():
     logits = net.apply({"params": params, "masks": masks}, batch["x"])
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
 
-  _, (expected, rows) = fp.value_and_grads(loss)(params, masks, BATCH)
+  _, (expected, rows) = fp.value_and_mask_grads(loss)(params, masks, BATCH)
   jax.tree.map(np.testing.assert_array_equal, grads.params, expected)
   jax.tree.map(np.testing.assert_array_equal, grads.mask_grads, rows)
 

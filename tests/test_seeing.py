@@ -1,4 +1,4 @@
-"""What the state says of itself: history, replay, summary, scalars, plots."""
+"""What the state says of itself: history, replay, summary, metrics, plots."""
 
 import functools
 import sys
@@ -70,21 +70,21 @@ def test_history_and_masks_survive_serialization():
     assert a.dtype == b.dtype
 
 
-def test_scalars_are_those_of_the_state_and_can_be_had_under_jit():
+def test_metrics_are_those_of_the_state_and_can_be_had_under_jit():
   state, _ = trained()
-  found, inside = fp.scalars(state), jax.jit(fp.scalars)(state)
+  found, inside = fp.metrics(state), jax.jit(fp.metrics)(state)
   assert found.keys() == inside.keys()
-  signals, masks = fp.signals(state), fp.get_masks(state)
+  importance, masks = fp.get_importance(state), fp.get_masks(state)
   for name, signal, mask, price in (
-    ("conv", signals["conv"]["mask"], masks["conv"]["mask"], 5.0),
-    ("layers[0]", signals["layers"][0], masks["layers"][0], 2.0),
-    ("layers[1]", signals["layers"][1], masks["layers"][1], 2.0),
+    ("conv", importance["conv"]["mask"], masks["conv"]["mask"], 5.0),
+    ("layers[0]", importance["layers"][0], masks["layers"][0], 2.0),
+    ("layers[1]", importance["layers"][1], masks["layers"][1], 2.0),
   ):
     alive = np.asarray(signal)[np.asarray(mask) > 0]
     expected = {
       "alive": alive.size,
-      "signal_min": alive.min(),
-      "signal_max": alive.max(),
+      "importance_min": alive.min(),
+      "importance_max": alive.max(),
       "cost_share": price * alive.size / float(cost_of_masks(masks)),
     }
     for key, value in expected.items():
@@ -122,12 +122,12 @@ def test_the_summary_says_what_went_wrong():
 
 def test_shares_cost_nothing_where_the_cost_is_zero():
   state = fp.fisher_prune(fp.CostModel.from_functions(MASKS, lambda m: 0.0, lambda m: m)).init({})
-  assert all(np.isfinite(x) for x in fp.scalars(state).values())
+  assert all(np.isfinite(x) for x in fp.metrics(state).values())
 
 
 def test_plots_show_cost_and_widths():
   state, masks = trained(features_per_prune=2)
-  figure = fp.plot_history(state, COST, flops_target=20.0)
+  figure = fp.plot_history(state, COST, target=20.0)
   top, bottom = figure.axes
   (cost_line, target) = top.lines
   steps = [*map(int, cost_line.get_xdata())]

@@ -78,12 +78,12 @@ def test_each_prunes_as_it_would_alone(how):
     chex.assert_trees_all_close(fp.get_state(state, name), expected, rtol=1e-5)
     assert expected.cost < COSTS[name].dense
     chex.assert_trees_all_equal(fp.get_masks(state, name), expected.masks)
-    chex.assert_trees_all_close(fp.signals(state, name), fp.signals(expected), rtol=1e-5)
+    chex.assert_trees_all_close(fp.get_importance(state, name), fp.get_importance(expected), rtol=1e-5)
     assert fp.history(state, name) == fp.history(expected)
     assert fp.summary(state, name) == fp.summary(expected)
     chex.assert_trees_all_equal(fp.masks_at(state, 2, name), fp.masks_at(expected, 2))
-    assert {key.replace(f"pruning/{name}/", "pruning/") for key in fp.scalars(state, name)} == set(
-      fp.scalars(expected)
+    assert {key.replace(f"pruning/{name}/", "pruning/") for key in fp.metrics(state, name)} == set(
+      fp.metrics(expected)
     )
     figure = fp.plot_history(state, COSTS[name], name=name)
     assert figure.axes[0].lines[0].get_ydata()[-1] == expected.cost
@@ -146,7 +146,7 @@ def test_the_error_lists_names_that_work():
     "named": ["generator", "discriminator"],
   }
   for how, state in states.items():
-    for find in (fp.get_state, fp.get_masks, fp.signals, fp.summary, fp.history, fp.scalars):
+    for find in (fp.get_state, fp.get_masks, fp.get_importance, fp.summary, fp.history, fp.metrics):
       with pytest.raises(ValueError, match=r"one FisherPruneState, got [23]. Choose one with name=") as error:
         find(state)
     names = re.findall("'(.*?)'", str(error.value))

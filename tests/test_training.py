@@ -41,7 +41,7 @@ def steps(apply, masks, tx):
     if masks is None:
       grads, extra = jax.grad(loss)(params, None, x), None
     else:
-      _, (grads, extra) = fp.value_and_grads(loss)(params, masks, x)
+      _, (grads, extra) = fp.value_and_mask_grads(loss)(params, masks, x)
     updates, state = tx.update(grads, state, params, mask_grads=extra)
     return optax.apply_updates(params, updates), state
 
@@ -87,7 +87,7 @@ def test_batch_norm_goes_on_with_its_statistics(x64):
   variables = model.init(jax.random.key(0), x)
   masks = random_masks(variables["masks"], 0, 0.5)
   train = functools.partial(model.apply, mutable=["batch_stats"])
-  small = fp.compact(train, variables | {"masks": masks}, x, updates=lambda out: out[1])
+  small = fp.compact(train, variables | {"masks": masks}, x, state_from=lambda out: out[1])
   tx = optax.adam(0.01)
 
   def run(apply, variables, extra):
@@ -173,9 +173,7 @@ def test_pruning_goes_on_with_the_same_features_at_the_same_steps(optimizer, x64
   target = 0.2 * fp.cost_model(Deep().apply, variables, x).dense
 
   def transformation(cost):
-    return optax.chain(
-      OPTIMIZERS[optimizer], fp.fisher_prune(cost, prune_every=3, decay=0.9, flops_target=target)
-    )
+    return optax.chain(OPTIMIZERS[optimizer], fp.fisher_prune(cost, prune_every=3, decay=0.9, target=target))
 
   def run(apply, tx, params, state, count):
     def loss(params, masks, batch):
@@ -185,7 +183,7 @@ def test_pruning_goes_on_with_the_same_features_at_the_same_steps(optimizer, x64
     @jax.jit
     def step(params, state):
       masks = fp.get_masks(state)
-      _, (grads, mask_grads) = fp.value_and_grads(loss)(params, masks, (x, labels))
+      _, (grads, mask_grads) = fp.value_and_mask_grads(loss)(params, masks, (x, labels))
       updates, state = tx.update(grads, state, params, mask_grads=mask_grads)
       return optax.apply_updates(params, updates), state
 
@@ -220,7 +218,7 @@ def test_kept_masks_give_the_same_gradients_per_example(case, x64):
     def loss(params, masks, x):
       return jnp.sum(jnp.sin(function({"params": params, "masks": masks}, x) + 1.0))
 
-    return jax.jit(fp.value_and_grads(loss, reduction="sum"))(variables["params"], variables["masks"], x)
+    return jax.jit(fp.value_and_mask_grads(loss, reduction="sum"))(variables["params"], variables["masks"], x)
 
   value, (_, full) = mask_grads(apply, variables)
   compact_value, (_, cut) = mask_grads(small, small.variables)

@@ -93,15 +93,15 @@ PAIR = {"m": jnp.ones(3), "n": jnp.ones(3)}
 def test_a_loss_that_takes_its_masks_is_no_matter(jitted):
   """Warnings are errors here."""
   for take in TAKES.values():
-    step = fp.value_and_grads(loss_by(take))
+    step = fp.value_and_mask_grads(loss_by(take))
     (jax.jit(step) if jitted else step)(1.5, PAIR, X)
-  step = fp.value_and_grads(scanned(True))
+  step = fp.value_and_mask_grads(scanned(True))
   step(1.5, {"m": jnp.ones((2, 3)), "n": jnp.ones(3)}, X)
 
 
 @pytest.mark.parametrize("way", IGNORES)
 def test_masks_that_no_gradient_can_reach_are_named_once(way):
-  step = fp.value_and_grads(loss_by(IGNORES[way]))
+  step = fp.value_and_mask_grads(loss_by(IGNORES[way]))
   with pytest.warns(UserWarning, match=r"gradient cannot reach m. Features"):
     _, (_, grads) = step(1.5, PAIR, X)
   step(1.5, PAIR, X)  # a second warning would be an error
@@ -113,13 +113,13 @@ def test_masks_that_no_gradient_can_reach_are_named_once(way):
 def test_masks_of_a_loop_and_of_all_layers_are_named():
   stacked = {"m": jnp.ones((2, 3)), "n": jnp.ones(3)}
   with pytest.warns(UserWarning, match=r"cannot reach m. F"):
-    fp.value_and_grads(scanned(False))(1.5, stacked, X)
+    fp.value_and_mask_grads(scanned(False))(1.5, stacked, X)
   with pytest.warns(UserWarning, match=r"cannot reach m, n. F"):
-    fp.value_and_grads(lambda w, masks, x: jnp.mean(w * x), has_aux=False)(1.5, PAIR, X)
+    fp.value_and_mask_grads(lambda w, masks, x: jnp.mean(w * x), has_aux=False)(1.5, PAIR, X)
   with pytest.warns(UserWarning, match=r"cannot reach m, n. F"):
-    fp.value_and_grads(lambda w, masks, x: (jnp.mean(x), masks), has_aux=True)(1.5, PAIR, X)
+    fp.value_and_mask_grads(lambda w, masks, x: (jnp.mean(x), masks), has_aux=True)(1.5, PAIR, X)
   with pytest.warns(UserWarning, match=r"cannot reach m. F"):
-    fp.estimate_signals(loss_by(IGNORES["jit"]), 1.5, PAIR, [X, X])
+    fp.estimate_importance(loss_by(IGNORES["jit"]), 1.5, PAIR, [X, X])
 
 
 def test_a_mask_of_a_module_that_is_not_called_is_named():
@@ -131,31 +131,31 @@ def test_a_mask_of_a_module_that_is_not_called_is_named():
       return self.used(x)
 
   with pytest.warns(UserWarning, match=r"cannot reach unused. F"):
-    fp.nnx.value_and_grads(lambda model, x: jnp.mean(model(x)))(Net(), X)
+    fp.nnx.value_and_mask_grads(lambda model, x: jnp.mean(model(x)))(Net(), X)
 
 
 def test_the_gradients_are_those_without_the_check():
   """One example at a time, by plain JAX."""
-  _, (_, found) = jax.jit(fp.value_and_grads(loss))(W, MASKS, X)
+  _, (_, found) = jax.jit(fp.value_and_mask_grads(loss))(W, MASKS, X)
   for name, n in itertools.product(MASKS, range(len(X))):
     expected = jax.grad(loss, argnums=1)(W, MASKS, X[n : n + 1])[name]
     np.testing.assert_allclose(found[name][n], expected, rtol=1e-5)
 
 
-# Batches and signals.
+# Batches and importance.
 
 
 @pytest.mark.parametrize("method", ["fisher", "taylor", "fisher_magnitude"])
 def test_bad_batches_are_left_out(method):
   given = {"method": method, "cost": COST}
-  good = fp.estimate_signals(loss, W, MASKS, [X, X[:2]], **given)
+  good = fp.estimate_importance(loss, W, MASKS, [X, X[:2]], **given)
   bad = [X[:0], X, X.at[0, 0].set(jnp.nan), X[:2], X.at[3].set(jnp.inf) * 0]
   message = "3 of 5 batches were skipped: the gradients of 2 are not finite and 1 are empty"
   with pytest.warns(UserWarning, match=message):
-    found = fp.estimate_signals(loss, W, MASKS, bad, **given)
+    found = fp.estimate_importance(loss, W, MASKS, bad, **given)
   jax.tree.map(np.testing.assert_array_equal, found, good)
   with pytest.raises(ValueError, match=r"batches must hold one with examples and finite gradients, got 2"):
-    fp.estimate_signals(loss, W, MASKS, [X[:0], X * jnp.nan], **given)
+    fp.estimate_importance(loss, W, MASKS, [X[:0], X * jnp.nan], **given)
 
 
 def test_one_batch_is_no_list_of_batches():
@@ -169,33 +169,29 @@ def test_one_batch_is_no_list_of_batches():
     (None, "None"),
   ):
     with pytest.raises(TypeError, match=f"batches must be a list .* got {kind}.*pass \\[batch\\]"):
-      fp.estimate_signals(pair, W, MASKS, wrong)
+      fp.estimate_importance(pair, W, MASKS, wrong)
   used_up = iter([batch])
-  fp.estimate_signals(pair, W, MASKS, used_up)
+  fp.estimate_importance(pair, W, MASKS, used_up)
   with pytest.raises(ValueError, match=r"at least one example, got 0. Iterators may be used up"):
-    fp.estimate_signals(pair, W, MASKS, used_up)
+    fp.estimate_importance(pair, W, MASKS, used_up)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_signals_that_are_not_finite_are_named(bad):
-  signals = {"m": jnp.array([1.0, 2, bad, 4]), "n": jnp.ones(2)}
-  with pytest.raises(ValueError, match=r"signals must be finite, got .* at feature 2 of the mask m"):
-    fp.prune(COST, signals, 0.6 * COST.dense)
+  importance = {"m": jnp.array([1.0, 2, bad, 4]), "n": jnp.ones(2)}
+  with pytest.raises(ValueError, match=r"importance must be finite, got .* at feature 2 of the mask m"):
+    fp.select_masks(COST, importance, 0.6 * COST.dense)
   with pytest.raises(
     ValueError, match=r"method='magnitude' must be finite, got .* at feature 0 of the mask m"
   ):
-    fp.estimate_signals(None, {**W, "a": W["a"] * bad}, MASKS, (), method="magnitude", cost=COST)
+    fp.estimate_importance(None, {**W, "a": W["a"] * bad}, MASKS, (), method="magnitude", cost=COST)
 
 
-@pytest.mark.parametrize("target", [None, 0.0, 0])
-def test_without_a_target_masks_come_down_to_their_floors(target):
-  signals = {"m": jnp.array([3.0, 1, 4, 2]), "n": jnp.array([2.0, 1])}
-  for recost in (None, 4):
-    found = fp.prune(COST, signals, target, min_features={"m": 3}, exclude=["n"], recost=recost)
-    assert found["m"].tolist() == [1, 0, 1, 1]
-    assert found["n"].tolist() == [1, 1]
-  with pytest.raises(ValueError, match=r"target must be a positive number, got .*pass min_features"):
-    fp.prune(COST, signals, target)
+@pytest.mark.parametrize("target", [None, 0.0, -1.0, "half"])
+def test_masks_are_selected_for_a_target_or_for_widths(target):
+  importance = {"m": jnp.array([3.0, 1, 4, 2]), "n": jnp.array([2.0, 1])}
+  with pytest.raises(ValueError, match=r"target must be a positive number, got .*pass widths"):
+    fp.select_masks(COST, importance, target)
 
 
 # Numbers.
@@ -254,7 +250,7 @@ def test_a_decay_that_is_one_in_float32_is_an_error():
   state = tx.init({})
   for _ in range(3):
     _, state = tx.update({}, state, mask_grads={"m": jnp.array([[1.0, 2, 3]])})
-  np.testing.assert_allclose(fp.signals(state)["m"], [0.5, 2, 4.5], rtol=1e-5)
+  np.testing.assert_allclose(fp.get_importance(state)["m"], [0.5, 2, 4.5], rtol=1e-5)
   assert int(state.skipped) == 0
 
 
@@ -292,7 +288,7 @@ def test_a_state_restored_without_its_types_is_told_so():
   tx = optax.chain(optax.adam(1e-3), fp.fisher_prune(sizes(4)))
   data = serialization.to_bytes(tx.init(W))
   raw = serialization.msgpack_restore(data)
-  find = (fp.get_state, fp.get_masks, fp.signals, fp.summary, fp.history, fp.scalars)
+  find = (fp.get_state, fp.get_masks, fp.get_importance, fp.summary, fp.history, fp.metrics)
   for state, act in itertools.product((raw, {"opt": [raw]}), find):
     with pytest.raises(ValueError, match=r"restored without them.*from_bytes.*StandardRestore"):
       act(state)
@@ -332,7 +328,7 @@ def test_a_part_of_the_parameters_is_exact_or_an_error():
   cost = fp.cost_model(towers, {"params": TOWERS, "masks": masks}, X)
   one = lambda v, x: towers({**v, "masks": {**v["masks"], "d": jnp.ones(4)}}, x)
   own = fp.cost_model(one, {"params": TOWERS, "masks": {"e": masks["e"]}}, X)
-  magnitude = lambda cost, params, masks: fp.estimate_signals(
+  magnitude = lambda cost, params, masks: fp.estimate_importance(
     None, params, masks, (), method="magnitude", cost=cost
   )
   enc, dec = TOWERS["enc"], TOWERS["dec"]
@@ -365,7 +361,7 @@ def test_a_part_is_not_taken_for_what_has_its_name_elsewhere():
   params = {"w": tower(0)["w"], "in": tower(1)}
   cost = fp.cost_model(apply, {"params": params, "masks": {"m": jnp.ones(4)}}, X)
   for part in (params, params["in"]):
-    found = fp.estimate_signals(None, part, {"m": jnp.ones(4)}, (), method="magnitude", cost=cost)["m"]
+    found = fp.estimate_importance(None, part, {"m": jnp.ones(4)}, (), method="magnitude", cost=cost)["m"]
     np.testing.assert_allclose(found, norms(params["in"]["w"], params["in"]["o"]), rtol=1e-5)
 
 
@@ -396,7 +392,9 @@ def test_several_networks_have_magnitudes_of_their_own(how, method):
     _, alone[name] = jax.jit(single.update)({}, single.init({}), params, mask_grads=grads[name])
   _, state = jax.jit(tx.update)(NETS, state, NETS, mask_grads=grads)
   for name in NETS:
-    np.testing.assert_allclose(fp.signals(state, name)["m"], fp.signals(alone[name])["m"], rtol=1e-6)
+    np.testing.assert_allclose(
+      fp.get_importance(state, name)["m"], fp.get_importance(alone[name])["m"], rtol=1e-6
+    )
 
 
 def test_networks_that_cannot_be_told_apart_are_named():
@@ -413,7 +411,9 @@ def test_networks_that_cannot_be_told_apart_are_named():
   tx = fp.fisher_prune(combined, method="magnitude")
   _, state = tx.update(NETS, tx.init(NETS), NETS)
   for name, params in NETS.items():
-    np.testing.assert_allclose(fp.signals(state)[name]["m"], norms(params["w"], params["o"]), rtol=1e-5)
+    np.testing.assert_allclose(
+      fp.get_importance(state)[name]["m"], norms(params["w"], params["o"]), rtol=1e-5
+    )
 
 
 # Equal widths.
@@ -431,10 +431,10 @@ def separate(stacked=0):
   )
 
 
-def by_hand(cost, signals, target, tied):
+def by_hand(cost, importance, target, tied):
   """One feature of every tied row, or one alone, by the score of their sums."""
   price = cost.per_feature(cost.masks)
-  rows = {(n, r): np.asarray(x) for n, leaf in signals.items() for r, x in enumerate(np.atleast_2d(leaf))}
+  rows = {(n, r): np.asarray(x) for n, leaf in importance.items() for r, x in enumerate(np.atleast_2d(leaf))}
   left = {at: list(np.argsort(row, kind="stable")) for at, row in rows.items()}
   units = [[at for at in rows if at[0] in tied]] + [[at] for at in rows if at[0] not in tied]
   total = lambda: sum(len(kept) * float(np.ravel(price[at[0]])[0]) for at, kept in left.items())
@@ -448,19 +448,21 @@ def by_hand(cost, signals, target, tied):
 
 
 @pytest.mark.parametrize("stacked", [0, 2])
-@pytest.mark.parametrize("recost", [None, 5])
-def test_masks_of_one_pattern_keep_equal_widths(stacked, recost):
+@pytest.mark.parametrize("recost_every", [None, 5])
+def test_masks_of_one_pattern_keep_equal_widths(stacked, recost_every):
   cost, rng = separate(stacked), np.random.default_rng(stacked)
-  signals = {name: jnp.asarray(rng.uniform(0.1, 1, m.shape), jnp.float32) for name, m in cost.masks.items()}
+  importance = {
+    name: jnp.asarray(rng.uniform(0.1, 1, m.shape), jnp.float32) for name, m in cost.masks.items()
+  }
   for share in (0.8, 0.5, 0.3):
-    found = fp.prune(cost, signals, share * cost.dense, uniform=["[abc]"], recost=recost)
+    found = fp.select_masks(cost, importance, share * cost.dense, tie=["[abc]"], recost_every=recost_every)
     kept = {
       (n, r): np.flatnonzero(x).tolist()
       for n, leaf in found.items()
       for r, x in enumerate(np.atleast_2d(leaf))
     }
-    if recost is None:
-      assert kept == by_hand(cost, signals, share * cost.dense, {"a", "b", "c"})
+    if recost_every is None:
+      assert kept == by_hand(cost, importance, share * cost.dense, {"a", "b", "c"})
     assert len({len(k) for (name, _), k in kept.items() if name != "other"}) == 1
     assert float(cost(found)) <= share * cost.dense
 
@@ -471,14 +473,15 @@ def widths(found):
 
 def test_equal_widths_with_other_options():
   cost = separate()
-  signals = jax.tree.map(lambda m: jnp.arange(1.0, 1 + m.size), cost.masks)
+  importance = jax.tree.map(lambda m: jnp.arange(1.0, 1 + m.size), cost.masks)
   prune = lambda share, **options: widths(
-    fp.prune(cost, signals, share * cost.dense, uniform=["[ab]"], **options)
+    fp.select_masks(cost, importance, share * cost.dense, tie=["[ab]"], **options)
   )
   assert (
     prune(0.7, multiple_of={"a": 4, "b": 2})["a"] == prune(0.7, multiple_of={"a": 4, "b": 2})["b"] in (4, 8)
   )
-  down = widths(fp.prune(cost, signals, uniform=["[ab]"], min_features={"a": 3, "b": 5}))
+  with pytest.warns(UserWarning, match="nothing is left that may go"):
+    down = prune(0.05, min_features={"a": 3, "b": 5, "*": 1})
   assert (down["a"], down["b"]) == (5, 5)  # the larger floor
   start = {**cost.masks, "a": cost.masks["a"].at[:3].set(0)}
   for share in (0.7, 0.5, 0.4):
@@ -492,8 +495,8 @@ def test_equal_widths_with_other_options():
 
 def test_patterns_that_share_a_mask_tie_all_of_them():
   cost = separate(2)
-  signals = jax.tree.map(lambda m: jnp.arange(1.0, 1 + m.size).reshape(m.shape), cost.masks)
-  found = fp.prune(cost, signals, 0.5 * cost.dense, uniform=["[ab]", "[bc]"])
+  importance = jax.tree.map(lambda m: jnp.arange(1.0, 1 + m.size).reshape(m.shape), cost.masks)
+  found = fp.select_masks(cost, importance, 0.5 * cost.dense, tie=["[ab]", "[bc]"])
   assert {int(row.sum()) for name in "abc" for row in np.atleast_2d(found[name])} == {int(found["a"].sum())}
-  with pytest.raises(ValueError, match=r"uniform must name masks of one size.*'\*', got .*'other': 6"):
-    fp.fisher_prune(cost, uniform=["*"])
+  with pytest.raises(ValueError, match=r"tie must name masks of one size.*'\*', got .*'other': 6"):
+    fp.fisher_prune(cost, tie=["*"])

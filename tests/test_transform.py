@@ -64,8 +64,8 @@ def reference(
   prune_every: int = 100,
   burn_in: int = 0,
   decay: Any = 0.96,
-  flops_weight: Any = "auto",
-  flops_target: Any = 0.0,
+  cost_weight: Any = "auto",
+  target: Any = 0.0,
   debias: bool = True,
   features_per_prune: int = 1,
   min_features: int = 1,
@@ -83,10 +83,10 @@ def reference(
       skipped += 1
     due = finite and n > burn_in and n % prune_every == 0
     for _ in range(features_per_prune if due else 0):
-      if 0 < at(flops_target, n) >= flops(counts(mask)):
+      if 0 < at(target, n) >= flops(counts(mask)):
         break
       current = scores / (1 - product) if debias else scores
-      k = cheapest(mask, current, at(flops_weight, n), min_features)
+      k = cheapest(mask, current, at(cost_weight, n), min_features)
       exhausted = k is None
       if exhausted:
         break
@@ -114,12 +114,12 @@ def mean_of_squares(g: np.ndarray, w: np.ndarray) -> np.ndarray:
   return np.sum(rows, axis=0) / np.sum(w)
 
 
-def cheapest(mask: np.ndarray, scores: np.ndarray, flops_weight: Any, min_features: int) -> int | None:
+def cheapest(mask: np.ndarray, scores: np.ndarray, cost_weight: Any, min_features: int) -> int | None:
   """The live feature with the smallest score among those that their mask can spare, the first one of equals."""
   best, found, n = np.inf, None, counts(mask)
   for k in range(K):
     drop = flops(n) - flops(n - np.eye(4)[ROW_OF[k]])
-    score = scores[k] / (drop + 1e-6) if flops_weight == "auto" else scores[k] - flops_weight * drop
+    score = scores[k] / (drop + 1e-6) if cost_weight == "auto" else scores[k] - cost_weight * drop
     if mask[k] and n[ROW_OF[k]] > min_features and score < best:
       best, found = score, k
   return found
@@ -143,11 +143,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
   "every step until nothing is left": {"prune_every": 1},
   "every third step after a burn-in": {"prune_every": 3, "burn_in": 6},
   "burn-in between multiples": {"prune_every": 4, "burn_in": 5, "decay": 0.0},
-  "numeric weight": {"prune_every": 2, "flops_weight": 0.2},
-  "negative weight": {"prune_every": 2, "flops_weight": -0.2},
-  "numeric weight, not debiased": {"prune_every": 2, "flops_weight": 0.2, "debias": False},
-  "target": {"prune_every": 2, "flops_target": 60.0},
-  "several at once down to a target": {"prune_every": 5, "flops_target": 50, "features_per_prune": 4},
+  "numeric weight": {"prune_every": 2, "cost_weight": 0.2},
+  "negative weight": {"prune_every": 2, "cost_weight": -0.2},
+  "numeric weight, not debiased": {"prune_every": 2, "cost_weight": 0.2, "debias": False},
+  "target": {"prune_every": 2, "target": 60.0},
+  "several at once down to a target": {"prune_every": 5, "target": 50, "features_per_prune": 4},
   "several at once down to the floors": {"prune_every": 4, "min_features": 2, "features_per_prune": 3},
   "more at once than there are": {"prune_every": 7, "features_per_prune": 100},
   "no floors": {"prune_every": 1, "min_features": 0},
@@ -156,8 +156,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "prune_every": 1,
     "features_per_prune": 2,
     "decay": lambda n: 0.9 * n / (n + 3),
-    "flops_weight": lambda n: 0.02 * n,
-    "flops_target": lambda n: 80.5 - 2.0 * n,
+    "cost_weight": lambda n: 0.02 * n,
+    "target": lambda n: 80.5 - 2.0 * n,
   },
 }
 
@@ -193,7 +193,7 @@ def test_example_weights_and_padding_that_holds_nan():
   g[:, 3] = np.nan
   weights[4:8, 0], g[4:8, 0] = 0, np.inf
   weights[12] = 0  # a batch of nothing but padding is skipped
-  options = {"prune_every": 3, "flops_weight": 0.1}
+  options = {"prune_every": 3, "cost_weight": 0.1}
   with np.errstate(invalid="ignore"):
     expected = reference(g, weights, **options)
   run = jax.jit(lambda *args: every_state(fp.fisher_prune(cost(), **options), *args))
@@ -224,12 +224,12 @@ def one_mask(scores: list[float], **options: Any) -> fp.FisherPruneState:
 
 @pytest.mark.parametrize(("target", "left"), [(3.0, 3), (2.999, 2), (2.0, 2), (0.5, 1), (0.0, 1)])
 def test_pruning_stops_at_the_target_not_above_it(target, left):
-  assert one_mask([3.0, 1.0, 2.0], flops_target=target, features_per_prune=5).cost == left
+  assert one_mask([3.0, 1.0, 2.0], target=target, features_per_prune=5).cost == left
 
 
 def test_signals_are_half_the_mean_square_and_bias_corrected():
   state = one_mask([8.0, 2.0], decay=0.75)
-  np.testing.assert_allclose(fp.signals(state)["m"], [4.0, 1.0], rtol=1e-6)
+  np.testing.assert_allclose(fp.get_importance(state)["m"], [4.0, 1.0], rtol=1e-6)
   np.testing.assert_allclose(state.scores["m"], [1.0, 0.25], rtol=1e-6)
 
 
@@ -245,7 +245,7 @@ def test_a_batch_that_is_not_finite_changes_nothing_but_the_counters(bad):
     state = update(state, as_tree(broken, examples=True))
     assert (state.step, state.counted, state.skipped) == (n, 0, n)
     chex.assert_trees_all_equal(state.masks, tx.init({}).masks)
-    chex.assert_trees_all_equal(fp.signals(state), as_tree(np.zeros(K)))
+    chex.assert_trees_all_equal(fp.get_importance(state), as_tree(np.zeros(K)))
   before = update(state, as_tree(good, examples=True))
   assert before.cost < cost().dense
   after = update(before, as_tree(broken, examples=True))
@@ -259,7 +259,7 @@ def test_exhaustion_is_said_once_an_attempt_fails():
   assert states.exhausted.tolist() == [False] * 5 + [True] * 3
   assert states.cost.tolist() == [3, 2, 2, 1, 1, 1, 1, 1]
   # Both stop short of a failed attempt: the first by its target, the second for want of another turn.
-  assert not one_mask([1.0, 2.0], features_per_prune=2, flops_target=1.0).exhausted
+  assert not one_mask([1.0, 2.0], features_per_prune=2, target=1.0).exhausted
   assert not one_mask([1.0, 2.0], features_per_prune=1).exhausted
   assert one_mask([1.0, 2.0], features_per_prune=2).exhausted
 
@@ -268,7 +268,7 @@ def test_half_precision_gradients_are_squared_in_float32():
   tx = fp.fisher_prune(uniform_cost({"m": jnp.ones(2)}))
   g = {"m": jnp.full((2, 2), 1e-5, jnp.float16)}
   state = tx.update({}, tx.init({}), mask_grads=g)[1]
-  np.testing.assert_allclose(fp.signals(state)["m"], 0.5 * float(g["m"][0, 0]) ** 2, rtol=1e-5)
+  np.testing.assert_allclose(fp.get_importance(state)["m"], 0.5 * float(g["m"][0, 0]) ** 2, rtol=1e-5)
 
 
 PARAMS = {"w": jnp.array([1.0, -2.0, 3.0]), "half": jnp.ones(2, jnp.bfloat16)}
@@ -288,7 +288,7 @@ def abstract(tree: Any) -> Any:
 
 
 def test_one_compilation_serves_all_steps_and_types_are_stable():
-  tx = fp.fisher_prune(cost(), prune_every=2, burn_in=3, features_per_prune=2, flops_target=40.0)
+  tx = fp.fisher_prune(cost(), prune_every=2, burn_in=3, features_per_prune=2, target=40.0)
   state = tx.init(PARAMS)
   traces = []
 
@@ -476,7 +476,7 @@ def test_the_state_is_found_inside_other_transformations(name):
   expected = alone(steps)
   chex.assert_trees_all_close(fp.get_state(state), expected, rtol=1e-5)
   chex.assert_trees_all_equal(fp.get_masks(state), expected.masks)
-  chex.assert_trees_all_close(fp.signals(state), fp.signals(expected), rtol=1e-5)
+  chex.assert_trees_all_close(fp.get_importance(state), fp.get_importance(expected), rtol=1e-5)
   assert expected.cost < simple_cost().dense
 
 
@@ -486,7 +486,7 @@ def test_states_are_found_in_traced_and_abstract_trees():
   assert fp.get_masks(jax.eval_shape(tx.init, PARAMS)) == abstract(cost().masks)
 
 
-@pytest.mark.parametrize("find", [fp.get_state, fp.get_masks, fp.signals])
+@pytest.mark.parametrize("find", [fp.get_state, fp.get_masks, fp.get_importance])
 def test_a_state_must_hold_one_pruning_state(find):
   tx = fp.fisher_prune(cost())
   for state in (optax.adam(0.1).init(PARAMS), (), None, {"opt": jnp.ones(3)}):
@@ -507,9 +507,9 @@ OPTIMIZERS: dict[str, tuple[dict[str, Any], Any]] = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_pruning_sgd_is_a_chain(name):
   arguments, train = OPTIMIZERS[name]
-  options = {"prune_every": 2, "flops_target": 50.0}
-  found = drive(fp.pruning_sgd(0.1, simple_cost(), **arguments, **options), ALL)
-  expected = drive(optax.chain(train, fp.fisher_prune(simple_cost(), **options)), ALL)
+  options = {"prune_every": 2, "method": "fisher"}
+  found = drive(fp.pruning_sgd(0.1, simple_cost(), flops_target=50.0, **arguments, **options), ALL)
+  expected = drive(optax.chain(train, fp.fisher_prune(simple_cost(), target=50.0, **options)), ALL)
   chex.assert_trees_all_equal(found, expected)
   assert fp.get_state(found).cost == 50
 
@@ -531,18 +531,18 @@ def test_the_learning_rate_may_be_a_schedule_and_options_are_checked():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("target", [250_123, 250_123.0, 3_000_000_000])
 def test_injected_targets_are_exact(dtype, target):
-  tx = fp.inject_hyperparams(fp.fisher_prune)(simple_cost(), flops_target=target)
+  tx = fp.inject_hyperparams(fp.fisher_prune)(simple_cost(), target=target)
   params = {"w": jnp.ones(2, dtype)}
   state = tx.init(params)
   after = jax.eval_shape(lambda s: tx.update(params, s, params, mask_grads=simple_gradients(0))[1], state)
-  assert float(state.hyperparams["flops_target"]) == target
+  assert float(state.hyperparams["target"]) == target
   for found in (state, after):
     assert {x.dtype for x in found.hyperparams.values()} == {jnp.dtype("float32")}
 
 
 def test_hyperparameters_change_between_steps_without_recompiling():
   inject = fp.inject_hyperparams(fp.fisher_prune)
-  tx = optax.chain(optax.sgd(0.1), inject(simple_cost(), prune_every=1, flops_target=1e9))
+  tx = optax.chain(optax.sgd(0.1), inject(simple_cost(), prune_every=1, target=1e9))
   traces = []
 
   @jax.jit
@@ -553,7 +553,7 @@ def test_hyperparameters_change_between_steps_without_recompiling():
   state = update(tx.init(PARAMS), simple_gradients(0))
   assert fp.get_state(state).cost == 60
   for target in (45.0, 20.0):
-    state[1].hyperparams["flops_target"] = jnp.float32(target)
+    state[1].hyperparams["target"] = jnp.float32(target)
     for step in range(4):
       state = update(state, simple_gradients(step))
     assert target - 10 < fp.get_state(state).cost <= target
@@ -567,7 +567,7 @@ STATIC = ("cost", "prune_every", "burn_in", "features_per_prune", "min_features"
   ("static", "dtype"), [((), jnp.float32), (("cost",), jnp.float32), (STATIC, jnp.bfloat16)]
 )
 def test_injecting_by_optax_alone_fails_with_advice(static, dtype):
-  tx = optax.inject_hyperparams(fp.fisher_prune, static_args=static)(simple_cost(), flops_target=250_123.0)
+  tx = optax.inject_hyperparams(fp.fisher_prune, static_args=static)(simple_cost(), target=250_123.0)
   with pytest.raises(TypeError, match="static_args") as error:
     tx.init({"w": jnp.ones(2, dtype)})
   assert "hyperparam_dtype=jnp.float32" in str(error.value)
@@ -602,7 +602,7 @@ def loss_of(params: Any, masks: Any, batch: Any, state: fp.TrainState) -> Any:
 
 @jax.jit
 def train_step(state: fp.TrainState, batch: Any) -> tuple[fp.TrainState, jax.Array]:
-  differentiate = fp.value_and_grads(loss_of, has_aux=True)
+  differentiate = fp.value_and_mask_grads(loss_of, has_aux=True)
   (loss, stats), (grads, mask_grads) = differentiate(state.params, state.masks, batch, state)
   return state.apply_gradients(grads=grads, mask_grads=mask_grads, batch_stats=stats), loss
 
@@ -675,7 +675,7 @@ def test_a_train_state_forwards_example_weights_and_holds_other_collections():
   )
   after = step(state, g)
   np.testing.assert_allclose(
-    fp.signals(after.opt_state)["m"], 0.5 * np.mean(np.square(g[:2]), axis=0), rtol=1e-5
+    fp.get_importance(after.opt_state)["m"], 0.5 * np.mean(np.square(g[:2]), axis=0), rtol=1e-5
   )
   np.testing.assert_allclose(after.params["w"], PARAMS["w"] - 0.1 * GRADS["w"], rtol=1e-6)
   assert set(after.variables) == {"params", "masks"}

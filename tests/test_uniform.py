@@ -179,13 +179,13 @@ def test_pruned_with_uniform_nothing_is_padded():
   variables = {"params": params(), "masks": masks([HIDDEN] * LAYERS)}
   x = jnp.ones((3, WIDTH))
   cost = fp.cost_model(apply, variables, x)
-  signals = {"m": jnp.asarray(np.random.default_rng(3).uniform(0.1, 1, (LAYERS, HIDDEN)))}
-  pruned = fp.prune(cost, signals, 0.5 * cost.dense, uniform=["m"])
+  importance = {"m": jnp.asarray(np.random.default_rng(3).uniform(0.1, 1, (LAYERS, HIDDEN)))}
+  pruned = fp.select_masks(cost, importance, 0.5 * cost.dense, tie=["m"])
   small = fp.compact(apply, {**variables, "masks": pruned}, x)
   held = sum(leaf.size for leaf in jax.tree.leaves(small.variables))
   params_ = fp.cost_model(apply, variables, x, measure="params")
   assert held == params_.exact(pruned)
   assert "scan" in primitives(jax.make_jaxpr(small)(small.variables, x).jaxpr)
-  ragged = fp.prune(cost, signals, 0.5 * cost.dense)
+  ragged = fp.select_masks(cost, importance, 0.5 * cost.dense)
   unrolled = fp.compact(apply, {**variables, "masks": ragged}, x)
   assert "scan" not in primitives(jax.make_jaxpr(unrolled)(unrolled.variables, x).jaxpr)

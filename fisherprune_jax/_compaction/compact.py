@@ -37,7 +37,7 @@ class Compact:
     masks: the masks that it was made with.
     cost: FLOPs per example.
     dense: FLOPs per example of the network that it all began with.
-    updates: picks from the output what replaces variables, or None.
+    state_from: picks from the output the new values of variables, or None.
   """
 
   def __init__(
@@ -48,12 +48,12 @@ class Compact:
     *,
     batch_axes: BatchAxes,
     keep_masks: bool,
-    updates: Picker | None,
+    state_from: Picker | None,
     strict: bool,
-    before: "Compact | None",
+    parent: "Compact | None",
   ) -> None:
     examples = batch_size(args, batch_axes)
-    traced = trace_apply(apply_fn, tree, args, updates)
+    traced = trace_apply(apply_fn, tree, args, state_from)
     self._analysis = traced.analyse(keep_masks)
     given = [Evaluation(vectors_of(tree.mask_leaves))]
     check(self._analysis, tree, examples, METER, given if strict else ())
@@ -63,16 +63,16 @@ class Compact:
       keep_masks=keep_masks,
       batch_axes=batch_axes,
       examples=examples,
-      updates=updates,
+      state_from=state_from,
     )
     self._runner = Runner(apply_fn, self._plan, traced, args)
     self._cost_model = cost_of(self._analysis, tree, examples, METER)
-    self.masks, self.updates = tree.mask_tree, updates
+    self.masks, self.state_from = tree.mask_tree, state_from
     self.cost: float = self._cost_model.exact(self.masks) / examples
-    self.dense: float = before.dense if before else self._cost_model.dense
+    self.dense: float = parent.dense if parent else self._cost_model.dense
     self.variables = self._plan.present(jax.tree.map(Kept.slice, self._plan.kept, tree.variables))
     self._args = abstract(tuple(args))
-    self._originals: PyTree = originals(self._plan.kept, before._originals if before else ())
+    self._originals: PyTree = originals(self._plan.kept, parent._originals if parent else ())
 
   @functools.cached_property
   def _stays(self) -> Stays:
@@ -85,7 +85,7 @@ class Compact:
 
     In the place of each leaf is a tuple with the original positions along each axis, of shape ``(n,)``; where every layer
     of a stack keeps entries of its own ``(L, n)``, with -1 for padding. They are those of the first network also
-    after several compactions; see ``before`` of :func:`compact`.
+    after several compactions; see ``parent`` of :func:`compact`.
 
     >>> import jax.numpy as jnp
     >>> import fisherprune_jax as fp
@@ -228,9 +228,9 @@ def compact(
   masks: MaskSelector = "masks",
   batch_axes: BatchAxes = 0,
   keep_masks: bool = False,
-  updates: Picker | None = None,
+  state_from: Picker | None = None,
   strict: bool = False,
-  before: Compact | None = None,
+  parent: Compact | None = None,
 ) -> Compact:
   """Removes what the masks switched off: a smaller network with the same outputs.
 
@@ -246,10 +246,10 @@ def compact(
     batch_axes: where the example axes of ``args`` are, like ``jax.vmap``'s ``in_axes``; with None alone ``cost`` is
       per call.
     keep_masks: leave all-ones masks in, so that pruning can go on.
-    updates: picks from the output what replaces entries of ``variables``, which then comes back in compact
+    state_from: picks from the output what replaces entries of ``variables``, which then comes back in compact
       shapes and keeps nothing alive: ``lambda out: out[1]`` for ``mutable=["batch_stats"]``.
     strict: raise where a dead feature cannot be removed, instead of keeping it.
-    before: the compact network that ``apply_fn`` runs, if it is none itself, or one under ``jax.jit``, ``auto_mask`` or
+    parent: the compact network that ``apply_fn`` runs, if it is none itself, or one under ``jax.jit``, ``auto_mask`` or
       ``functools.partial``: what is kept (``Compact.kept``) is then said of the network before that.
 
   Returns:
@@ -287,7 +287,7 @@ def compact(
     args,
     batch_axes=batch_axes,
     keep_masks=keep_masks,
-    updates=updates,
+    state_from=state_from,
     strict=strict,
-    before=before or inside(apply_fn, Compact),
+    parent=parent or inside(apply_fn, Compact),
   )

@@ -25,7 +25,7 @@ class Plan:
     ev: the same masks, for reading sets.
     batch_axes: where the example axes of the arguments are.
     examples: how many examples the first arguments held.
-    updates: picks from the output what replaces variables, or None.
+    state_from: picks from the output the new values of variables, or None.
   """
 
   tree: VariableTree
@@ -34,7 +34,7 @@ class Plan:
   ev: Evaluation
   batch_axes: BatchAxes
   examples: int
-  updates: Picker | None
+  state_from: Picker | None
 
   @property
   def left_out(self) -> list[bool]:
@@ -78,12 +78,12 @@ def make_plan(
   keep_masks: bool,
   batch_axes: BatchAxes,
   examples: int,
-  updates: Picker | None,
+  state_from: Picker | None,
 ) -> Plan:
   """Finds what is kept of the variables ``tree``, of whose masks the values are known."""
   ev = Evaluation(vectors_of(tree.mask_leaves))
   kept = _kept(traced.analyse(keep_masks), tree, ev)
-  return Plan(tree.without_weights(), kept, keep_masks, ev, batch_axes, examples, updates)
+  return Plan(tree.without_weights(), kept, keep_masks, ev, batch_axes, examples, state_from)
 
 
 def _kept(analysis: Analysis, tree: VariableTree, ev: Evaluation) -> PyTree:

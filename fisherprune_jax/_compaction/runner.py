@@ -66,7 +66,7 @@ class Runner:
     if key not in self._analyses:
       tree = VariableTree(shapes, self._plan.tree.masks)
       ranks = [np.ndim(mask) for mask in self._plan.tree.mask_leaves]
-      traced = trace_apply(self._apply_fn, tree, args, self._plan.updates, ranks)
+      traced = trace_apply(self._apply_fn, tree, args, self._plan.state_from, ranks)
       self._analyses[key] = self._checked(traced.analyse(self._plan.keep_masks), kept)
     return self._analyses[key]
 

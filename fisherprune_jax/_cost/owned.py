@@ -11,15 +11,17 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fisherprune_jax._errors import Path, path_name
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.boxes import Where
 from fisherprune_jax._graph.circuit import Circuit
+from fisherprune_jax._graph.kinds import add_at
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.traced import Analysis
 from fisherprune_jax._graph.variables import Key, VariableTree, sizes_of
-from fisherprune_jax._masks import flatten, unflatten
+from fisherprune_jax._masks import unflatten
 from fisherprune_jax._types import Masks, Shape
 
 Keys = tuple[str, ...]
@@ -77,7 +79,6 @@ class Ownership:
   """
 
   def __init__(self, parts: Sequence[Owned], masks: Masks) -> None:
-    self._masks = masks
     self.shapes = {part.path: part.shape for part in parts}
     self._owned = [(part, list(_parts(part.where))) for part in parts]
     roots = [s for part, found in self._owned for s in (*part.where.box, *(p.kept for p in found))]
@@ -88,26 +89,36 @@ class Ownership:
     found = [s for part, _ in self._owned if part.path in paths for s in (*part.where.box, part.where.when)]
     return {key for s in found for key in sets.keys_of(s.support)}
 
-  def add_up(self, values: Mapping[Keys, jax.Array], masks: Masks) -> Masks:
+  def add_up(self, values: Mapping[Keys, jax.Array], alive: jax.Array) -> jax.Array:
     """Of each feature, the sum of the values of all entries that go with it.
 
     Args:
       values: by path, a number for each entry; variables without one own nothing.
-      masks: the masks as they are; what is gone already counts nowhere.
+      alive: which features are live, of all masks end to end. Those that are not own nothing.
     """
-    live = self._circuit.live(flatten(masks) != 0, jnp)
-    weights = jnp.zeros((1, self._circuit.size), jnp.float32)
-    for part, found in self._owned:
-      if (value := values.get(part.path)) is None:
-        continue
-      value = jnp.asarray(value if part.layer is None else value[part.layer], jnp.float32)
-      for axis, kept in enumerate(part.where.box):
-        shape = [-1 if at == axis else 1 for at in range(value.ndim)]
-        value = value * live[self._circuit.gates[kept]].reshape(shape)
-      for axes, kept in found:
-        others = tuple(axis for axis in range(value.ndim) if axis not in axes)
-        weights = weights.at[0, self._circuit.gates[kept]].add(jnp.sum(value, others).reshape(-1))
-    return unflatten(self._circuit.drops(live, weights, jnp)[0], self._masks)
+    live = self._circuit.live(alive, jnp)
+    given = [(part, found) for part, found in self._owned if part.path in values]
+    axes = [s for part, _ in given for s in part.where.box if not s.is_all]
+    kept = iter(self._bits(live, axes))
+    sums, gates = [jnp.zeros(0, jnp.float32)], [np.zeros(0, int)]
+    for part, found in given:
+      value = values[part.path] if part.layer is None else values[part.path][part.layer]
+      for axis, s in enumerate(part.where.box):
+        if not s.is_all:
+          value = value * next(kept).reshape([-1 if at == axis else 1 for at in range(value.ndim)])
+      for along, of in found:
+        others = tuple(axis for axis in range(value.ndim) if axis not in along)
+        sums.append(jnp.sum(value, others).reshape(-1))
+        gates.append(self._circuit.gates[of])
+    lost = add_at(jnp.zeros(self._circuit.size, jnp.float32), np.concatenate(gates), jnp.concatenate(sums))
+    return self._circuit.drops(live, lost[None], jnp)[0]
+
+  def _bits(self, live: jax.Array, axes: Sequence[Set]) -> list[jax.Array]:
+    """Which positions of some axes are live, as numbers; few kernels however many axes there are."""
+    gates = np.concatenate([np.zeros(0, int), *(self._circuit.gates[s] for s in axes)])
+    return unflatten(
+      live[gates].astype(jnp.float32), [jax.ShapeDtypeStruct((s.size,), jnp.float32) for s in axes]
+    )
 
 
 def _parts(where: Where) -> Iterator[Part]:

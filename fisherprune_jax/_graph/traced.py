@@ -98,12 +98,12 @@ def trace_apply(
   apply_fn: ApplyFn,
   tree: VariableTree,
   args: Sequence[PyTree],
-  updates: Picker | None = None,
+  state_from: Picker | None = None,
   ranks: Sequence[int] | None = None,
 ) -> Traced:
   """Traces ``apply_fn(variables, *args)``.
 
-  A mask of one axis more than ``ranks`` says has an example axis before its features. ``updates`` picks from the output
+  A mask of one axis more than ``ranks`` says has an example axis before its features. ``state_from`` picks from the output
   what replaces variables.
   """
   program, out_tree = trace(apply_fn, abstract(tree.variables), *abstract(tuple(args)))
@@ -111,22 +111,22 @@ def trace_apply(
   values = program.inputs[:count]
   infos = _variable_infos(values, tree.flags, ranks or [len(mask.shape) for mask in tree.mask_leaves])
   infos += [Info(whole_box(value.shape), varies=True) for value in program.inputs[count:]]
-  return Traced(program, values, infos, out_tree, _places(updates, out_tree, tree) if updates else {})
+  return Traced(program, values, infos, out_tree, _places(state_from, out_tree, tree) if state_from else {})
 
 
-def _places(updates: Picker, out_tree: PyTree, tree: VariableTree) -> dict[int, int]:
+def _places(state_from: Picker, out_tree: PyTree, tree: VariableTree) -> dict[int, int]:
   """Which leaf of the output replaces which leaf of the variables."""
   shapes = [leaf.shape for leaf in jax.tree.leaves(out_tree)]
-  picked = updates(jax.tree.unflatten(jax.tree.structure(out_tree), range(len(shapes))))
+  picked = state_from(jax.tree.unflatten(jax.tree.structure(out_tree), range(len(shapes))))
   places = {path_names(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
   found = {}
   for path, out in jax.tree_util.tree_leaves_with_path(picked):
     at, shape = places.get(path_names(path), (None, None))
     if at is None or shapes[out] != shape:
       raise ValueError(
-        f"updates must pick from the output what replaces entries of `variables`, got {path_name(path)} of shape "
+        f"state_from must pick from the output what replaces entries of `variables`, got {path_name(path)} of shape "
         f"{shapes[out]}, where the variables have {shape or 'no such entry'}. With mutable=['batch_stats'], "
-        "say updates=lambda out: out[1]."
+        "say state_from=lambda out: out[1]."
       )
     found[out] = at
   return found

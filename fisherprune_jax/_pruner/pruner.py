@@ -19,20 +19,18 @@ from fisherprune_jax._pruner.inserting import Masked
 from fisherprune_jax._pruner.schedule import falling
 from fisherprune_jax._pruner.wrapping import wrapped
 from fisherprune_jax._tables import align
+from fisherprune_jax._training.criteria import DEFAULT
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.finding import get_masks
-from fisherprune_jax._training.gradients import Reduction, value_and_grads
+from fisherprune_jax._training.gradients import Reduction, value_and_mask_grads
 from fisherprune_jax._training.history import Pruned, history
 from fisherprune_jax._training.plots import plot_history
-from fisherprune_jax._training.summary import scalars, summary
+from fisherprune_jax._training.summary import metrics, summary
 from fisherprune_jax._training.transform import fisher_prune
 from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
 
 if TYPE_CHECKING:
   from matplotlib.figure import Figure
-
-DEFAULT = "fisher_magnitude"
-"""The criterion that the quality tables support."""
 
 
 class Pruner:
@@ -168,7 +166,7 @@ class Pruner:
         (``batch_stats``) is that collection. The first other argument that is no random key is the batch, whose arrays lead
         with the example axis.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
-      reduction: how ``loss_fn`` adds up examples: ``"mean"``, ``"sum"``, or a factor, as in :func:`value_and_grads`.
+      reduction: how ``loss_fn`` adds up examples: ``"mean"``, ``"sum"``, or a factor, as in :func:`value_and_mask_grads`.
 
     Returns:
       ``f(params, opt_state, *rest) -> (value, grads)``, where ``grads`` are :class:`Gradients`.
@@ -192,7 +190,7 @@ class Pruner:
         return masked(params, masks, *others[:at], batch, *others[at:])
 
       others = (*rest[:at], *rest[at + 1 :])
-      differentiate = value_and_grads(loss, has_aux=has_aux, reduction=reduction)
+      differentiate = value_and_mask_grads(loss, has_aux=has_aux, reduction=reduction)
       value, (grads, mask_grads) = differentiate(params, masks, rest[at], *others)
       return value, Gradients(grads, mask_grads)
 
@@ -236,8 +234,8 @@ class Pruner:
     return summary(self._state(opt_state), method=self._method)
 
   def metrics(self, opt_state: PyTree) -> dict[str, jax.Array]:
-    """Numbers for a logger, under ``jit`` too; see :func:`scalars`."""
-    return scalars(self._state(opt_state))
+    """Numbers for a logger, under ``jit`` too; see :func:`metrics`."""
+    return metrics(self._state(opt_state))
 
   def history(self, opt_state: PyTree) -> list[Pruned]:
     """Which features were masked at which steps; see :func:`history`."""
@@ -292,7 +290,7 @@ _OWN = {
   "prune_every": "every",
   "burn_in": "start",
   "features_per_prune": "keep, start and stop: the budget says how many",
-  "flops_target": "target",
+  "target": "target",
 }
 
 

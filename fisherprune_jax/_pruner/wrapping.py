@@ -41,12 +41,12 @@ def wrapped(
       grads = joined(grads, state.pruning.masks)
     _check(grads, state)
     extra = {name: _plain_argument(value) for name, value in extra.items()}
-    weights = {"example_weights": extra.pop("example_weights")} if "example_weights" in extra else {}
-    updates, inner = optimizer.update(plain(grads), state.optimizer, params, **extra)
-    given = {"mask_grads": grads.mask_grads} if isinstance(grads, Gradients) else {}
+    own = {name: value for name, value in extra.items() if name != "example_weights"}
+    updates, inner = optimizer.update(plain(grads), state.optimizer, params, **own)
+    given = {**extra, "mask_grads": grads.mask_grads} if isinstance(grads, Gradients) else {}
     trained = params.fast if isinstance(params, optax.LookaheadParams) else params
-    _, own = pruning.update(updates, state.pruning, trained, **given, **weights)
-    return updates, PrunerState(inner, own)
+    _, pruned = pruning.update(updates, state.pruning, trained, **given)
+    return updates, PrunerState(inner, pruned)
 
   return optax.GradientTransformationExtraArgs(init, update)
 

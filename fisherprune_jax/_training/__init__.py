@@ -1,1 +1,1 @@
-"""Pruning while training: gradients, signals, choices, the transformation and its state."""
+"""Pruning while training: gradients, importance, choices, the transformation and its state."""

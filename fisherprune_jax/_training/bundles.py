@@ -11,7 +11,7 @@ import numpy as np
 
 from fisherprune_jax._errors import is_number, require
 from fisherprune_jax._masks import named_rows
-from fisherprune_jax._training.floors import BLOCKS, first_that_fits, fits, require_used
+from fisherprune_jax._training.floors import BLOCKS, Widths, first_that_fits, fits, require_used
 from fisherprune_jax._types import Masks
 
 Multiple = int | Mapping[str, int]
@@ -27,17 +27,20 @@ class Rows:
     floors: per row, how many features it keeps.
     multiples: per row, of what its width is a multiple while it is above the floor.
     together: per row, a number that is the same for rows that lose features together.
+    exact: per row, whether it comes down to its floor whatever the cost.
   """
 
   starts: np.ndarray
   floors: np.ndarray
   multiples: np.ndarray
   together: np.ndarray
+  exact: np.ndarray
 
   @property
   def key(self) -> tuple[bytes, ...]:
     """The same for rows that are alike."""
-    return tuple(part.tobytes() for part in (self.starts, self.floors, self.multiples, self.together))
+    parts = (self.starts, self.floors, self.multiples, self.together, self.exact)
+    return tuple(part.tobytes() for part in parts)
 
   @property
   def are_single(self) -> bool:
@@ -87,6 +90,10 @@ class Rows:
     """Per feature, how many its row could lose."""
     return (self.widths(alive) - self.floors)[self._row]
 
+  def owed(self, alive: jax.Array) -> jax.Array:
+    """Per feature, whether its row is wider than the exact width that it comes down to."""
+    return (self.exact & (self.widths(alive) > self.floors))[self._row]
+
   def next_bundle(self, alive: jax.Array) -> jax.Array:
     """Per feature, how many its row loses at a time; 0 where the floor is reached."""
     return self._losses(alive)[self._row]
@@ -113,7 +120,7 @@ class Rows:
     return jax.ops.segment_min(holds.astype(jnp.int32), jnp.asarray(of), self.units) > 0
 
 
-def rows_of(masks: Masks, floors: Masks, multiple_of: Multiple, uniform: Sequence[str]) -> Rows:
+def rows_of(masks: Masks, floors: Masks, multiple_of: Multiple, tie: Sequence[str], widths: Widths) -> Rows:
   """The rows of a tree of masks, whose floors are known.
 
   Raises:
@@ -121,7 +128,7 @@ def rows_of(masks: Masks, floors: Masks, multiple_of: Multiple, uniform: Sequenc
 
   >>> import jax.numpy as jnp
   >>> masks, floors = {"conv": jnp.ones(8), "layers": jnp.ones((2, 4))}, {"conv": [1], "layers": [[1], [1]]}
-  >>> rows = rows_of(masks, floors, {"conv": 4}, ["layers"])
+  >>> rows = rows_of(masks, floors, {"conv": 4}, ["layers"], {})
   >>> rows.starts.tolist(), rows.multiples.tolist(), rows.together.tolist()
   ([0, 8, 12, 16], [4, 1, 1], [0, 1, 1])
   """
@@ -133,26 +140,33 @@ def rows_of(masks: Masks, floors: Masks, multiple_of: Multiple, uniform: Sequenc
   multiples = [
     1 if floor == size else _multiple(name, size, multiple) for name, size, floor, multiple in given
   ]
-  together = _together(names, sizes, uniform)
+  together = _together(names, sizes, tie)
   of_unit = [np.flatnonzero(together == unit) for unit in together]
+  exact = np.asarray([any(fits(name, pattern) for pattern in widths) for name in names])
+  for rows in of_unit:
+    given_widths = {names[row]: int(least[row]) for row in rows if exact[row]}
+    require(
+      len({*given_widths.values()}) <= 1, "widths must be equal for masks that tie keeps equal", given_widths
+    )
   return Rows(
     np.cumsum([0, *sizes]),
-    np.asarray([least[rows].max() for rows in of_unit]),
+    np.asarray([least[rows[exact[rows]] if exact[rows].any() else rows].max() for rows in of_unit]),
     np.asarray([math.lcm(*(multiples[row] for row in rows)) for rows in of_unit]),
     together,
+    np.asarray([exact[rows].any() for rows in of_unit]),
   )
 
 
-def _together(names: Sequence[str], sizes: Sequence[int], uniform: Sequence[str]) -> np.ndarray:
+def _together(names: Sequence[str], sizes: Sequence[int], tie: Sequence[str]) -> np.ndarray:
   """Per row, a number that is the same for rows that a pattern fits, or patterns that have a row in common."""
-  require_used("uniform", uniform, names)
+  require_used("tie", tie, names)
   unit = np.arange(len(names))
-  for pattern in uniform:
+  for pattern in tie:
     rows = [row for row, name in enumerate(names) if fits(name, pattern)]
     found = {names[row]: sizes[row] for row in rows}
     require(
       len({*found.values()}) == 1,
-      f"uniform must name masks of one size by each pattern, for {pattern!r}",
+      f"tie must name masks of one size by each pattern, for {pattern!r}",
       found,
       "Give a pattern for each size.",
     )

@@ -5,6 +5,7 @@ from typing import Any
 import optax
 
 from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.transform import fisher_prune
 
 
@@ -14,6 +15,13 @@ def pruning_sgd(
   momentum: float | None = 0.9,
   nesterov: bool = False,
   update_params: optax.GradientTransformation | None = None,
+  *,
+  prune_every: int = 100,
+  burn_in: int = 0,
+  decay: optax.ScalarOrSchedule = 0.96,
+  flops_weight: str | optax.ScalarOrSchedule = "auto",
+  flops_target: optax.ScalarOrSchedule = 0.0,
+  method: str | Criterion = "fisher",
   **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
   r"""Momentum SGD that prunes: the classic Fisher-pruning optimizer.
@@ -22,14 +30,20 @@ def pruning_sgd(
 
   Args:
     learning_rate: a number or a schedule.
-    cost: what the network costs, in FLOPs per example.
+    cost: the cost model, in FLOPs per example.
     momentum: of the SGD.
     nesterov: whether the momentum is Nesterov's.
     update_params: any transformation to use in place of the SGD.
-    **options: those of :func:`fisher_prune`.
+    prune_every: as in :func:`fisher_prune`, like the other options.
+    burn_in: likewise.
+    decay: likewise.
+    flops_weight: its ``cost_weight``, under the classic name.
+    flops_target: its ``target``, under the classic name.
+    method: the importance criterion; Fisher's, as in the classic optimizer.
+    **options: other options of :func:`fisher_prune`.
 
   Returns:
-    ``optax.chain(sgd, fisher_prune(cost, **options))``.
+    ``optax.chain(sgd, fisher_prune(cost, ...))``.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -48,4 +62,14 @@ def pruning_sgd(
     <http://proceedings.mlr.press/v28/sutskever13.pdf>`_, 2013
   """
   train = optax.sgd(learning_rate, momentum, nesterov) if update_params is None else update_params
-  return optax.chain(train, fisher_prune(cost, **options))
+  prune = fisher_prune(
+    cost,
+    prune_every=prune_every,
+    burn_in=burn_in,
+    decay=decay,
+    cost_weight=flops_weight,
+    target=flops_target,
+    method=method,
+    **options,
+  )
+  return optax.chain(train, prune)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from fisherprune_jax._training.parameters import variables_among
 from fisherprune_jax._types import AxisNames, MaskGrads, Masks, PyTree
 
 
-def fisher_signal(
+def fisher_importance(
   mask_grads: MaskGrads, example_weights: jax.Array | None = None, axis_name: AxisNames = None
 ) -> PyTree:
   r"""The Fisher estimate, in nats, of what removing each feature costs (Theis et al. 2018, eq. 9).
@@ -35,23 +34,23 @@ def fisher_signal(
     A float32 tree with leaves ``(..., C)``; NaN where weights are negative, not finite, or all zero.
 
   >>> import jax.numpy as jnp
-  >>> fisher_signal(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
+  >>> fisher_importance(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
   Array([2.5, 5. ], dtype=float32)
   """
   return jax.tree.map(lambda m: 0.5 * m, _mean(jnp.square, mask_grads, example_weights, axis_name))
 
 
-def taylor_signal(
+def taylor_importance(
   mask_grads: MaskGrads, example_weights: jax.Array | None = None, axis_name: AxisNames = None
 ) -> PyTree:
   r"""The first-order estimate, in nats, of what removing each feature changes (Molchanov et al. 2017).
 
   .. math:: signal_k = \mathrm{mean}_n \, |g_{nk}|
 
-  Args and result are those of :func:`fisher_signal`.
+  Args and result are those of :func:`fisher_importance`.
 
   >>> import jax.numpy as jnp
-  >>> taylor_signal(jnp.array([[1.0, -2.0], [-3.0, 4.0]]))
+  >>> taylor_importance(jnp.array([[1.0, -2.0], [-3.0, 4.0]]))
   Array([2., 3.], dtype=float32)
   """
   return _mean(jnp.abs, mask_grads, example_weights, axis_name)
@@ -93,7 +92,7 @@ def _sum_over(tree: PyTree, axis_name: AxisNames) -> PyTree:
   return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
-def random_signal(masks: Masks) -> PyTree:
+def random_importance(masks: Masks) -> PyTree:
   """A number for each feature, the same at every step: between 0 and 1, of a random stream of its own."""
   return unflatten(jax.random.uniform(jax.random.key(0), flatten(masks).shape), masks)
 
@@ -110,32 +109,33 @@ def magnitude(cost: CostModel | None) -> Criterion:
 
     Fang et al., `DepGraph: towards any structural pruning <https://arxiv.org/abs/2301.12900>`_, 2023, for the norm of a group
   """
-  return Criterion(
-    _norms(cost, "magnitude"),
-    "magnitude",
-    needs=("params", "masks"),
-    takes=("name",),
-    averaged=False,
-    unit="of the mean",
-  )
+  norms = _norms(_ownership(cost, "magnitude"), "magnitude")
+
+  def importance(params: PyTree, masks: Masks, name: str | None = None) -> Masks:
+    return unflatten(norms(params, masks, name), masks)
+
+  return Criterion(importance, "magnitude", averaged=False, unit="of the mean")
 
 
 def fisher_magnitude(cost: CostModel | None) -> Criterion:
-  r"""Fisher's signals, reassigned within each mask: in the order of magnitude too, as far as few examples have gradients.
+  r"""Fisher's importance, reassigned within each mask: in the order of magnitude too, as far as few examples have gradients.
 
   .. math:: score_k = fisher_{(r_k)}, \qquad r_k = rank of \bigl(rank_{fisher}(k) + (1 - \rho)^2 rank_{\|w\|}(k)\bigr)
 
   .. math:: \rho = \frac{N\bigl(w_n \sum_k g_{nk}^2\bigr) - 1}{N(w_n) - 1}, \qquad
     N(x_n) = \frac{\bigl(\sum_n x_n\bigr)^2}{\sum_n x_n^2}
 
-  Ranks are those among the features of the mask that are alive; of equals Fisher's decides. Signals in nats can be held
+  Ranks are those among the features of the mask that are alive; of equals Fisher's decides. Importance in nats can be held
   against each other and against costs whatever the layer, so they say how much goes from each mask. Which of its features
   go, gradients say well where all examples have some. Those of examples that are learnt by heart are next to nothing, which
   says nothing of what these examples need; ``rho`` is the share of a batch (of weights ``w``) that does have gradients: 1 where
   all examples have equal ones, 0 where one of several has them all.
 
-  The running mean is that of Fisher's signals, so a step costs what Fisher's does. Scores are reassigned at the steps that
+  The running mean is that of Fisher's importance, so a step costs what Fisher's does. Scores are reassigned at the steps that
   prune, with the parameters and the share ``rho`` of that step.
+
+  The order is Fisher's alone where the parameters of a feature are not known: without ``params`` in ``update``, without a
+  cost, or with one of ``CostModel.from_functions``.
 
   References:
     Dwork et al., `Rank aggregation methods for the web <https://dl.acm.org/doi/10.1145/371920.372165>`_, 2001, for the sum of
@@ -143,43 +143,45 @@ def fisher_magnitude(cost: CostModel | None) -> Criterion:
 
     Kish, *Survey sampling*, 1965, for the size that a weighted sample comes to
   """
-  norms = _norms(cost, "fisher_magnitude")
-
-  def signal(
-    mask_grads: MaskGrads, example_weights: jax.Array | None, axis_name: AxisNames, **others: Any
-  ) -> Masks:
-    return fisher_signal(mask_grads, example_weights, axis_name)
+  if cost is None or cost.ownership is None:
+    return Criterion(fisher_importance, "fisher_magnitude", unit="nats")
+  norms = _norms(cost.ownership, "fisher_magnitude")
 
   def rank(
     scores: Masks,
     mask_grads: MaskGrads,
-    params: PyTree,
     masks: Masks,
-    example_weights: jax.Array | None,
-    axis_name: AxisNames,
-    name: str | None,
+    params: PyTree = None,
+    example_weights: jax.Array | None = None,
+    axis_name: AxisNames = None,
+    name: str | None = None,
   ) -> Masks:
-    share = partial(_share, weights=example_weights, axis_name=axis_name)
-    shares = jax.tree.map(lambda g, m: jnp.broadcast_to(share(g, m), m.shape), mask_grads, masks)
-    losses, sizes, parts, alive = map(flatten, (scores, norms(params, masks, name), shares, masks))
-    return unflatten(_by_both(losses, sizes, parts, alive, _rows(masks)), masks)
+    if params is None:
+      return scores
+    shares, row = _shares(mask_grads, masks, example_weights, axis_name), _rows(masks)
+    found = _by_both(flatten(scores), norms(params, masks, name), shares[row], flatten(masks), row)
+    return unflatten(found, masks)
 
-  needs, takes = ("mask_grads", "params", "masks"), ("example_weights", "axis_name", "name")
-  return Criterion(signal, "fisher_magnitude", needs, takes, unit="nats", rank=rank)
+  return Criterion(fisher_importance, "fisher_magnitude", unit="nats", rank=rank)
 
 
-def _share(
-  grads: jax.Array, mask: jax.Array, *, weights: jax.Array | None, axis_name: AxisNames
+def _shares(
+  mask_grads: MaskGrads, masks: Masks, weights: jax.Array | None, axis_name: AxisNames
 ) -> jax.Array:
-  """The share of examples that have gradients, ``(..., 1)``, row by row; that of a single one is 1."""
-  weights = _weights(weights, grads.shape[-2])
-  squares = jnp.sum(jnp.where(mask[..., None, :] != 0, jnp.square(grads.astype(jnp.float32)), 0), -1)
-  some, most = (_size(x, axis_name) for x in (jnp.where(weights > 0, weights * squares, 0), weights))
-  return jnp.where(most > 1, jnp.clip((some - 1) / jnp.where(most > 1, most - 1, 1), 0, 1), 1)
+  """Per row of the masks, the share of examples that have gradients; that of a single example is 1."""
+
+  def squares(grads: jax.Array, mask: jax.Array) -> jax.Array:
+    found = jnp.sum(jnp.where(mask[..., None, :] != 0, jnp.square(grads.astype(jnp.float32)), 0), -1)
+    return found.reshape(-1, found.shape[-1])
+
+  found = jnp.concatenate(jax.tree.leaves(jax.tree.map(squares, mask_grads, masks)))
+  weights = _weights(weights, found.shape[-1])
+  some, most = (_size(x, axis_name) for x in (jnp.where(weights > 0, weights * found, 0), weights))
+  return jnp.where(most > 1, jnp.clip((some - 1) / jnp.where(most > 1, most - 1, 1), 0, 1), 1)[:, 0]
 
 
 def _size(weights: jax.Array, axis_name: AxisNames) -> jax.Array:
-  """How many examples of equal weight a sample comes to; ``(..., 1)``."""
+  """How many examples of equal weight each of some samples ``(..., B)`` comes to; ``(..., 1)``."""
   total = _sum_over(jnp.sum(weights, -1, keepdims=True), axis_name)
   parts = weights / jnp.where(total > 0, total, 1)  # so that squares are of any size that numbers have
   squares = _sum_over(jnp.sum(jnp.square(parts), -1, keepdims=True), axis_name)
@@ -221,16 +223,20 @@ def _ranked(x: jax.Array, row: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Ar
   return rising, order, jnp.zeros_like(smaller).at[order].set(smaller)
 
 
-def _norms(cost: CostModel | None, method: str) -> Callable[..., Masks]:
-  """Of what goes with each feature, over the mean of its mask's, as a function of parameters and masks."""
-  ownership = None if cost is None else cost.ownership
-  if cost is not None and ownership is None:
+def _ownership(cost: CostModel | None, method: str) -> Ownership | None:
+  """Which parameters belong to each feature; None without a cost, for a criterion that is only looked at."""
+  if cost is not None and cost.ownership is None:
     raise ValueError(
       f"method={method!r} needs a cost that knows which variables go with each feature, got one of "
       "CostModel.from_functions. Use fp.cost_model or fp.measure_latency, or add one of these."
     )
+  return None if cost is None else cost.ownership
 
-  def signal(params: PyTree, masks: Masks, name: str | None = None) -> Masks:
+
+def _norms(ownership: Ownership | None, method: str) -> Callable[..., jax.Array]:
+  """The norm of what goes with each feature over the mean of its mask's: of parameters and masks, end to end."""
+
+  def norms(params: PyTree, masks: Masks, name: str | None = None) -> jax.Array:
     if ownership is None:
       raise ValueError(
         f"method={method!r} needs the cost model of the network, got cost=None. Pass cost=cost."
@@ -238,9 +244,10 @@ def _norms(cost: CostModel | None, method: str) -> Callable[..., Masks]:
     found = variables_among(params, ownership.shapes, method, name)
     _check_owners(ownership, found, masks, method)
     squares = {path: jnp.square(jnp.abs(leaf).astype(jnp.float32)) for path, leaf in found.items()}
-    return jax.tree.map(_over_mean, ownership.add_up(squares, masks), masks)
+    alive = flatten(masks) != 0
+    return _over_mean(ownership.add_up(squares, alive), alive, _rows(masks))
 
-  return signal
+  return norms
 
 
 def _check_owners(ownership: Ownership, found: Collection[Keys], masks: Masks, method: str) -> None:
@@ -253,23 +260,27 @@ def _check_owners(ownership: Ownership, found: Collection[Keys], masks: Masks, m
     ]
     raise ValueError(
       f"method={method!r} needs parameters that go with the features of every mask, got none for "
-      f"{', '.join(name for name, _ in names)}. Pass all parameters of the network, or build the cost with masks for the part "
-      "that is trained."
+      f"{', '.join(name for name, _ in names)}. Pass all parameters of the network, build the cost with masks for the part that "
+      "is trained, or use method='fisher', which needs none."
     )
 
 
-def _over_mean(squares: jax.Array, mask: jax.Array) -> jax.Array:
-  """Norms over the mean of those that are alive, row by row."""
-  norms, alive = jnp.sqrt(squares), (mask != 0).astype(jnp.float32)
-  mean = jnp.sum(norms * alive, -1, keepdims=True) / jnp.maximum(jnp.sum(alive, -1, keepdims=True), 1)
-  return norms / jnp.where(mean == 0, 1, mean)  # NaN stays NaN: such a batch is left out
+def _over_mean(squares: jax.Array, alive: jax.Array, row: np.ndarray) -> jax.Array:
+  """Norms over the mean of those in their row that are alive."""
+  rows, norms = int(row[-1]) + 1, jnp.sqrt(squares)
+  total, count = (
+    jax.ops.segment_sum(x, row, rows, indices_are_sorted=True)
+    for x in (jnp.where(alive, norms, 0), alive.astype(jnp.float32))
+  )
+  mean = total / jnp.maximum(count, 1)
+  return norms / jnp.where(mean == 0, 1, mean)[row]  # NaN stays NaN: such a batch is left out
 
 
-FISHER, TAYLOR = (
-  Criterion(signal, name, needs=("mask_grads",), takes=("example_weights", "axis_name"), unit="nats")
-  for signal, name in ((fisher_signal, "fisher"), (taylor_signal, "taylor"))
-)
-RANDOM = Criterion(random_signal, "random", needs=("masks",), averaged=False, unit="at random")
+DEFAULT = "fisher_magnitude"
+"""The criterion that is used if none is named: the one that the tables in the guide on criteria support."""
+FISHER = Criterion(fisher_importance, "fisher", unit="nats")
+TAYLOR = Criterion(taylor_importance, "taylor", unit="nats")
+RANDOM = Criterion(random_importance, "random", averaged=False, unit="at random")
 CRITERIA: dict[str, Callable[[CostModel | None], Criterion]] = {
   "fisher": lambda cost: FISHER,
   "taylor": lambda cost: TAYLOR,

@@ -167,8 +167,8 @@ def get_masks(opt_state: optax.OptState, name: str | None = None) -> Masks:
   return get_state(opt_state, name).masks
 
 
-def signals(opt_state: optax.OptState, name: str | None = None) -> Masks:
-  """The bias-corrected signals inside any Optax state, in nats (or the criterion's unit): a tree like the masks.
+def get_importance(opt_state: optax.OptState, name: str | None = None) -> Masks:
+  """The bias-corrected importance inside any Optax state, in nats (or the criterion's unit): a tree like the masks.
 
   With ``method="fisher_magnitude"`` they are Fisher's: they are ranked with the parameters, at the steps that prune.
 
@@ -182,7 +182,7 @@ def signals(opt_state: optax.OptState, name: str | None = None) -> Masks:
   ...   {"m": jnp.ones(2)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
   >>> tx = fp.fisher_prune(cost)
   >>> _, state = tx.update({}, tx.init({}), mask_grads={"m": jnp.array([[2.0, 4.0]])})
-  >>> [round(float(s), 4) for s in fp.signals(state)["m"]]
+  >>> [round(float(s), 4) for s in fp.get_importance(state)["m"]]
   [2.0, 8.0]
 
   References:

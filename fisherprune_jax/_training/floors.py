@@ -13,6 +13,8 @@ from fisherprune_jax._masks import named_rows
 from fisherprune_jax._types import Masks
 
 Floor = int | float
+Widths = Mapping[str, int]
+"""Exact numbers of features by glob patterns of the masks' names."""
 MinFeatures = Floor | Mapping[str, Any] | Masks
 """A number for all masks, numbers by glob patterns of their names, or a tree like the masks."""
 BLOCKS = "*.block"
@@ -42,7 +44,9 @@ def require_used(option: str, patterns: Iterable[str], names: Sequence[str]) -> 
   )
 
 
-def floors_of(masks: Masks, min_features: MinFeatures, exclude: Sequence[str] = ()) -> Masks:
+def floors_of(
+  masks: Masks, min_features: MinFeatures, exclude: Sequence[str] = (), widths: Widths | None = None
+) -> Masks:
   """The least number of features of every mask, ``(..., 1)`` for one ``(..., C)``.
 
   Args:
@@ -50,6 +54,7 @@ def floors_of(masks: Masks, min_features: MinFeatures, exclude: Sequence[str] = 
     min_features: a number of features, or a fraction below 1 of the mask's size (rounded up); a mapping from glob
       patterns of names, as ``fp.summary`` shows them, of which the first that fits counts; or a tree like the masks.
     exclude: patterns of masks that keep everything.
+    widths: exact numbers of features, by patterns; they come before the others.
 
   Raises:
     ValueError: if a number is negative or larger than its mask, or a pattern fits no mask.
@@ -72,12 +77,29 @@ def floors_of(masks: Masks, min_features: MinFeatures, exclude: Sequence[str] = 
     for alone, (_, mask), floor in zip(left_alone, rows, wanted, strict=True)
   ]
   found = [_number(name, mask.shape[-1], floor) for (name, mask), floor in zip(rows, wanted, strict=True)]
+  if widths is not None:
+    exact = _exact([(name, mask.shape[-1]) for name, mask in rows], widths)
+    found = [floor if width is None else width for floor, width in zip(found, exact, strict=True)]
   leaves, at = [], 0
   for leaf in jax.tree.leaves(masks):
     count = math.prod(leaf.shape[:-1])
     leaves.append(np.reshape(found[at : at + count], (*leaf.shape[:-1], 1)))
     at += count
   return jax.tree.unflatten(jax.tree.structure(masks), leaves)
+
+
+def _exact(sizes: Sequence[tuple[str, int]], widths: Any) -> list[int | None]:
+  """The exact width of every row of this name and size; None where no pattern fits."""
+  if not isinstance(widths, Mapping):
+    raise TypeError(
+      f"widths must map patterns of mask names to numbers of features, such as {{'conv*': 16}}, got {widths!r}."
+    )
+  require_used("widths", widths, [name for name, _ in sizes])
+  found = [first_that_fits(name, widths, None) for name, _ in sizes]
+  for (name, size), width in zip(sizes, found, strict=True):
+    valid = width is None or (is_number(width) and width == int(width) and 0 <= width <= size)
+    require(valid, f"widths must be whole numbers from 0 to {size}, the size of the mask {name}", width)
+  return found
 
 
 def _by_pattern(names: list[str], floors: Mapping[str, Any]) -> list[Any]:

@@ -24,7 +24,7 @@ from fisherprune_jax._types import AxisNames, MaskGrads, Masks, PyTree
 Reduction = str | float | Callable[[PyTree], Any]
 
 
-def value_and_grads(
+def value_and_mask_grads(
   loss_fn: Callable[..., Any], *, has_aux: bool = False, reduction: Reduction = "mean"
 ) -> Callable[..., Any]:
   r"""Gradients of the parameters, and of every example's own mask, in one backward pass.
@@ -56,7 +56,7 @@ def value_and_grads(
   >>> import fisherprune_jax as fp
   >>> def loss_fn(w, masks, x):
   ...   return jnp.mean(jnp.sum(w * masks["m"] * x, axis=1))
-  >>> step = fp.value_and_grads(loss_fn)
+  >>> step = fp.value_and_mask_grads(loss_fn)
   >>> _, (_, g) = step(jnp.ones(2), {"m": jnp.ones(2)}, jnp.array([[1.0, 2.0], [3.0, 4.0]]))
   >>> g["m"]
   Array([[1., 2.],
@@ -157,7 +157,9 @@ def _wide(g: jax.Array) -> jax.typing.DTypeLike:
 
 def check_gradients(mask_grads: MaskGrads, masks: Masks, axis_name: AxisNames) -> None:
   """Raises unless ``mask_grads`` has one row per example for every mask, each device its own where it is mapped."""
-  how = "Pass mask_grads from fp.value_and_grads: tx.update(grads, state, params, mask_grads=mask_grads)."
+  how = (
+    "Pass mask_grads from fp.value_and_mask_grads: tx.update(grads, state, params, mask_grads=mask_grads)."
+  )
   require_same_tree(mask_grads, masks, "mask_grads", "the masks", how)
   for g, mask in zip(jax.tree.leaves(mask_grads), jax.tree.leaves(masks), strict=True):
     *stack, features = mask.shape
@@ -183,7 +185,7 @@ def _check_axes(mask_grads: MaskGrads, axis_name: AxisNames) -> None:
     raise ValueError(
       "Where a mapped axis has a name (pmap, vmap, shard_map), fisher_prune must be told of it, got axis_name=None "
       f"under {', '.join(map(repr, given)) or 'pmap'}: replicas of one network would prune different features. Pass "
-      f"fisher_prune(..., axis_name={given[-1] if given else 'batch'!r}) to average the signals over it (and pmap "
+      f"fisher_prune(..., axis_name={given[-1] if given else 'batch'!r}) to average the importance over it (and pmap "
       "the same axis_name), or axis_name=() if nothing differs over it, or each network is to prune on its own."
     )
   if varying - set(names):
@@ -195,7 +197,7 @@ def _check_axes(mask_grads: MaskGrads, axis_name: AxisNames) -> None:
   if not varying and any(varying_axes(jax.lax.axis_index(name)) for name in names):
     raise ValueError(
       f"mask_grads must be each device's own, one row per example, got gradients that are equal over {axis_name!r}: "
-      "they were reduced already. Reduce the gradients of the parameters alone; fisher_prune averages the signals."
+      "they were reduced already. Reduce the gradients of the parameters alone; fisher_prune averages the importance."
     )
 
 

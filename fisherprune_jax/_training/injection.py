@@ -32,8 +32,8 @@ def inject_hyperparams(
   >>> import fisherprune_jax as fp
   >>> cost = fp.CostModel.from_functions(
   ...   {"m": jnp.ones(2)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
-  >>> tx = fp.inject_hyperparams(fp.fisher_prune)(cost, flops_target=250_123.0)
-  >>> float(tx.init({}).hyperparams["flops_target"])
+  >>> tx = fp.inject_hyperparams(fp.fisher_prune)(cost, target=250_123.0)
+  >>> float(tx.init({}).hyperparams["target"])
   250123.0
 
   References:

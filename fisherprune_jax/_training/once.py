@@ -1,6 +1,6 @@
-"""Pruning once, without training: signals over some batches, then masks at the target."""
+"""Pruning once, without training: importance over some batches, then masks at the target."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._cost.flat import Limit
+from fisherprune_jax._cost.flat import Limit, Priced
 from fisherprune_jax._errors import (
   describe,
   is_known,
@@ -20,78 +20,90 @@ from fisherprune_jax._errors import (
   warn,
 )
 from fisherprune_jax._masks import flatten, named_rows, unflatten
-from fisherprune_jax._training.criteria import criterion_of
+from fisherprune_jax._training.criteria import DEFAULT, criterion_of
 from fisherprune_jax._training.criterion import Criterion
-from fisherprune_jax._training.gradients import Reduction, examples_of, value_and_grads
+from fisherprune_jax._training.floors import Widths
+from fisherprune_jax._training.gradients import Reduction, examples_of, value_and_mask_grads
 from fisherprune_jax._training.options import Options
 from fisherprune_jax._training.selection import tamed
 from fisherprune_jax._types import Masks, PyTree
 
+ALLOWED = ("cost_weight", "min_features", "exclude", "multiple_of", "tie", "recost_every", "masks")
+"""Options of ``fisher_prune`` that ``select_masks`` takes."""
 MOST_KEPT = 8
 """Programs that are kept for one cost."""
 
 
-def prune(cost: CostModel, signals: Masks, target: float | None = None, **options: Any) -> Masks:
-  """Masks at a target, chosen at once: as :func:`fisher_prune` chooses, one feature after the other, with these signals.
+def select_masks(
+  cost: CostModel,
+  importance: Masks,
+  target: float | Sequence[float] | None = None,
+  widths: Widths | None = None,
+  **options: Any,
+) -> Any:
+  """Select masks that meet a target: the ones that :func:`fisher_prune` would choose, feature by feature.
 
   Args:
-    cost: what the network costs.
-    signals: how much each feature matters, a tree like the masks: from :func:`estimate_signals`, or any numbers.
-    target: what the network may cost, in the unit of the cost. None (or 0) together with ``min_features``: every mask
-      comes down to that number of features, such as exact widths, ``min_features={"conv*": 16, "head": 10}``. Masks that no
-      pattern fits keep one feature; those in ``exclude`` stay whole.
-    **options: those of :func:`fisher_prune` that say what goes: ``flops_weight``, ``min_features``, ``exclude``,
-      ``multiple_of``, ``uniform``, ``recost``, and ``masks`` to start from.
+    cost: the cost model.
+    importance: one number per feature, a tree like the masks, such as :func:`estimate_importance` returns.
+    target: the cost per example to come down to, in the unit of the cost. A sequence of targets gives a list of masks from
+      one descent. None together with ``widths``.
+    widths: a mapping from glob patterns of mask names to exact numbers of features, such as ``{"conv*": 16, "head": 10}``.
+      Without a target, masks that match no pattern stay whole.
+    **options: other options of :func:`fisher_prune`: ``cost_weight``, ``min_features``, ``exclude``, ``multiple_of``,
+      ``tie``, ``recost_every``, and ``masks`` to start from.
 
   Returns:
-    0/1 masks, float32. If nothing is left that may go before the target is met, a warning says so.
+    0/1 masks, float32; a list of them for a sequence of targets. A target that cannot be met is a warning.
 
   Raises:
-    ValueError, TypeError: for a target that is not positive, signals of another tree or that are not finite, options out
+    ValueError, TypeError: for a target that is not positive, importance of another tree or that is not finite, options out
       of their range.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
   >>> cost = fp.CostModel.from_functions(
   ...   {"m": jnp.ones(4)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
-  >>> fp.prune(cost, {"m": jnp.array([3.0, 1.0, 4.0, 2.0])}, target=2.0)["m"]
+  >>> fp.select_masks(cost, {"m": jnp.array([3.0, 1.0, 4.0, 2.0])}, target=2.0)["m"]
   Array([1., 0., 1., 0.], dtype=float32)
-  >>> fp.prune(cost, {"m": jnp.array([3.0, 1.0, 4.0, 2.0])}, min_features={"m": 3})["m"]
+  >>> fp.select_masks(cost, {"m": jnp.array([3.0, 1.0, 4.0, 2.0])}, widths={"m": 3})["m"]
   Array([1., 0., 1., 1.], dtype=float32)
 
   References:
     Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
     <https://arxiv.org/abs/1801.05787>`_, 2018
   """
-  allowed = ("flops_weight", "min_features", "exclude", "multiple_of", "uniform", "recost", "masks")
-  if unknown := sorted(options.keys() - {*allowed}):
-    raise TypeError(f"fp.prune takes the options {', '.join(allowed)}, got {', '.join(unknown)}.")
-  to_floors = "min_features" in options and (target is None or (is_number(target) and target == 0))
+  if unknown := sorted(options.keys() - {*ALLOWED}):
+    raise TypeError(f"fp.select_masks takes the options {', '.join(ALLOWED)}, got {', '.join(unknown)}.")
+  if isinstance(target, Sequence) and not isinstance(target, str):
+    return _family(cost, importance, target, widths, options)
+  if target is not None or widths is None:
+    remedy = "To come down to given numbers of features instead, leave it out and pass widths."
+    valid = target is not None and is_number(target) and target > 0
+    require(valid, "target must be a positive number", target, remedy)
   chosen = Options(
     cost,
     target=0.0 if target is None else target,
     prune_every=1,
     debias=False,
     features_per_prune=flatten(cost.masks).size,
+    widths=widths,
     **options,
   )
-  if not to_floors:
-    remedy = "To come down to given numbers of features instead, leave it out and pass min_features."
-    valid = target is not None and is_number(target) and target > 0
-    require(valid, "target must be a positive number", target, remedy)
-  how = "Pass what fp.estimate_signals returns, or a tree of one number per feature."
-  require_same_tree(signals, cost.masks, "signals", "the cost model's masks", how)
+  how = "Pass what fp.estimate_importance returns, or a tree of one number per feature."
+  require_same_tree(importance, cost.masks, "importance", "the cost model's masks", how)
   require_shapes(
-    signals, cost.masks, lambda shape, path: f"signals must have the shape {shape} of a mask", how
+    importance, cost.masks, lambda shape, path: f"importance must have the shape {shape} of a mask", how
   )
-  _require_finite(jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), signals), "signals")
+  _require_finite(jax.tree.map(lambda s: jnp.asarray(s, jnp.float32), importance), "importance")
   masks = cost.masks if chosen.masks is None else chosen.masks
-  weight = chosen.at("flops_weight", jnp.int32(1))
-  run = _program(chosen, weight)
-  limit = None if to_floors or target is None else cost.flat.limit(target)
-  left, exhausted = run(masks, signals, limit, None if isinstance(weight, str) else weight)
+  weight = chosen.at("cost_weight", jnp.int32(1))
+  limit = None if target is None else cost.flat.limit(target)
+  left, exhausted = _program(chosen, weight)(
+    masks, importance, limit, None if isinstance(weight, str) else weight
+  )
   left = unflatten(left, masks)
-  if not to_floors and not is_traced(exhausted) and bool(exhausted):
+  if target is not None and not is_traced(exhausted) and bool(exhausted):
     warn(
       f"The target of {target:,g} {cost.unit} was not met: nothing is left that may go at {float(cost(left)):,g}. Lower "
       "min_features, exclude less, or raise the target."
@@ -99,14 +111,29 @@ def prune(cost: CostModel, signals: Masks, target: float | None = None, **option
   return left
 
 
-def _program(options: Options, weight: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """What prunes at once, compiled once for a cost and what is chosen; targets, weights and signals are its arguments."""
-  flat, word = options.cost.flat, weight if isinstance(weight, str) else None
-  key = (word, options.at_once, *options.rows.key)
+def _family(
+  cost: CostModel, importance: Masks, targets: Sequence[float], widths: Widths | None, options: dict[str, Any]
+) -> list[Masks]:
+  """Masks for each of several targets, in their order: each descent goes on where that to the next larger one ended."""
+  found: dict[int, Masks] = {}
+  for at in sorted(range(len(targets)), key=lambda at: -targets[at]):
+    found[at] = select_masks(cost, importance, targets[at], widths, **options)
+    options = {**options, "masks": found[at]}
+  return [found[at] for at in range(len(targets))]
 
-  def run(masks: Masks, signals: Masks, limit: Limit | None, weight: Any) -> tuple[jax.Array, jax.Array]:
-    select = options.selection(lambda alive: flat.price(alive, limit), weight if word is None else word)
-    vector = tamed(flatten(signals).astype(jnp.float32))
+
+def _program(options: Options, weight: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
+  """What prunes at once, compiled once for a cost and what is chosen; targets, weights and importance are its arguments."""
+  flat, word = options.cost.flat, weight if isinstance(weight, str) else None
+  key = (word, options.at_once, options.widths is None, *options.rows.key)
+
+  def run(masks: Masks, importance: Masks, limit: Limit | None, weight: Any) -> tuple[jax.Array, jax.Array]:
+    def price(alive: jax.Array) -> Priced:
+      found = flat.price(alive, limit)
+      return found._replace(too_much=options.must_go_on(alive, found.too_much, limit is not None, True))
+
+    select = options.selection(price, weight if word is None else word)
+    vector = tamed(flatten(importance).astype(jnp.float32))
     left = select.run(flatten(masks) > 0, vector, jnp.bool_(True), jnp.bool_(False))
     return left.alive.astype(jnp.float32), left.exhausted
 
@@ -117,32 +144,33 @@ def _program(options: Options, weight: Any) -> Callable[..., tuple[jax.Array, ja
   return flat.programs[key]
 
 
-def estimate_signals(
+def estimate_importance(
   loss_fn: Callable[..., Any],
   params: PyTree,
   masks: Masks,
   batches: Iterable[PyTree],
   *,
-  method: str | Criterion = "fisher",
+  method: str | Criterion = DEFAULT,
   cost: CostModel | None = None,
   has_aux: bool = False,
   reduction: Reduction = "mean",
 ) -> Masks:
-  r"""The mean signal of a trained network over some batches, for :func:`prune`; by default, Fisher's.
+  r"""The mean importance of a trained network over some batches, for :func:`select_masks`; by default, Fisher's.
 
   .. math:: signal_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
 
   Args:
-    loss_fn: ``loss_fn(params, masks, batch)``, as of :func:`value_and_grads`.
+    loss_fn: ``loss_fn(params, masks, batch)``, as of :func:`value_and_mask_grads`.
     params: the parameters.
     masks: the masks as they are, such as ``cost.masks``.
     batches: any iterable of batches; each example counts as much, so batches may be of several sizes. A batch without
       examples, or with a gradient that is not finite, is skipped, with a warning at the end. None are looked at for a
       criterion that needs no gradients.
-    method: as of :func:`fisher_prune`: ``"fisher"``, ``"taylor"``, ``"magnitude"``, ``"fisher_magnitude"``, ``"random"``, or
-      a :class:`Criterion` that needs nothing but ``"mask_grads"``, ``"params"`` and ``"masks"``.
-    cost: what the network costs, for the magnitudes: it knows which parameters go with each feature.
-    has_aux: as of :func:`value_and_grads`.
+    method: the importance criterion, as in :func:`fisher_prune`; a :class:`Criterion` may need ``mask_grads``, ``params`` and
+      ``masks``.
+    cost: the cost model, for magnitudes: it knows which parameters belong to each feature. Without it,
+      ``"fisher_magnitude"`` is ``"fisher"``.
+    has_aux: as of :func:`value_and_mask_grads`.
     reduction: likewise.
 
   Returns:
@@ -153,13 +181,13 @@ def estimate_signals(
     TypeError: if ``batches`` is one batch.
 
   Warns:
-    UserWarning: if batches were skipped, or if no gradient can reach a mask (see :func:`value_and_grads`).
+    UserWarning: if batches were skipped, or if no gradient can reach a mask (see :func:`value_and_mask_grads`).
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
   >>> loss_fn = lambda w, masks, x: jnp.mean(jnp.sum(w * masks["m"] * x, axis=1))
   >>> batches = [jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[5.0, 6.0]])]
-  >>> fp.estimate_signals(loss_fn, jnp.ones(2), {"m": jnp.ones(2)}, batches)["m"]
+  >>> fp.estimate_importance(loss_fn, jnp.ones(2), {"m": jnp.ones(2)}, batches)["m"]
   Array([5.8333335, 9.333334 ], dtype=float32)
 
   References:
@@ -168,19 +196,21 @@ def estimate_signals(
   """
   criterion = criterion_of(method, cost=cost)
   own = {"masks": masks, "params": params, "step": jnp.int32(1), "axis_name": None, "name": None}
-  if "mask_grads" not in criterion.asks_for:
-    signals = jax.tree.map(jnp.float32, criterion.ranked(criterion.signal_of(own), own))
-    _require_finite(signals, f"The signals of method={criterion.name!r}")
-    return signals
-  grads_of = value_and_grads(loss_fn, has_aux=has_aux, reduction=reduction)
+  if "mask_grads" not in criterion.uses:
+    importance = jax.tree.map(jnp.float32, criterion.ranked(criterion.importance_of(own), own))
+    _require_finite(importance, f"The importance of method={criterion.name!r}")
+    return importance
+  grads_of = value_and_mask_grads(loss_fn, has_aux=has_aux, reduction=reduction)
 
   @jax.jit
   def add(sums: _Sums, own: dict[str, Any], batch: PyTree) -> _Sums:
     _, (_, mask_grads) = grads_of(own["params"], own["masks"], batch)
     given = {**own, "axis_name": None, "mask_grads": mask_grads}
-    signal = criterion.ranked(criterion.signal_of(given), given)
-    finite = jnp.all(jnp.isfinite(flatten(signal)))
-    total = jax.tree.map(lambda t, s: jnp.where(finite, t + examples_of(batch) * s, t), sums.total, signal)
+    importance = criterion.ranked(criterion.importance_of(given), given)
+    finite = jnp.all(jnp.isfinite(flatten(importance)))
+    total = jax.tree.map(
+      lambda t, s: jnp.where(finite, t + examples_of(batch) * s, t), sums.total, importance
+    )
     return _Sums(
       total, sums.examples + jnp.where(finite, examples_of(batch), 0), sums.bad + jnp.where(finite, 0, 1)
     )
@@ -199,7 +229,7 @@ def estimate_signals(
 
 
 class _Sums(NamedTuple):
-  """Sums over the examples of batches whose signal is finite, how many they are, and how many batches are not."""
+  """Sums over the examples of batches whose importance is finite, how many they are, and how many batches are not."""
 
   total: Masks
   examples: jax.Array
@@ -234,11 +264,11 @@ def _check_skipped(sums: _Sums, empty: int, given: int) -> None:
     warn(f"{bad + empty} of {given} batches were skipped: {' and '.join(reasons)}. The others were averaged.")
 
 
-def _require_finite(signals: Masks, what: str) -> None:
-  """Raises if the signal of a feature is NaN or infinite; values of tracers pass."""
-  if not all(map(is_known, jax.tree.leaves(signals))):
+def _require_finite(importance: Masks, what: str) -> None:
+  """Raises if the importance of a feature is NaN or infinite; values of tracers pass."""
+  if not all(map(is_known, jax.tree.leaves(importance))):
     return
-  for name, row in named_rows(jax.tree.map(np.asarray, signals)):
+  for name, row in named_rows(jax.tree.map(np.asarray, importance)):
     for feature in np.flatnonzero(~np.isfinite(row))[:1]:
       raise ValueError(
         f"{what} must be finite, got {row[feature]} at feature {feature} of the mask {name}. Look for NaN in the parameters "

@@ -20,9 +20,9 @@ from fisherprune_jax._cost.flat import Priced
 from fisherprune_jax._errors import describe, is_number, is_traced, require, warn
 from fisherprune_jax._masks import check_masks
 from fisherprune_jax._training.bundles import Multiple, Rows, rows_of
-from fisherprune_jax._training.criteria import criterion_of
+from fisherprune_jax._training.criteria import DEFAULT, criterion_of
 from fisherprune_jax._training.criterion import Criterion
-from fisherprune_jax._training.floors import MinFeatures, check_floors, floors_of
+from fisherprune_jax._training.floors import MinFeatures, Widths, check_floors, floors_of
 from fisherprune_jax._training.selection import Selection, scorer
 from fisherprune_jax._types import AxisNames, Masks
 
@@ -48,20 +48,16 @@ class Number:
     allows: whether a number is in its range, which holds of arrays too.
     range: the range in words.
     word: what it may be in place of a number; then it is as fixed as any other word.
-    optional: whether it may be None.
     remedy: what errors add.
   """
 
   allows: Callable[[Any], Any]
   range: str
   word: str | None = None
-  optional: bool = False
   remedy: str = ""
 
   def check(self, name: str, value: Any) -> None:
     """Raises unless a value is in the range; tracers pass, schedules are asked for step 1."""
-    if value is None and self.optional:
-      return
     if getattr(value, "dtype", None) in (jnp.float16, jnp.bfloat16):
       raise TypeError(
         f"{name} must have at least the precision of float32, got {describe(value)}. Under "
@@ -93,9 +89,8 @@ def _is_decay(decay: Any) -> Any:
 
 
 DECAY = Number(_is_decay, "in [0, 1)", remedy="It is a float32 number: 0.9999999 at most.")
-FLOPS_WEIGHT = Number(lambda w: w == w, "'auto', a number or a schedule", word="auto")
-FLOPS_TARGET = Number(lambda t: t >= 0, "a number of FLOPs, at least 0")
-TARGET = Number(lambda t: t >= 0, "a number in the unit of the cost, at least 0", optional=True)
+COST_WEIGHT = Number(lambda w: w == w, "'auto', a number or a schedule", word="auto")
+TARGET = Number(lambda t: t >= 0, "a number in the unit of the cost, at least 0")
 
 
 def _cost(name: str, value: Any) -> None:
@@ -160,18 +155,18 @@ class Options:
   prune_every: Annotated[int, Fixed(_integer(least=1))] = 100
   burn_in: Annotated[int, Fixed(_integer(least=0))] = 0
   decay: Annotated[optax.ScalarOrSchedule, DECAY] = 0.96
-  flops_weight: Annotated[str | optax.ScalarOrSchedule, FLOPS_WEIGHT] = "auto"
-  flops_target: Annotated[optax.ScalarOrSchedule, FLOPS_TARGET] = 0.0
-  target: Annotated[optax.ScalarOrSchedule | None, TARGET] = None
-  method: Annotated[str | Criterion, Fixed(_method)] = "fisher"
+  cost_weight: Annotated[str | optax.ScalarOrSchedule, COST_WEIGHT] = "auto"
+  target: Annotated[optax.ScalarOrSchedule, TARGET] = 0.0
+  method: Annotated[str | Criterion, Fixed(_method)] = DEFAULT
   debias: Annotated[bool, Fixed(_flag)] = True
   features_per_prune: Annotated[int, Fixed(_integer(least=1))] = 1
   min_features: Annotated[MinFeatures, Fixed()] = 1
   exclude: Annotated[Sequence[str], Fixed(_patterns)] = ()
   # None rather than 1: Optax would take a number for a hyperparameter that is set between steps.
   multiple_of: Annotated[Multiple | None, Fixed()] = None
-  uniform: Annotated[Sequence[str], Fixed(_patterns)] = ()
-  recost: Annotated[int | None, Fixed(_integer(least=1, optional=True))] = None
+  tie: Annotated[Sequence[str], Fixed(_patterns)] = ()
+  widths: Annotated[Widths | None, Fixed()] = None
+  recost_every: Annotated[int | None, Fixed(_integer(least=1, optional=True))] = None
   axis_name: Annotated[AxisNames, Fixed()] = None
   masks: Annotated[Masks | None, Fixed()] = None
   name: Annotated[str | None, Fixed(_name)] = None
@@ -179,31 +174,25 @@ class Options:
   def __post_init__(self) -> None:
     for name, kind in KINDS.items():
       kind.check(name, getattr(self, name))
-    # Optax may have made an array of the default.
-    is_default = is_traced(self.flops_target) or (
-      is_number(self.flops_target) and float(self.flops_target) == 0
-    )
-    if self.target is not None and not is_default:
-      raise ValueError("target and flops_target are one option under two names, got both. Pass target alone.")
-    _warn_of_fraction(self.cost, self.flops_target if self.target is None else self.target)
+    _warn_of_fraction(self.cost, self.target)
     _ = (
       self.rows,
       self.criterion,
     )  # raise where what goes together does not fit the masks, or a criterion the cost
     if self.masks is not None:
       check_masks(self.masks, self.cost.masks, "the cost model")
-      check_floors(self.masks, floors_of(self.cost.masks, self.min_features))
+      check_floors(self.masks, floors_of(self.cost.masks, self.min_features, widths=self.widths))
 
   @functools.cached_property
   def floors(self) -> Masks:
     """How many features each mask keeps."""
-    return floors_of(self.cost.masks, self.min_features, self.exclude)
+    return floors_of(self.cost.masks, self.min_features, self.exclude, self.widths)
 
   @functools.cached_property
   def rows(self) -> Rows:
     """Which features go together."""
     multiple_of = 1 if self.multiple_of is None else self.multiple_of
-    return rows_of(self.cost.masks, self.floors, multiple_of, self.uniform)
+    return rows_of(self.cost.masks, self.floors, multiple_of, self.tie, self.widths or {})
 
   def selection(self, price: Callable[[jax.Array], Priced], weight: Any) -> Selection:
     """How features are selected, by their cost and a weight of it."""
@@ -212,13 +201,21 @@ class Options:
 
   @property
   def at_once(self) -> int:
-    """After how many features of one prune the cost is taken anew."""
-    return 1 if self.recost is None else self.recost
+    """After how many features of one pruning step the cost is recomputed."""
+    return 1 if self.recost_every is None else self.recost_every
 
-  @property
-  def goal(self) -> str:
-    """The name that the target was given under."""
-    return "flops_target" if self.target is None else "target"
+  def must_go_on(self, alive: jax.Array, above: Any, has_target: Any, settled: Any) -> jax.Array:
+    """Whether more features have to be masked.
+
+    Args:
+      alive: which features are live, of all masks end to end.
+      above: whether the cost is above the target.
+      has_target: whether there is a target. Without one every feature may go, or, with ``widths``, theirs alone.
+      settled: whether the target does not fall any more; until then exact widths can wait for it.
+    """
+    if self.widths is None:
+      return above | jnp.logical_not(has_target)
+    return (above & has_target) | (settled & jnp.any(self.rows.owed(alive)))
 
   @functools.cached_property
   def criterion(self) -> Criterion:

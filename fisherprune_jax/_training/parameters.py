@@ -141,4 +141,7 @@ def _one_network(leaves: Leaves, shapes: Shapes, method: str, name: str | None) 
     )
   given = ", ".join("/".join(keys) for keys, _ in leaves[:3]) or "none"
   known = ", ".join("/".join(path) for path in list(shapes)[:3])
-  raise ValueError(f"{needs} {given}: none of {known}, ... Pass them: tx.update(grads, state, params).")
+  raise ValueError(
+    f"{needs} {given}: none of {known}, ... Pass them: tx.update(grads, state, params); or use "
+    "method='fisher', which needs none."
+  )

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def plot_history(
-  opt_state: optax.OptState, cost: CostModel, flops_target: float | None = None, name: str | None = None
+  opt_state: optax.OptState, cost: CostModel, target: float | None = None, name: str | None = None
 ) -> "Figure":
   """Cost and widths over the steps, one above the other.
 
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
     cost: the cost model that it was pruned by.
-    flops_target: what it was pruned to, in the unit of the cost, drawn as a line.
+    target: what it was pruned to, in the unit of the cost, drawn as a line.
     name: which pruning, where there are several; see :func:`get_state`.
 
   Returns:
@@ -51,8 +51,8 @@ def plot_history(
   figure = Figure(figsize=(9, 6), layout="constrained")
   top, bottom = figure.subplots(2, sharex=True)
   top.plot(steps, [float(cost(m)) for m in masks], drawstyle="steps-post", label="cost")
-  if flops_target is not None:
-    top.axhline(flops_target, color="C3", linestyle="--", linewidth=1, label="target")
+  if target is not None:
+    top.axhline(target, color="C3", linestyle="--", linewidth=1, label="target")
     top.legend(frameon=False)
   per = "" if cost.unit == "parameters" else " per example"
   top.set(ylabel=f"{cost.unit or 'FLOPs'}{per}", ylim=(0, None))

@@ -11,12 +11,12 @@ from fisherprune_jax._cost.flat import Priced
 from fisherprune_jax._training.bundles import Rows
 
 Score = Callable[[jax.Array, jax.Array], jax.Array]
-"""``score(signals, costs)``; the smallest goes first."""
+"""``score(importance, costs)``; the smallest goes first."""
 
 EPSILON = 1e-6
 """Added to a feature's cost before dividing by it, as the classic optimizer does."""
 LARGE = 64
-"""The power of two up to which signals are taken as they are."""
+"""The power of two up to which importance is taken as it is."""
 
 
 def epsilon_for(dense: float) -> float:
@@ -30,17 +30,17 @@ def epsilon_for(dense: float) -> float:
   return EPSILON * (EPSILON * dense if 0 < dense < 1 else 1)
 
 
-def scorer(dense: float, flops_weight: str | float | jax.Array) -> Score:
+def scorer(dense: float, cost_weight: str | float | jax.Array) -> Score:
   r"""The score by which features are ranked; the smallest goes first.
 
-  .. math:: signal / (cost + \epsilon) \quad\text{or}\quad signal - w \cdot cost
+  .. math:: importance / (cost + \epsilon) \quad\text{or}\quad importance - w \cdot cost
 
-  Costs are divided by the power of two next to ``dense``. That changes no digit of a score, but a small signal over a
+  Costs are divided by the power of two next to ``dense``. That changes no digit of a score, but a small importance over a
   large cost is not lost. What is too large for a float32 is the largest one.
 
   Args:
     dense: the cost of the whole network.
-    flops_weight: ``"auto"`` for the ratio, or w in nats (or the unit of another criterion) per FLOP (or another unit).
+    cost_weight: ``"auto"`` for the ratio, or w in nats (or the unit of another criterion) per FLOP (or another unit).
 
   >>> import jax.numpy as jnp
   >>> scorer(4e15, "auto")(jnp.array([1e-24, 2e-24]), jnp.array([1e15, 1e15])) > 0
@@ -49,21 +49,21 @@ def scorer(dense: float, flops_weight: str | float | jax.Array) -> Score:
   unit = 2.0 ** math.frexp(dense)[1] if 0 < dense < math.inf else 1.0
   most = jnp.finfo(jnp.float32).max
 
-  def score(signals: jax.Array, costs: jax.Array) -> jax.Array:
+  def score(importance: jax.Array, costs: jax.Array) -> jax.Array:
     shares = costs / unit
-    if isinstance(flops_weight, str):
-      found = signals / (shares + epsilon_for(dense) / unit)
+    if isinstance(cost_weight, str):
+      found = importance / (shares + epsilon_for(dense) / unit)
     else:
-      found = signals - flops_weight * unit * shares
+      found = importance - cost_weight * unit * shares
     return jnp.clip(found, -most, most)
 
   return score
 
 
-def tamed(signals: jax.Array) -> jax.Array:
-  """Signals as they are; those of which sums and quotients would be too large for a float32, over a power of two."""
-  largest = jnp.max(jnp.where(jnp.isfinite(signals), jnp.abs(signals), 0))
-  return jnp.ldexp(signals, -jnp.maximum(jnp.frexp(largest)[1] - LARGE, 0))
+def tamed(importance: jax.Array) -> jax.Array:
+  """Importance as they are; those of which sums and quotients would be too large for a float32, over a power of two."""
+  largest = jnp.max(jnp.where(jnp.isfinite(importance), jnp.abs(importance), 0))
+  return jnp.ldexp(importance, -jnp.maximum(jnp.frexp(largest)[1] - LARGE, 0))
 
 
 class Left(NamedTuple):
@@ -98,16 +98,16 @@ class Selection(NamedTuple):
   times: int
   at_once: int
 
-  def run(self, alive: jax.Array, signals: jax.Array, due: jax.Array, exhausted: jax.Array) -> Left:
+  def run(self, alive: jax.Array, importance: jax.Array, due: jax.Array, exhausted: jax.Array) -> Left:
     """Selects for as long as features cost too much. Programs hold what prices them once: it is most of them.
 
     Args:
       alive: which features are, of all masks end to end.
-      signals: of each; where one is not finite its feature stays.
+      importance: of each; where one is not finite its feature stays.
       due: whether features may go at all.
       exhausted: whether nothing was left that may go when that was last tried; so it stays if nothing is tried.
     """
-    times, at_once = (min(n, signals.size) for n in (self.times, self.at_once))
+    times, at_once = (min(n, importance.size) for n in (self.times, self.at_once))
 
     def more(turn: _Turn) -> jax.Array:
       return turn.more
@@ -122,7 +122,7 @@ class Selection(NamedTuple):
       left = jax.tree.map(lambda x, y: jnp.where(fits, x, y), left, turn.left)
       gone = turn.gone + jnp.where(fits, turn.going, 0)
       size = jnp.where(fits, turn.size, jnp.maximum(turn.size // 2, 1))
-      hit = self._next(left.alive, signals, left.cost.drops, jnp.minimum(size, times - gone), at_once)
+      hit = self._next(left.alive, importance, left.cost.drops, jnp.minimum(size, times - gone), at_once)
       again = due & left.cost.too_much & (gone < times) & ~left.exhausted
       count = jnp.sum(hit, dtype=jnp.int32)
       return _Turn(left, gone, size, left.alive & ~hit, count, jnp.bool_(False), again)
@@ -133,22 +133,27 @@ class Selection(NamedTuple):
     return jax.lax.while_loop(more, body, start).left
 
   def _next(
-    self, alive: jax.Array, signal: jax.Array, cost: jax.Array, count: jax.Array, most: int
+    self, alive: jax.Array, importance: jax.Array, cost: jax.Array, count: jax.Array, most: int
   ) -> jax.Array:
     """Which features go next: at least one bundle, and further ones as long as they come to no more than ``count``.
 
     A *bundle* is what goes together: the features that bring a mask to the next smaller width that it may have, of all rows
-    that keep equal widths. Its score is that of its signals and costs added up. A mask loses one bundle at most, or as
+    that keep equal widths. Its score is that of its importance and costs added up. A mask loses one bundle at most, or as
     many single features as it can spare. Ties go to the first mask in tree order, then to the lowest index.
     """
     rows, score = self.rows, self.score
-    scores = score(signal, cost)
-    can_go = alive & jnp.isfinite(signal) & jnp.isfinite(scores)
+    scores = score(importance, cost)
+    can_go = alive & jnp.isfinite(importance) & jnp.isfinite(scores)
+    if rows.exact.any():  # what has to go in any case goes first, so that others stay
+      owed = rows.owed(alive)
+      can_go &= owed | ~jnp.any(owed)
     scores = jnp.where(can_go, scores, jnp.inf)
     if rows.are_single:
       return _singles(scores, alive, rows, count, most)
     taken = rows.places(scores) < rows.next_bundle(alive)
-    size, price, merit = (rows.add_up(jnp.where(taken, x, 0)) for x in (jnp.ones_like(scores), cost, signal))
+    size, price, merit = (
+      rows.add_up(jnp.where(taken, x, 0)) for x in (jnp.ones_like(scores), cost, importance)
+    )
     ready = rows.all_of(can_go | ~taken) & rows.all_ready(alive)
     merit = jnp.where(ready, score(merit, price), jnp.inf)
     order = jnp.argsort(merit, stable=True)

@@ -17,8 +17,8 @@ class FisherPruneState(NamedTuple):
 
   Attributes:
     step: how many updates there were, int32.
-    scores: running mean of the signals, in nats (or the unit of another :class:`Criterion`), not bias-corrected
-      (``fp.signals`` is), float32.
+    scores: running mean of the importance, in nats (or the unit of another :class:`Criterion`), not bias-corrected
+      (``fp.get_importance`` is), float32.
     masks: the masks, float32 0/1.
     pruned_at: the step at which each feature went, -1 while alive, int32; 0 if it was never there.
     cost: the cost of the masks, float32; NaN from ``fp.set_masks`` to the next update, which takes it anew.

@@ -11,14 +11,14 @@ from fisherprune_jax._masks import named_rows
 from fisherprune_jax._tables import align
 from fisherprune_jax._training.criteria import criterion_of
 from fisherprune_jax._training.criterion import Criterion
-from fisherprune_jax._training.finding import get_state, signals
+from fisherprune_jax._training.finding import get_importance, get_state
 from fisherprune_jax._training.state import FisherPruneState
 
 Stats = dict[str, jax.Array]
 
 
 def summary(opt_state: optax.OptState, name: str | None = None, *, method: str | Criterion = "fisher") -> str:
-  """A table: every mask's live features, the range of their signals, and its share of the cost.
+  """A table: every mask's live features, the range of their importance, and its share of the cost.
 
   The share is what the live features would save if each were the only one to go, over the cost: shares of masks
   that feed each other overlap, and need not add up to one.
@@ -26,7 +26,7 @@ def summary(opt_state: optax.OptState, name: str | None = None, *, method: str |
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
     name: which pruning, where there are several; see :func:`get_state`.
-    method: that of the pruning: its unit heads the signals.
+    method: that of the pruning: its unit heads the importance.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -35,7 +35,7 @@ def summary(opt_state: optax.OptState, name: str | None = None, *, method: str |
   >>> tx = fp.fisher_prune(cost, prune_every=1)
   >>> _, state = tx.update({}, tx.init({}), mask_grads={"m": jnp.array([[2.0, 4.0]])})
   >>> print(fp.summary(state))
-  mask  alive  signal, nats  cost share
+  mask  alive  importance, nats  cost share
   m       1/2  8e+00..8e+00     100.0 %
   step 1, cost 1
   """
@@ -44,7 +44,7 @@ def summary(opt_state: optax.OptState, name: str | None = None, *, method: str |
     (
       mask,
       f"{int(stats['alive'])}/{size}",
-      f"{float(stats['signal_min']):.0e}..{float(stats['signal_max']):.0e}",
+      f"{float(stats['importance_min']):.0e}..{float(stats['importance_max']):.0e}",
       f"{100 * float(stats['cost_share']):.1f} %",
     )
     for mask, size, stats in _stats(state)
@@ -58,7 +58,7 @@ def summary(opt_state: optax.OptState, name: str | None = None, *, method: str |
     )
   if bool(state.exhausted):
     notes.append("nothing left that may go")
-  header = ("mask", "alive", f"signal, {criterion_of(method).unit}", "cost share")
+  header = ("mask", "alive", f"importance, {criterion_of(method).unit}", "cost share")
   return "\n".join([*align([header, *rows]), "; ".join(notes)])
 
 
@@ -67,10 +67,10 @@ def _number(cost: float) -> str:
   return f"{cost:.3g}" if 0 < cost < 1 else f"{cost:,.0f}"
 
 
-def scalars(opt_state: optax.OptState, name: str | None = None) -> Stats:
+def metrics(opt_state: optax.OptState, name: str | None = None) -> Stats:
   """A flat dictionary for any logger; jit-able, so a train step can return it among its metrics.
 
-  ``jax.device_get(fp.scalars(opt_state))`` fetches all of them at once.
+  ``jax.device_get(fp.metrics(opt_state))`` fetches all of them at once.
 
   Args:
     opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
@@ -78,14 +78,14 @@ def scalars(opt_state: optax.OptState, name: str | None = None) -> Stats:
 
   Returns:
     Scalar arrays: ``pruning/step``, ``cost``, ``alive``, ``skipped``, ``exhausted``, and for every mask
-    ``pruning/<mask>/alive``, ``signal_min``, ``signal_max`` (of what is alive, in nats) and ``cost_share``. With a
+    ``pruning/<mask>/alive``, ``importance_min``, ``importance_max`` (of what is alive, in nats) and ``cost_share``. With a
     ``name``, ``pruning/<name>/...``.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
   >>> cost = fp.CostModel.from_functions(
   ...   {"m": jnp.ones(2)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
-  >>> {name: float(x) for name, x in fp.scalars(fp.fisher_prune(cost).init({})).items()}["pruning/m/alive"]
+  >>> {name: float(x) for name, x in fp.metrics(fp.fisher_prune(cost).init({})).items()}["pruning/m/alive"]
   2.0
   """
   state = get_state(opt_state, name)
@@ -106,23 +106,23 @@ def _stats(state: FisherPruneState) -> list[tuple[str, int, Stats]]:
   """Name, size and statistics of every mask, row by row for stacks."""
   columns = [
     named_rows(tree)
-    for tree in (state.masks, signals(state), jax.tree.map(lambda s: s[..., None], state.shares))
+    for tree in (state.masks, get_importance(state), jax.tree.map(lambda s: s[..., None], state.shares))
   ]
   return [
-    (name, mask.size, _stats_of(mask, signal, share[0]))
-    for (name, mask), (_, signal), (_, share) in zip(*columns, strict=True)
+    (name, mask.size, _stats_of(mask, importance, share[0]))
+    for (name, mask), (_, importance), (_, share) in zip(*columns, strict=True)
   ]
 
 
-def _stats_of(mask: jax.Array, signal: jax.Array, share: jax.Array) -> Stats:
+def _stats_of(mask: jax.Array, importance: jax.Array, share: jax.Array) -> Stats:
   alive = jnp.sum(mask)
 
   def of_alive(reduce: Callable[[jax.Array], jax.Array], start: float) -> jax.Array:
-    return jnp.where(alive > 0, reduce(jnp.where(mask > 0, signal, start)), 0.0)
+    return jnp.where(alive > 0, reduce(jnp.where(mask > 0, importance, start)), 0.0)
 
   return {
     "alive": alive,
-    "signal_min": of_alive(jnp.min, jnp.inf),
-    "signal_max": of_alive(jnp.max, -jnp.inf),
+    "importance_min": of_alive(jnp.min, jnp.inf),
+    "importance_max": of_alive(jnp.max, -jnp.inf),
     "cost_share": share,
   }

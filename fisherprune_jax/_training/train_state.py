@@ -29,7 +29,7 @@ class TrainState(train_state.TrainState):
   >>> state = fp.TrainState.create(apply_fn=model.apply, params=variables["params"], tx=tx)
   >>> def loss_fn(params, masks, x):
   ...   return jnp.mean(model.apply({"params": params, "masks": masks}, x))
-  >>> _, (grads, mask_grads) = fp.value_and_grads(loss_fn)(state.params, state.masks, x)
+  >>> _, (grads, mask_grads) = fp.value_and_mask_grads(loss_fn)(state.params, state.masks, x)
   >>> int(state.apply_gradients(grads=grads, mask_grads=mask_grads).step)
   1
 
@@ -85,7 +85,7 @@ class TrainState(train_state.TrainState):
 
     Args:
       grads: gradients of the parameters.
-      mask_grads: per-example gradients of the masks, from :func:`value_and_grads`.
+      mask_grads: per-example gradients of the masks, from :func:`value_and_mask_grads`.
       **kwargs: new values of other fields, such as ``batch_stats``.
     """
     weights = {key: kwargs.pop(key) for key in ("example_weights",) if key in kwargs}

@@ -11,10 +11,11 @@ from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._cost.flat import Priced
 from fisherprune_jax._masks import flatten, redate, unflatten, unflatten_all
 from fisherprune_jax._training.bundles import Multiple
+from fisherprune_jax._training.criteria import DEFAULT
 from fisherprune_jax._training.criterion import Criterion
-from fisherprune_jax._training.floors import MinFeatures
+from fisherprune_jax._training.floors import MinFeatures, Widths
 from fisherprune_jax._training.gradients import own_gradients
-from fisherprune_jax._training.options import DECAY, FLOPS_TARGET, FLOPS_WEIGHT, Options
+from fisherprune_jax._training.options import COST_WEIGHT, DECAY, TARGET, Options
 from fisherprune_jax._training.selection import tamed
 from fisherprune_jax._training.state import (
   FisherPruneState,
@@ -34,59 +35,62 @@ def fisher_prune(
   prune_every: int = 100,
   burn_in: int = 0,
   decay: optax.ScalarOrSchedule = 0.96,
-  flops_weight: str | optax.ScalarOrSchedule = "auto",
-  flops_target: optax.ScalarOrSchedule = 0.0,
-  target: optax.ScalarOrSchedule | None = None,
-  method: str | Criterion = "fisher",
+  cost_weight: str | optax.ScalarOrSchedule = "auto",
+  target: optax.ScalarOrSchedule = 0.0,
+  method: str | Criterion = DEFAULT,
   debias: bool = True,
   features_per_prune: int = 1,
   min_features: MinFeatures = 1,
   exclude: Sequence[str] = (),
   multiple_of: Multiple | None = None,
-  uniform: Sequence[str] = (),
-  recost: int | None = None,
+  tie: Sequence[str] = (),
+  widths: Widths | None = None,
+  recost_every: int | None = None,
   axis_name: AxisNames = None,
   masks: Masks | None = None,
   name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Prunes features while the network trains, until it costs no more than ``flops_target``.
+  r"""Prunes features while the network trains, until it costs no more than ``target``.
 
-  Updates pass through unchanged. Each call of ``update`` first accumulates the Fisher signal of the batch,
+  Updates pass through unchanged. Each call of ``update`` first updates the running mean of the importance; with Fisher's,
 
   .. math:: s \leftarrow decay \cdot s + (1 - decay) \cdot \tfrac12 \mathrm{mean}_n g_n^2
 
-  Every ``prune_every`` steps past ``burn_in``, while the cost is above the target, the feature with the smallest
-  score goes: the signal over its cost (``"auto"``), or the signal minus ``flops_weight`` times its cost.
+  Every ``prune_every`` steps past ``burn_in``, while the cost is above the target, the feature with the lowest score is
+  masked. The score is the importance over the marginal cost (``"auto"``), or the importance minus ``cost_weight`` times the
+  marginal cost.
 
   Args:
-    cost: what the network costs, from :func:`cost_model` or ``CostModel.from_functions``.
-    prune_every: steps between prunes.
-    burn_in: steps before pruning may begin; the first prune is at the next multiple of ``prune_every``.
+    cost: the cost model, from :func:`cost_model` or ``CostModel.from_functions``.
+    prune_every: steps between two pruning steps.
+    burn_in: no pruning up to and including this step; the next multiple of ``prune_every`` is the first pruning step.
     decay: of the running mean, in [0, 1); a number or a schedule of the step.
-    flops_weight: ``"auto"``, or nats per FLOP: a number or a schedule.
-    flops_target: FLOPs per example to come down to; a number or a schedule. 0 means no target.
-    target: the same under a name that fits any measure: in the unit of the cost.
-    method: what says how much a feature matters. ``"fisher"``; ``"taylor"``, the mean absolute gradient of its mask;
-      ``"magnitude"``, the norm of all parameters that go with it over the mean of its mask's, for which ``update`` needs
-      ``params`` and no ``mask_grads``; ``"fisher_magnitude"``, Fisher's signals handed out in each mask in the order of
-      both, of magnitude as far as few examples have gradients; ``"random"``; or a :class:`Criterion` of your own, for
-      which it takes what that needs. To rank by the signal alone, not by what is lost for what is saved:
-      ``flops_weight=0``.
+    cost_weight: ``"auto"``, or importance per unit of cost, such as nats per FLOP: a number or a schedule. 0 ranks by
+      importance alone.
+    target: the cost per example to come down to, in the unit of the cost; a number or a schedule. 0 means no target.
+    method: the importance criterion. ``"fisher_magnitude"``: Fisher importance, reassigned within each mask by combined
+      Fisher and magnitude rank, if ``update`` gets ``params`` and the cost is of :func:`cost_model`. ``"fisher"``: half the mean squared gradient
+      of the mask. ``"taylor"``: the mean absolute gradient of the mask. ``"magnitude"``: the norm of all parameters of a
+      feature over the mean of its mask's; ``update`` needs ``params`` and no ``mask_grads``. ``"random"``. Or a
+      :class:`Criterion` of your own.
     debias: divide the running mean by one minus the product of the decays applied so far.
-    features_per_prune: how many features go at once, the cost being taken anew after each (see ``recost``).
+    features_per_prune: features masked per pruning step; the cost is recomputed after each (see ``recost_every``).
     min_features: how many features every mask keeps: a number, or a fraction below 1 of its size; a mapping from glob
       patterns of mask names (those of :func:`summary`; the first that fits counts) to either; or a tree like the masks.
-      0 allows whole masks to go. Blocks (masks named ``*.block``, see :func:`auto_mask`) may go unless a pattern says
-      otherwise.
+      0 allows whole masks to be pruned. Blocks (masks named ``*.block``, see :func:`auto_mask`) may be pruned unless a
+      pattern says otherwise.
     exclude: glob patterns of masks that are left alone.
-    multiple_of: features of a mask go in such numbers that its width is a multiple of this (or at the floor) from the first
-      time on; a number, or a mapping from glob patterns to numbers. Those that matter least for what they cost
-      go, signals and costs of what goes together being added up. None for one by one.
-    uniform: glob patterns. All masks that one pattern fits, rows of a stack ``(L, C)`` and separate masks alike, keep equal
-      widths: each loses one feature (or one multiple) at a time. Of different floors the largest holds for all of them.
-    recost: after how many features of one prune the cost is taken anew: more is faster where a network has very many. The
-      target is met as exactly: where so many would be too many, fewer go, and the last one alone. None for each.
-    axis_name: a mapped axis (``pmap``, ``shard_map``), or a tuple of axes, to average the signals over; ``()`` where
+    multiple_of: prune features in such numbers that the width of a mask is a multiple of this (or at the floor) from the
+      first time on; a number, or a mapping from glob patterns to numbers. Importance and costs of features that are pruned
+      together are added up. None prunes one by one.
+    tie: glob patterns. All masks that match one pattern, rows of a stack ``(L, C)`` and separate masks alike, keep equal
+      widths: each loses one feature (or one multiple) at a time. The largest of their floors holds for all of them.
+    widths: a mapping from glob patterns to exact numbers of features. Masks that match come down to that width, before
+      others lose anything. If the target is a schedule, they wait until it does not fall any more. Without a target only
+      they are pruned.
+    recost_every: after how many features of one pruning step the cost is recomputed: more is faster for very many features.
+      The target is met as exactly: the last features are pruned one by one. None recomputes it after each.
+    axis_name: a mapped axis (``pmap``, ``shard_map``), or a tuple of axes, to average the importance over; ``()`` where
       an axis has a name and the networks along it prune each on its own.
     masks: the 0/1 masks to start from, a tree like ``cost.masks``; None for all ones.
     name: what this pruning is called where one optimizer holds several: the state then lies under it (see
@@ -94,7 +98,7 @@ def fisher_prune(
 
   Returns:
     A transformation; call ``update(updates, state, params, mask_grads=..., example_weights=None)`` with the
-    ``mask_grads`` of :func:`value_and_grads`, leaves ``(..., B, C)``. ``example_weights``, ``(B,)``, are the weights
+    ``mask_grads`` of :func:`value_and_mask_grads`, leaves ``(..., B, C)``. ``example_weights``, ``(B,)``, are the weights
     of the rows (0 for padding; under a ``name`` maybe a mapping too).
 
   Raises:
@@ -104,7 +108,7 @@ def fisher_prune(
   >>> import fisherprune_jax as fp
   >>> cost = fp.CostModel.from_functions(
   ...   {"m": jnp.ones(3)}, total=lambda m: jnp.sum(m["m"]), per_feature=lambda m: m)
-  >>> tx = optax.chain(optax.sgd(0.1), fp.fisher_prune(cost, prune_every=1, flops_target=2.0))
+  >>> tx = optax.chain(optax.sgd(0.1), fp.fisher_prune(cost, prune_every=1, target=2.0))
   >>> state = tx.init(jnp.zeros(2))
   >>> g = {"m": jnp.array([[3.0, 1.0, 2.0]])}
   >>> _, state = tx.update(jnp.ones(2), state, mask_grads=g)
@@ -133,8 +137,8 @@ def fisher_prune(
     state = state._replace(masks=jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), state.masks))
     own = {"masks": state.masks, "step": step, "axis_name": options.axis_name, "name": options.name}
     given = {**extra_args, "updates": updates, "params": params, **own}
-    signal = options.criterion.signal_of(given)
-    state, batch = _accumulate(state._replace(step=step), flatten(signal), options)
+    importance = options.criterion.importance_of(given)
+    state, batch = _accumulate(state._replace(step=step), flatten(importance), options)
     return updates, _prune_if_due(state, batch, options, given)
 
   tx = optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -155,7 +159,7 @@ def _under_name(
     weights = extra_args.get("example_weights")
     if isinstance(weights, Mapping):
       extra_args["example_weights"] = weights.get(name)
-    if "mask_grads" in criterion.asks_for:
+    if "mask_grads" in criterion.uses:
       mask_grads = extra_args.get("mask_grads")
       extra_args["mask_grads"] = own_gradients(mask_grads, state[name].masks, name)
     updates, own = tx.update(updates, state[name], params, **extra_args)
@@ -177,14 +181,14 @@ class _Batch(NamedTuple):
 
 
 def _accumulate(
-  state: FisherPruneState, signal: jax.Array, options: Options
+  state: FisherPruneState, importance: jax.Array, options: Options
 ) -> tuple[FisherPruneState, _Batch]:
-  """Takes the signal of a batch into the scores if all of it is finite and the decay is one."""
+  """Takes the importance of a batch into the scores if all of it is finite and the decay is one."""
   decay = jnp.asarray(options.at("decay", state.step) if options.criterion.averaged else 0.0, jnp.float32)
-  finite = jnp.all(jnp.isfinite(signal))
+  finite = jnp.all(jnp.isfinite(importance))
   counts = finite & DECAY.allows(decay)
   old = flatten(state.scores)
-  scores = jnp.where(counts, decay * old + (1 - decay) * signal, old).astype(old.dtype)
+  scores = jnp.where(counts, decay * old + (1 - decay) * importance, old).astype(old.dtype)
   state = state._replace(
     scores=unflatten(scores, state.masks),
     decay_product=jnp.where(counts, decay * state.decay_product, state.decay_product),
@@ -198,14 +202,14 @@ def _prune_if_due(
   state: FisherPruneState, batch: _Batch, options: Options, given: Mapping[str, Any]
 ) -> FisherPruneState:
   """Switches features off if this is a step to do so; takes the cost anew then, and when masks were edited."""
-  target, weight = options.at(options.goal, state.step), options.at("flops_weight", state.step)
+  target, weight = options.at("target", state.step), options.at("cost_weight", state.step)
   # Vectors are made here, where each is one kernel: in a conditional they would be part of all that reads them.
   # Whatever enters or leaves a conditional is compiled several times: vectors do, not one array for each mask.
   masks, pruned_at, shares = map(flatten, (state.masks, state.pruned_at, state.shares))
   flat = _Flat(masks, pruned_at, shares, state.cost, state.exhausted)
   edited = was_edited(flat.pruned_at, flat.masks, state.cost)
   due = batch.counts & _is_due(state.step, options)
-  due &= FLOPS_TARGET.allows(target) & FLOPS_WEIGHT.allows(weight)
+  due &= TARGET.allows(target) & COST_WEIGHT.allows(weight)
 
   def act() -> _Flat:
     cost, alive = options.cost.flat, flat.masks > 0
@@ -213,7 +217,8 @@ def _prune_if_due(
 
     def price(alive: jax.Array) -> Priced:
       found = cost.price(alive, cost.limit(target))
-      return found._replace(too_much=(target <= 0) | found.too_much)
+      settled = options.at("target", state.step + 1) >= target if callable(options.target) else True
+      return found._replace(too_much=options.must_go_on(alive, found.too_much, target > 0, settled))
 
     select = options.selection(price, weight)
     left = select.run(alive, tamed(current), due & valid, state.exhausted & ~edited)
@@ -236,9 +241,10 @@ def _ranked(
   state: FisherPruneState, scores: jax.Array, options: Options, given: Mapping[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
   """The scores to prune by, end to end, and whether they are valid; ``scores`` are those of the state, end to end."""
+  scores = corrected(state._replace(scores=scores)) if options.debias else scores
   if options.criterion.rank is None:
-    return corrected(state._replace(scores=scores)) if options.debias else scores, jnp.bool_(True)
-  found = flatten(options.criterion.ranked(corrected(state) if options.debias else state.scores, given))
+    return scores, jnp.bool_(True)
+  found = flatten(options.criterion.ranked(unflatten(scores, state.masks), given))
   return found, jnp.all(jnp.isfinite(found))
 
 

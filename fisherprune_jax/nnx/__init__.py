@@ -13,4 +13,4 @@ from fisherprune_jax.nnx._pruner import Pruner as Pruner
 from fisherprune_jax.nnx._shrinking import shrink_module as shrink_module
 from fisherprune_jax.nnx._shrinking import shrink_optimizer as shrink_optimizer
 from fisherprune_jax.nnx._training import Optimizer as Optimizer
-from fisherprune_jax.nnx._training import value_and_grads as value_and_grads
+from fisherprune_jax.nnx._training import value_and_mask_grads as value_and_mask_grads

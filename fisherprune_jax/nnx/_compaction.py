@@ -62,10 +62,10 @@ def compact(
   """
   apply_fn, variables = functional(model, call=call, mutable=mutable)
   if mutable:
-    options.setdefault("updates", lambda output: output[1])
+    options.setdefault("state_from", lambda output: output[1])
   inner = model.model if isinstance(model, AutoMasked) else model
   if isinstance(inner, CompactModule):
-    options.setdefault("before", inner.small)
+    options.setdefault("parent", inner.small)
   return compaction.compact(apply_fn, variables, *args, **options)
 
 
@@ -90,7 +90,7 @@ class CompactModule(nnx.Module):
   def __call__(self, *args: Any) -> Any:
     """The outputs of the module that it came from."""
     output = self._small(self._own_variables(), *args)
-    if self._small.updates is None:
+    if self._small.state_from is None:
       return output
     output, changed = output
     nnx.update(self, changed["state"])

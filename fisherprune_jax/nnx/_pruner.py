@@ -13,7 +13,7 @@ from fisherprune_jax._training.finding import get_masks
 from fisherprune_jax._training.gradients import Reduction
 from fisherprune_jax._types import PyTree
 from fisherprune_jax.nnx._modules import Call, functional, split
-from fisherprune_jax.nnx._training import value_and_grads
+from fisherprune_jax.nnx._training import value_and_mask_grads
 
 
 class Pruner(pruner.Pruner):
@@ -78,7 +78,7 @@ class Pruner(pruner.Pruner):
       opt_state = self._state(optimizer)
       if self.auto is None:
         nnx.update(model, get_masks(opt_state))
-        given = value_and_grads(loss_fn, has_aux=has_aux, reduction=reduction)(model, *rest)
+        given = value_and_mask_grads(loss_fn, has_aux=has_aux, reduction=reduction)(model, *rest)
         value, (grads, mask_grads) = given
         return value, _joined(grads, Gradients(None, mask_grads))
       graph, _, params, state = split(model, nnx.Param)

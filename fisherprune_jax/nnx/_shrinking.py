@@ -55,7 +55,7 @@ def shrink_module(small: Compact, model: nnx.Module, *args: Any) -> nnx.Module:
 
   def compact(variables: Mapping[str, PyTree], *args: Any) -> PyTree:
     output = small(variables, *args)
-    return output if small.updates is None else output[0]
+    return output if small.state_from is None else output[0]
 
   def directly(variables: Mapping[str, PyTree], *args: Any) -> PyTree:
     inner = (

@@ -26,7 +26,7 @@ class Optimizer(nnx.Optimizer):
   >>> x = jnp.ones((4, 2))
   >>> tx = fp.pruning_sgd(0.1, fp.nnx.cost_model(model, x), prune_every=1)
   >>> optimizer = fp.nnx.Optimizer(model, tx, wrt=nnx.Param)
-  >>> loss, (grads, mask_grads) = fp.nnx.value_and_grads(lambda m, x: jnp.mean(m(x) ** 2))(model, x)
+  >>> loss, (grads, mask_grads) = fp.nnx.value_and_mask_grads(lambda m, x: jnp.mean(m(x) ** 2))(model, x)
   >>> _ = optimizer.update(model, grads, mask_grads=mask_grads)
   >>> float(jnp.sum(model.layers[1].mask[...]))
   2.0
@@ -59,17 +59,17 @@ class Optimizer(nnx.Optimizer):
     return updates
 
 
-def value_and_grads(
+def value_and_mask_grads(
   loss_fn: Call, *, wrt: Filter = nnx.Param, has_aux: bool = False, reduction: gradients.Reduction = "mean"
 ) -> Call:
-  """``fp.value_and_grads`` for a module: gradients of parameters and of every example's own mask, in one pass.
+  """``fp.value_and_mask_grads`` for a module: gradients of parameters and of every example's own mask, in one pass.
 
   Args:
     loss_fn: ``loss_fn(model, batch, *rest)``. What it changes in the model (batch statistics, random counters)
       is changed in the model that is passed.
     wrt: which variables are parameters.
     has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
-    reduction: as for ``fp.value_and_grads``.
+    reduction: as for ``fp.value_and_mask_grads``.
 
   Returns:
     ``f(model, batch, *rest) -> (value, (grads, mask_grads))``: ``grads`` as from ``nnx.grad``, ``mask_grads`` a
@@ -77,7 +77,7 @@ def value_and_grads(
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
-  >>> step = fp.nnx.value_and_grads(lambda mask, x: jnp.mean(jnp.sum(mask(x), axis=1)))
+  >>> step = fp.nnx.value_and_mask_grads(lambda mask, x: jnp.mean(jnp.sum(mask(x), axis=1)))
   >>> step(fp.nnx.Mask(2), jnp.array([[1.0, 2.0], [3.0, 4.0]]))[1][1]["mask"]
   Array([[1., 2.],
          [3., 4.]], dtype=float32)
@@ -92,7 +92,7 @@ def value_and_grads(
       value, aux = result if has_aux else (result, None)
       return value, (aux, split(copy, wrt)[3])
 
-    differentiate = gradients.value_and_grads(pure, has_aux=True, reduction=reduction)
+    differentiate = gradients.value_and_mask_grads(pure, has_aux=True, reduction=reduction)
     (value, (aux, state)), grads = differentiate(params, masks, batch, *rest)
     nnx.update(model, state)
     return ((value, aux) if has_aux else value), grads

@@ -1,14 +1,70 @@
-"""Text tables."""
+"""Tables as text, and as HTML in notebooks."""
 
+import html
 from collections.abc import Sequence
+from typing import NamedTuple
+
+Cells = tuple[str, ...]
 
 
-def align(rows: Sequence[tuple[str, ...]]) -> list[str]:
-  """Lines of a table: the first column to the left, the others to the right."""
+class Table(NamedTuple):
+  """Rows under a heading.
+
+  Attributes:
+    heading: the names of the columns.
+    rows: the cells of each row.
+    left: the columns that are aligned to the left; the others are numbers.
+  """
+
+  heading: Cells
+  rows: Sequence[Cells]
+  left: tuple[int, ...] = (0,)
+
+
+class Shown:
+  """Something that is printed as tables and paragraphs; notebooks show them as HTML."""
+
+  def tables(self) -> Sequence[Table | str]:
+    """What it is printed as."""
+    raise NotImplementedError(type(self).__name__)
+
+  def __str__(self) -> str:
+    return "\n\n".join(part if isinstance(part, str) else "\n".join(aligned(part)) for part in self.tables())
+
+  def _repr_html_(self) -> str:
+    return "\n".join(map(_as_html, self.tables()))
+
+
+def as_number(x: float) -> str:
+  """A number of any size.
+
+  >>> as_number(401216.0), as_number(0.00012345)
+  ('401,216', '0.000123')
+  """
+  return f"{x:,.0f}" if abs(x) >= 100 or x == int(x) else f"{x:.3g}"
+
+
+def aligned(table: Table) -> list[str]:
+  """The lines of a table."""
+  rows = [table.heading, *table.rows]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-  return [
-    "  ".join(
-      [row[0].ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(row[1:], widths[1:], strict=True))]
-    )
-    for row in rows
-  ]
+  places = [(at in table.left, width) for at, width in enumerate(widths)]
+  return ["  ".join(map(_cell, row, places)).rstrip() for row in rows]
+
+
+def _cell(text: str, place: tuple[bool, int]) -> str:
+  is_left, width = place
+  return text.ljust(width) if is_left else text.rjust(width)
+
+
+def _as_html(part: Table | str) -> str:
+  if isinstance(part, str):
+    return f"<p>{html.escape(part)}</p>"
+  styles = [f"text-align: {'left' if at in part.left else 'right'}" for at in range(len(part.heading))]
+
+  def row(cells: Cells, tag: str) -> str:
+    found = (f'<{tag} style="{s}">{html.escape(c)}</{tag}>' for c, s in zip(cells, styles, strict=True))
+    return f"<tr>{''.join(found)}</tr>"
+
+  lines = [row(part.heading, "th"), *(row(cells, "td") for cells in part.rows)]
+  return f"<table>{''.join(lines)}</table>"

@@ -51,9 +51,9 @@ def test_what_is_printed_of_a_network_that_was_compacted_twice(path, capsys):
   assert ["w", "3x8", "3x3", "37.5", "%"] in lines
   assert ["v", "8x2", "3x2", "37.5", "%"] in lines
   numbers = 3 * 8 + 8 + 8 * 2, 3 * 3 + 3 + 3 * 2
-  assert ["numbers", "in", "all", "variables", *map(str, numbers), "37.5", "%"] in lines
+  assert ["parameters", *map(str, numbers), "37.5", "%"] in lines
   size = 4 * numbers[0] - 2 * 8, 4 * numbers[1] - 2 * 3  # one is half as wide
-  assert ["bytes", "of", "all", "variables", *map(str, size), "37.5", "%"] in lines
+  assert ["bytes", "of", "all", "parameters", *map(str, size), "37.5", "%"] in lines
   # A column of the first product, its bias, its tanh, its share of two sums; the first term of which is no sum.
   flops = [5 * n + n + n + 2 * (2 * n - 1) for n in (8, 3)]
   assert ["FLOPs", "per", "example", *map(str, flops)] in [line[:5] for line in lines]

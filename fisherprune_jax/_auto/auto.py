@@ -11,20 +11,21 @@ from fisherprune_jax._auto.forms import study
 from fisherprune_jax._auto.groups import Group, find, find_blocks
 from fisherprune_jax._auto.matching import tree_of
 from fisherprune_jax._auto.skipping import Skipped, folded
-from fisherprune_jax._auto.table import table
+from fisherprune_jax._auto.table import tables
 from fisherprune_jax._auto.wrapping import NO_PATH, Model, Wrapped
 from fisherprune_jax._cost.measures import cost_model
 from fisherprune_jax._errors import Path, describe, path_name, path_names, require
 from fisherprune_jax._graph.examples import batch_size, example_axes
 from fisherprune_jax._graph.variables import abstract
 from fisherprune_jax._masks import COLLECTION
+from fisherprune_jax._tables import Shown, Table
 from fisherprune_jax._types import ApplyFn, BatchAxes, PyTree, Shape
 
 Select = Callable[[Group], bool] | Collection[str] | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class AutoMask:
+class AutoMask(Shown):
   """What :func:`auto_mask` found, and the function with masks in it; ``print`` shows it as a table.
 
   Attributes:
@@ -72,12 +73,12 @@ class AutoMask:
     """
     return Wrapped(fn, self._apply.model, batch_axes)
 
-  def __str__(self) -> str:
-    """A table of groups, with the share of the FLOPs that hangs on each, and of what was skipped."""
+  def tables(self) -> list[Table | str]:
+    """Groups, with the share of the FLOPs that hangs on each, and what was skipped."""
     cost = cost_model(self.apply, self.variables, *self._args)
     dense = cost.exact(self.masks)
     without = (cost.exact({**self.masks, g.name: jnp.zeros_like(self.masks[g.name])}) for g in self.groups)
-    return table(self.groups, self.skipped, [1 - left / dense if dense else 0.0 for left in without])
+    return tables(self.groups, self.skipped, [1 - left / dense if dense else 0.0 for left in without])
 
   def __repr__(self) -> str:
     return f"AutoMask({len(self.groups)} groups, {len(self.skipped)} axes skipped)"

@@ -22,6 +22,7 @@ from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
 from fisherprune_jax._graph.traced import trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, abstract, vectors_of
+from fisherprune_jax._tables import Shown, Table
 from fisherprune_jax._training.state import make_inert
 from fisherprune_jax._types import ApplyFn, BatchAxes, Picker, PyTree
 
@@ -29,7 +30,7 @@ METER = FlopsMeter()
 """What ``Compact.cost`` and the report count."""
 
 
-class Compact:
+class Compact(Shown):
   """A network without its dead entries; made by :func:`compact`.
 
   Attributes:
@@ -142,8 +143,17 @@ class Compact:
 
   def report(self) -> str:
     """A text table, layer by layer: widths before and after, and what could not be removed and why."""
+    return str(self)
+
+  def tables(self) -> list[Table | str]:
     table = report.widths(self._plan, self.cost, self._cost_model.dense)
-    return report.text(table, report.what_stays(self._stays))
+    stays = report.what_stays(self._stays)
+    return [table, *(["\n".join(stays)] if stays else [])]
+
+  def __repr__(self) -> str:
+    before, after = report.parameters_of(self._plan)
+    dense = self._cost_model.dense
+    return f"Compact({self.cost:,.0f} of {dense:,.0f} FLOPs per example, {after:,} of {before:,} parameters)"
 
   def export(
     self, *args: PyTree, platforms: Sequence[str] | None = None, batch: str | None = "batch"

@@ -6,7 +6,6 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from fisherprune_jax._compaction import files
 from fisherprune_jax._compaction.files import Content
@@ -14,18 +13,10 @@ from fisherprune_jax._compaction.loading import history_of, originals_of, read
 from fisherprune_jax._compaction.report import share, times
 from fisherprune_jax._compaction.saving import ALL, NONE, VARIABLES
 from fisherprune_jax._files import PathLike
-from fisherprune_jax._tables import align
+from fisherprune_jax._tables import Cells, Table, aligned
 from fisherprune_jax._training.history import Pruned
 
-Cells = tuple[str, ...]
 BY = {ALL: "variables and arguments", VARIABLES: "variables alone", NONE: "nothing"}
-
-
-class Table(NamedTuple):
-  """A heading and rows, the first column to the left and the others to the right."""
-
-  heading: Cells
-  rows: Sequence[Cells]
 
 
 def show(path: PathLike) -> None:
@@ -92,8 +83,8 @@ def _totals(content: Content) -> list[Cells]:
       size = [have + n * array.nbytes // max(both[1], 1) for have, n in zip(size, both, strict=True)]
   rows: list[tuple[str, Sequence[float]]] = [
     ("FLOPs per example", (content.header["dense"], content.header["cost"])),
-    ("numbers in all variables", numbers),
-    ("bytes of all variables", size),
+    ("parameters", numbers),
+    ("bytes of all parameters", size),
   ]
   return [(name, f"{before:,.0f}", f"{after:,.0f}", share(after, before)) for name, (before, after) in rows]
 
@@ -107,7 +98,7 @@ def _went(past: Iterable[Pruned]) -> list[Cells]:
 
 
 def _lines(part: Table | Sequence[str]) -> Sequence[str]:
-  return align([part.heading, *part.rows]) if isinstance(part, Table) else part
+  return aligned(part) if isinstance(part, Table) else part
 
 
 def _show_rich(parts: Sequence[Table | Sequence[str]]) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export
 
-from fisherprune_jax._compaction import files, report
+from fisherprune_jax._compaction import files
 from fisherprune_jax._compaction.files import Content
 from fisherprune_jax._compaction.originals import Original
 from fisherprune_jax._compaction.plain import from_json, plain
@@ -74,7 +74,8 @@ class Loaded:
 
   def report(self) -> str:
     """The text that ``Compact.report`` gave when the network was saved."""
-    return report.text(self._content.header["report"], self._content.header["stays"])
+    header = self._content.header
+    return "\n".join([*header["report"], *([""] if header["stays"] else []), *header["stays"]])
 
   def save(self, path: PathLike, variables: PyTree = None) -> None:
     """Writes the network anew; see ``Compact.save``.

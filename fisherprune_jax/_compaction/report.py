@@ -10,23 +10,22 @@ from fisherprune_jax._compaction.kept import Kept
 from fisherprune_jax._compaction.plan import Plan
 from fisherprune_jax._errors import path_name
 from fisherprune_jax._graph.blockers import Stays, lines
-from fisherprune_jax._tables import align
+from fisherprune_jax._tables import Table
 from fisherprune_jax._types import Array
 
 Line = tuple[str, str, str, str]
 
 
-def widths(plan: Plan, cost: float, dense: float) -> list[str]:
-  """Lines of a table: masks, variables and totals before and after."""
+def widths(plan: Plan, cost: float, dense: float) -> Table:
+  """A table: masks, variables and totals before and after."""
   masks = [_mask_line(name, leaf) for name, leaf, _, is_mask in _leaves(plan) if is_mask]
   rest = [(name, kept) for name, _, kept, is_mask in _leaves(plan) if not is_mask]
-  before = sum(math.prod(kept.shape) for _, kept in rest)
-  after = sum(math.prod(kept.compact_shape) for _, kept in rest)
+  before, after = parameters_of(plan)
   totals = [
-    ("numbers in all variables", f"{before:,}", f"{after:,}", share(after, before)),
+    ("parameters", f"{before:,}", f"{after:,}", share(after, before)),
     ("FLOPs per example", f"{dense:,.0f}", f"{cost:,.0f}", share(cost, dense)),
   ]
-  return align([("layer", "before", "after", "kept"), *masks, *(_variable_line(*r) for r in rest), *totals])
+  return Table(("layer", "before", "after", "kept"), [*masks, *(_variable_line(*r) for r in rest), *totals])
 
 
 def _leaves(plan: Plan) -> Iterator[tuple[str, Array, Kept, bool]]:
@@ -45,7 +44,7 @@ def _variable_line(name: str, kept: Kept) -> Line:
 
 
 def what_stays(stays: Stays) -> list[str]:
-  """Lines that say what had to stay, and the FLOPs left by all of it; none if all went."""
+  """Lines that name what could not be removed, and the FLOPs that it keeps; none if everything was removed."""
   if not stays.blockers:
     return []
   return [
@@ -60,9 +59,10 @@ def _parameters(stays: Stays) -> str:
   return f", and {kept:,} parameters" if kept else ""
 
 
-def text(table: Sequence[str], stays: Sequence[str]) -> str:
-  """Both of these as one text."""
-  return "\n".join([*table, "", *stays] if stays else table)
+def parameters_of(plan: Plan) -> tuple[int, int]:
+  """How many entries all variables but masks have, before and after."""
+  found = [kept for _, _, kept, is_mask in _leaves(plan) if not is_mask]
+  return sum(math.prod(kept.shape) for kept in found), sum(math.prod(kept.compact_shape) for kept in found)
 
 
 def times(shape: Sequence[int]) -> str:

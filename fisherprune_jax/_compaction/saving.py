@@ -20,6 +20,7 @@ from fisherprune_jax._files import PathLike
 from fisherprune_jax._graph.blockers import Stays
 from fisherprune_jax._graph.variables import VariableTree, abstract
 from fisherprune_jax._masks import named_rows
+from fisherprune_jax._tables import aligned
 from fisherprune_jax._training.finding import get_state
 from fisherprune_jax._training.history import Pruned
 from fisherprune_jax._training.history import history as history_of
@@ -59,7 +60,7 @@ def known_of(
     "cost": cost,
     "dense": dense,
     "widths": [[name, size, int(np.sum(row))] for (name, row), size in rows],
-    "report": report.widths(plan, cost, dense_here),
+    "report": aligned(report.widths(plan, cost, dense_here)),
     "stays": report.what_stays(stays),
   }
   return Known(plan.present(originals), plan.present(flags), header)

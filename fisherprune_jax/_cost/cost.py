@@ -20,11 +20,15 @@ from fisherprune_jax._errors import (
   require_same_tree,
   require_shapes,
 )
-from fisherprune_jax._masks import flatten, unflatten
+from fisherprune_jax._masks import flatten, named_rows, unflatten
+from fisherprune_jax._tables import Shown, Table, as_number
 from fisherprune_jax._types import Array, Masks, Shape
 
+MOST_SHOWN = 20
+"""Rows of the breakdown that are printed."""
 
-class CostModel:
+
+class CostModel(Shown):
   """What a network costs under given masks.
 
   Made by :func:`cost_model`, or by :meth:`from_functions` for a cost of your own (latency, bytes, energy).
@@ -220,6 +224,27 @@ class CostModel:
     """Where the cost is: one row per source line and primitive (per parameter), dense and under ``masks``."""
     self._check(masks)
     return [] if self._rows is None else self._rows(masks)
+
+  def tables(self) -> list[Table | str]:
+    """The cost, the masks, and the source lines that cost most."""
+    marginal = named_rows(jax.tree.map(np.asarray, self.per_feature(self.masks)))
+    rows = [(name, str(row.size), as_number(float(np.mean(row)))) for name, row in marginal]
+    lines = sorted(self.breakdown(self.masks), key=lambda row: -row.dense)
+    found = [(row.where, row.primitive, f"{as_number(row.dense)} {row.unit}") for row in lines[:MOST_SHOWN]]
+    return [
+      repr(self),
+      Table(("mask", "features", f"{self.unit or 'cost'} of one feature (mean)"), rows),
+      *([Table(("source line", "primitive", "cost"), found, left=(0, 1))] if found else []),
+      *(
+        [f"and {len(lines) - MOST_SHOWN} more: cost.breakdown(cost.masks)"] if len(lines) > MOST_SHOWN else []
+      ),
+    ]
+
+  def __repr__(self) -> str:
+    features = sum(leaf.size for leaf in jax.tree.leaves(self.masks))
+    rows = len(named_rows(self.masks))
+    unit = f" {self.unit}" if self.unit else ""
+    return f"CostModel({as_number(self.dense)}{unit} per example, masks: {rows}, features: {features:,})"
 
   def _check(self, masks: Masks) -> None:
     if isinstance(masks, int | np.integer) or (hasattr(masks, "ndim") and masks.ndim == 0):

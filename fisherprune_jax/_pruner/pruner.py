@@ -18,7 +18,7 @@ from fisherprune_jax._pruner.gradients import Gradients
 from fisherprune_jax._pruner.inserting import Masked
 from fisherprune_jax._pruner.schedule import falling
 from fisherprune_jax._pruner.wrapping import wrapped
-from fisherprune_jax._tables import align
+from fisherprune_jax._tables import Shown, Table, as_number
 from fisherprune_jax._training.criteria import DEFAULT
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.finding import get_masks
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
   from matplotlib.figure import Figure
 
 
-class Pruner:
+class Pruner(Shown):
   r"""Prunes a network while it trains; the model, the loss function and the optimizer stay as they are.
 
   The budget falls from the dense cost after step ``start`` to the target at step ``stop``:
@@ -265,18 +265,22 @@ class Pruner:
       **self._options,
     )
 
-  def __str__(self) -> str:
+  def tables(self) -> list[Table | str]:
     """The groups, the cost and the schedule."""
-    unit, dense = self.cost.unit, self.cost.dense
-    masks = "\n".join(
-      align([("mask", "features"), *((name, str(row.size)) for name, row in named_rows(self.cost.masks))])
+    rows = [(name, str(row.size)) for name, row in named_rows(self.cost.masks)]
+    groups = self.auto.tables() if self.auto else [Table(("mask", "features"), rows)]
+    unit, dense, every = (
+      self.cost.unit,
+      self.cost.dense,
+      f"{self._every} steps" if self._every > 1 else "step",
     )
     schedule = (
-      "no stop yet: for one-shot pruning"
-      if self._stop is None
-      else (f"from step {self._start} to step {self._stop}, every {self._every} steps")
+      f"from step {self._start} to step {self._stop}, every {every}"
+      if self._stop
+      else "no stop: one-shot pruning"
     )
-    return f"{self.auto or masks}\n\ncost {dense:,.0f} to {self.target:,.0f} {unit} ({self.target / dense:.1%}), {schedule}"
+    cost = f"cost {as_number(dense)} to {as_number(self.target)} {unit} ({self.target / dense:.1%})"
+    return [*groups, f"{cost}, {schedule}"]
 
   def __repr__(self) -> str:
     masks = jax.tree.leaves(self.cost.masks)

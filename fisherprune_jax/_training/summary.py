@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from fisherprune_jax._masks import named_rows
-from fisherprune_jax._tables import align
+from fisherprune_jax._tables import Table, aligned
 from fisherprune_jax._training.criteria import criterion_of
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.finding import get_importance, get_state
@@ -59,7 +59,7 @@ def summary(opt_state: optax.OptState, name: str | None = None, *, method: str |
   if bool(state.exhausted):
     notes.append("nothing left that may go")
   header = ("mask", "alive", f"importance, {criterion_of(method).unit}", "cost share")
-  return "\n".join([*align([header, *rows]), "; ".join(notes)])
+  return "\n".join([*aligned(Table(header, rows)), "; ".join(notes)])
 
 
 def _number(cost: float) -> str:

@@ -12,7 +12,7 @@ from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import fisherprune_jax as fp
-from fisherprune_jax._pruner.schedule import falling
+from fisherprune_jax._pruner.goal import falling
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(16, 5)), jnp.float32)

@@ -10,13 +10,12 @@ from fisherprune_jax._auto.auto import AutoMask, Select, auto_mask
 from fisherprune_jax._auto.groups import Group
 from fisherprune_jax._compaction.compact import Compact, compact
 from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._cost.measures import cost_model
-from fisherprune_jax._errors import describe, is_number, require, same_structure
+from fisherprune_jax._errors import require, same_structure
 from fisherprune_jax._graph.variables import abstract
 from fisherprune_jax._masks import COLLECTION, check_masks, flatten, named_rows
+from fisherprune_jax._pruner.goal import check_options, check_reachable, cost_of, falling, target_of
 from fisherprune_jax._pruner.gradients import Gradients
 from fisherprune_jax._pruner.inserting import Masked
-from fisherprune_jax._pruner.schedule import falling
 from fisherprune_jax._pruner.wrapping import wrapped
 from fisherprune_jax._tables import Shown, Table, as_number
 from fisherprune_jax._training.criteria import DEFAULT
@@ -24,6 +23,7 @@ from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.finding import get_masks
 from fisherprune_jax._training.gradients import Reduction, value_and_mask_grads
 from fisherprune_jax._training.history import Pruned, history
+from fisherprune_jax._training.options import Options
 from fisherprune_jax._training.plots import plot_history
 from fisherprune_jax._training.summary import metrics, summary
 from fisherprune_jax._training.transform import fisher_prune
@@ -117,7 +117,7 @@ class Pruner(Shown):
     batch_axes: BatchAxes = 0,
     **options: Any,
   ) -> None:
-    _check_options(keep, target, start, stop, options)
+    check_options(keep, target, start, stop, options)
     self._args, self._batch_axes = abstract(args), batch_axes
     self.auto = None
     self._apply, found = apply_fn, variables
@@ -125,10 +125,11 @@ class Pruner(Shown):
       self.auto = auto_mask(apply_fn, variables, *args, select=select, blocks=blocks, batch_axes=batch_axes)
       self._apply, found = self.auto.apply, self.auto.variables
     self._masked = Masked(variables, self.auto)
-    self.cost = _cost(measure, self._apply, found, args, batch_axes)
-    self.target = _target(self.cost, keep, target)
+    self.cost = cost_of(measure, self._apply, found, args, batch_axes)
+    self.target = target_of(self.cost, keep, target)
     self._start, self._stop, self._every = start, stop, every
     self._method, self._options = method, options
+    check_reachable(self.cost, self.target, Options(self.cost, method=method, **options).floors)
 
   @property
   def groups(self) -> tuple[Group, ...]:
@@ -288,56 +289,3 @@ class Pruner(Shown):
       f"Pruner({len(masks)} masks, {self.cost.dense:,.0f} to {self.target:,.0f} {self.cost.unit}, "
       f"start={self._start}, stop={self._stop}, every={self._every}, method={self._method!r})"
     )
-
-
-_OWN = {
-  "prune_every": "every",
-  "burn_in": "start",
-  "features_per_prune": "keep, start and stop: the budget says how many",
-  "target": "target",
-}
-
-
-def _check_options(
-  keep: float | None, target: float | None, start: int, stop: int | None, options: Mapping[str, Any]
-) -> None:
-  require(
-    (keep is None) != (target is None), "fp.Pruner needs either keep or target", (keep, target),
-    "keep=0.25 keeps a quarter of the dense cost; target= is in the unit of the measure."
-  )  # fmt: skip
-  if keep is not None:
-    require(is_number(keep) and 0 < keep <= 1, "keep must be a fraction of the dense cost in (0, 1]", keep)
-  if stop is not None:
-    require(stop > start, f"stop must come after start={start}", stop)
-  for name in options:
-    if name in _OWN:
-      raise TypeError(f"fp.Pruner has no option {name}, got {options[name]!r}. Use {_OWN[name]}.")
-
-
-def _cost(measure: Any, apply_fn: ApplyFn, variables: PyTree, args: Any, batch_axes: BatchAxes) -> CostModel:
-  if isinstance(measure, CostModel):
-    check_masks(measure.masks, variables[COLLECTION], "fp.Pruner")
-    return measure
-  if callable(measure):
-    made = measure(variables[COLLECTION])
-    if not isinstance(made, CostModel):
-      raise TypeError(f"measure as a function of the masks must return a CostModel, got {describe(made)}.")
-    return made
-  return cost_model(apply_fn, variables, *args, measure=measure, batch_axes=batch_axes)
-
-
-def _target(cost: CostModel, keep: float | None, target: float | None) -> float:
-  if keep is not None:
-    return float(keep) * cost.dense
-  assert target is not None
-  fraction = (
-    f" For a fraction, use keep={target}." if is_number(target) and 0 < target <= 1 < cost.dense else ""
-  )
-  valid = is_number(target) and target > 0 and not fraction
-  require(
-    valid,
-    f"target must be a positive number of {cost.unit} ({cost.dense:,.0f} dense)",
-    target,
-    fraction.strip(),
-  )
-  return float(target)

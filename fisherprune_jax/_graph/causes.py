@@ -18,6 +18,7 @@ from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Axis, Factor, compose, factors_of
 from fisherprune_jax._graph.structured import links
+from fisherprune_jax._graph.windows import linked
 
 Place = tuple[Value, int]
 """One axis of one value."""
@@ -175,10 +176,10 @@ class Causes:
     for operand, axes in zip(node.ins, spec.ins, strict=True):
       if operand is not value or not self._asks_more(node, axes[axis], (value, axis)):
         continue
-      linked = {*factors_of(axes[axis])}
-      made = list(_with(linked, node.outs, spec.outs))
+      along = linked(spec.windows, factors_of(axes[axis]))
+      made = list(_with(along, node.outs, spec.outs))
       asked = [place for place in made if self._asked_more(place)]
-      possible = [p for p in (*made, *_with(linked, node.ins, spec.ins)) if self._possibly_more(p)]
+      possible = [p for p in (*made, *_with(along, node.ins, spec.ins)) if self._possibly_more(p)]
       if not asked:
         return (self._backwards(possible[0]) if possible else None) or node, []
       further += asked
@@ -191,7 +192,7 @@ class Causes:
       return False
     if not self._ev.is_so(self._live.when(node)):
       return False
-    used = compose(axis, self._live.factors[node], value.shape[at])
+    used = compose(axis, self._live.asked_by(node), value.shape[at])
     enough = self._ev.box(self._free.stored(value))[at]
     return enough.is_weak or self._more(used, enough)
 
@@ -204,8 +205,8 @@ class Causes:
       before = list(self._along(self._back, value, axis))
       if node := self._maker.get(value):
         nearest, spec = node, self._live.specs[node]
-        linked = {*factors_of(spec.outs[node.outs.index(value)][axis])}
-        before += _with(linked, node.ins, spec.ins)
+        along = linked(spec.windows, factors_of(spec.outs[node.outs.index(value)][axis]))
+        before += _with(along, node.ins, spec.ins)
       ahead = [p for p in before if p not in seen and self._possibly_more(p)]
     return nearest
 

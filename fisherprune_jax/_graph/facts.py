@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._graph import compat, presence, sets, together
+from fisherprune_jax._graph import compat, presence, sets, together, windows
 from fisherprune_jax._graph.boxes import Box, Where, empty_box, join, united, whole_box
 from fisherprune_jax._graph.joint import Together
 from fisherprune_jax._graph.program import Node
@@ -197,7 +197,17 @@ def _can_be_nonzero(spec: Spec, infos: Sequence[Info]) -> tuple[Factors, Set]:
       found[f] = sums[f]
     else:
       found[f] = sets.union(*(shown[i][f] for i in givers))
-  return found, when
+  return found | _seen_through(spec, shown), when
+
+
+def _seen_through(spec: Spec, shown: Sequence[Factors]) -> Factors:
+  """The places of windows that look at anything that can be non-zero."""
+  found = {}
+  for window in spec.windows:
+    entries = [one[window.entries] for one in shown if window.entries in one]
+    if entries and window.places not in spec.alive:
+      found[window.places] = window.looking(sets.union(*entries))
+  return found
 
 
 def _of_factors(spec: Spec, axes: Axes, box: Box) -> Factors:
@@ -225,7 +235,8 @@ def _added(spec: Spec, infos: Sequence[Info], shown: Sequence[Factors]) -> tuple
 # factor of a result is needed where the result is stored. One that no result has is summed over: there a term is zero
 # unless all operands that have the factor can be non-zero, so those entries are enough. An entry that is not stored is
 # then outside of the first half's box, and zero, or nobody asks for it: shown as zero, an array is what it was for
-# everyone who reads it. Where nothing is stored of the results the node does not run, and asks for nothing.
+# everyone who reads it. Where nothing is stored of the results the node does not run, and asks for nothing. A window
+# works on all of its axis, but what it shows where nobody looks is of no matter: of the entries there it asks for less.
 def needed(spec: Spec, infos: Sequence[Info], results: Sequence[Where | None]) -> Factors:
   """The backward pass of one node: the entries of its factors that it has to work on, if it has to run at all.
 
@@ -256,3 +267,11 @@ def _needed(factor: Factor, spec: Spec, asked: Factors, offered: Sequence[Factor
     return asked[factor] if factor in asked else sets.nothing(size)
   terms = sets.intersection(*(s[factor] for s in offered if factor in s))  # what all operands offer
   return sets.intersection(sets.weak(size), terms) if factor in spec.weak else terms
+
+
+def asked_of_operands(spec: Spec, factors: Factors, results: Sequence[Where | None]) -> Factors:
+  """The entries of its factors that a node asks of its operands: of those along windows, what its results hang on."""
+  if not spec.windows:
+    return factors
+  pairs = zip(spec.outs, results, strict=True)
+  return windows.asked(spec.windows, factors, [_of_factors(spec, axes, r.box) for axes, r in pairs if r])

@@ -156,5 +156,6 @@ def _entry_by_entry(spec: Spec, shape: Sequence[int]) -> Spec:
     ins=tuple(map(renamed, spec.ins)),
     outs=tuple(map(renamed, spec.outs)),
     sizes={linked.get(f, f): n for f, n in spec.sizes.items()},
+    windows=(),
     flops=tuple(counts),
   )

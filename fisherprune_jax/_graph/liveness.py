@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 
 from fisherprune_jax._graph import presence, sets, signs, together
 from fisherprune_jax._graph.boxes import Where, hull, join, meet, nowhere, whole_box
-from fisherprune_jax._graph.facts import Factors, Info, box_of, constant, needed, results
+from fisherprune_jax._graph.facts import Factors, Info, asked_of_operands, box_of, constant, needed, results
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Spec
@@ -99,11 +99,16 @@ class Liveness:
       (axes, where.box, where.together) for axes, where in zip(spec.outs, stored, strict=True) if where
     ]
     tied = together.backward(spec, [(info.possible, info.together) for info in infos], results, factors)
+    asked = asked_of_operands(spec, factors, stored)
     when = self.conditions[node] = self._condition(node)
     for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
       if value.literal is None and (spec.same_as in (None, operand) or self.keep_masks):
-        box, merged = together.laid(spec, tied, axes, box_of(axes, factors, value.shape), factors)
+        box, merged = together.laid(spec, tied, axes, box_of(axes, asked, value.shape), asked)
         self.ask(value, Where(box, merged, when(box, operand)))
+
+  def asked_by(self, node: Node) -> Factors:
+    """What a node asks of its operands, by its factors."""
+    return asked_of_operands(self.specs[node], self.factors[node], self.wheres(node.outs))
 
   def wheres(self, values: Iterable[Value]) -> list[Where | None]:
     """What is stored of arrays; None of those that nobody asks for."""

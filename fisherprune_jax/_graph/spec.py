@@ -21,6 +21,7 @@ import numpy as np
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.windows import Window
 from fisherprune_jax._types import Size
 
 Factor = str
@@ -86,6 +87,7 @@ class Spec:
     blind: operands of which the sign of a zero does not show at all; of the others it becomes that of a zero.
     weak: summed factors of which the node could do without (for a diagnosis alone; no rule says so).
     lasts: whether results are there even if operands are not (likewise).
+    windows: how windows slide from factors of operands to factors of results, both of them whole.
     bind: ``bind(node, arrays, sizes)`` applies the primitive to live entries; None applies it as traced.
   """
 
@@ -105,6 +107,7 @@ class Spec:
   blind: frozenset[int] = frozenset()
   weak: frozenset[Factor] = frozenset()
   lasts: bool = False
+  windows: tuple[Window, ...] = ()
   bind: Bind | None = field(default=None, compare=False)
 
   @functools.cached_property

@@ -13,9 +13,10 @@ from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.rules.naming import sized
-from fisherprune_jax._graph.rules.taps import Slide, histogram
+from fisherprune_jax._graph.rules.taps import histogram
 from fisherprune_jax._graph.rules.weights import inner_product
 from fisherprune_jax._graph.spec import Axes, Axis, Factor, Flops, Prod, Sizes, Spec, factors_of
+from fisherprune_jax._graph.windows import Slide, Window
 from fisherprune_jax._types import Size
 
 BOTH = frozenset({0, 1})
@@ -94,6 +95,7 @@ def conv_general_dilated(node: Node, infos: Sequence[Info]) -> Spec:
       ("t", out, numbers.out_spec),
     )
   )
+  slides = _slides(node, space, taps, places)
   return Spec(
     ins=(
       _order(numbers.lhs_spec, examples, inputs, space),
@@ -109,7 +111,8 @@ def conv_general_dilated(node: Node, infos: Sequence[Info]) -> Spec:
     },
     kills=BOTH,
     whole=frozenset((*space, *taps, *places)),
-    flops=_products(node, tuple(space.values()), taps, places, ("n", *factors_of(features)), terms),
+    windows=tuple(map(Window, space, places, slides)),
+    flops=_products(node, slides, taps, places, ("n", *factors_of(features)), terms),
     blind=_blind([*taps.values(), channels["i"]]),
     bind=_bind_conv,
   )
@@ -117,7 +120,7 @@ def conv_general_dilated(node: Node, infos: Sequence[Info]) -> Spec:
 
 def _products(
   node: Node,
-  space: Sequence[Size],
+  slides: Sequence[Slide],
   taps: Sizes,
   places: Sizes,
   outer: tuple[Factor, ...],
@@ -128,18 +131,23 @@ def _products(
   All of them do, those over the border too, unless the input is dilated (a transposed convolution, or the gradient of a
   strided one). Then the taps that meet an entry of the input count: each entry times each tap that lands in the result.
   """
-  (scale, twice), params = inner_product(*node.ins), node.params
+  scale, twice = inner_product(*node.ins)
   whole = Flops((*outer, *places), inner, scale, math.prod(taps.values()) * twice)
-  strides, steps, gaps = params["window_strides"], params["rhs_dilation"], params["lhs_dilation"]
-  if max(gaps, default=1) == 1 or not all(
-    map(compat.is_static_size, (*space, *taps.values(), *places.values()))
-  ):
+  if max(node.params["lhs_dilation"], default=1) == 1 or len(slides) < len(places):
     return (whole,)
-  before = [low for low, _ in params["padding"]]
-  slides = list(map(Slide, places.values(), strides, taps.values(), steps, space, gaps, before))
   return tuple(
     Flops(outer, inner, n * scale, taken * twice) for taken, n in sorted(histogram(slides).items())
   )
+
+
+def _slides(node: Node, space: Sizes, taps: Sizes, places: Sizes) -> list[Slide]:
+  """How the window goes along each axis; nothing where sizes are symbols."""
+  sizes, params = (places.values(), taps.values(), space.values()), node.params
+  if not all(compat.is_static_size(n) for found in sizes for n in found):
+    return []
+  strides, steps, gaps = params["window_strides"], params["rhs_dilation"], params["lhs_dilation"]
+  before = [low for low, _ in params["padding"]]
+  return list(map(Slide, sizes[0], strides, sizes[1], steps, sizes[2], gaps, before))
 
 
 def _merge(parts: str, sizes: Sizes) -> Axis:

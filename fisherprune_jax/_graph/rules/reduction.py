@@ -9,9 +9,10 @@ from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.rules.naming import mixed_of, side, sized
-from fisherprune_jax._graph.rules.taps import Slide, met
+from fisherprune_jax._graph.rules.taps import met
 from fisherprune_jax._graph.rules.weights import weight
 from fisherprune_jax._graph.spec import Flops, Spec, names_of
+from fisherprune_jax._graph.windows import Slide, Window
 from fisherprune_jax._types import Size
 
 # Zeros add nothing to these; the others have to see them.
@@ -133,11 +134,13 @@ def _windowed(node: Node, arrays: int, keeps_zero: bool, reason: str) -> Spec:
   shape, out = node.ins[0].shape, node.outs[0].shape
   spanned = [spans(node.params, axis) for axis in range(len(shape))]
   ins, outs = side("s", spanned), side("t", spanned)
+  slides = {axis: _slide(node, axis) for axis, mixes in enumerate(spanned) if mixes}
   return Spec(
     ins=(ins,) * arrays + ((),) * (len(node.ins) - arrays),
     outs=(outs,) * arrays,
     sizes=sized((ins, shape), (outs, out)),
     whole=mixed_of((*ins, *outs)),
+    windows=tuple(Window(ins[axis], outs[axis], slide) for axis, slide in slides.items() if slide),
     alive=frozenset() if keeps_zero else frozenset(outs),
     flops=(Flops(tuple(outs), scale=arrays * weight(node) * math.prod(node.params["window_dimensions"])),),
     opaque=reason,

@@ -4,31 +4,10 @@ import functools
 import itertools
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
-
-class Slide(NamedTuple):
-  """How a window goes along one axis of its input.
-
-  Attributes:
-    places: at how many places it stops.
-    stride: from place to place.
-    taps: how many it has.
-    step: from tap to tap.
-    entries: how many the input has.
-    distance: from entry to entry; between them is nothing.
-    before: how much padding lies before the first.
-  """
-
-  places: int
-  stride: int
-  taps: int
-  step: int
-  entries: int
-  distance: int
-  before: int
+from fisherprune_jax._graph.windows import Slide
 
 
 @functools.lru_cache(maxsize=4096)

@@ -33,6 +33,8 @@ VARIANTS = {
   "automatic": "with automatic masks, momentum SGD",
   "pruning": "with masks and fisher_prune",
   "prunes": "the same, a step that prunes",
+  "pruner": "with fp.Pruner, before start",
+  "pruner_prunes": "with fp.Pruner, between start and stop",
 }
 
 
@@ -138,6 +140,25 @@ def pruning_step(
   return tx.init, step
 
 
+def pruner_step(
+  apply: Callable[..., Any], params: Any, x: jax.Array, start: int
+) -> tuple[Callable, Callable]:
+  """Momentum SGD in ``fp.Pruner``, with the loss function of the plain step."""
+  pruner = fp.Pruner(apply, {"params": params}, x, keep=0.5, start=start, stop=start + 10**6)
+  tx = pruner.wrap(optax.sgd(1e-2, momentum=0.9))
+
+  def loss_fn(params: Any, batch: Any) -> jax.Array:
+    return cross_entropy(apply, {"params": params}, batch)
+
+  @partial(jax.jit, donate_argnums=(0, 1))
+  def step(params: Any, opt_state: Any, batch: Any) -> Any:
+    loss, grads = pruner.value_and_grad(loss_fn)(params, opt_state, batch)
+    updates, opt_state = tx.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+  return tx.init, step
+
+
 def time_steps(name: str, case: Case, cost: fp.CostModel, params: Any, batch: Any) -> dict[str, Any]:
   """Medians per step of every variant."""
   masked, plain = case.model().apply, case.model(masked=False).apply
@@ -148,6 +169,8 @@ def time_steps(name: str, case: Case, cost: fp.CostModel, params: Any, batch: An
     "automatic": plain_step(auto.apply, auto.masks),
     "pruning": pruning_step(masked, cost, 100),
     "prunes": pruning_step(masked, cost, 1),
+    "pruner": pruner_step(plain, params, batch[0], 10**6),
+    "pruner_prunes": pruner_step(plain, params, batch[0], 0),
   }
   states, timers = {}, {variant: Timer() for variant in made}
   for variant, (init, _) in made.items():

@@ -93,7 +93,8 @@ def test_shardings_stay_and_nothing_is_compiled_again(placed):
 
 
 def test_only_the_scores_cross_devices_beside_the_gradients(placed):
-  tx, params, opt_state, batch = placed
+  _, params, opt_state, batch = placed
+  tx = job.transformation(method="fisher")
   masks = fp.get_masks(opt_state)
   plain = job.collectives(plain_step, params, opt_state[0], masks, batch(0))
   pruning = job.collectives(
@@ -102,6 +103,21 @@ def test_only_the_scores_cross_devices_beside_the_gradients(placed):
   assert plain["all-reduce"] > 0
   assert pruning - plain == Counter({"all-reduce": FEATURES})
   assert not plain - pruning
+
+
+def test_ranks_by_both_take_two_numbers_more_for_each_mask():
+  """How many examples have gradients. Norms of replicated parameters are there on every device."""
+  devices = mesh()
+  params, opt_state = jax.device_put(job.start(job.transformation()), NamedSharding(devices, P()))
+  batch = jax.device_put(job.batch(0), NamedSharding(devices, P("data")))
+  found = [
+    job.collectives(
+      functools.partial(job.train_step, job.transformation(method=method)), params, opt_state, batch
+    )
+    for method in ("fisher", "fisher_magnitude")
+  ]
+  assert found[1] - found[0] == Counter({"all-reduce": 2 * len(jax.tree.leaves(fp.get_masks(opt_state)))})
+  assert not found[0] - found[1]
 
 
 MAPPED = {"accounted": True, "unaccounted": False}
@@ -152,7 +168,7 @@ def test_the_same_masks_at_every_step_under_shard_map(check_vma):
 
 @pytest.mark.parametrize("check_vma", MAPPED.values(), ids=MAPPED)
 def test_only_the_scores_cross_devices_under_shard_map(check_vma):
-  tx = job.transformation(axis_name="data")
+  tx = job.transformation(axis_name="data", method="fisher")
   params, opt_state = job.start(tx)
   plain = job.collectives(
     sharded_plain_step(check_vma), params, opt_state[0], fp.get_masks(opt_state), job.batch(0)
@@ -238,4 +254,6 @@ def test_two_processes_prune_the_same_features(tmp_path):
   np.testing.assert_array_equal(first["masks"], job.masks_on_one_device())
   np.testing.assert_array_equal(first["masks"], second["masks"])
   np.testing.assert_array_equal(first["bias"], second["bias"])
-  assert first["collectives"].item() == {"all-reduce": FEATURES}
+  assert first["collectives"].item() == {
+    "all-reduce": FEATURES + 4
+  }  # and how many examples have gradients, by mask

@@ -61,8 +61,9 @@ def run(model, scale):
   """Cost, parameters and, for every step, the state and the float32 importance of the same weights and masks."""
   variables = Network().init(jax.random.key(0), jnp.ones((1, 4, 4, 1)))
   cost = fp.cost_model(Network().apply, variables, jnp.ones((1, 4, 4, 1)))
-  pruning = fp.fisher_prune(cost, prune_every=EVERY, decay=0.9)
-  tx, only_scores = optax.chain(optax.sgd(0.1, momentum=0.9), pruning), fp.fisher_prune(cost, decay=0.9)
+  options = {"decay": 0.9, "method": "fisher"}
+  tx = optax.chain(optax.sgd(0.1, momentum=0.9), fp.fisher_prune(cost, prune_every=EVERY, **options))
+  only_scores = fp.fisher_prune(cost, **options)
   params = jax.tree.map(lambda p: p.astype(model.param_dtype), variables["params"])
 
   @jax.jit

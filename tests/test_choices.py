@@ -31,7 +31,7 @@ def network():
   """Widths that multiply each other, and a stack."""
   rng = np.random.default_rng(0)
   sizes = {"a": (5, 20), "b": (20, 16), "c": (16, 2)}
-  variables = {"params": {name: rng.normal(size=shape) for name, shape in sizes.items()}}
+  variables = {"params": {name: rng.normal(size=shape).astype(np.float32) for name, shape in sizes.items()}}
 
   def apply(v, x):
     p, m = v["params"], v["masks"]

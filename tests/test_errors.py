@@ -523,3 +523,18 @@ def test_statistics_whose_joined_names_are_one_are_returned_each_to_its_own():
   kept = jnp.array([0, 2, 3])
   np.testing.assert_allclose(found["s"]["a/b"], expected["s"]["a/b"][kept])
   np.testing.assert_allclose(found["s"]["a"]["b"], expected["s"]["a"]["b"][kept])
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.int64, np.complex128])
+def test_arrays_of_64_bits_from_numpy_are_taken_as_jax_takes_them(kind):
+  """Without a warning, and as the smaller types that they are there."""
+  variables = {"w": np.ones((5, 4), kind), "masks": np.ones(4)}
+  apply = lambda v, x: (x @ v["w"]) * v["masks"]
+  x = np.ones((2, 5))
+  cost = fp.cost_model(apply, variables, x)
+  small = fp.compact(apply, {**variables, "masks": np.array([1.0, 0, 0, 1])}, x)
+  assert small(small.variables, x).shape == (2, 4)
+  assert small.cost < cost.dense
+  assert fp.auto_mask(
+    lambda v, x: jnp.tanh(x @ v["a"]) @ v["b"], {"a": np.ones((5, 3)), "b": np.ones((3, 2))}, x
+  ).groups

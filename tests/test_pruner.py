@@ -501,6 +501,14 @@ def test_it_prints_what_a_user_wants_to_know():
   assert "Mask_0" in str(pruner_of(*made(masked=True)))
 
 
+@pytest.mark.parametrize("steps", range(1, 50))
+def test_a_compiled_budget_ends_at_its_target(steps):
+  budget = jax.jit(falling(16.0, 8.0, 2, 2 + steps))
+  assert float(budget(1)) == float(budget(2)) == 16
+  assert float(budget(2 + steps)) == float(budget(3 + steps)) == 8
+  assert all(float(budget(2 + n)) >= 8 for n in range(steps))
+
+
 @pytest.mark.parametrize("dense", [33_554_433.0, 33_554_435.0, 100.0])
 def test_a_budget_in_float32_is_never_above_its_target_nor_below_the_whole_network(dense):
   assert float(falling(dense, dense, 2, 9)(20)) >= dense

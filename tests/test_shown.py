@@ -75,6 +75,7 @@ def test_text_and_html_hold_the_same(name):
   assert " at 0x" not in repr(shown)
 
 
+@pytest.mark.filterwarnings("ignore:The chararray class")  # treescope's, of the newest NumPy
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_viewer_of_the_ecosystem_shows_them(name):
   shown, _ = EXPECTED[name]

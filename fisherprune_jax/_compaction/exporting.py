@@ -6,7 +6,7 @@ import jax
 from jax import export as jax_export
 
 from fisherprune_jax._graph.examples import map_with_axes
-from fisherprune_jax._graph.variables import abstract
+from fisherprune_jax._graph.variables import abstract, dtype_of
 from fisherprune_jax._types import BatchAxes, PyTree, Size
 
 
@@ -51,7 +51,7 @@ def _with_symbol(shapes: PyTree, batch_axes: BatchAxes, name: str) -> PyTree:
     if axis is None or axis >= len(x.shape) or jax_export.is_symbolic_dim(x.shape[axis]):
       return x
     axis %= len(x.shape)
-    return jax.ShapeDtypeStruct((*x.shape[:axis], batch, *x.shape[axis + 1 :]), x.dtype)
+    return jax.ShapeDtypeStruct((*x.shape[:axis], batch, *x.shape[axis + 1 :]), dtype_of(x))
 
   return map_with_axes(with_batch, shapes, batch_axes)
 

@@ -20,6 +20,7 @@ from fisherprune_jax._errors import (
   same_structure,
   warn,
 )
+from fisherprune_jax._graph.variables import dtype_of
 from fisherprune_jax._training.state import FisherPruneState
 
 Keys = tuple[str, ...]
@@ -58,7 +59,7 @@ def shrink_opt_state(
   Raises:
     ValueError: if the state is not one of the full parameters.
   """
-  full = jax.tree.map(lambda k, x: jax.ShapeDtypeStruct(k.shape, x.dtype), kept, variables)
+  full = jax.tree.map(lambda k, x: jax.ShapeDtypeStruct(k.shape, dtype_of(x)), kept, variables)
   statistics = _without_pruning(opt_state)
   of = of or find_part(full, statistics, functools.partial(_init, tx))
   params, before = of(variables), _shapes_before(tx, of(full))

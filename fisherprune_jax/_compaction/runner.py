@@ -12,7 +12,7 @@ from fisherprune_jax._graph.blockers import not_covered
 from fisherprune_jax._graph.boxes import Box, whole_box
 from fisherprune_jax._graph.execute import Held, Run
 from fisherprune_jax._graph.traced import Analysis, Traced, trace_apply
-from fisherprune_jax._graph.variables import VariableTree, signature
+from fisherprune_jax._graph.variables import VariableTree, dtype_of, signature
 from fisherprune_jax._types import ApplyFn, Array, PyTree
 
 
@@ -61,7 +61,7 @@ class Runner:
 
   def _analysis(self, full: PyTree, kept: PyTree, args: Sequence[PyTree]) -> Analysis:
     """What is live for these shapes; the function is traced where they are new."""
-    shapes = jax.tree.map(lambda k, x: jax.ShapeDtypeStruct(k.shape, x.dtype), kept, full)
+    shapes = jax.tree.map(lambda k, x: jax.ShapeDtypeStruct(k.shape, dtype_of(x)), kept, full)
     key = signature((shapes, args))
     if key not in self._analyses:
       tree = VariableTree(shapes, self._plan.tree.masks)

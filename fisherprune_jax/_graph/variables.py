@@ -120,7 +120,13 @@ def _abstract_leaf(x: Any) -> Any:
   if isinstance(x, jax.ShapeDtypeStruct):
     return x
   x = x if hasattr(x, "shape") and hasattr(x, "dtype") else jnp.asarray(x)
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=getattr(x, "weak_type", False))
+  return jax.ShapeDtypeStruct(x.shape, dtype_of(x), weak_type=getattr(x, "weak_type", False))
+
+
+def dtype_of(x: Any) -> Any:
+  """The dtype that JAX takes an array in: without 64-bit types, to ask for those of a NumPy array would be a warning."""
+  is_host = isinstance(x, np.ndarray) and x.dtype.kind in "iufc"
+  return jax.dtypes.canonicalize_dtype(x.dtype) if is_host else x.dtype
 
 
 def signature(tree: PyTree) -> PyTree:

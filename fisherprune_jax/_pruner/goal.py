@@ -110,9 +110,14 @@ def falling(dense: float, target: float, start: int, stop: int) -> optax.Schedul
   >>> [float(budget(step)) for step in (1, 10, 30, 50, 99)]
   [100.0, 100.0, 60.0, 20.0, 20.0]
   """
-  return optax.linear_schedule(
-    _up(dense), _up(dense) if target >= dense else _down(target), stop - start, start
-  )
+  end = _up(dense) if target >= dense else _down(target)
+  line = optax.linear_schedule(_up(dense), end, stop - start, start)
+
+  def budget(step: jax.typing.ArrayLike) -> jax.Array:
+    # Compiled, a line may miss its end by a rounding error.
+    return jnp.where(step >= jnp.asarray(stop), end, jnp.maximum(line(step), end))
+
+  return budget
 
 
 def _down(number: float) -> float:

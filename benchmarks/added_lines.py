@@ -17,6 +17,19 @@ x = jax.random.normal(jax.random.key(0), (64, 8))
 y = jnp.argmax(x[:, :3], axis=1)
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 """
+LOOP = """tx = optax.adam(1e-2)
+pruner = fp.Pruner(apply, params, x, keep=0.5, stop=20)  # added
+tx = pruner.wrap(tx)  # added
+opt_state = tx.init(params)
+@jax.jit
+def step(params, opt_state, x, y):
+  loss, grads = pruner.value_and_grad(loss_fn)(params, opt_state, x, y)  # was: jax.value_and_grad(loss_fn)(params, x, y)
+  updates, opt_state = tx.update(grads, opt_state, params)
+  return optax.apply_updates(params, updates), opt_state, loss
+for _ in range(30):
+  params, opt_state, loss = step(params, opt_state, x, y)
+small = pruner.compact(params, opt_state)  # added
+"""  # fmt: skip
 SCRIPTS = {
   "Linen, TrainState": """
 import flax.linen as nn
@@ -64,38 +77,16 @@ def apply(params, x):
   return jax.vmap(eqx.combine(params, static))(x)
 def loss_fn(params, x, y):
   return cross_entropy(apply(params, x), y).mean()
-tx = optax.adam(1e-2)
-pruner = fp.Pruner(apply, params, x, keep=0.5, stop=20)  # added
-tx = pruner.wrap(tx)  # added
-opt_state = tx.init(params)
-@eqx.filter_jit
-def step(params, opt_state, x, y):
-  loss, grads = pruner.value_and_grad(loss_fn)(params, opt_state, x, y)  # was: jax.value_and_grad(loss_fn)(params, x, y)
-  updates, opt_state = tx.update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state, loss
-for _ in range(30):
-  params, opt_state, loss = step(params, opt_state, x, y)
-small = pruner.compact(params, opt_state)  # added
-""",
+"""
+  + LOOP,
   "Haiku": """
 import haiku as hk
 network = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([32, 3])(x)))
-params = network.init(jax.random.key(1), x)
+params, apply = network.init(jax.random.key(1), x), network.apply
 def loss_fn(params, x, y):
-  return cross_entropy(network.apply(params, x), y).mean()
-tx = optax.adam(1e-2)
-pruner = fp.Pruner(network.apply, params, x, keep=0.5, stop=20)  # added
-tx = pruner.wrap(tx)  # added
-opt_state = tx.init(params)
-@jax.jit
-def step(params, opt_state, x, y):
-  loss, grads = pruner.value_and_grad(loss_fn)(params, opt_state, x, y)  # was: jax.value_and_grad(loss_fn)(params, x, y)
-  updates, opt_state = tx.update(grads, opt_state, params)
-  return optax.apply_updates(params, updates), opt_state, loss
-for _ in range(30):
-  params, opt_state, loss = step(params, opt_state, x, y)
-small = pruner.compact(params, opt_state)  # added
-""",
+  return cross_entropy(apply(params, x), y).mean()
+"""
+  + LOOP,
   "Keras": """
 import os
 os.environ["KERAS_BACKEND"] = "jax"

@@ -21,6 +21,19 @@ class Table(NamedTuple):
   left: tuple[int, ...] = (0,)
 
 
+MOST_SHOWN = 20
+"""Rows of a long table that are printed."""
+
+
+def shortened(table: Table, rest: str) -> list[Table | str]:
+  """The first rows of a table and, if there are more, where the rest is found; nothing of a table without rows."""
+  if not table.rows:
+    return []
+  more = len(table.rows) - MOST_SHOWN
+  shown = table._replace(rows=table.rows[:MOST_SHOWN])
+  return [shown, f"and {more} more: {rest}"] if more > 0 else [shown]
+
+
 class Shown:
   """Something that is printed as tables and paragraphs; notebooks show them as HTML."""
 

@@ -4,10 +4,7 @@ from collections.abc import Sequence
 
 from fisherprune_jax._auto.groups import Group
 from fisherprune_jax._auto.skipping import Skipped, folded
-from fisherprune_jax._tables import Table
-
-MOST_SHOWN = 20
-"""Rows of what was skipped that are shown."""
+from fisherprune_jax._tables import Table, shortened
 
 
 def tables(groups: Sequence[Group], skipped: Sequence[Skipped], shares: Sequence[float]) -> list[Table | str]:
@@ -22,11 +19,8 @@ def tables(groups: Sequence[Group], skipped: Sequence[Skipped], shares: Sequence
     )
     for group, share in zip(groups, shares, strict=True)
   ]
-  parts: list[Table | str] = [Table(("group", "kind", "size", "axes", "FLOPs"), found)]
-  rows = folded(skipped)
-  if rows:
-    shown = [(where, str(size), why) for where, size, why in rows[:MOST_SHOWN]]
-    parts.append(Table(("skipped", "size", "why"), shown, left=(0, 2)))
-  if len(rows) > MOST_SHOWN:
-    parts.append(f"and {len(rows) - MOST_SHOWN} more: auto.skipped")
-  return parts
+  rest = [(where, str(size), why) for where, size, why in folded(skipped)]
+  return [
+    Table(("group", "kind", "size", "axes", "FLOPs"), found),
+    *shortened(Table(("skipped", "size", "why"), rest, left=(0, 2)), "auto.skipped"),
+  ]

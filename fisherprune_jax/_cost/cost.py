@@ -21,11 +21,8 @@ from fisherprune_jax._errors import (
   require_shapes,
 )
 from fisherprune_jax._masks import flatten, named_rows, unflatten
-from fisherprune_jax._tables import Shown, Table, as_number
+from fisherprune_jax._tables import Shown, Table, as_number, shortened
 from fisherprune_jax._types import Array, Masks, Shape
-
-MOST_SHOWN = 20
-"""Rows of the breakdown that are printed."""
 
 
 class CostModel(Shown):
@@ -230,14 +227,12 @@ class CostModel(Shown):
     marginal = named_rows(jax.tree.map(np.asarray, self.per_feature(self.masks)))
     rows = [(name, str(row.size), as_number(float(np.mean(row)))) for name, row in marginal]
     lines = sorted(self.breakdown(self.masks), key=lambda row: -row.dense)
-    found = [(row.where, row.primitive, f"{as_number(row.dense)} {row.unit}") for row in lines[:MOST_SHOWN]]
+    found = [(row.where, row.primitive, f"{as_number(row.dense)} {row.unit}") for row in lines]
+    where = Table(("source line", "primitive", "cost"), found, left=(0, 1))
     return [
       repr(self),
       Table(("mask", "features", f"{self.unit or 'cost'} of one feature (mean)"), rows),
-      *([Table(("source line", "primitive", "cost"), found, left=(0, 1))] if found else []),
-      *(
-        [f"and {len(lines) - MOST_SHOWN} more: cost.breakdown(cost.masks)"] if len(lines) > MOST_SHOWN else []
-      ),
+      *shortened(where, "cost.breakdown(cost.masks)"),
     ]
 
   def __repr__(self) -> str:

@@ -1,7 +1,7 @@
 """Trees of variables, with the masks among them told apart, and masks as vectors by key."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,15 +100,6 @@ def sizes_of(leaves: Sequence[Array]) -> dict[Key, int]:
   """How many features each mask vector has."""
   shapes = [leaf.shape for leaf in leaves]
   return {(at, layer): shape[-1] for at, shape in enumerate(shapes) for layer in range(math.prod(shape[:-1]))}
-
-
-def leaves_from(vectors: Mapping[Key, np.ndarray], leaves: Sequence[Array]) -> list[Array]:
-  """The inverse of ``vectors_of``: vectors by key as mask leaves, on the host."""
-  count = [math.prod(leaf.shape[:-1]) for leaf in leaves]
-  return [
-    np.reshape([vectors[position, layer] for layer in range(n)], leaf.shape)
-    for position, (n, leaf) in enumerate(zip(count, leaves, strict=True))
-  ]
 
 
 def abstract(tree: PyTree) -> PyTree:

@@ -35,6 +35,10 @@ class Slide(NamedTuple):
   distance: int
   before: int
 
+  def meets(self, at: np.ndarray) -> np.ndarray:
+    """Whether an entry is at a position of the input with its gaps, and not padding or nothing."""
+    return (at % self.distance == 0) & (at >= 0) & (at <= self.distance * (self.entries - 1))
+
 
 class Window(NamedTuple):
   """A window along one axis.
@@ -69,7 +73,7 @@ def _pairs(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
   """Every place with every entry that it looks at."""
   starts, taps = np.arange(slide.places) * slide.stride - slide.before, np.arange(slide.taps) * slide.step
   found = starts[:, None] + taps
-  inside = (found % slide.distance == 0) & (found >= 0) & (found < slide.distance * slide.entries)
+  inside = slide.meets(found)
   return np.nonzero(inside)[0], found[inside] // slide.distance
 
 

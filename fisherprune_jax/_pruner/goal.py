@@ -83,21 +83,22 @@ def target_of(cost: CostModel, keep: float | None, target: float | None) -> floa
 
 
 def check_reachable(cost: CostModel, target: float, floors: Masks) -> None:
-  """Raises if every choice of features costs more than the target, and warns if one feature of each mask does."""
-
-  def first(mask: jax.Array, floor: Any) -> jax.Array:
-    return jnp.asarray(jnp.arange(mask.shape[-1]) < floor, jnp.float32)
-
-  smallest = jax.tree.map(first, cost.masks, floors)
-  whole = jax.tree.map(lambda m, floor: jnp.float32(floor == m.shape[-1]) * m, cost.masks, floors)
+  """Raises if every choice of features costs more than the target, and warns if the floors of all masks do."""
+  whole = jax.tree.map(
+    lambda m, floor: np.where(floor == m.shape[-1], np.ones(m.shape), 0), cost.masks, floors
+  )
+  smallest = jax.tree.map(
+    lambda m, floor: np.where(np.arange(m.shape[-1]) < floor, np.ones(m.shape), 0), cost.masks, floors
+  )
+  # On the host, where nothing has to be compiled.
+  unit = cost.dense / max(cost.exact(cost.masks), 1e-300)
+  least, at_floors = (unit * cost.exact(masks) for masks in (whole, smallest))
   text = f"target={as_number(target)} {cost.unit} is below the smallest possible network"
   remedy = "Raise the target, lower min_features, or exclude less."
-  if bool(cost.exceeds(whole, target)):
-    raise ValueError(f"{text} ({as_number(float(cost(whole)))} {cost.unit}). {remedy}")
-  if bool(cost.exceeds(smallest, target)):
-    warn(
-      f"{text} that keeps min_features of each mask ({as_number(float(cost(smallest)))} {cost.unit}). {remedy}"
-    )
+  if least > target:
+    raise ValueError(f"{text} ({as_number(least)} {cost.unit}). {remedy}")
+  if at_floors > target:
+    warn(f"{text} that keeps min_features of each mask ({as_number(at_floors)} {cost.unit}). {remedy}")
 
 
 def falling(dense: float, target: float, start: int, stop: int) -> optax.Schedule:

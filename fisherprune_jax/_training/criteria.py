@@ -23,7 +23,7 @@ def fisher_importance(
 ) -> PyTree:
   r"""The Fisher estimate, in nats, of what removing each feature costs (Theis et al. 2018, eq. 9).
 
-  .. math:: signal_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
+  .. math:: importance_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
 
   Args:
     mask_grads: a tree of per-example gradients ``(..., B, C)``.
@@ -45,7 +45,7 @@ def taylor_importance(
 ) -> PyTree:
   r"""The first-order estimate, in nats, of what removing each feature changes (Molchanov et al. 2017).
 
-  .. math:: signal_k = \mathrm{mean}_n \, |g_{nk}|
+  .. math:: importance_k = \mathrm{mean}_n \, |g_{nk}|
 
   Args and result are those of :func:`fisher_importance`.
 
@@ -100,7 +100,7 @@ def random_importance(masks: Masks) -> PyTree:
 def magnitude(cost: CostModel | None) -> Criterion:
   r"""The norm of all weights that go with a feature, over the mean of its mask's.
 
-  .. math:: signal_k = \frac{\|w_k\|_2}{\mathrm{mean}_{j \, alive} \|w_j\|_2}
+  .. math:: importance_k = \frac{\|w_k\|_2}{\mathrm{mean}_{j \, alive} \|w_j\|_2}
 
   ``w_k`` are the entries of the variables that are gone from the compact network if feature k also goes.
 

@@ -155,9 +155,11 @@ def estimate_importance(
   has_aux: bool = False,
   reduction: Reduction = "mean",
 ) -> Masks:
-  r"""The mean importance of a trained network over some batches, for :func:`select_masks`; by default, Fisher's.
+  r"""Estimate the mean importance of every feature over some batches, for :func:`select_masks`.
 
-  .. math:: signal_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
+  Fisher importance is
+
+  .. math:: importance_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
 
   Args:
     loss_fn: ``loss_fn(params, masks, batch)``, as of :func:`value_and_mask_grads`.

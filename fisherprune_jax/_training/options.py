@@ -204,6 +204,11 @@ class Options:
     """After how many features of one pruning step the cost is recomputed."""
     return 1 if self.recost_every is None else self.recost_every
 
+  def is_settled(self, target: Any, step: jax.Array) -> Any:
+    """Whether the target does not fall any more after a step; exact widths wait for that."""
+    waits = self.widths is not None and callable(self.target)
+    return self.at("target", step + 1) >= target if waits else True
+
   def must_go_on(self, alive: jax.Array, above: Any, has_target: Any, settled: Any) -> jax.Array:
     """Whether more features have to be masked.
 
@@ -211,7 +216,7 @@ class Options:
       alive: which features are live, of all masks end to end.
       above: whether the cost is above the target.
       has_target: whether there is a target. Without one every feature may go, or, with ``widths``, theirs alone.
-      settled: whether the target does not fall any more; until then exact widths can wait for it.
+      settled: whether the target does not fall any more (``is_settled``).
     """
     if self.widths is None:
       return above | jnp.logical_not(has_target)

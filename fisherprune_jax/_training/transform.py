@@ -210,6 +210,7 @@ def _prune_if_due(
   edited = was_edited(flat.pruned_at, flat.masks, state.cost)
   due = batch.counts & _is_due(state.step, options)
   due &= TARGET.allows(target) & COST_WEIGHT.allows(weight)
+  settled = options.is_settled(target, state.step)
 
   def act() -> _Flat:
     cost, alive = options.cost.flat, flat.masks > 0
@@ -217,7 +218,6 @@ def _prune_if_due(
 
     def price(alive: jax.Array) -> Priced:
       found = cost.price(alive, cost.limit(target))
-      settled = options.at("target", state.step + 1) >= target if callable(options.target) else True
       return found._replace(too_much=options.must_go_on(alive, found.too_much, target > 0, settled))
 
     select = options.selection(price, weight)

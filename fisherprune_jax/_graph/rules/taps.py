@@ -13,15 +13,11 @@ from fisherprune_jax._graph.windows import Slide
 @functools.lru_cache(maxsize=4096)
 def met(slide: Slide) -> np.ndarray:
   """For each place, how many taps fall on an entry, and not on padding or between two entries."""
-
-  def meets(at: np.ndarray) -> np.ndarray:
-    return (at % slide.distance == 0) & (at >= 0) & (at <= slide.distance * (slide.entries - 1))
-
   places = np.arange(slide.places) * slide.stride - slide.before
   taps = np.arange(slide.taps) * slide.step
   if places.size < taps.size:  # one by one whatever there are fewer of
-    return np.asarray([np.sum(meets(place + taps)) for place in places], np.int64)
-  return sum((meets(places + tap).astype(np.int64) for tap in taps), np.zeros(places.size, np.int64))
+    return np.asarray([np.sum(slide.meets(place + taps)) for place in places], np.int64)
+  return sum((slide.meets(places + tap).astype(np.int64) for tap in taps), np.zeros(places.size, np.int64))
 
 
 def histogram(slides: Sequence[Slide]) -> Counter[int]:

@@ -23,6 +23,7 @@ from fisherprune_jax._latency.measuring import measure_latency as measure_latenc
 from fisherprune_jax._masks import apply_mask as apply_mask
 from fisherprune_jax._masks import per_example as per_example
 from fisherprune_jax._pruner.gradients import Gradients as Gradients
+from fisherprune_jax._reconstruction.reconstruct import reconstruct as reconstruct
 from fisherprune_jax._training.classic import pruning_sgd as pruning_sgd
 from fisherprune_jax._training.criterion import Criterion as Criterion
 from fisherprune_jax._training.finding import get_importance as get_importance

@@ -20,7 +20,7 @@ STOREYS = [
   {"_cost"},
   {"_training"},
   {"_compaction"},
-  {"_auto", "_latency"},
+  {"_auto", "_latency", "_reconstruction"},
   {"_pruner"},
   {"linen", "nnx", "rules"},
   {"__init__", "__main__"},

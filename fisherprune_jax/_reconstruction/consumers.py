@@ -1,0 +1,318 @@
+"""Consumers: the products whose parameters can be refitted, and where what they add to is complete.
+
+A product is refitted so that its *settling point* is what it was: the value after the additions that follow it (bias,
+residual, the affine map of a norm), before anything that is not linear or that is read twice.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.program import Node, Value
+from fisherprune_jax._reconstruction.flat import Compiled, Flat
+from fisherprune_jax._reconstruction.products import (
+  PRODUCTS,
+  is_supported,
+  parameter_matrix,
+  result_matrix,
+)
+
+MOVES = ("reshape", "transpose", "squeeze", "rev", "copy", "copy_p", "convert_element_type", "slice", "split")
+"""What only moves entries; of parameters, each entry at most once."""
+LINEAR = (*MOVES, "neg", "reduce_precision", "broadcast_in_dim", "add", "sub", "add_any", "mul", "div")
+"""What a product's result may go through on its way to its settling point."""
+
+
+class Use(NamedTuple):
+  """A product with parameters.
+
+  Attributes:
+    at: the position of its node.
+    side: which operand holds the parameters.
+    path: the positions of the nodes that lead from its result to the settling point.
+  """
+
+  at: int
+  side: int
+  path: tuple[int, ...]
+
+
+class Bias(NamedTuple):
+  """Parameters that are added on the way to the settling point.
+
+  Attributes:
+    leaf: which leaf of the variables holds them.
+    at: the position of the addition.
+    operand: which operand they are.
+    entries: their index in the leaf, of the shape of that operand.
+  """
+
+  leaf: int
+  at: int
+  operand: int
+  entries: np.ndarray
+
+
+@dataclass(eq=False)
+class Consumer:
+  """Parameters that are refitted, and all products that they are used in.
+
+  Attributes:
+    leaf: which leaf of the variables holds them.
+    entries: their index in the leaf, ``(G, d, c)``.
+    uses: the products.
+    bias: what is added behind the first of them, if its entries are parameters.
+  """
+
+  leaf: int
+  entries: np.ndarray
+  uses: list[Use] = field(default_factory=list)
+  bias: Bias | None = None
+
+
+class LeftAlone(NamedTuple):
+  """A product whose parameters are not refitted."""
+
+  source: str
+  reason: str
+
+
+class Found(NamedTuple):
+  """The consumers in program order, and those that are left alone."""
+
+  consumers: list[Consumer]
+  left_alone: list[LeftAlone]
+
+
+def find(flat: Flat, trained: Sequence[bool], masked: set[Value]) -> Found:
+  """Finds the products of parameters and of what masks can change.
+
+  Args:
+    flat: the network.
+    trained: whether a leaf of the variables is a parameter.
+    masked: the values that masks can change.
+  """
+  moved = _moved(flat)
+  finder = _Finder(flat, moved, trained)
+  left: list[LeftAlone] = []
+  consumers: list[Consumer] = []
+  taken: dict[int, np.ndarray] = {}
+  for at, node in enumerate(flat.nodes):
+    if node.name not in PRODUCTS or not any(value in masked for value in node.ins):
+      continue
+    reason = finder.reason(node)
+    if reason:
+      left.append(LeftAlone(node.source, reason))
+    if reason is not None:
+      continue
+    side = finder.side(node)
+    leaf, entries = moved[node.ins[side]]
+    matrix = np.asarray(parameter_matrix(node, side, jnp.asarray(entries)))
+    use = Use(at, side, tuple(finder.path(node.outs[0])))
+    same = next((c for c in consumers if c.leaf == leaf and np.array_equal(c.entries, matrix)), None)
+    if same is not None:
+      same.uses.append(use)
+      continue
+    used = taken.setdefault(leaf, np.zeros(flat.variables[leaf].aval.size, bool))
+    if used[matrix].any():
+      left.append(LeftAlone(node.source, "its parameters are used in another product in another way"))
+      consumers = [c for c in consumers if c.leaf != leaf or not _overlap(c.entries, matrix)]
+      continue
+    used[matrix] = True
+    consumers.append(Consumer(leaf, matrix, [use], finder.bias(use)))
+  for consumer in list(consumers):
+    if reason := finder.elsewhere(consumer):
+      consumers.remove(consumer)
+      left.append(LeftAlone(flat.nodes[consumer.uses[0].at].source, reason))
+  return Found(sorted(consumers, key=lambda c: max(finder.end(use) for use in c.uses)), left)
+
+
+def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
+  """Whether two sets of entries have one in common."""
+  found = np.zeros(max(a.max(initial=0), b.max(initial=0)) + 1, bool)
+  found[a] = True
+  return bool(found[b].any())
+
+
+def _moved(flat: Flat) -> dict[Value, tuple[int, np.ndarray]]:
+  """Values that hold entries of one leaf of the variables, each at most once: the leaf, and their index in it."""
+  found = {}
+  for leaf, value in enumerate(flat.variables):
+    size = int(np.prod(value.shape, dtype=np.int64))
+    found[value] = (leaf, np.arange(size, dtype=np.int32).reshape(value.shape))
+  for node in flat.nodes:
+    source = node.ins[0] if node.ins else None
+    if source not in found or source in flat.varies or node.name not in (*MOVES, "broadcast_in_dim"):
+      continue
+    leaf, entries = found[source]
+    if node.name in ("convert_element_type", "copy", "copy_p"):
+      outs = [entries]
+    elif node.name == "split":
+      edges = np.cumsum(node.params["sizes"])[:-1]
+      outs = np.split(entries, edges, node.params["axis"])
+    else:
+      outs = [compat.evaluate(node.eqn, [entries])]
+    for value, out in zip(node.outs, outs, strict=True):
+      found[value] = (leaf, out)
+  return found
+
+
+class _Finder:
+  """What is asked of a network about its products."""
+
+  def __init__(self, flat: Flat, moved: dict[Value, tuple[int, np.ndarray]], trained: Sequence[bool]) -> None:
+    self.flat, self.moved, self.trained = flat, moved, trained
+    self.outputs = set(flat.program.outputs)
+
+  def side(self, node: Node) -> int:
+    """Which operand of a product holds parameters."""
+    return 0 if node.ins[0] not in self.flat.varies else 1
+
+  def reason(self, node: Node) -> str | None:
+    """Why the parameters of a product cannot be refitted; empty if it has none, None if they can."""
+    varying = [value in self.flat.varies for value in node.ins]
+    if all(varying) or not any(varying):
+      return ""
+    side = self.side(node)
+    value = node.ins[side]
+    if value not in self.moved:
+      if not self._comes_of_parameters(value):
+        return ""
+      return f"its parameters are computed, by {self.flat.nodes[self.flat.made[value]].name!r}"
+    leaf, entries = self.moved[value]
+    if not self.trained[leaf]:
+      return ""
+    if np.bincount(entries.ravel(), minlength=1).max(initial=0) > 1:
+      return "it reads parameters several times"
+    if not is_supported(node) or (node.name == "conv_general_dilated" and side == 0):
+      return "it is a convolution whose batch is grouped" if side else "its parameters are convolved"
+    if not jnp.issubdtype(node.outs[0].aval.dtype, jnp.floating):
+      return "its results are no real floating-point numbers"
+    return None
+
+  def _comes_of_parameters(self, value: Value) -> bool:
+    _, read = self.flat.before([value], self.flat.variables)
+    return any(v in self.flat.program.inputs for v in read)
+
+  def path(self, value: Value) -> Iterator[int]:
+    """The positions of the nodes from a product's result to its settling point."""
+    while value not in self.outputs and len(self.flat.readers[value]) == 1:
+      (at,) = self.flat.readers[value]
+      node = self.flat.nodes[at]
+      if node.name not in LINEAR or node.ins.count(value) != 1 or len(node.outs) != 1:
+        return
+      others = [other for other in node.ins if other is not value]
+      if node.name in ("mul", "div") and any(other in self.flat.varies for other in others):
+        return
+      if node.name == "div" and node.ins[0] is not value:
+        return
+      if not jnp.issubdtype(node.outs[0].aval.dtype, jnp.floating):
+        return
+      yield at
+      (value,) = node.outs
+
+  def end(self, use: Use) -> int:
+    """The position at which a use settles."""
+    return max((use.at, *use.path))
+
+  def bias(self, use: Use) -> Bias | None:
+    """The last parameters that are added on a path, if there are any."""
+    found = None
+    reached = self.flat.nodes[use.at].outs[0]
+    for at in use.path:
+      node = self.flat.nodes[at]
+      if node.name in ("add", "add_any"):
+        operand = 1 - node.ins.index(reached)
+        held = self.moved.get(node.ins[operand])
+        if held is not None and self.trained[held[0]]:
+          found = Bias(held[0], at, operand, held[1])
+      (reached,) = node.outs
+    return found
+
+  def elsewhere(self, consumer: Consumer) -> str | None:
+    """What else reads the parameters than the consumer's products."""
+    products = {use.at for use in consumer.uses}
+    for value, (leaf, entries) in self.moved.items():
+      if leaf != consumer.leaf or not _overlap(consumer.entries, entries):
+        continue
+      if value in self.outputs:
+        return "its parameters are an output"
+      for at in self.flat.readers[value]:
+        if at not in products and not all(out in self.moved for out in self.flat.nodes[at].outs):
+          return f"its parameters are read by {self.flat.nodes[at].name!r} too"
+    return None
+
+
+def settling(flat: Flat, use: Use) -> Value:
+  """The value at which a use settles."""
+  return flat.nodes[use.path[-1] if use.path else use.at].outs[0]
+
+
+def multipliers(flat: Flat, use: Use) -> list[Value]:
+  """The values that a product's result is multiplied or divided by on its path; they depend on variables alone."""
+  read = [v for at in use.path if flat.nodes[at].name in ("mul", "div") for v in flat.nodes[at].ins]
+  return [value for value in read if value not in flat.varies and value.literal is None]
+
+
+def along(flat: Flat, use: Use, stop: int | None, env: Mapping[Value, Any], y: jax.Array) -> jax.Array:
+  """The linear part of the way from a product's result to its settling point, or to the addition at ``stop``."""
+  value = flat.nodes[use.at].outs[0]
+  for at in use.path:
+    node = flat.nodes[at]
+    if node.name in ("add", "add_any", "sub"):
+      y = y if node.name != "sub" or node.ins[0] is value else -y
+      y = jnp.broadcast_to(y, node.outs[0].shape)
+    else:
+      arrays = [y if x is value else (env[x] if x.literal is None else x.literal) for x in node.ins]
+      (y,) = compat.bind(node.eqn, arrays)
+    (value,) = node.outs
+    if at == stop:
+      break
+  return y
+
+
+class Columns(NamedTuple):
+  """Which entry of a leaf is the bias of each column ``(G, c)``, -1 for none, and how much of a change it takes."""
+
+  entries: np.ndarray
+  scale: jax.Array
+
+
+def bias_columns(
+  flat: Flat, consumer: Consumer, env: Mapping[Value, Any], compiled: Compiled
+) -> Columns | None:
+  """How a consumer's bias meets the columns of its product; None if it has none, or not one entry for each column."""
+  bias = consumer.bias
+  if bias is None or len(consumer.uses) > 1:
+    return None
+  (use,) = consumer.uses
+  scales = multipliers(flat, use)
+
+  def meet(
+    one: jax.Array, places: jax.Array, arrays: list[jax.Array]
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    node, known = flat.nodes[use.at], dict(zip(scales, arrays, strict=True))
+    places = jnp.broadcast_to(places, flat.nodes[bias.at].outs[0].shape)
+    like = jnp.broadcast_to(one, node.outs[0].shape)  # no constant, which XLA would evaluate
+    settled, pull = jax.vjp(lambda y: along(flat, use, bias.at, known, y).astype(jnp.float32), like)
+    parts = (pull(x)[0] for x in (settled, settled * places, jnp.broadcast_to(one, settled.shape)))
+    square, weighted, scale = (result_matrix(node, use.side, x) for x in parts)
+    found = jnp.round(weighted / jnp.where(square > 0, square, 1))
+    first, last = (
+      reduce(jnp.where(square > 0, found, other), 1)
+      for reduce, other in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
+    )
+    return first, last, jnp.max(scale, 1, where=square > 0, initial=-jnp.inf)
+
+  given = (jnp.float32(1), jnp.asarray(bias.entries, jnp.float32), flat.get(scales, env))
+  first, last, scale = compiled(meet, *given)(*given)
+  entries = np.where(np.isfinite(first), first, -1).astype(np.int64)
+  used = entries[entries >= 0]
+  if len(np.unique(used)) != used.size or not used.size or (np.isfinite(first) & (first != last)).any():
+    return None
+  return Columns(entries, jnp.where(entries >= 0, scale, 0))

@@ -1,0 +1,95 @@
+"""Which columns of a product's operand each feature of each mask is."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from fisherprune_jax._graph.program import Value
+from fisherprune_jax._reconstruction.consumers import Use
+from fisherprune_jax._reconstruction.flat import Flat
+from fisherprune_jax._reconstruction.products import operand_matrix
+
+CASTS = ("convert_element_type", "copy")
+
+
+class Reading(NamedTuple):
+  """A row of a mask that a product reads.
+
+  Attributes:
+    mask: which leaf of the masks, by position.
+    row: which row of it.
+    columns: the columns of each feature, ``(C, p)``; as many as there are columns where a feature has fewer.
+  """
+
+  mask: int
+  row: int
+  columns: np.ndarray
+
+
+def readings(flat: Flat, use: Use, masks: dict[Value, int]) -> list[Reading]:
+  """The rows of masks that a product reads, if they are multiplied right onto its operand."""
+  node = flat.nodes[use.at]
+  operand = node.ins[1 - use.side]
+  found = []
+  for value in _multiplied(flat, operand, masks):
+    for leaf, at in masks.items():
+      if codes := _codes(flat, value, leaf, masks):
+        code = jnp.broadcast_to(jnp.asarray(codes.array), operand.shape)
+        columns = np.asarray(operand_matrix(node, use.side, code)).max((0, 1)).astype(np.int64)
+        found += list(_by_row(leaf, at, columns))
+  return found
+
+
+class _Codes(NamedTuple):
+  array: np.ndarray
+
+
+def _multiplied(flat: Flat, value: Value, masks: dict[Value, int]) -> list[Value]:
+  """The values made of masks alone that another value is the product with."""
+  found = []
+  while value in flat.made:
+    node = flat.nodes[flat.made[value]]
+    if node.name in CASTS:
+      (value,) = node.ins
+    elif node.name == "mul":
+      ours = [v for v in node.ins if _of_masks(flat, v, masks)]
+      if len(ours) != 1:
+        break
+      found += ours
+      (value,) = [v for v in node.ins if v is not ours[0]]
+    else:
+      break
+  return found
+
+
+def _of_masks(flat: Flat, value: Value, masks: dict[Value, int]) -> bool:
+  if value.literal is not None or value in flat.varies:
+    return False
+  _, read = flat.before([value], flat.program.inputs)
+  inputs = [v for v in read if v in flat.program.inputs]
+  return bool(inputs) and all(v in masks for v in inputs)
+
+
+def _codes(flat: Flat, value: Value, leaf: Value, masks: dict[Value, int]) -> _Codes | None:
+  """The number of the feature of one mask at each entry of a value, from 1; 0 where there is none."""
+  _, read = flat.before([value], flat.program.inputs)
+  if leaf not in read:
+    return None
+  env: dict[Value, Any] = {v: jnp.ones(v.shape, jnp.float32) for v in masks} | dict(flat.program.consts)
+  numbers = jnp.arange(1, leaf.aval.size + 1, dtype=jnp.float32).reshape(leaf.shape)
+  (dead,) = flat.get([value], {**env, leaf: jnp.zeros(leaf.shape, jnp.float32)})
+  (code,) = flat.get([value], {**env, leaf: numbers})
+  return _Codes(np.asarray(jnp.where(dead == 0, code, 0)))
+
+
+def _by_row(leaf: Value, at: int, columns: np.ndarray) -> Any:
+  size = leaf.shape[-1]
+  for row in range(leaf.aval.size // size):
+    own = [np.flatnonzero(columns == row * size + feature + 1) for feature in range(size)]
+    width = max(len(places) for places in own)
+    if width:
+      table = np.full((size, width), len(columns))
+      for feature, places in enumerate(own):
+        table[feature, : len(places)] = places
+      yield Reading(at, row, table)

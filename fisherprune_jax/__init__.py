@@ -26,6 +26,7 @@ from fisherprune_jax._pruner.gradients import Gradients as Gradients
 from fisherprune_jax._reconstruction.reconstruct import reconstruct as reconstruct
 from fisherprune_jax._training.classic import pruning_sgd as pruning_sgd
 from fisherprune_jax._training.criterion import Criterion as Criterion
+from fisherprune_jax._training.estimation import estimate_importance as estimate_importance
 from fisherprune_jax._training.finding import get_importance as get_importance
 from fisherprune_jax._training.finding import get_masks as get_masks
 from fisherprune_jax._training.finding import get_state as get_state
@@ -35,7 +36,6 @@ from fisherprune_jax._training.history import Pruned as Pruned
 from fisherprune_jax._training.history import history as history
 from fisherprune_jax._training.history import masks_at as masks_at
 from fisherprune_jax._training.injection import inject_hyperparams as inject_hyperparams
-from fisherprune_jax._training.once import estimate_importance as estimate_importance
 from fisherprune_jax._training.once import select_masks as select_masks
 from fisherprune_jax._training.plots import plot_history as plot_history
 from fisherprune_jax._training.state import FisherPruneState as FisherPruneState

@@ -1,4 +1,4 @@
-"""The quickstart, as a user runs it."""
+"""The quickstarts, as a user runs them."""
 
 import ast
 import os
@@ -7,25 +7,41 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.py"
+ONE_SHOT = EXAMPLE.with_name("quickstart_one_shot.py")
+
+
+def run(example, folder):
+  environment = os.environ | {"XLA_FLAGS": "", "MPLBACKEND": "agg"}  # it runs longer than it compiles
+  found = subprocess.run(
+    [sys.executable, str(example)], cwd=folder, env=environment, capture_output=True, text=True, timeout=600
+  )
+  assert found.returncode == 0, found.stderr
+  return found.stdout, [float(share) for share in re.findall(r"([\d.]+)% of unseen digits", found.stdout)]
 
 
 def test_it_prunes_digits_to_a_tenth_and_draws_a_picture(tmp_path):
-  environment = os.environ | {"XLA_FLAGS": "", "MPLBACKEND": "agg"}  # it runs longer than it compiles
-  found = subprocess.run(
-    [sys.executable, str(EXAMPLE)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-  )
-  assert found.returncode == 0, found.stderr
-  dense, small = re.search(r"FLOPs per example +([\d,]+) +([\d,]+)", found.stdout).groups()
+  printed, correct = run(EXAMPLE, tmp_path)
+  dense, small = re.search(r"FLOPs per example +([\d,]+) +([\d,]+)", printed).groups()
   assert int(small.replace(",", "")) <= 0.1 * int(dense.replace(",", ""))
-  correct = [float(share) for share in re.findall(r"([\d.]+)% of unseen digits", found.stdout)]
   assert correct[-1] == correct[-2]  # the small network is the masked one
   assert correct[-1] > 96
   assert (tmp_path / "quickstart.png").stat().st_size > 10_000
 
 
-def test_it_is_short_and_needs_little():
-  text = EXAMPLE.read_text()
+def test_one_shot_pruning_keeps_accuracy_without_training(tmp_path):
+  printed, correct = run(ONE_SHOT, tmp_path)
+  shares = [float(share) for share in re.findall(r"([\d.]+)% of the FLOPs", printed)]
+  assert all(share <= keep for share, keep in zip(shares, (50, 25, 10), strict=True))
+  assert correct[0] > 96
+  assert all(share > correct[0] - most for share, most in zip(correct[1:], (1, 1.5, 3), strict=True))
+
+
+@pytest.mark.parametrize("example", [EXAMPLE, ONE_SHOT], ids=lambda path: path.stem)
+def test_it_is_short_and_needs_little(example):
+  text = example.read_text()
   assert len(text.splitlines()) <= 60
   imported = {
     (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]

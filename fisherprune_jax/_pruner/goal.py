@@ -1,6 +1,6 @@
 """What a pruner counts, the cost that it comes down to, and the budget on the way there."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from fisherprune_jax._tables import as_number
 from fisherprune_jax._training.options import KINDS
 from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
 
+Keep = float | Sequence[float] | None
+
 OWN = {
   "prune_every": "every",
   "burn_in": "start",
@@ -25,15 +27,15 @@ OWN = {
 
 
 def check_options(
-  keep: float | None, target: float | None, start: int, stop: int | None, options: Mapping[str, Any]
+  keep: Keep, target: float | None, start: int, stop: int | None, options: Mapping[str, Any]
 ) -> None:
   """Raises for arguments of the pruner that do not fit each other."""
   require(
     (keep is None) != (target is None), "fp.Pruner needs either keep or target", (keep, target),
     "keep=0.25 keeps a quarter of the dense cost; target= is in the unit of the measure."
   )  # fmt: skip
-  if keep is not None:
-    require(is_number(keep) and 0 < keep <= 1, "keep must be a fraction of the dense cost in (0, 1]", keep)
+  for each in _fractions(keep):
+    require(is_number(each) and 0 < each <= 1, "keep must be a fraction of the dense cost in (0, 1]", each)
   if stop is not None:
     require(stop > start, f"stop must come after start={start}", stop)
   for name in options:
@@ -64,10 +66,15 @@ def cost_of(
   return cost_model(apply_fn, variables, *args, measure=measure, batch_axes=batch_axes)
 
 
-def target_of(cost: CostModel, keep: float | None, target: float | None) -> float:
-  """The cost to come down to, in the unit of the cost."""
+def _fractions(keep: Keep) -> Sequence[float]:
+  return () if keep is None else keep if isinstance(keep, Sequence) else (keep,)
+
+
+def targets_of(cost: CostModel, keep: Keep, target: float | None) -> tuple[float, ...]:
+  """The costs to come down to, in the unit of the cost."""
   if keep is not None:
-    return float(keep) * cost.dense
+    require(len(_fractions(keep)) > 0, "keep must hold at least one fraction", keep)
+    return tuple(float(each) * cost.dense for each in _fractions(keep))
   assert target is not None
   fraction = (
     f" For a fraction, use keep={target}." if is_number(target) and 0 < target <= 1 < cost.dense else ""
@@ -79,7 +86,7 @@ def target_of(cost: CostModel, keep: float | None, target: float | None) -> floa
     target,
     fraction.strip(),
   )
-  return float(target)
+  return (float(target),)
 
 
 def check_reachable(cost: CostModel, target: float, floors: Masks) -> None:

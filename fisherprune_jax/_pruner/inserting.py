@@ -65,6 +65,12 @@ class Masked:
       )
     return {PARAMS: tree, COLLECTION: masks}
 
+  def like(self, tree: PyTree, variables: Mapping[str, PyTree]) -> PyTree:
+    """All variables as the parameters alone or as all of them, as ``tree`` is; without masks."""
+    if self.is_params(tree) or not isinstance(tree, Mapping):
+      return variables[PARAMS]
+    return {name: x for name, x in variables.items() if name != COLLECTION}
+
   def loss(
     self, loss_fn: Callable[..., Any], params: PyTree, places: Mapping[int, str]
   ) -> Callable[..., Any]:

@@ -1,39 +1,34 @@
 """The whole job in four lines."""
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import optax
 
-from fisherprune_jax._auto.auto import AutoMask, Select, auto_mask
+from fisherprune_jax._auto.auto import Select, auto_mask
 from fisherprune_jax._auto.groups import Group
 from fisherprune_jax._compaction.compact import Compact, compact
-from fisherprune_jax._cost.cost import CostModel
-from fisherprune_jax._errors import require, same_structure
+from fisherprune_jax._errors import require
 from fisherprune_jax._graph.variables import abstract
-from fisherprune_jax._masks import COLLECTION, check_masks, flatten, named_rows
-from fisherprune_jax._pruner.goal import check_options, check_reachable, cost_of, falling, target_of
+from fisherprune_jax._masks import COLLECTION, flatten
+from fisherprune_jax._pruner.goal import Keep, check_options, check_reachable, cost_of, falling, targets_of
 from fisherprune_jax._pruner.gradients import Gradients
 from fisherprune_jax._pruner.inserting import Masked
+from fisherprune_jax._pruner.monitoring import Monitor
+from fisherprune_jax._pruner.one_shot import Network, Result, one_shot
 from fisherprune_jax._pruner.wrapping import wrapped
-from fisherprune_jax._tables import Shown, Table, as_number
+from fisherprune_jax._reconstruction.fitting import Progress
 from fisherprune_jax._training.criteria import DEFAULT
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.finding import get_masks
 from fisherprune_jax._training.gradients import Reduction, value_and_mask_grads
-from fisherprune_jax._training.history import Pruned, history
 from fisherprune_jax._training.options import Options
-from fisherprune_jax._training.plots import plot_history
-from fisherprune_jax._training.summary import metrics, summary
 from fisherprune_jax._training.transform import fisher_prune
 from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
 
-if TYPE_CHECKING:
-  from matplotlib.figure import Figure
 
-
-class Pruner(Shown):
+class Pruner(Monitor):
   r"""Prunes a network while it trains; the model, the loss function and the optimizer stay as they are.
 
   The budget falls from the dense cost after step ``start`` to the target at step ``stop``:
@@ -48,7 +43,7 @@ class Pruner(Shown):
     variables: its variables, arrays or ``jax.ShapeDtypeStruct``. If they hold a collection ``"masks"`` (models written with
       :class:`Mask`), these masks are used; otherwise :func:`auto_mask` finds what can be pruned.
     *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
-    keep: the fraction of the dense cost to keep, in (0, 1].
+    keep: the fraction of the dense cost to keep, in (0, 1]. :meth:`one_shot` takes a sequence of them too.
     target: the cost to come down to, in the unit of ``measure``. Give either ``keep`` or ``target``.
     start: no pruning up to and including this step.
     stop: the step at which the target is reached.
@@ -63,7 +58,7 @@ class Pruner(Shown):
   Attributes:
     auto: the automatic masks; None if the variables hold masks.
     cost: the cost model.
-    target: the cost at the end, in the unit of the cost.
+    target: the cost at the end, in the unit of the cost; the smallest of several.
 
   Raises:
     ValueError, TypeError: for arguments out of their range, or a network without anything to prune.
@@ -96,16 +91,12 @@ class Pruner(Shown):
     network trains
   """
 
-  auto: AutoMask | None
-  cost: CostModel
-  target: float
-
   def __init__(
     self,
     apply_fn: ApplyFn,
     variables: PyTree,
     *args: PyTree,
-    keep: float | None = None,
+    keep: Keep = None,
     target: float | None = None,
     start: int = 0,
     stop: int | None = None,
@@ -126,7 +117,8 @@ class Pruner(Shown):
       self._apply, found = self.auto.apply, self.auto.variables
     self._masked = Masked(variables, self.auto)
     self.cost = cost_of(measure, self._apply, found, args, batch_axes)
-    self.target = target_of(self.cost, keep, target)
+    self._targets = targets_of(self.cost, keep, target)
+    self.target, self._is_family = min(self._targets), isinstance(keep, Sequence)
     self._start, self._stop, self._every = start, stop, every
     self._method, self._options = method, options
     check_reachable(self.cost, self.target, Options(self.cost, method=method, **options).floors)
@@ -154,6 +146,7 @@ class Pruner(Shown):
       self._stop is not None, "Pruner.wrap needs the step at which the target is reached", self._stop, "Pass "
       "fp.Pruner(..., stop=number_of_steps)."
     )  # fmt: skip
+    require(len(self._targets) == 1, "Pruner.wrap takes one keep", self._targets, "Several are for one_shot.")
     return wrapped(optimizer, self._pruning())
 
   def value_and_grad(
@@ -197,6 +190,60 @@ class Pruner(Shown):
 
     return value_and_gradients
 
+  def one_shot(
+    self,
+    params: PyTree,
+    batches: Iterable[PyTree],
+    loss_fn: Callable[..., Any] | None = None,
+    reconstruct: bool = True,
+    candidates: int = 1,
+    score_fn: Callable[[PyTree, Masks], float] | None = None,
+    progress: Progress | None = None,
+  ) -> Any:
+    """Prune a trained network without training.
+
+    Features are chosen by what their removal changes in the outputs once everything that reads them is refitted, over
+    their cost; then :func:`reconstruct` refits it.
+
+    Args:
+      params: the parameters, if there are no other variables, or all variables.
+      batches: an iterable of batches without labels: the arguments of ``apply_fn`` as a tuple, or its only argument. Tuples
+        may hold more behind them.
+      loss_fn: ``loss_fn(params, batch)``: importance comes from this loss and the pruner's ``method``. None takes it from the
+        outputs, which is better for a network that has learnt the labels of the batches.
+      reconstruct: whether to refit; otherwise parameters stay as they are, and features are chosen for that.
+      candidates: how many ways of choosing features to try, at most 6; the best one is kept.
+      score_fn: ``score_fn(params, masks)``, what is best: larger is better. None takes the error of the outputs on a quarter
+        of the batches.
+      progress: as of :func:`reconstruct`.
+
+    Returns:
+      ``(params, masks)``, for :meth:`apply` and :meth:`compact`; a list of them for a sequence of ``keep``.
+
+    Raises:
+      ValueError, TypeError: for batches that are none, or not those of ``apply_fn``.
+    """
+    dense = self._masked.complete(params, self.cost.masks)
+    options = Network(
+      self._apply, dense, len(self._args), self.cost, self._targets, self._method, self._options
+    )
+
+    def like(result: Result) -> tuple[PyTree, Masks]:
+      return self._masked.like(params, result.variables), result.masks
+
+    def loss(variables: PyTree, masks: Masks, batch: PyTree) -> Any:
+      given = self._masked.like(params, variables)
+      return self._masked.loss(loss_fn, given, {})(given, masks, batch)  # type: ignore[arg-type]
+
+    def score(result: Result) -> float:
+      return score_fn(*like(result))  # type: ignore[misc]
+
+    found = one_shot(
+      options, batches, loss_fn and loss, reconstruct, candidates, score_fn and score, progress
+    )
+    pruned = [like(result) for result in found]
+    return pruned if self._is_family else pruned[0]
+
   def apply(self, variables: PyTree, opt_state: PyTree, *args: PyTree) -> PyTree:
     """The outputs of the masked network.
 
@@ -219,37 +266,6 @@ class Pruner(Shown):
     apply_fn, complete = self._now(variables, opt_state)
     return compact(apply_fn, complete, *self._args, batch_axes=self._batch_axes, **options)
 
-  def masks(self, opt_state: PyTree) -> Masks:
-    """The masks in the state of the wrapped optimizer; masks are returned as they are.
-
-    Args:
-      opt_state: the state, or masks.
-    """
-    if same_structure(opt_state, self.cost.masks):
-      check_masks(opt_state, self.cost.masks, "fp.Pruner")
-      return opt_state
-    return get_masks(self._state(opt_state))
-
-  def summary(self, opt_state: PyTree) -> str:
-    """A table of masks: live features, importance, share of the cost; see :func:`summary`."""
-    return summary(self._state(opt_state), method=self._method)
-
-  def metrics(self, opt_state: PyTree) -> dict[str, jax.Array]:
-    """Numbers for a logger, under ``jit`` too; see :func:`metrics`."""
-    return metrics(self._state(opt_state))
-
-  def history(self, opt_state: PyTree) -> list[Pruned]:
-    """Which features were masked at which steps; see :func:`history`."""
-    return history(self._state(opt_state))
-
-  def plot(self, opt_state: PyTree) -> "Figure":
-    """Cost and widths over the steps; see :func:`plot_history`."""
-    return plot_history(self._state(opt_state), self.cost, self.target)
-
-  def _state(self, opt_state: Any) -> PyTree:
-    """The optimizer state in what a user has of it."""
-    return opt_state
-
   def _now(self, variables: PyTree, opt_state: PyTree) -> tuple[ApplyFn, PyTree]:
     """The network as a function, and all its variables with the masks of an optimizer state."""
     return self._apply, self._masked.complete(variables, self.masks(opt_state))
@@ -264,28 +280,4 @@ class Pruner(Shown):
       features_per_prune=flatten(self.cost.masks).size,
       method=self._method,
       **self._options,
-    )
-
-  def tables(self) -> list[Table | str]:
-    """The groups, the cost and the schedule."""
-    rows = [(name, str(row.size)) for name, row in named_rows(self.cost.masks)]
-    groups = self.auto.tables() if self.auto else [Table(("mask", "features"), rows)]
-    unit, dense, every = (
-      self.cost.unit,
-      self.cost.dense,
-      f"{self._every} steps" if self._every > 1 else "step",
-    )
-    schedule = (
-      f"from step {self._start} to step {self._stop}, every {every}"
-      if self._stop
-      else "no stop: one-shot pruning"
-    )
-    cost = f"cost {as_number(dense)} to {as_number(self.target)} {unit} ({self.target / dense:.1%})"
-    return [*groups, f"{cost}, {schedule}"]
-
-  def __repr__(self) -> str:
-    masks = jax.tree.leaves(self.cost.masks)
-    return (
-      f"Pruner({len(masks)} masks, {self.cost.dense:,.0f} to {self.target:,.0f} {self.cost.unit}, "
-      f"start={self._start}, stop={self._stop}, every={self._every}, method={self._method!r})"
     )

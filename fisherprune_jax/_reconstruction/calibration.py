@@ -18,15 +18,20 @@ HELD_OUT = 4
 Arguments = tuple[PyTree, ...]
 
 
-def arguments(batches: Iterable[PyTree]) -> list[Arguments]:
-  """The arguments of each batch."""
+def listed(batches: Iterable[PyTree]) -> list[PyTree]:
+  """The batches, if they are seen not to be a single one."""
   if isinstance(batches, Mapping | str) or hasattr(batches, "dtype") or not isinstance(batches, Iterable):
     raise TypeError(
       f"batches must be a list or another iterable of batches, got {describe(batches)}. For a single batch pass [batch]."
     )
-  found = [batch if type(batch) is tuple else (batch,) for batch in batches]
+  found = list(batches)
   require(bool(found), "batches must hold at least one batch", 0, "Iterators may be used up.")
   return found
+
+
+def arguments(batch: PyTree) -> Arguments:
+  """The arguments that a batch is: a tuple of them, or the only one."""
+  return batch if type(batch) is tuple else (batch,)
 
 
 def parted(apply_fn: ApplyFn, variables: PyTree, batches: list[Arguments]) -> list[Arguments]:
@@ -52,7 +57,9 @@ def _cut(batch: Arguments) -> list[Arguments]:
     return [batch]
   ((size,),) = sizes
   edges = np.linspace(0, size, min(size, HELD_OUT) + 1).astype(int)
-  return [jax.tree.unflatten(tree, [x[start:end] for x in leaves]) for start, end in itertools.pairwise(edges)]
+  return [
+    jax.tree.unflatten(tree, [x[start:end] for x in leaves]) for start, end in itertools.pairwise(edges)
+  ]
 
 
 def signature(batch: Arguments) -> Any:

@@ -4,22 +4,20 @@ A product is refitted so that its *settling point* is what it was: the value aft
 residual, the affine map of a norm), before anything that is not linear or that is read twice.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.program import Node, Value
-from fisherprune_jax._reconstruction.flat import Compiled, Flat
+from fisherprune_jax._graph.program import Node, Value, build
+from fisherprune_jax._reconstruction.flat import Flat
 from fisherprune_jax._reconstruction.products import (
   PRODUCTS,
   is_supported,
   parameter_matrix,
-  result_matrix,
 )
 
 MOVES = ("reshape", "transpose", "squeeze", "rev", "copy", "copy_p", "convert_element_type", "slice", "split")
@@ -103,9 +101,9 @@ def find(flat: Flat, trained: Sequence[bool], masked: set[Value]) -> Found:
   consumers: list[Consumer] = []
   taken: dict[int, np.ndarray] = {}
   for at, node in enumerate(flat.nodes):
-    if node.name not in PRODUCTS or not any(value in masked for value in node.ins):
+    if not any(value in masked for value in node.ins):
       continue
-    reason = finder.reason(node)
+    reason = finder.reason(node) if node.name in PRODUCTS else finder.inside(node) or ""
     if reason:
       left.append(LeftAlone(node.source, reason))
     if reason is not None:
@@ -126,7 +124,7 @@ def find(flat: Flat, trained: Sequence[bool], masked: set[Value]) -> Found:
     used[matrix] = True
     consumers.append(Consumer(leaf, matrix, [use], finder.bias(use)))
   for consumer in list(consumers):
-    if reason := finder.elsewhere(consumer):
+    if reason := finder.elsewhere(consumer.leaf, consumer.entries, {use.at for use in consumer.uses}):
       consumers.remove(consumer)
       left.append(LeftAlone(flat.nodes[consumer.uses[0].at].source, reason))
   return Found(sorted(consumers, key=lambda c: max(finder.end(use) for use in c.uses)), left)
@@ -229,90 +227,29 @@ class _Finder:
       if node.name in ("add", "add_any"):
         operand = 1 - node.ins.index(reached)
         held = self.moved.get(node.ins[operand])
-        if held is not None and self.trained[held[0]]:
+        if held is not None and self.trained[held[0]] and not self.elsewhere(*held, {at}):
           found = Bias(held[0], at, operand, held[1])
       (reached,) = node.outs
     return found
 
-  def elsewhere(self, consumer: Consumer) -> str | None:
-    """What else reads the parameters than the consumer's products."""
-    products = {use.at for use in consumer.uses}
-    for value, (leaf, entries) in self.moved.items():
-      if leaf != consumer.leaf or not _overlap(consumer.entries, entries):
+  def elsewhere(self, leaf: int, entries: np.ndarray, known: set[int]) -> str | None:
+    """What reads some parameters, other than the nodes at known positions."""
+    for value, (other, places) in self.moved.items():
+      if other != leaf or not _overlap(entries, places):
         continue
       if value in self.outputs:
         return "its parameters are an output"
       for at in self.flat.readers[value]:
-        if at not in products and not all(out in self.moved for out in self.flat.nodes[at].outs):
+        if at not in known and not all(out in self.moved for out in self.flat.nodes[at].outs):
           return f"its parameters are read by {self.flat.nodes[at].name!r} too"
     return None
 
-
-def settling(flat: Flat, use: Use) -> Value:
-  """The value at which a use settles."""
-  return flat.nodes[use.path[-1] if use.path else use.at].outs[0]
-
-
-def multipliers(flat: Flat, use: Use) -> list[Value]:
-  """The values that a product's result is multiplied or divided by on its path; they depend on variables alone."""
-  read = [v for at in use.path if flat.nodes[at].name in ("mul", "div") for v in flat.nodes[at].ins]
-  return [value for value in read if value not in flat.varies and value.literal is None]
+  def inside(self, node: Node) -> str | None:
+    """Why products inside of a node, such as a loop, cannot be refitted; None if there are none of parameters."""
+    reads_parameters = any(value in self.moved and self.trained[self.moved[value][0]] for value in node.ins)
+    return f"it is inside of a {node.name!r}" if reads_parameters and _holds_products(node) else None
 
 
-def along(flat: Flat, use: Use, stop: int | None, env: Mapping[Value, Any], y: jax.Array) -> jax.Array:
-  """The linear part of the way from a product's result to its settling point, or to the addition at ``stop``."""
-  value = flat.nodes[use.at].outs[0]
-  for at in use.path:
-    node = flat.nodes[at]
-    if node.name in ("add", "add_any", "sub"):
-      y = y if node.name != "sub" or node.ins[0] is value else -y
-      y = jnp.broadcast_to(y, node.outs[0].shape)
-    else:
-      arrays = [y if x is value else (env[x] if x.literal is None else x.literal) for x in node.ins]
-      (y,) = compat.bind(node.eqn, arrays)
-    (value,) = node.outs
-    if at == stop:
-      break
-  return y
-
-
-class Columns(NamedTuple):
-  """Which entry of a leaf is the bias of each column ``(G, c)``, -1 for none, and how much of a change it takes."""
-
-  entries: np.ndarray
-  scale: jax.Array
-
-
-def bias_columns(
-  flat: Flat, consumer: Consumer, env: Mapping[Value, Any], compiled: Compiled
-) -> Columns | None:
-  """How a consumer's bias meets the columns of its product; None if it has none, or not one entry for each column."""
-  bias = consumer.bias
-  if bias is None or len(consumer.uses) > 1:
-    return None
-  (use,) = consumer.uses
-  scales = multipliers(flat, use)
-
-  def meet(
-    one: jax.Array, places: jax.Array, arrays: list[jax.Array]
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    node, known = flat.nodes[use.at], dict(zip(scales, arrays, strict=True))
-    places = jnp.broadcast_to(places, flat.nodes[bias.at].outs[0].shape)
-    like = jnp.broadcast_to(one, node.outs[0].shape)  # no constant, which XLA would evaluate
-    settled, pull = jax.vjp(lambda y: along(flat, use, bias.at, known, y).astype(jnp.float32), like)
-    parts = (pull(x)[0] for x in (settled, settled * places, jnp.broadcast_to(one, settled.shape)))
-    square, weighted, scale = (result_matrix(node, use.side, x) for x in parts)
-    found = jnp.round(weighted / jnp.where(square > 0, square, 1))
-    first, last = (
-      reduce(jnp.where(square > 0, found, other), 1)
-      for reduce, other in ((jnp.min, jnp.inf), (jnp.max, -jnp.inf))
-    )
-    return first, last, jnp.max(scale, 1, where=square > 0, initial=-jnp.inf)
-
-  given = (jnp.float32(1), jnp.asarray(bias.entries, jnp.float32), flat.get(scales, env))
-  first, last, scale = compiled(meet, *given)(*given)
-  entries = np.where(np.isfinite(first), first, -1).astype(np.int64)
-  used = entries[entries >= 0]
-  if len(np.unique(used)) != used.size or not used.size or (np.isfinite(first) & (first != last)).any():
-    return None
-  return Columns(entries, jnp.where(entries >= 0, scale, 0))
+def _holds_products(node: Node) -> bool:
+  inner = (each for jaxpr in compat.sub_jaxprs(node.params) for each in build(jaxpr).nodes)
+  return any(each.name in PRODUCTS or _holds_products(each) for each in inner)

@@ -1,6 +1,6 @@
 """The refitting of one product after the other, while batches move on through the masked network and the dense one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +11,22 @@ import numpy as np
 from fisherprune_jax._graph.program import Value
 from fisherprune_jax._graph.variables import VariableTree
 from fisherprune_jax._reconstruction.calibration import HELD_OUT, Arguments, signature
-from fisherprune_jax._reconstruction.consumers import Consumer, LeftAlone, bias_columns, find
+from fisherprune_jax._reconstruction.consumers import Consumer, LeftAlone, find
 from fisherprune_jax._reconstruction.flat import Compiled, Flat, flatten_network
 from fisherprune_jax._reconstruction.frontier import Frontier, final_values
-from fisherprune_jax._reconstruction.regression import Moments, chosen, moments_of, reads
+from fisherprune_jax._reconstruction.regression import (
+  Moments,
+  chosen,
+  moments_of,
+  reads,
+  squared_error,
+  total,
+)
+from fisherprune_jax._reconstruction.settling import bias_columns
 from fisherprune_jax._types import ApplyFn, PyTree
+
+Progress = Callable[[Sequence[Any]], Iterable[Any]]
+"""``rich.progress.track``, ``tqdm.tqdm``: is given a sequence, and hands on its items."""
 
 
 @dataclass(eq=False)
@@ -26,12 +37,14 @@ class Traced:
     flat: the network.
     consumers: its products, in the order in which they are refitted.
     numbers: the numbers of the batches.
+    batches: the arrays of their arguments.
     own, dense: where they are in the masked network, and in the dense one.
   """
 
   flat: Flat
   consumers: list[Consumer]
   numbers: list[int] = field(default_factory=list)
+  batches: list[list[jax.Array]] = field(default_factory=list)
   own: Frontier | None = None
   dense: Frontier | None = None
 
@@ -57,14 +70,12 @@ def changed(flat: Flat, tree: VariableTree) -> set[Value]:
 
 
 class Fit:
-  """Variables on their way to those that reproduce a dense network.
+  """A network at the shapes of its batches, and its refitting for any masks.
 
   Args:
     apply_fn: the network.
     tree: its variables, with masks.
-    dense: the variables of the dense network.
     batches: arguments.
-    ridge: a ridge for all products, or None.
     weights: a function of the arguments, or None.
   """
 
@@ -72,19 +83,34 @@ class Fit:
     self,
     apply_fn: ApplyFn,
     tree: VariableTree,
-    dense: PyTree,
     batches: Sequence[Arguments],
-    ridge: float | None,
-    weights: Callable[..., jax.Array] | None,
+    weights: Callable[..., jax.Array] | None = None,
   ) -> None:
-    self._first, self._dense, self._ridge = tree.variables, dense, ridge
-    self._leaves = jax.tree.leaves(tree.variables)
     self._weights = [weights(*batch) if weights else None for batch in batches]
     self._compiled = Compiled()
     self._held_out = len(batches) >= HELD_OUT
     self.left_alone: list[LeftAlone] = []
-    self._traced = self._trace(apply_fn, tree, batches)
-    self.count = len(self._traced[0].consumers)
+    self.traced = self._trace(apply_fn, tree, batches)
+
+  def run(
+    self, variables: PyTree, dense: PyTree, ridge: float | None = None, progress: Progress | None = None
+  ) -> PyTree:
+    """The variables, refitted to reproduce a dense network.
+
+    Args:
+      variables: what to begin with, with masks.
+      dense: the variables of the dense network.
+      ridge: a ridge for all products; None to choose it for each.
+      progress: shows progress.
+    """
+    self._first, self._dense, self._ridge = variables, dense, ridge
+    self._leaves = jax.tree.leaves(variables)
+    for traced in self.traced:
+      traced.own, traced.dense = (Frontier(traced.flat, traced.batches, self._compiled) for _ in range(2))
+    order = range(len(self.traced[0].consumers))
+    for at in progress(order) if progress else order:
+      self._refit(at)
+    return self._result()
 
   def _trace(self, apply_fn: ApplyFn, tree: VariableTree, batches: Sequence[Arguments]) -> list[Traced]:
     found: dict[Any, Traced] = {}
@@ -97,9 +123,7 @@ class Fit:
         found[key] = Traced(flat, here.consumers)
         self.left_alone = here.left_alone
       found[key].numbers.append(number)
-    for traced in found.values():
-      own = [arrays[number] for number in traced.numbers]
-      traced.own, traced.dense = (Frontier(traced.flat, own, self._compiled) for _ in range(2))
+      found[key].batches.append(arrays[number])
     return list(found.values())
 
   @property
@@ -107,16 +131,16 @@ class Fit:
     """The variables as they are now."""
     return jax.tree.unflatten(jax.tree.structure(self._first), self._leaves)
 
-  def refit(self, at: int) -> None:
+  def _refit(self, at: int) -> None:
     """Refits the parameters of one consumer; those before it are done."""
     variables = self.variables
     sums: list[Moments | None] = [None, None]
-    for traced in self._traced:
+    for traced in self.traced:
       self._move(traced, at)
       for number, found in self._moments(traced, traced.consumers[at], variables):
         part = self._held_out and number % HELD_OUT == HELD_OUT - 1
-        sums[part] = found if sums[part] is None else jax.tree.map(jnp.add, sums[part], found)
-    flat, consumer = self._traced[0].flat, self._traced[0].consumers[at]
+        sums[part] = found if sums[part] is None else total(sums[part], found)
+    flat, consumer = self.traced[0].flat, self.traced[0].consumers[at]
     columns = bias_columns(flat, consumer, flat.env(variables), self._compiled)
     fitted, held = sums
     assert fitted is not None
@@ -127,24 +151,23 @@ class Fit:
     if columns is not None and consumer.bias is not None:
       self._add(consumer.bias.leaf, columns.entries, change.bias * columns.scale)
 
-  def result(self) -> PyTree:
+  def _result(self) -> PyTree:
     """The refitted variables; those that were given if their outputs are closer to the dense network's."""
-    before, after = (self._error(variables) for variables in (self._first, self.variables))
-    return self.variables if after <= before else self._first
+    before, after = (self._errors(variables) for variables in (self._first, self.variables))
+    known = np.isfinite(before)
+    return self.variables if after[known].sum() <= before[known].sum() else self._first
 
-  def _error(self, variables: PyTree) -> float:
-    """The squared error of the outputs, of batches where both networks give finite ones."""
-    total = 0.0
-    for traced in self._traced:
+  def _errors(self, variables: PyTree) -> np.ndarray:
+    """The squared error of the outputs on each batch."""
+    found = np.zeros(len(self._weights))
+    for traced in self.traced:
       outputs = [v for v in traced.flat.program.outputs if jnp.issubdtype(v.aval.dtype, jnp.floating)]
       outputs = [v for v in outputs if v in traced.flat.varies]
-      start = Frontier(traced.flat, traced.own.batches, self._compiled)  # type: ignore[union-attr]
+      start = Frontier(traced.flat, traced.batches, self._compiled)
       own, dense = start.reader(variables, outputs), traced.dense.reader(self._dense, outputs)  # type: ignore[union-attr]
-      for place in range(len(traced.numbers)):
-        pairs = zip(own(place), dense(place), strict=True)
-        error = sum(float(jnp.sum(jnp.square(a.astype(jnp.float32) - b))) for a, b in pairs)
-        total += error if np.isfinite(error) else 0.0
-    return total
+      for place, number in enumerate(traced.numbers):
+        found[number] = squared_error(own(place), dense(place), self._weights[number])
+    return found
 
   def _move(self, traced: Traced, at: int) -> None:
     kept = final_values(traced.flat, traced.consumers[at:], traced.flat.program.outputs)
@@ -173,8 +196,14 @@ class Fit:
 
   def _add(self, leaf: int, entries: np.ndarray, change: jax.Array) -> None:
     """Adds to some entries of a leaf; those below zero are none."""
-    old = jnp.asarray(self._leaves[leaf])
-    flat = old.astype(change.dtype).reshape(-1)
-    places = np.where(entries >= 0, entries, flat.size).ravel()
-    new = flat.at[jnp.asarray(places)].add(change.ravel(), mode="drop")
-    self._leaves[leaf] = new.reshape(old.shape).astype(old.dtype)
+    old = self._leaves[leaf]
+    new = _added(old, entries, change)
+    is_placed = isinstance(old, jax.Array) and old.committed
+    self._leaves[leaf] = jax.device_put(new, old.sharding) if is_placed else new
+
+
+@jax.jit
+def _added(leaf: jax.Array, entries: jax.Array, change: jax.Array) -> jax.Array:
+  flat = leaf.astype(change.dtype).reshape(-1)
+  places = jnp.where(entries >= 0, entries, flat.size).ravel()
+  return flat.at[places].add(change.ravel(), mode="drop").reshape(leaf.shape).astype(leaf.dtype)

@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from fisherprune_jax._graph.program import Value
-from fisherprune_jax._reconstruction.consumers import Consumer, settling
+from fisherprune_jax._reconstruction.consumers import Consumer
 from fisherprune_jax._reconstruction.flat import Compiled, Flat
+from fisherprune_jax._reconstruction.settling import settling
 from fisherprune_jax._types import PyTree
 
 MOST_BYTES = 2 << 30

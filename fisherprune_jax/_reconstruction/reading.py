@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,7 +20,7 @@ class Reading(NamedTuple):
   Attributes:
     mask: which leaf of the masks, by position.
     row: which row of it.
-    columns: the columns of each feature, ``(C, p)``; as many as there are columns where a feature has fewer.
+    columns: the columns of each feature, ``(C, p)``; -1 where a feature has fewer.
   """
 
   mask: int
@@ -34,15 +35,12 @@ def readings(flat: Flat, use: Use, masks: dict[Value, int]) -> list[Reading]:
   found = []
   for value in _multiplied(flat, operand, masks):
     for leaf, at in masks.items():
-      if codes := _codes(flat, value, leaf, masks):
-        code = jnp.broadcast_to(jnp.asarray(codes.array), operand.shape)
+      codes = _codes(flat, value, leaf, masks)
+      if codes is not None:
+        code = jnp.broadcast_to(codes, operand.shape)
         columns = np.asarray(operand_matrix(node, use.side, code)).max((0, 1)).astype(np.int64)
         found += list(_by_row(leaf, at, columns))
   return found
-
-
-class _Codes(NamedTuple):
-  array: np.ndarray
 
 
 def _multiplied(flat: Flat, value: Value, masks: dict[Value, int]) -> list[Value]:
@@ -71,7 +69,7 @@ def _of_masks(flat: Flat, value: Value, masks: dict[Value, int]) -> bool:
   return bool(inputs) and all(v in masks for v in inputs)
 
 
-def _codes(flat: Flat, value: Value, leaf: Value, masks: dict[Value, int]) -> _Codes | None:
+def _codes(flat: Flat, value: Value, leaf: Value, masks: dict[Value, int]) -> jax.Array | None:
   """The number of the feature of one mask at each entry of a value, from 1; 0 where there is none."""
   _, read = flat.before([value], flat.program.inputs)
   if leaf not in read:
@@ -80,7 +78,7 @@ def _codes(flat: Flat, value: Value, leaf: Value, masks: dict[Value, int]) -> _C
   numbers = jnp.arange(1, leaf.aval.size + 1, dtype=jnp.float32).reshape(leaf.shape)
   (dead,) = flat.get([value], {**env, leaf: jnp.zeros(leaf.shape, jnp.float32)})
   (code,) = flat.get([value], {**env, leaf: numbers})
-  return _Codes(np.asarray(jnp.where(dead == 0, code, 0)))
+  return jnp.where(dead == 0, code, 0)
 
 
 def _by_row(leaf: Value, at: int, columns: np.ndarray) -> Any:
@@ -89,7 +87,7 @@ def _by_row(leaf: Value, at: int, columns: np.ndarray) -> Any:
     own = [np.flatnonzero(columns == row * size + feature + 1) for feature in range(size)]
     width = max(len(places) for places in own)
     if width:
-      table = np.full((size, width), len(columns))
+      table = np.full((size, width), -1)
       for feature, places in enumerate(own):
         table[feature, : len(places)] = places
       yield Reading(at, row, table)

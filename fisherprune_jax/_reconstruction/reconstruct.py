@@ -1,20 +1,17 @@
 """Refits the parameters behind masks, so that the masked network does what the dense one did."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fisherprune_jax._errors import describe, require, require_same_tree, warn
+from fisherprune_jax._errors import describe, require, require_same_tree, require_shapes, warn
 from fisherprune_jax._graph.variables import VariableTree
 from fisherprune_jax._masks import COLLECTION
-from fisherprune_jax._reconstruction.calibration import arguments, parted
+from fisherprune_jax._reconstruction.calibration import arguments, listed, parted
 from fisherprune_jax._reconstruction.consumers import LeftAlone
-from fisherprune_jax._reconstruction.fitting import Fit
+from fisherprune_jax._reconstruction.fitting import Fit, Progress
 from fisherprune_jax._types import ApplyFn, PyTree
-
-Progress = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 def reconstruct(
@@ -87,13 +84,11 @@ def reconstruct(
   tree = VariableTree(variables, COLLECTION)
   require(ridge is None or ridge > 0, "ridge must be positive", ridge, "None chooses it.")
   dense = _reference(variables, reference)
-  given = parted(apply_fn, variables, arguments(batches))
-  fit = Fit(apply_fn, tree, dense, given, ridge, weights)
-  order = range(fit.count)
-  for at in progress(order) if progress else order:
-    fit.refit(at)
-  _warn(fit.left_alone)
-  return fit.result()
+  given = parted(apply_fn, variables, [arguments(batch) for batch in listed(batches)])
+  fit = Fit(apply_fn, tree, given, weights)
+  found = fit.run(variables, dense, ridge, progress)
+  warn_of(fit.left_alone)
+  return found
 
 
 def _reference(variables: Mapping[str, PyTree], reference: PyTree) -> PyTree:
@@ -101,13 +96,15 @@ def _reference(variables: Mapping[str, PyTree], reference: PyTree) -> PyTree:
   found = {COLLECTION: jax.tree.map(jnp.ones_like, variables[COLLECTION]), **(reference or {})}
   if reference is None:
     found = {**variables, **found}
-  require_same_tree(
-    found, {**variables}, "reference", "variables", "Pass the variables before they were pruned."
-  )
+  how = "Pass the variables before they were pruned."
+  require_same_tree(found, {**variables}, "reference", "variables", how)
+  what = "reference must have the shapes of variables"
+  require_shapes(found, {**variables}, lambda shape, path: f"{what}, {shape} at {path}", how)
   return {name: found[name] for name in variables}
 
 
-def _warn(left: Sequence[LeftAlone]) -> None:
+def warn_of(left: Sequence[LeftAlone]) -> None:
+  """Warns of products that are not refitted."""
   if left:
     lines = dict.fromkeys(f"  {source}: {reason}" for source, reason in left)
     warn("fp.reconstruct left these products as they are:\n" + "\n".join(lines))

@@ -16,13 +16,14 @@ import numpy as np
 from jax import lax
 
 from fisherprune_jax._graph.program import Value
-from fisherprune_jax._reconstruction.consumers import Consumer, Use, along, multipliers, settling
+from fisherprune_jax._reconstruction.consumers import Consumer, Use
 from fisherprune_jax._reconstruction.flat import Env, Flat
 from fisherprune_jax._reconstruction.products import (
   operand_matrix,
   result_matrix,
   shapes_of,
 )
+from fisherprune_jax._reconstruction.settling import along, multipliers, settling
 from fisherprune_jax._types import Shape
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
@@ -82,6 +83,8 @@ def _moments(sample: Sample) -> Moments:
   operand, missing, weights = sample
   ones = jnp.ones((*operand.shape[:2], 1), operand.dtype)
   operand = jnp.concatenate([operand, ones], -1)
+  # Whatever padding holds counts for nothing, even if it is not finite.
+  operand, missing = (jnp.where(weights > 0, x, 0) for x in (operand, missing))
   weighted = (operand * weights).swapaxes(1, 2)
   return Moments(
     jnp.matmul(weighted, operand, precision=HIGHEST),
@@ -98,8 +101,8 @@ def sample_of(
   x, settled = own[node.ins[1 - use.side]], own[settling(flat, use)]
   wide = jnp.promote_types(settled.dtype, jnp.float32)
   error = dense.astype(wide) - settled.astype(wide)
-  missing, scale = pulled(flat, use, own, error.astype(settled.dtype), one)
-  missing = jnp.where(scale > 0, missing.astype(wide) / jnp.where(scale > 0, scale, 1).astype(wide), 0)
+  missing, scale = pulled(flat, use, own, error, one)
+  missing = jnp.where(scale > 0, missing / jnp.where(scale > 0, scale, 1), 0)
   # Rows that never come to the settling point, since a slice leaves them out, count for nothing.
   seen = jnp.any(result_matrix(node, use.side, scale) > 0, -1)
   operand = operand_matrix(node, use.side, x).astype(wide)
@@ -113,10 +116,9 @@ def pulled(flat: Flat, use: Use, env: Env, error: jax.Array, one: jax.Array) -> 
 
   ``one`` is 1: as an argument, since XLA would evaluate all that follows of a constant while it compiles.
   """
-  y = flat.nodes[use.at].outs[0]
-  like = jnp.broadcast_to(one.astype(y.aval.dtype), y.shape)
+  like = jnp.broadcast_to(one.astype(error.dtype), flat.nodes[use.at].outs[0].shape)
   settled, pull = jax.vjp(lambda y: along(flat, use, None, env, y), like)
-  (back,), (scale,) = pull(error.astype(settled.dtype)), pull(settled)
+  (back,), (scale,) = pull(error), pull(settled)
   return back, scale
 
 
@@ -133,6 +135,18 @@ def row_weights(weights: jax.Array | None, rows: Shape) -> jax.Array:
   return jnp.broadcast_to(weights.reshape(*weights.shape, *(1,) * (len(rows) - weights.ndim)), rows).reshape(
     -1
   )
+
+
+@jax.jit
+def squared_error(own: list[jax.Array], dense: list[jax.Array], weights: jax.Array | None) -> jax.Array:
+  """The weighted squared error of some outputs."""
+  total = jnp.float32(0)
+  for a, b in zip(own, dense, strict=True):
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    rows = row_weights(weights, a.shape)
+    rows = rows.reshape(a.shape if rows.size == a.size else ())
+    total += jnp.sum(jnp.where(rows > 0, rows * jnp.square(a.astype(wide) - b.astype(wide)), 0))
+  return total
 
 
 class Change(NamedTuple):
@@ -181,27 +195,34 @@ def chosen(fitted: Moments, held: Moments | None, ridge: float | None, has_bias:
     ridge: the ridge, if it is not to be chosen.
     has_bias: whether there is a bias to fit.
   """
-  both = fitted if held is None else jax.tree.map(jnp.add, fitted, held)
-  ridges = (ridge,) if ridge is not None else RIDGES if held is not None else RIDGES[1:2]
+  both = fitted if held is None else total(fitted, held)
+  if ridge is not None or held is None:
+    fitted = held = both
+  ridges = (ridge,) if ridge is not None else RIDGES if held is not both else RIDGES[1:2]
   places = live_columns(both.gram)
-  fitted, held, both = (cut(x, places) for x in (fitted, held or fitted, both))
-  errors = [float(_held_error(fitted, held, jnp.float32(level), has_bias)) for level in ridges]
+  fitted, held, both = (cut(x, places) for x in (fitted, held, both))
+  errors = [float(_tried(fitted, held, level, has_bias)[0]) for level in ridges]
   if not np.nanmin([*errors, 0.0]) < 0:
     return None
-  change = _solved(both, jnp.float32(ridges[int(np.nanargmin(errors))]), has_bias)
-  if not all(bool(jnp.all(jnp.isfinite(x))) for x in change):
-    return None
-  groups, _, columns = change.parameters.shape
-  whole = jnp.zeros((groups, int(places[-1]), columns), change.parameters.dtype)
-  return change._replace(parameters=whole.at[:, places[:-1]].set(change.parameters))
+  _, is_finite, change = _tried(both, both, ridges[int(np.nanargmin(errors))], has_bias)
+  return _spread(change, places[:-1], int(places[-1])) if is_finite else None
 
 
 def live_columns(gram: jax.Array) -> np.ndarray:
   """The columns that are live in some group, and that of ones; of as many that few programs have to be compiled."""
-  diagonal = np.asarray(jnp.diagonal(gram, axis1=1, axis2=2)).max(0)[:-1]
-  step = max(16, len(diagonal) // 16)
+  diagonal = np.asarray(_diagonal(gram)).max(0)[:-1]
+  step = max(512, len(diagonal) // 8)
   count = min(len(diagonal), -(-np.count_nonzero(diagonal) // step) * step)
   return np.append(np.sort(np.argsort(-diagonal, kind="stable")[:count]), len(diagonal))
+
+
+# Compiled as wholes: on their own, the operations in them would be compiled one by one, for the shapes of each layer.
+
+
+@jax.jit
+def total(a: Moments, b: Moments) -> Moments:
+  """The moments of the examples of both."""
+  return jax.tree.map(jnp.add, a, b)
 
 
 @jax.jit
@@ -211,9 +232,24 @@ def cut(moments: Moments, places: jax.Array) -> Moments:
   return moments._replace(gram=gram, cross=moments.cross[:, places])
 
 
-_solved = jax.jit(solved, static_argnums=2)
+@jax.jit
+def _diagonal(gram: jax.Array) -> jax.Array:
+  return jnp.diagonal(gram, axis1=1, axis2=2)
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _held_error(fitted: Moments, held: Moments, ridge: jax.Array, has_bias: bool) -> jax.Array:
-  return left_error(held, solved(fitted, ridge, has_bias))
+def _tried(
+  fitted: Moments, held: Moments, ridge: jax.Array, has_bias: bool
+) -> tuple[jax.Array, jax.Array, Change]:
+  """How much the change by a ridge adds to an error, whether it is finite, and the change."""
+  change = solved(fitted, ridge, has_bias)
+  is_finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in change]))
+  return left_error(held, change), is_finite, change
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _spread(change: Change, places: jax.Array, count: int) -> Change:
+  """The change of all columns, zero but for those at some places."""
+  groups, _, columns = change.parameters.shape
+  whole = jnp.zeros((groups, count, columns), change.parameters.dtype)
+  return change._replace(parameters=whole.at[:, places].set(change.parameters))

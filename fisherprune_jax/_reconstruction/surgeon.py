@@ -14,30 +14,29 @@ References:
   Kurtic et al., `ZipLM: Inference-aware structured pruning of language models <https://arxiv.org/abs/2302.04089>`_, 2023
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 STEPS = 64
 """In how many steps a group is taken down to nothing; several features go at once if it has more."""
 
 
-class Block(NamedTuple):
+class Reader(NamedTuple):
   """A product that reads a group.
 
   Attributes:
-    inverse: :math:`H^{-1}`, ``(G, d, d)``.
+    gram: second moments of its operand, ``(G, d, d)``, about the mean if there is a bias to refit.
+    plain: second moments of its operand.
     parameters: ``(G, d, c)``.
-    columns: the columns of each feature, ``(C, p)``; d where there are fewer.
+    columns: the columns of each feature, ``(C, p)``; -1 where there are fewer.
   """
 
-  inverse: jax.Array
-  parameters: jax.Array
-  columns: jax.Array
+  gram: np.ndarray
+  plain: np.ndarray
+  parameters: np.ndarray
+  columns: np.ndarray
 
 
 class Costs(NamedTuple):
@@ -48,90 +47,71 @@ class Costs(NamedTuple):
   step: np.ndarray
 
 
-def descend(
-  grams: Sequence[jax.Array], parameters: Sequence[jax.Array], columns: Sequence[np.ndarray], ridge: float
-) -> Costs:
-  """Removes the features of one group one after the other, from all products that read it."""
-  blocks, alone = [], jnp.float32(0)
-  for gram, w, at in zip(grams, parameters, columns, strict=True):
-    block, cost = _block(gram, w, jnp.asarray(at), ridge)
-    blocks.append(block)
-    alone += cost
-  count = len(columns[0])
+def descend(readers: Sequence[Reader], ridge: float) -> Costs:
+  """Removes the features of one group one after the other, from all products that read it.
+
+  Args:
+    readers: the products.
+    ridge: added to the diagonal of each Gram matrix, over the mean of it.
+  """
+  descents = [_Descent(reader, ridge) for reader in readers]
+  count = len(readers[0].columns)
+  alive, removed, step = np.ones(count, bool), np.zeros(count), np.zeros(count, int)
   size = -(-count // STEPS)
-  removed, step = _descent(blocks, size)
-  return Costs(np.asarray(alone), np.asarray(removed), np.asarray(step))
+  while alive.any():
+    costs = sum(descent.costs(alive) for descent in descents)
+    chosen = np.flatnonzero(alive)[np.argsort(costs, kind="stable")[:size]]
+    single = np.sort(costs)[:size]
+    joint = sum(descent.remove(chosen) for descent in descents)
+    removed[chosen] = joint * single / max(single.sum(), 1e-300)
+    step[chosen] = np.count_nonzero(~alive)
+    alive[chosen] = False
+  return Costs(np.sum([_alone(reader) for reader in readers], 0), removed, step)
 
 
-@jax.jit
-def _block(gram: jax.Array, w: jax.Array, columns: jax.Array, ridge: float) -> tuple[Block, jax.Array]:
-  size = gram.shape[-1]
-  diagonal = jnp.diagonal(gram, axis1=1, axis2=2)
-  level = jnp.mean(diagonal, 1)
-  level = jnp.where(level > 0, level, 1)
-  gram_ = gram + (ridge * level)[:, None, None] * jnp.eye(size, dtype=gram.dtype)
-  inverse = jnp.linalg.inv(gram_)
-  cut = columns[:, :, None], columns[:, None, :]
-  own = gram.at[:, cut[0], cut[1]].get(mode="fill", fill_value=0)  # (G, C, p, p)
-  rows = w.at[:, columns].get(mode="fill", fill_value=0)  # (G, C, p, c)
-  alone = jnp.einsum("gjac,gjab,gjbc->j", rows, own, rows)
-  return Block(inverse, w, columns), alone
+def _alone(reader: Reader) -> np.ndarray:
+  """What each feature costs if it is removed alone, and nothing is refitted."""
+  rows, blocks = _rows(reader.parameters, reader.columns), _blocks(reader.plain, reader.columns)
+  return np.einsum("gjac,gjab,gjbc->j", rows, blocks, rows, optimize=True)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _descent(blocks: list[Block], size: int) -> tuple[jax.Array, jax.Array]:
-  count = len(blocks[0].columns)
-  steps = -(-count // size)
+class _Descent:
+  """A product on the way down: :math:`H^{-1}`, and the parameters as refitted so far."""
 
-  def body(number: jax.Array, state: tuple) -> tuple:
-    blocks, alive, removed, step = state
-    costs = sum(_costs(block) for block in blocks)
-    costs = jnp.where(alive, costs, jnp.inf)
-    _, chosen = jax.lax.top_k(-costs, size)
-    going = alive[chosen]
-    results = [_without(block, chosen, going) for block in blocks]
-    joint = sum(cost for _, cost in results)
-    single = jnp.where(going, costs[chosen], 0)
-    share = single * joint / jnp.maximum(jnp.sum(single), 1e-30)
-    removed = removed.at[chosen].set(jnp.where(going, share, removed[chosen]))
-    step = step.at[chosen].set(jnp.where(going, number, step[chosen]))
-    return [block for block, _ in results], alive.at[chosen].set(False), removed, step
+  def __init__(self, reader: Reader, ridge: float) -> None:
+    level = np.diagonal(reader.plain, axis1=1, axis2=2).mean(1)
+    level = ridge * np.where(level > 0, level, 1)
+    self.inverse = np.linalg.inv(reader.gram + level[:, None, None] * np.eye(reader.gram.shape[-1]))
+    self.parameters, self.columns = reader.parameters.copy(), reader.columns
 
-  state = (blocks, jnp.ones(count, bool), jnp.zeros(count), jnp.zeros(count, jnp.int32))
-  *_, removed, step = jax.lax.fori_loop(0, steps, body, state)
-  return removed, step
+  def costs(self, alive: np.ndarray) -> np.ndarray:
+    """What each of the features that are left costs next."""
+    rows, blocks = _rows(self.parameters, self.columns[alive]), _blocks(self.inverse, self.columns[alive])
+    return np.einsum("gjac,gjac->j", rows, np.linalg.solve(blocks, rows))
 
-
-def _costs(block: Block) -> jax.Array:
-  inverse, w, columns = block
-  cut = columns[:, :, None], columns[:, None, :]
-  own = inverse.at[:, cut[0], cut[1]].get(mode="fill", fill_value=0)
-  rows = w.at[:, columns].get(mode="fill", fill_value=0)
-  own = _regular(own)
-  if own.shape[-1] == 1:
-    return jnp.sum(jnp.square(rows[:, :, 0]).sum(-1) / own[:, :, 0, 0], 0)
-  return jnp.einsum("gjac,gjac->j", rows, jnp.linalg.solve(own, rows))
+  def remove(self, chosen: np.ndarray) -> float:
+    """Removes some features, refits the rest, and returns what that costs."""
+    at = np.unique(self.columns[chosen])
+    at = at[at >= 0]
+    across, part = self.inverse[:, at], self.parameters[:, at]
+    solved = np.linalg.solve(across[:, :, at], np.concatenate([across, part], -1))
+    by_inverse, by_part = np.split(solved, [across.shape[-1]], -1)
+    self.inverse -= across.swapaxes(1, 2) @ by_inverse
+    self.parameters -= across.swapaxes(1, 2) @ by_part
+    self.parameters[:, at] = 0
+    return float(np.sum(part * by_part))
 
 
-def _without(block: Block, chosen: jax.Array, going: jax.Array) -> tuple[Block, jax.Array]:
-  inverse, w, columns = block
-  size = inverse.shape[-1]
-  at = jnp.where(going[:, None], columns[chosen], size).reshape(-1)
-  rows = inverse.at[:, at].get(mode="fill", fill_value=0)  # (G, q, d)
-  own = _regular(rows.at[:, :, at].get(mode="fill", fill_value=0))
-  part = w.at[:, at].get(mode="fill", fill_value=0)
-  both = jnp.linalg.solve(own, jnp.concatenate([rows, part], -1))
-  cost = jnp.sum(part * both[..., size:])
-  inverse = inverse - jnp.matmul(rows.swapaxes(1, 2), both[..., :size])
-  w = w - jnp.matmul(rows.swapaxes(1, 2), both[..., size:])
-  inverse = inverse.at[:, at].set(0, mode="drop").at[:, :, at].set(0, mode="drop")
-  return Block(inverse, w.at[:, at].set(0, mode="drop"), columns), cost
+def _rows(parameters: np.ndarray, columns: np.ndarray) -> np.ndarray:
+  """The parameters of each feature, ``(G, C, p, c)``."""
+  return np.where((columns >= 0)[:, :, None], parameters[:, columns], 0)
 
 
-def _regular(x: jax.Array) -> jax.Array:
-  """Square matrices with ones on the diagonal of rows that are zero."""
-  diagonal = jnp.diagonal(x, axis1=-2, axis2=-1)
-  return x + jnp.where(diagonal <= 0, 1, 0)[..., None] * jnp.eye(x.shape[-1], dtype=x.dtype)
+def _blocks(matrix: np.ndarray, columns: np.ndarray) -> np.ndarray:
+  """The blocks of a matrix ``(G, d, d)`` that belong to each feature, ``(G, C, p, p)``; the identity where there are fewer."""
+  there = columns >= 0
+  own = matrix[:, columns[:, :, None], columns[:, None, :]]
+  return np.where(there[:, :, None] & there[:, None, :], own, np.eye(columns.shape[1]))
 
 
 def rising(increments: np.ndarray) -> np.ndarray:

@@ -71,7 +71,7 @@ def _cond(node: Node, arrays: Sequence[Any]) -> list[Any]:
   if any(inner.acts or inner.name == "while" for branch in branches for inner in branch.nodes):
     return _as_it_is(node, arrays)
   results = [_run(branch, operands) for branch in branches]
-  index = lax.clamp(0, index.astype("int32"), len(branches) - 1)
+  index = jax.numpy.clip(index.astype("int32"), 0, len(branches) - 1)
   return [lax.select_n(index, *cases) if cases else None for cases in zip(*results, strict=True)]
 
 

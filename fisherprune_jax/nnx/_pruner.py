@@ -1,6 +1,6 @@
 """``fp.Pruner`` for modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -9,9 +9,10 @@ from flax import nnx
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._pruner import pruner
 from fisherprune_jax._pruner.gradients import MASK_GRADS, Gradients
+from fisherprune_jax._reconstruction.fitting import Progress
 from fisherprune_jax._training.finding import get_masks
 from fisherprune_jax._training.gradients import Reduction
-from fisherprune_jax._types import PyTree
+from fisherprune_jax._types import Masks, PyTree
 from fisherprune_jax.nnx._modules import Call, functional, split
 from fisherprune_jax.nnx._training import value_and_mask_grads
 
@@ -90,6 +91,46 @@ class Pruner(pruner.Pruner):
       return ((value, aux) if has_aux else value), _joined(params, found)
 
     return value_and_gradients
+
+  def one_shot(
+    self,
+    params: nnx.Module,
+    batches: Iterable[PyTree],
+    loss_fn: Callable[..., Any] | None = None,
+    reconstruct: bool = True,
+    candidates: int = 1,
+    score_fn: Callable[[nnx.Module, Masks], float] | None = None,
+    progress: Progress | None = None,
+  ) -> Any:
+    """``fp.Pruner.one_shot`` of a module: ``(module, masks)``, where the module is a new one with refitted parameters.
+
+    Args:
+      params: the module, which is left as it is.
+      batches: as in ``fp.Pruner.one_shot``.
+      loss_fn: ``loss_fn(model, batch)``.
+      reconstruct: as in ``fp.Pruner.one_shot``.
+      candidates: likewise.
+      score_fn: ``score_fn(model, masks)``.
+      progress: as in ``fp.Pruner.one_shot``.
+    """
+
+    def module(variables: PyTree) -> nnx.Module:
+      copy = nnx.clone(params)
+      graph, masks, own, state = split(copy, nnx.Param)
+      nnx.replace_by_pure_dict(own, variables["params"])
+      return nnx.merge(graph, masks, own, state)
+
+    def loss(variables: PyTree, batch: PyTree) -> Any:
+      return loss_fn(module(variables), batch)  # type: ignore[misc]
+
+    def score(variables: PyTree, masks: Masks) -> float:
+      return score_fn(module(variables), masks)  # type: ignore[misc]
+
+    _, variables = functional(params, call=self._call)
+    own = {name: tree for name, tree in variables.items() if name != COLLECTION}
+    chosen = (reconstruct, candidates, score_fn and score, progress)
+    found = super().one_shot(own, batches, loss_fn and loss, *chosen)
+    return [(module(v), m) for v, m in found] if isinstance(found, list) else (module(found[0]), found[1])
 
   def _state(self, opt_state: Any) -> PyTree:
     return opt_state.opt_state if isinstance(opt_state, nnx.Optimizer) else opt_state

@@ -1,0 +1,87 @@
+"""What a pruner shows of a state: masks, tables, numbers, history, a plot."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from fisherprune_jax._auto.auto import AutoMask
+from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._errors import same_structure
+from fisherprune_jax._masks import check_masks, named_rows
+from fisherprune_jax._tables import Shown, Table, as_number
+from fisherprune_jax._training.criterion import Criterion
+from fisherprune_jax._training.finding import get_masks
+from fisherprune_jax._training.history import Pruned, history
+from fisherprune_jax._training.plots import plot_history
+from fisherprune_jax._training.summary import metrics, summary
+from fisherprune_jax._types import Masks, PyTree
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
+
+
+class Monitor(Shown):
+  """The part of a pruner that reads states; its methods take the state of the wrapped optimizer."""
+
+  auto: AutoMask | None
+  cost: CostModel
+  target: float
+  _method: str | Criterion
+  _start: int
+  _stop: int | None
+  _every: int
+
+  def masks(self, opt_state: PyTree) -> Masks:
+    """The masks in the state of the wrapped optimizer; masks are returned as they are.
+
+    Args:
+      opt_state: the state, or masks.
+    """
+    if same_structure(opt_state, self.cost.masks):
+      check_masks(opt_state, self.cost.masks, "fp.Pruner")
+      return opt_state
+    return get_masks(self._state(opt_state))
+
+  def summary(self, opt_state: PyTree) -> str:
+    """A table of masks: live features, importance, share of the cost; see :func:`summary`."""
+    return summary(self._state(opt_state), method=self._method)
+
+  def metrics(self, opt_state: PyTree) -> dict[str, jax.Array]:
+    """Numbers for a logger, under ``jit`` too; see :func:`metrics`."""
+    return metrics(self._state(opt_state))
+
+  def history(self, opt_state: PyTree) -> list[Pruned]:
+    """Which features were masked at which steps; see :func:`history`."""
+    return history(self._state(opt_state))
+
+  def plot(self, opt_state: PyTree) -> "Figure":
+    """Cost and widths over the steps; see :func:`plot_history`."""
+    return plot_history(self._state(opt_state), self.cost, self.target)
+
+  def _state(self, opt_state: Any) -> PyTree:
+    """The optimizer state in what a user has of it."""
+    return opt_state
+
+  def tables(self) -> list[Table | str]:
+    """The groups, the cost and the schedule."""
+    rows = [(name, str(row.size)) for name, row in named_rows(self.cost.masks)]
+    groups = self.auto.tables() if self.auto else [Table(("mask", "features"), rows)]
+    unit, dense, every = (
+      self.cost.unit,
+      self.cost.dense,
+      f"{self._every} steps" if self._every > 1 else "step",
+    )
+    schedule = (
+      f"from step {self._start} to step {self._stop}, every {every}"
+      if self._stop
+      else "no stop: one-shot pruning"
+    )
+    cost = f"cost {as_number(dense)} to {as_number(self.target)} {unit} ({self.target / dense:.1%})"
+    return [*groups, f"{cost}, {schedule}"]
+
+  def __repr__(self) -> str:
+    masks = jax.tree.leaves(self.cost.masks)
+    return (
+      f"Pruner({len(masks)} masks, {self.cost.dense:,.0f} to {self.target:,.0f} {self.cost.unit}, "
+      f"start={self._start}, stop={self._stop}, every={self._every}, method={self._method!r})"
+    )

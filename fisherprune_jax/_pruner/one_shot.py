@@ -1,0 +1,161 @@
+"""Pruning of a trained network without training: ``Pruner.one_shot``."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._errors import describe, require
+from fisherprune_jax._graph.variables import VariableTree
+from fisherprune_jax._masks import COLLECTION
+from fisherprune_jax._reconstruction.calibration import HELD_OUT, Arguments, arguments, listed, parted
+from fisherprune_jax._reconstruction.fitting import Fit, Progress
+from fisherprune_jax._reconstruction.importance import refitted_importance
+from fisherprune_jax._reconstruction.reconstruct import warn_of
+from fisherprune_jax._training.criterion import Criterion
+from fisherprune_jax._training.estimation import OUTPUTS, estimate_importance
+from fisherprune_jax._training.once import ALLOWED, select_masks
+from fisherprune_jax._types import ApplyFn, Masks, PyTree
+
+POWERS = (1.0, 1.5, 0.75)
+"""Candidates rank by a power of the importance over the cost: above 1, costs count less."""
+MOST_CANDIDATES = 2 * len(POWERS)
+
+
+class Network(NamedTuple):
+  """What is pruned.
+
+  Attributes:
+    apply_fn: ``apply_fn(variables, *args)``, with masks among the variables.
+    variables: the dense network's, with masks of ones.
+    arguments: how many arguments there are besides the variables.
+    cost: the cost model.
+    targets: the costs to come down to.
+    method: the criterion of a loss.
+    options: of :func:`fisher_prune`.
+  """
+
+  apply_fn: ApplyFn
+  variables: dict[str, PyTree]
+  arguments: int
+  cost: CostModel
+  targets: Sequence[float]
+  method: str | Criterion
+  options: Mapping[str, Any]
+
+
+class Result(NamedTuple):
+  """A pruned network: all its variables, and its masks."""
+
+  variables: dict[str, PyTree]
+  masks: Masks
+
+
+def one_shot(
+  network: Network,
+  batches: Iterable[PyTree],
+  masked_loss: Callable[..., Any] | None,
+  refits: bool,
+  candidates: int,
+  score: Callable[[Result], float] | None,
+  progress: Progress | None,
+) -> list[Result]:
+  """The pruned network for each target.
+
+  Args:
+    network: what is pruned.
+    batches: arguments, or tuples that begin with them.
+    masked_loss: ``loss(variables, masks, batch)``, or None for the importance of the outputs.
+    refits: whether the parameters that read masked features are refitted.
+    candidates: how many ways of choosing features are tried.
+    score: how good a result is; None for the error of the outputs on batches that are held out.
+    progress: as of :func:`reconstruct`.
+  """
+  require(1 <= candidates <= MOST_CANDIDATES, f"candidates must be from 1 to {MOST_CANDIDATES}", candidates)
+  raw = listed(batches)
+  calls = [_call(arguments(batch), network.arguments) for batch in raw]
+  compares = candidates > 1 and score is None
+  fitted = _not_held_out(calls) if compares else calls
+  score = score or (_closeness(network, calls) if compares else lambda _: 0.0)
+  alone = _alone(network, raw if masked_loss else fitted, masked_loss)
+  fit = None
+  if refits:
+    parts = parted(network.apply_fn, network.variables, fitted)
+    fit = Fit(network.apply_fn, VariableTree(network.variables, COLLECTION), parts)
+    warn_of(fit.left_alone)
+  found: list[list[tuple[float, Result]]] = [[] for _ in network.targets]
+  for way in itertools.islice(_ways(network, fit, alone), candidates):
+    for at, masks in enumerate(_masks(network, way)):
+      variables = {**network.variables, COLLECTION: masks}
+      if fit is not None:
+        variables = fit.run(variables, network.variables, progress=progress)
+      result = Result(variables, masks)
+      found[at].append((score(result), result))
+  return [max(results, key=lambda pair: pair[0])[1] for results in found]
+
+
+def _call(batch: tuple[Any, ...], count: int) -> Arguments:
+  """The arguments of the network in a batch, which may hold more behind them, such as labels."""
+  require(
+    len(batch) >= count,
+    f"batches must hold the {count} arguments of apply_fn as tuples, or its only argument",
+    describe(batch),
+  )
+  return batch[:count]
+
+
+def _alone(network: Network, batches: Iterable[PyTree], loss: Callable[..., Any] | None) -> Masks:
+  """The importance of every feature as long as nothing is refitted."""
+  own = {name: tree for name, tree in network.variables.items() if name != COLLECTION}
+  masks = network.variables[COLLECTION]
+  if loss is not None:
+    return estimate_importance(loss, own, masks, batches, method=network.method, cost=network.cost)
+
+  def outputs(variables: PyTree, masks: Masks, args: Arguments) -> PyTree:
+    return network.apply_fn({**variables, COLLECTION: masks}, *args)
+
+  return estimate_importance(outputs, own, masks, batches, method=OUTPUTS)
+
+
+def _ways(network: Network, fit: Fit | None, alone: Masks) -> Iterator[Masks]:
+  """Importance to choose features by, the most promising first."""
+  kinds = [alone]
+  if fit is not None:
+    kinds.insert(0, refitted_importance(fit.traced[0], network.variables, alone, jax.random.key(1)))
+  for kind in kinds:
+    for power in POWERS:
+      yield jax.tree.map(lambda x, power=power: x**power, kind)
+
+
+def _masks(network: Network, importance: Masks) -> list[Masks]:
+  options = {name: value for name, value in network.options.items() if name in (*ALLOWED, "widths")}
+  # An importance that underflows ranks nothing: only ratios count.
+  largest = max(float(jnp.max(x)) for x in jax.tree.leaves(importance))
+  scaled = jax.tree.map(lambda x: x / (largest if largest > 0 else 1.0), importance)
+  return select_masks(network.cost, scaled, list(network.targets), **options)
+
+
+def _not_held_out(calls: list[Arguments]) -> list[Arguments]:
+  """The batches that candidates are made of, if there are enough to hold some out."""
+  kept = [batch for number, batch in enumerate(calls) if number % HELD_OUT != HELD_OUT - 1]
+  return kept if len(calls) >= HELD_OUT else calls
+
+
+def _closeness(network: Network, calls: Sequence[Arguments]) -> Callable[[Result], float]:
+  """Minus the squared error of the outputs, on held-out batches if there are any."""
+  held = [batch for number, batch in enumerate(calls) if number % HELD_OUT == HELD_OUT - 1] or calls
+  run = jax.jit(network.apply_fn)
+
+  def score(result: Result) -> float:
+    total = 0.0
+    for args in held:
+      pairs = zip(
+        *(jax.tree.leaves(run(v, *args)) for v in (result.variables, network.variables)), strict=True
+      )
+      total += sum(float(jnp.sum(jnp.square(a.astype(jnp.float32) - b))) for a, b in pairs)
+    return -total
+
+  return score

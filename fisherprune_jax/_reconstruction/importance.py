@@ -1,0 +1,212 @@
+r"""Importance of features once what reads them is refitted.
+
+The importance of a feature alone, in nats, says how much it is worth as long as nothing makes up for it. Least squares on
+what reads a group makes up for most of it. How much is left, feature by feature, follows from second moments of the dense
+network (``surgeon.py``): of the operand X of every product with parameters W, and of the gradient g of random projections
+of the network's outputs by the product's result. An error e of the result costs about
+
+.. math:: \tfrac12 \, \mathrm{mean} \, (g^\top e)^2 = \tfrac12 \, e^\top A e, \qquad A = \mathrm{mean} \, g g^\top
+
+for every row. Rows are not independent, so that is right up to a factor; the median of the ratio to the importance of
+features alone corrects it for each group.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fisherprune_jax._graph import compat
+from fisherprune_jax._graph.program import Value
+from fisherprune_jax._graph.variables import VariableTree
+from fisherprune_jax._masks import COLLECTION
+from fisherprune_jax._reconstruction.consumers import Consumer
+from fisherprune_jax._reconstruction.fitting import Traced
+from fisherprune_jax._reconstruction.flat import Compiled, Env, Flat
+from fisherprune_jax._reconstruction.products import operand_matrix, result_matrix
+from fisherprune_jax._reconstruction.reading import readings
+from fisherprune_jax._reconstruction.settling import bias_columns
+from fisherprune_jax._reconstruction.surgeon import Reader, descend, rising
+from fisherprune_jax._types import Masks, PyTree
+
+RIDGE = 1e-2
+"""Of the Gram matrices, over the mean square of their columns."""
+MOST_COLUMNS = 4096
+"""Results of more columns count by the diagonal of A alone."""
+MOST_BYTES = 2 << 30
+"""Second moments that are held at a time; more take another pass over the batches."""
+HIGHEST = lax.Precision.HIGHEST
+
+
+class Second(NamedTuple):
+  """Second moments of a product: of its operand with a column of ones, ``(G, d + 1, d + 1)``; of its gradients, ``(G, c, c)``."""
+
+  gram: jax.Array
+  gradients: jax.Array
+  rows: jax.Array
+
+
+def refitted_importance(traced: Traced, variables: PyTree, importance: Masks, key: jax.Array) -> Masks:
+  """The importance of every feature after everything that reads it is refitted, where that can be told.
+
+  Args:
+    traced: the network, and batches.
+    variables: its variables, with masks of ones.
+    importance: that of every feature alone, in nats.
+    key: for the random projections.
+
+  Returns:
+    A tree like ``importance``. Within a mask it rises in the order in which features are best removed.
+  """
+  flat, consumers = traced.flat, traced.consumers
+  flags = VariableTree(variables, COLLECTION).flags
+  masks = [value for value, is_mask in zip(flat.variables, flags, strict=True) if is_mask]
+  places = {value: at for at, value in enumerate(masks)}
+  rows: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
+  for at, consumer in enumerate(consumers):
+    for reading in readings(flat, consumer.uses[0], places):
+      rows.setdefault((reading.mask, reading.row), []).append((at, reading.columns))
+  leaves = [np.array(x, np.float32) for x in jax.tree.leaves(importance)]
+  network = _Network(flat, consumers, variables, traced.batches, key)
+  for part in _parts(rows, consumers):
+    needed = sorted({at for row in part for at, _ in rows[row]})
+    moments = network.moments(needed)
+    for mask, row in part:
+      vectors = leaves[mask].reshape(-1, leaves[mask].shape[-1])
+      readers = [network.reader(at, moments[at], columns) for at, columns in rows[mask, row]]
+      vectors[row] = _importance(readers, vectors[row])
+  return jax.tree.unflatten(jax.tree.structure(importance), [jnp.asarray(x) for x in leaves])
+
+
+def _importance(readers: Sequence[Reader], alone: np.ndarray) -> np.ndarray:
+  """The importance of the features of one row of a mask, from what reads it and their importance alone."""
+  costs = descend(readers, RIDGE)
+  comparable = (costs.alone > 0) & (alone > 0)
+  factor = np.median(alone[comparable] / costs.alone[comparable]) if comparable.any() else 0.5
+  order = np.lexsort((costs.removed, costs.step))
+  rises = rising(costs.removed[order]) * factor
+  rises = rises * (1 + 1e-5 * np.arange(len(order)) / len(order))  # equals go in this order too
+  found = np.empty_like(alone)
+  found[order] = rises
+  return found
+
+
+def _parts(
+  rows: Mapping[tuple[int, int], list[tuple[int, np.ndarray]]], consumers: Sequence[Consumer]
+) -> Iterator[list[tuple[int, int]]]:
+  """The rows in parts whose moments fit into ``MOST_BYTES`` together."""
+  part: list[tuple[int, int]] = []
+  held: set[int] = set()
+  for row, readers in rows.items():
+    more = held | {at for at, _ in readers}
+    if part and sum(_size(consumers[at]) for at in more) > MOST_BYTES:
+      yield part
+      part, more = [], {at for at, _ in readers}
+    part.append(row)
+    held = more
+  if part:
+    yield part
+
+
+def _size(consumer: Consumer) -> int:
+  groups, terms, columns = consumer.entries.shape
+  return 4 * groups * (terms**2 + (columns**2 if columns <= MOST_COLUMNS else columns))
+
+
+class _Network:
+  """The dense network, and what is measured of it."""
+
+  def __init__(
+    self,
+    flat: Flat,
+    consumers: Sequence[Consumer],
+    variables: PyTree,
+    batches: list[list[jax.Array]],
+    key: jax.Array,
+  ) -> None:
+    self.flat, self.consumers, self.key = flat, consumers, key
+    self.env, self.compiled = flat.env(variables), Compiled()
+    self.leaves = jax.tree.leaves(variables)
+    self.arrays = batches
+    self.examples = sum(len(arrays[0]) if jnp.ndim(arrays[0]) else 1 for arrays in self.arrays)
+
+  def moments(self, needed: Sequence[int]) -> dict[int, Second]:
+    """The moments of some consumers, over all batches."""
+    flat, known = self.flat, list(self.env)
+    given = flat.program.inputs[flat.count :]
+
+    @jax.jit
+    def measure(constant: list[Any], arrays: list[Any], key: jax.Array) -> list[Second]:
+      env = dict(zip([*known, *given], [*constant, *arrays], strict=True))
+      uses = [(at, use) for at in needed for use in self.consumers[at].uses]
+      gradients = projected_gradients(flat, [flat.nodes[use.at].outs[0] for _, use in uses], env, key)
+      operands = flat.get([flat.nodes[use.at].ins[1 - use.side] for _, use in uses], env)
+      sums: dict[int, Second] = {}
+      for (at, use), x, g in zip(uses, operands, gradients, strict=True):
+        node = flat.nodes[use.at]
+        found = _second(operand_matrix(node, use.side, x), result_matrix(node, use.side, g))
+        sums[at] = jax.tree.map(jnp.add, sums[at], found) if at in sums else found
+      return [sums[at] for at in needed]
+
+    total: list[Second] | None = None
+    for number, arrays in enumerate(self.arrays):
+      found = measure(list(self.env.values()), arrays, jax.random.fold_in(self.key, number))
+      found = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), found)
+      total = found if total is None else jax.tree.map(jnp.add, total, found)
+    assert total is not None
+    return dict(zip(needed, total, strict=True))
+
+  def reader(self, at: int, second: Second, columns: np.ndarray) -> Reader:
+    """A product as the surgeon takes it: its result turned so that errors of all columns cost alike."""
+    consumer = self.consumers[at]
+    rows, gram = max(float(second.rows), 1.0), np.asarray(second.gram, np.float64) / self.examples
+    parameters = np.asarray(self.leaves[consumer.leaf], np.float64).ravel()[consumer.entries]
+    parameters = _weighted(parameters, np.asarray(second.gradients, np.float64) / rows)
+    has_bias = bias_columns(self.flat, consumer, self.env, self.compiled) is not None
+    plain, ones = gram[:, :-1, :-1], gram[:, -1:, :-1]
+    centred = plain - ones.swapaxes(1, 2) * ones / np.maximum(gram[:, -1:, -1:], 1e-300)
+    return Reader(centred if has_bias else plain, plain, parameters, columns)
+
+
+def _second(x: jax.Array, g: jax.Array) -> Second:
+  """The moments of one product; rows that no output depends on, such as padding, count nothing."""
+  x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+  seen = jnp.any(g != 0, -1, keepdims=True).astype(jnp.float32)
+  x = jnp.concatenate([x, jnp.ones((*x.shape[:2], 1), x.dtype)], -1)
+  turned = g.swapaxes(1, 2)
+  squares = jnp.matmul(turned, g, precision=HIGHEST) if g.shape[-1] <= MOST_COLUMNS else jnp.sum(g * g, 1)
+  return Second(jnp.matmul((x * seen).swapaxes(1, 2), x, precision=HIGHEST), squares, jnp.sum(seen) / len(x))
+
+
+def _weighted(parameters: np.ndarray, gradients: np.ndarray) -> np.ndarray:
+  """Parameters times a square root of A, ``(G, c, c)`` or its diagonal ``(G, c)``."""
+  if gradients.ndim == 2:
+    return parameters * np.sqrt(gradients)[:, None]
+  # What was summed up in float32 may have eigenvalues below zero, by rounding.
+  level = 1e-6 * np.trace(gradients, axis1=1, axis2=2) + 1e-300
+  return parameters @ np.linalg.cholesky(gradients + level[:, None, None] * np.eye(gradients.shape[-1]))
+
+
+def projected_gradients(flat: Flat, values: Sequence[Value], env: Env, key: jax.Array) -> list[jax.Array]:
+  """Gradients by some values of the outputs' projection on a random direction, summed over examples."""
+  outputs = [
+    v for v in flat.program.outputs if v in flat.varies and jnp.issubdtype(v.aval.dtype, jnp.floating)
+  ]
+  positions, _ = flat.before([*outputs, *values], env)
+
+  def project(added: list[jax.Array]) -> jax.Array:
+    found, extra = dict(env), dict(zip(values, added, strict=True))
+    for at in positions:
+      node = flat.nodes[at]
+      arrays = [found[v] if v.literal is None else v.literal for v in node.ins]
+      outs = compat.bind(node.eqn, arrays)
+      found.update((v, out + extra[v] if v in extra else out) for v, out in zip(node.outs, outs, strict=True))
+    keys = jax.random.split(key, len(outputs))
+    parts = [found[v].astype(jnp.float32) for v in outputs]
+    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, parts, strict=True)]
+    return sum((jnp.sum(x * s) for x, s in zip(parts, signs, strict=True)), start=jnp.float32(0))
+
+  return jax.grad(project)([jnp.zeros(v.shape, v.aval.dtype) for v in values])

@@ -1,0 +1,170 @@
+"""Importance of features over some batches, without training."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fisherprune_jax._cost.cost import CostModel
+from fisherprune_jax._errors import describe, is_traced, require, warn
+from fisherprune_jax._masks import flatten
+from fisherprune_jax._training.criteria import DEFAULT, criterion_of
+from fisherprune_jax._training.criterion import Criterion
+from fisherprune_jax._training.gradients import Reduction, examples_of, value_and_mask_grads
+from fisherprune_jax._training.once import require_finite
+from fisherprune_jax._types import Masks, PyTree
+
+OUTPUTS = "outputs"
+"""The method that needs no loss."""
+
+
+def estimate_importance(
+  loss_fn: Callable[..., Any],
+  params: PyTree,
+  masks: Masks,
+  batches: Iterable[PyTree],
+  *,
+  method: str | Criterion = DEFAULT,
+  cost: CostModel | None = None,
+  has_aux: bool = False,
+  reduction: Reduction = "mean",
+  key: jax.Array | None = None,
+) -> Masks:
+  r"""Estimate the mean importance of every feature over some batches, for :func:`select_masks`.
+
+  Fisher importance is
+
+  .. math:: importance_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
+
+  Of a network that has learnt its labels, losses have next to no gradients and say little. ``method="outputs"`` needs no
+  labels: g is the gradient of the outputs' projection on a random direction (Gauss-Newton), so that the importance
+  estimates half the squared change of the outputs.
+
+  Args:
+    loss_fn: ``loss_fn(params, masks, batch)``, as of :func:`value_and_mask_grads`. With ``method="outputs"`` it returns the
+      outputs, one row for each example, instead.
+    params: the parameters.
+    masks: the masks as they are, such as ``cost.masks``.
+    batches: any iterable of batches; each example counts as much, so batches may be of several sizes. A batch without
+      examples, or with a gradient that is not finite, is skipped, with a warning at the end. None are looked at for a
+      criterion that needs no gradients.
+    method: ``"outputs"``, or the importance criterion as in :func:`fisher_prune`; a :class:`Criterion` may need ``mask_grads``, ``params`` and
+      ``masks``.
+    cost: the cost model, for magnitudes: it knows which parameters belong to each feature. Without it,
+      ``"fisher_magnitude"`` is ``"fisher"``.
+    has_aux: as of :func:`value_and_mask_grads`.
+    reduction: likewise.
+    key: for the random directions of ``method="outputs"``; None for ``jax.random.key(0)``.
+
+  Returns:
+    A float32 tree like the masks, in the unit of the criterion: nats; of ``"outputs"`` their own unit, squared.
+
+  Raises:
+    ValueError: without batches, or if all of them were skipped; for magnitudes that are not finite.
+    TypeError: if ``batches`` is one batch.
+
+  Warns:
+    UserWarning: if batches were skipped, or if no gradient can reach a mask (see :func:`value_and_mask_grads`).
+
+  >>> import jax.numpy as jnp
+  >>> import fisherprune_jax as fp
+  >>> loss_fn = lambda w, masks, x: jnp.mean(jnp.sum(w * masks["m"] * x, axis=1))
+  >>> batches = [jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[5.0, 6.0]])]
+  >>> fp.estimate_importance(loss_fn, jnp.ones(2), {"m": jnp.ones(2)}, batches)["m"]
+  Array([5.8333335, 9.333334 ], dtype=float32)
+
+  References:
+    Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
+    <https://arxiv.org/abs/1801.05787>`_, 2018
+  """
+  projects = method == OUTPUTS
+  if projects:
+    loss_fn, method, reduction = _projected(loss_fn, key, has_aux), "fisher", "sum"
+  criterion = criterion_of(method, cost=cost)
+  own = {"masks": masks, "params": params, "step": jnp.int32(1), "axis_name": None, "name": None}
+  if "mask_grads" not in criterion.uses:
+    importance = jax.tree.map(jnp.float32, criterion.ranked(criterion.importance_of(own), own))
+    require_finite(importance, f"The importance of method={criterion.name!r}")
+    return importance
+  grads_of = value_and_mask_grads(loss_fn, has_aux=has_aux, reduction=reduction)
+
+  @jax.jit
+  def add(sums: _Sums, own: dict[str, Any], batch: PyTree) -> _Sums:
+    _, (_, mask_grads) = grads_of(own["params"], own["masks"], batch, *[own["step"]] * projects)
+    given = {**own, "axis_name": None, "mask_grads": mask_grads}
+    importance = criterion.ranked(criterion.importance_of(given), given)
+    finite = jnp.all(jnp.isfinite(flatten(importance)))
+    total = jax.tree.map(
+      lambda t, s: jnp.where(finite, t + examples_of(batch) * s, t), sums.total, importance
+    )
+    return _Sums(
+      total, sums.examples + jnp.where(finite, examples_of(batch), 0), sums.bad + jnp.where(finite, 0, 1)
+    )
+
+  total = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks)
+  sums, empty, given = _Sums(total, jnp.int32(0), jnp.int32(0)), 0, 0
+  for batch in _iterated(batches):
+    given += 1
+    if examples_of(batch):
+      sums = add(sums, {**own, "step": jnp.int32(given)}, batch)
+    else:
+      empty += 1
+  require(given > empty, "batches must hold at least one example", 0, "Iterators may be used up.")
+  _check_skipped(sums, empty, given)
+  return jax.tree.map(lambda t: t / sums.examples, sums.total)
+
+
+def _projected(outputs_fn: Callable[..., Any], key: jax.Array | None, has_aux: bool) -> Callable[..., Any]:
+  """The projection of a network's outputs on a random direction of each batch, as a loss to be summed."""
+  start = jax.random.key(0) if key is None else key
+
+  def loss(params: PyTree, masks: Masks, batch: PyTree, number: jax.Array) -> Any:
+    found = outputs_fn(params, masks, batch)
+    outputs, aux = found if has_aux else (found, None)
+    leaves = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+    require(bool(leaves), "outputs must hold floating-point numbers", outputs)
+    keys = jax.random.split(jax.random.fold_in(start, number), len(leaves))
+    wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
+    total = sum(
+      jnp.sum(x * jax.random.rademacher(k, x.shape, x.dtype)) for k, x in zip(keys, wide, strict=True)
+    )
+    return (total, aux) if has_aux else total
+
+  return loss
+
+
+class _Sums(NamedTuple):
+  """Sums over the examples of batches whose importance is finite, how many they are, and how many batches are not."""
+
+  total: Masks
+  examples: jax.Array
+  bad: jax.Array
+
+
+def _iterated(batches: Iterable[PyTree]) -> Iterable[PyTree]:
+  """The batches, if they are seen not to be one batch: a mapping, an array, a named tuple, arrays of different ranks."""
+  is_one = isinstance(batches, Mapping | str) or hasattr(batches, "dtype")
+  if isinstance(batches, list | tuple):
+    is_one |= type(batches) not in (list, tuple)  # a named tuple
+    is_one |= len({jnp.ndim(batch) for batch in batches if hasattr(batch, "dtype")}) > 1
+  if is_one or not isinstance(batches, Iterable):
+    raise TypeError(
+      f"batches must be a list or another iterable of batches, got {describe(batches)}. For a single batch pass [batch]."
+    )
+  return batches
+
+
+def _check_skipped(sums: _Sums, empty: int, given: int) -> None:
+  """Warns of batches that were left out, and raises if nothing is left; under ``jit`` nobody can tell."""
+  if is_traced(sums.bad):
+    return
+  bad = int(sums.bad)
+  reasons = [f"the gradients of {bad} are not finite"] * bool(bad) + [f"{empty} are empty"] * bool(empty)
+  if bad + empty == given:
+    raise ValueError(
+      f"batches must hold one with examples and finite gradients, got {given}: {' and '.join(reasons)}. Look for NaN in the "
+      "parameters, the data and the loss."
+    )
+  if reasons:
+    warn(f"{bad + empty} of {given} batches were skipped: {' and '.join(reasons)}. The others were averaged.")

@@ -153,21 +153,19 @@ class Fit:
 
   def _result(self) -> PyTree:
     """The refitted variables; those that were given if their outputs are closer to the dense network's."""
-    before, after = (self._errors(variables) for variables in (self._first, self.variables))
-    known = np.isfinite(before)
-    return self.variables if after[known].sum() <= before[known].sum() else self._first
-
-  def _errors(self, variables: PyTree) -> np.ndarray:
-    """The squared error of the outputs on each batch."""
-    found = np.zeros(len(self._weights))
+    found = {}
     for traced in self.traced:
       outputs = [v for v in traced.flat.program.outputs if jnp.issubdtype(v.aval.dtype, jnp.floating)]
       outputs = [v for v in outputs if v in traced.flat.varies]
       start = Frontier(traced.flat, traced.batches, self._compiled)
-      own, dense = start.reader(variables, outputs), traced.dense.reader(self._dense, outputs)  # type: ignore[union-attr]
+      before, after = start.reader(self._first, outputs), traced.own.reader(self.variables, outputs)  # type: ignore[union-attr]
+      dense = traced.dense.reader(self._dense, outputs)  # type: ignore[union-attr]
       for place, number in enumerate(traced.numbers):
-        found[number] = squared_error(own(place), dense(place), self._weights[number])
-    return found
+        wanted, weights = dense(place), self._weights[number]
+        found[number] = [squared_error(run(place), wanted, weights) for run in (before, after)]
+    known = np.array([errors for errors in found.values() if np.isfinite(errors[0])]).reshape(-1, 2)
+    before_all, after_all = known.sum(0)
+    return self.variables if after_all <= before_all else self._first
 
   def _move(self, traced: Traced, at: int) -> None:
     kept = final_values(traced.flat, traced.consumers[at:], traced.flat.program.outputs)

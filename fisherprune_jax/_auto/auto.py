@@ -13,6 +13,8 @@ from fisherprune_jax._auto.matching import tree_of
 from fisherprune_jax._auto.skipping import Skipped, folded
 from fisherprune_jax._auto.table import tables
 from fisherprune_jax._auto.wrapping import NO_PATH, Model, Wrapped
+from fisherprune_jax._compaction.compact import Compact, compact
+from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._cost.measures import cost_model
 from fisherprune_jax._errors import Path, describe, path_name, path_names, require
 from fisherprune_jax._graph.examples import batch_size, example_axes
@@ -73,9 +75,28 @@ class AutoMask(Shown):
     """
     return Wrapped(fn, self._apply.model, batch_axes)
 
+  def cost(self, measure: Any = "flops", **options: Any) -> CostModel:
+    """The cost as a function of the masks, at the arguments that :func:`auto_mask` got.
+
+    Args:
+      measure: what is counted, as in :func:`cost_model`.
+      **options: other options of :func:`cost_model`.
+    """
+    options = {"batch_axes": self._apply.batch_axes, **options}
+    return cost_model(self.apply, self.variables, *self._args, measure=measure, **options)
+
+  def compact(self, variables: PyTree, **options: Any) -> Compact:
+    """The network without its masked features, at the arguments that :func:`auto_mask` got.
+
+    Args:
+      variables: the variables, with masks.
+      **options: those of :func:`compact`.
+    """
+    return compact(self.apply, variables, *self._args, **{"batch_axes": self._apply.batch_axes, **options})
+
   def tables(self) -> list[Table | str]:
     """Groups, with the share of the FLOPs that hangs on each, and what was skipped."""
-    cost = cost_model(self.apply, self.variables, *self._args)
+    cost = self.cost()
     dense = cost.exact(self.masks)
     without = (cost.exact({**self.masks, g.name: jnp.zeros_like(self.masks[g.name])}) for g in self.groups)
     return tables(self.groups, self.skipped, [1 - left / dense if dense else 0.0 for left in without])

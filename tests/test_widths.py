@@ -126,6 +126,8 @@ def test_several_targets_give_the_masks_of_each(options):
   importance = importance_like(cost.masks)
   targets = [share * cost.dense for share in (0.5, 0.9, 0.3)]
   found = fp.select_masks(cost, importance, targets, **options)
+  arrays = fp.select_masks(cost, importance, np.array(targets), **options)
+  assert all(map(bool, jax.tree.leaves(jax.tree.map(lambda a, b: (a == b).all(), found, arrays))))
   for masks, target in zip(found, targets, strict=True):
     same(masks, fp.select_masks(cost, importance, target, **options))
   if not options:

@@ -71,6 +71,8 @@ def select_masks(
   """
   if unknown := sorted(options.keys() - {*ALLOWED}):
     raise TypeError(f"fp.select_masks takes the options {', '.join(ALLOWED)}, got {', '.join(unknown)}.")
+  if isinstance(target, np.ndarray) and target.ndim:
+    target = target.tolist()
   if isinstance(target, Sequence) and not isinstance(target, str):
     return _family(cost, importance, target, widths, options)
   if target is not None or widths is None:

@@ -1,5 +1,6 @@
 """The refitting of one product after the other, while batches move on through the masked network and the dense one."""
 
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,9 +23,11 @@ from fisherprune_jax._reconstruction.regression import (
   squared_error,
   total,
 )
-from fisherprune_jax._reconstruction.settling import bias_columns
+from fisherprune_jax._reconstruction.settling import bias_columns, settling
 from fisherprune_jax._types import ApplyFn, PyTree
 
+ROUNDS = 4
+"""How often products are refitted that are added up."""
 Progress = Callable[[Sequence[Any]], Iterable[Any]]
 """``rich.progress.track``, ``tqdm.tqdm``: is given a sequence, and hands on its items."""
 
@@ -69,6 +72,16 @@ def changed(flat: Flat, tree: VariableTree) -> set[Value]:
   return found
 
 
+def visits(traced: Traced) -> list[int]:
+  """The order in which consumers are refitted; those that are added up come several times, to share what is missing."""
+  found: list[int] = []
+  order = range(len(traced.consumers))
+  for _, group in itertools.groupby(order, lambda at: settling(traced.flat, traced.consumers[at].uses[0])):
+    together = list(group)
+    found += together * (ROUNDS if len(together) > 1 else 1)
+  return found
+
+
 class Fit:
   """A network at the shapes of its batches, and its refitting for any masks.
 
@@ -107,9 +120,10 @@ class Fit:
     self._leaves = jax.tree.leaves(variables)
     for traced in self.traced:
       traced.own, traced.dense = (Frontier(traced.flat, traced.batches, self._compiled) for _ in range(2))
-    order = range(len(self.traced[0].consumers))
-    for at in progress(order) if progress else order:
-      self._refit(at)
+    self._visits = visits(self.traced[0])
+    order = range(len(self._visits))
+    for place in progress(order) if progress else order:
+      self._refit(place)
     return self._result()
 
   def _trace(self, apply_fn: ApplyFn, tree: VariableTree, batches: Sequence[Arguments]) -> list[Traced]:
@@ -131,12 +145,12 @@ class Fit:
     """The variables as they are now."""
     return jax.tree.unflatten(jax.tree.structure(self._first), self._leaves)
 
-  def _refit(self, at: int) -> None:
-    """Refits the parameters of one consumer; those before it are done."""
-    variables = self.variables
+  def _refit(self, place: int) -> None:
+    """Refits the parameters of one consumer; those of visits before it are done."""
+    variables, at = self.variables, self._visits[place]
     sums: list[Moments | None] = [None, None]
     for traced in self.traced:
-      self._move(traced, at)
+      self._move(traced, self._visits[place:])
       for number, found in self._moments(traced, traced.consumers[at], variables):
         part = self._held_out and number % HELD_OUT == HELD_OUT - 1
         sums[part] = found if sums[part] is None else total(sums[part], found)
@@ -167,8 +181,9 @@ class Fit:
     before_all, after_all = known.sum(0)
     return self.variables if after_all <= before_all else self._first
 
-  def _move(self, traced: Traced, at: int) -> None:
-    kept = final_values(traced.flat, traced.consumers[at:], traced.flat.program.outputs)
+  def _move(self, traced: Traced, left: Sequence[int]) -> None:
+    pending = [traced.consumers[at] for at in left]
+    kept = final_values(traced.flat, pending, traced.flat.program.outputs)
     traced.own.move(self.variables, kept)  # type: ignore[union-attr]
     traced.dense.move(self._dense, kept)  # type: ignore[union-attr]
 

@@ -1,6 +1,6 @@
 """Names for types that Python has no words for."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -23,6 +23,9 @@ ApplyFn: TypeAlias = Callable[..., PyTree]
 
 Picker: TypeAlias = Callable[[PyTree], PyTree]
 """Picks a part of a tree: ``lambda out: out[1]``."""
+
+Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
+"""Shows progress, as ``rich.progress.track`` and ``tqdm.tqdm`` do: is given a sequence, and hands on its items."""
 
 BatchAxes: TypeAlias = PyTree
 """Where example axes are, like ``jax.vmap``'s ``in_axes``: an integer or None for all arguments, or one for each."""

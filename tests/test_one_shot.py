@@ -246,10 +246,11 @@ def test_candidates_keep_the_best(job):
     pruner.one_shot(variables, batches, candidates=7)
 
 
-def test_a_loss_replaces_the_outputs():
+@pytest.mark.parametrize("options", [{}, {"cost_weight": 1e-7}], ids=["over costs", "less costs"])
+def test_a_loss_replaces_the_outputs(options):
   apply_fn, variables, x = network()
   params = {"params": variables["params"], "batch_stats": variables["batch_stats"]}
-  pruner = fp.Pruner(apply_fn, variables, x[:1], keep=0.6, method="fisher")
+  pruner = fp.Pruner(apply_fn, variables, x[:1], keep=0.6, method="fisher", **options)
   labels = jnp.arange(64) % 5
 
   def loss_fn(variables, batch):
@@ -260,7 +261,7 @@ def test_a_loss_replaces_the_outputs():
   importance = fp.estimate_importance(
     lambda p, m, b: loss_fn_masked(pruner, p, m, b), params, pruner.cost.masks, [(x, labels)], method="fisher"
   )
-  expected = fp.select_masks(pruner.cost, importance, 0.6 * pruner.cost.dense)
+  expected = fp.select_masks(pruner.cost, importance, 0.6 * pruner.cost.dense, **options)
   assert all(
     bool((a == b).all()) for a, b in zip(jax.tree.leaves(masks), jax.tree.leaves(expected), strict=True)
   )

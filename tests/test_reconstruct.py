@@ -214,6 +214,11 @@ def looped(p, x):
   return lax.while_loop(lambda carry: carry[0] < 3, step, (0, jnp.tanh(x @ p["a"])))[1] @ p["c"]
 
 
+def ragged(p, x):
+  h, half = jnp.tanh(jnp.tanh(x @ p["a"]) @ p["c"]), len(x) // 2
+  return lax.ragged_dot(h, p["b"], jnp.array([half, len(x) - half]))
+
+
 SQUARE = {"a": (3, 6), "b": (6, 6), "c": (6, 2)}
 LEFT = {
   "normalised": (normalised, SQUARE, "its parameters are computed, by 'mul'"),
@@ -221,6 +226,11 @@ LEFT = {
     table_lookup,
     {"table": (3, 4), "a": (4, 6), "b": (6, 4)},
     "its parameters are read by 'gather' too",
+  ),
+  "ragged": (
+    ragged,
+    {"a": (3, 6), "b": (2, 6, 2), "c": (6, 6)},
+    "a 'ragged_dot_general' of this kind is not refitted",
   ),
   "looped": (looped, SQUARE, "it is inside of a 'while'"),
 }

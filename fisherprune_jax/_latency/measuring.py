@@ -29,10 +29,9 @@ from fisherprune_jax._latency.kernels import PRODUCTS, Kernel, ProductsMeter, Ti
 from fisherprune_jax._latency.tables import Table, Times
 from fisherprune_jax._latency.whole import wholes
 from fisherprune_jax._masks import flatten
-from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
+from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, Progress, PyTree
 
 FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)
-Track = Callable[[Sequence[Any]], Iterable[Any]]
 
 
 def measure_latency(
@@ -45,7 +44,7 @@ def measure_latency(
   multiple_of: int = 1,
   repeats: int = 5,
   cache: str | os.PathLike[str] | None = None,
-  track: Track = iter,
+  track: Progress = iter,
 ) -> CostModel:
   r"""Measures how long ``apply_fn(variables, *args)`` takes on this machine, as a function of its masks.
 
@@ -217,7 +216,7 @@ def _tables(
   multiple_of: int,
   repeats: int,
   memory: Memory,
-  track: Track,
+  track: Progress,
 ) -> dict[Kernel, Table]:
   """What each distinct kernel of some costs takes."""
   tables: dict[Kernel, Table] = {}

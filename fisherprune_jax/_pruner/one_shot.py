@@ -11,18 +11,19 @@ from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._errors import describe, require
 from fisherprune_jax._graph.variables import VariableTree
 from fisherprune_jax._masks import COLLECTION
-from fisherprune_jax._reconstruction.calibration import HELD_OUT, Arguments, arguments, listed, parted
-from fisherprune_jax._reconstruction.fitting import Fit, Progress
+from fisherprune_jax._reconstruction.calibration import Arguments, arguments, is_held_out, listed, parted
+from fisherprune_jax._reconstruction.fitting import Fit
 from fisherprune_jax._reconstruction.importance import refitted_importance
 from fisherprune_jax._reconstruction.reconstruct import warn_of
+from fisherprune_jax._reconstruction.regression import squared_error
 from fisherprune_jax._training.criterion import Criterion
-from fisherprune_jax._training.estimation import OUTPUTS, estimate_importance
+from fisherprune_jax._training.estimation import OUTPUTS, estimate_importance, floating
 from fisherprune_jax._training.once import ALLOWED, select_masks
-from fisherprune_jax._types import ApplyFn, Masks, PyTree
+from fisherprune_jax._types import ApplyFn, Masks, Progress, PyTree
 
-POWERS = (1.0, 1.5, 0.75)
-"""Candidates rank by a power of the importance over the cost: above 1, costs count less."""
-MOST_CANDIDATES = 2 * len(POWERS)
+POWERS = (1.5, 0.75)
+"""Candidates rank by powers of the importance over the cost too: above 1, costs count less."""
+MOST_CANDIDATES = 2 * (1 + len(POWERS))
 
 
 class Network(NamedTuple):
@@ -77,9 +78,11 @@ def one_shot(
   require(1 <= candidates <= MOST_CANDIDATES, f"candidates must be from 1 to {MOST_CANDIDATES}", candidates)
   raw = listed(batches)
   calls = [_call(arguments(batch), network.arguments) for batch in raw]
-  compares = candidates > 1 and score is None
-  fitted = _not_held_out(calls) if compares else calls
-  score = score or (_closeness(network, calls) if compares else lambda _: 0.0)
+  fitted = calls
+  if candidates > 1 and score is None:
+    fitted = [args for number, args in enumerate(calls) if not is_held_out(number, len(calls))]
+    held = [args for number, args in enumerate(calls) if is_held_out(number, len(calls))]
+    score = _closeness(network, held or calls)
   alone = _alone(network, raw if masked_loss else fitted, masked_loss)
   fit = None
   if refits:
@@ -93,7 +96,7 @@ def one_shot(
       if fit is not None:
         variables = fit.run(variables, network.variables, progress=progress)
       result = Result(variables, masks)
-      found[at].append((score(result), result))
+      found[at].append((score(result) if score else 0.0, result))
   return [max(results, key=lambda pair: pair[0])[1] for results in found]
 
 
@@ -126,36 +129,25 @@ def _ways(network: Network, fit: Fit | None, alone: Masks) -> Iterator[Masks]:
   if fit is not None:
     kinds.insert(0, refitted_importance(fit.traced[0], network.variables, alone, jax.random.key(1)))
   for kind in kinds:
+    # Powers of shares: those of a small importance itself would be too small for a float32.
+    most = max(float(jnp.max(x)) for x in jax.tree.leaves(kind)) or 1.0
+    yield kind
     for power in POWERS:
-      yield jax.tree.map(lambda x, power=power: x**power, kind)
+      yield jax.tree.map(lambda x, power=power, most=most: (x / most) ** power * most, kind)
 
 
 def _masks(network: Network, importance: Masks) -> list[Masks]:
   options = {name: value for name, value in network.options.items() if name in (*ALLOWED, "widths")}
-  # An importance that underflows ranks nothing: only ratios count.
-  largest = max(float(jnp.max(x)) for x in jax.tree.leaves(importance))
-  scaled = jax.tree.map(lambda x: x / (largest if largest > 0 else 1.0), importance)
-  return select_masks(network.cost, scaled, list(network.targets), **options)
+  return select_masks(network.cost, importance, list(network.targets), **options)
 
 
-def _not_held_out(calls: list[Arguments]) -> list[Arguments]:
-  """The batches that candidates are made of, if there are enough to hold some out."""
-  kept = [batch for number, batch in enumerate(calls) if number % HELD_OUT != HELD_OUT - 1]
-  return kept if len(calls) >= HELD_OUT else calls
-
-
-def _closeness(network: Network, calls: Sequence[Arguments]) -> Callable[[Result], float]:
-  """Minus the squared error of the outputs, on held-out batches if there are any."""
-  held = [batch for number, batch in enumerate(calls) if number % HELD_OUT == HELD_OUT - 1] or calls
-  run = jax.jit(network.apply_fn)
+def _closeness(network: Network, batches: Sequence[Arguments]) -> Callable[[Result], float]:
+  """Minus the squared error of the outputs on some batches."""
+  run = jax.jit(lambda variables, args: floating(network.apply_fn(variables, *args)))
+  dense = [run(network.variables, args) for args in batches]
 
   def score(result: Result) -> float:
-    total = 0.0
-    for args in held:
-      pairs = zip(
-        *(jax.tree.leaves(run(v, *args)) for v in (result.variables, network.variables)), strict=True
-      )
-      total += sum(float(jnp.sum(jnp.square(a.astype(jnp.float32) - b))) for a, b in pairs)
-    return -total
+    pairs = zip(batches, dense, strict=True)
+    return -sum(float(squared_error(run(result.variables, args), said, None)) for args, said in pairs)
 
   return score

@@ -18,14 +18,13 @@ from fisherprune_jax._pruner.inserting import Masked
 from fisherprune_jax._pruner.monitoring import Monitor
 from fisherprune_jax._pruner.one_shot import Network, Result, one_shot
 from fisherprune_jax._pruner.wrapping import wrapped
-from fisherprune_jax._reconstruction.fitting import Progress
 from fisherprune_jax._training.criteria import DEFAULT
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.finding import get_masks
 from fisherprune_jax._training.gradients import Reduction, value_and_mask_grads
 from fisherprune_jax._training.options import Options
 from fisherprune_jax._training.transform import fisher_prune
-from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
+from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, Progress, PyTree
 
 
 class Pruner(Monitor):
@@ -224,7 +223,7 @@ class Pruner(Monitor):
       ValueError, TypeError: for batches that are none, or not those of ``apply_fn``.
     """
     dense = self._masked.complete(params, self.cost.masks)
-    options = Network(
+    network = Network(
       self._apply, dense, len(self._args), self.cost, self._targets, self._method, self._options
     )
 
@@ -239,7 +238,7 @@ class Pruner(Monitor):
       return score_fn(*like(result))  # type: ignore[misc]
 
     found = one_shot(
-      options, batches, loss_fn and loss, reconstruct, candidates, score_fn and score, progress
+      network, batches, loss_fn and loss, reconstruct, candidates, score_fn and score, progress
     )
     pruned = [like(result) for result in found]
     return pruned if self._is_family else pruned[0]

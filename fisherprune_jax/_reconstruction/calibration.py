@@ -1,30 +1,32 @@
 """Batches of arguments: what is given, and how it is cut so that a part can be held out."""
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._errors import describe, require
+from fisherprune_jax._errors import require
 from fisherprune_jax._graph.variables import abstract
+from fisherprune_jax._training.estimation import iterated
 from fisherprune_jax._types import ApplyFn, PyTree
 
 HELD_OUT = 4
-"""One batch in so many chooses the ridge."""
+"""One batch in so many is held out."""
 
 Arguments = tuple[PyTree, ...]
 
 
+def is_held_out(number: int, count: int) -> bool:
+  """Whether a batch, of so many, is one of those that choose instead of being fitted; none is of a few."""
+  return count >= HELD_OUT and number % HELD_OUT == HELD_OUT - 1
+
+
 def listed(batches: Iterable[PyTree]) -> list[PyTree]:
   """The batches, if they are seen not to be a single one."""
-  if isinstance(batches, Mapping | str) or hasattr(batches, "dtype") or not isinstance(batches, Iterable):
-    raise TypeError(
-      f"batches must be a list or another iterable of batches, got {describe(batches)}. For a single batch pass [batch]."
-    )
-  found = list(batches)
+  found = list(iterated(batches))
   require(bool(found), "batches must hold at least one batch", 0, "Iterators may be used up.")
   return found
 

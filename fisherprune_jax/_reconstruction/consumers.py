@@ -39,6 +39,23 @@ class Use(NamedTuple):
   side: int
   path: tuple[int, ...]
 
+  @property
+  def end(self) -> int:
+    """The position of the node that makes the settling point."""
+    return self.path[-1] if self.path else self.at
+
+
+class Moved(NamedTuple):
+  """A value that holds entries of one leaf of the variables.
+
+  Attributes:
+    leaf: which leaf.
+    entries: their index in the leaf, of the shape of the value.
+  """
+
+  leaf: int
+  entries: np.ndarray
+
 
 class Bias(NamedTuple):
   """Parameters that are added on the way to the settling point.
@@ -46,13 +63,11 @@ class Bias(NamedTuple):
   Attributes:
     leaf: which leaf of the variables holds them.
     at: the position of the addition.
-    operand: which operand they are.
     entries: their index in the leaf, of the shape of that operand.
   """
 
   leaf: int
   at: int
-  operand: int
   entries: np.ndarray
 
 
@@ -112,12 +127,12 @@ def find(flat: Flat, trained: Sequence[bool], masked: set[Value]) -> Found:
     leaf, entries = moved[node.ins[side]]
     matrix = np.asarray(parameter_matrix(node, side, jnp.asarray(entries)))
     use = Use(at, side, tuple(finder.path(node.outs[0])))
-    same = next((c for c in consumers if c.leaf == leaf and np.array_equal(c.entries, matrix)), None)
-    if same is not None:
-      same.uses.append(use)
-      continue
     used = taken.setdefault(leaf, np.zeros(flat.variables[leaf].aval.size, bool))
     if used[matrix].any():
+      same = next((c for c in consumers if c.leaf == leaf and np.array_equal(c.entries, matrix)), None)
+      if same is not None:
+        same.uses.append(use)
+        continue
       left.append(LeftAlone(node.source, "its parameters are used in another product in another way"))
       consumers = [c for c in consumers if c.leaf != leaf or not _overlap(c.entries, matrix)]
       continue
@@ -127,22 +142,24 @@ def find(flat: Flat, trained: Sequence[bool], masked: set[Value]) -> Found:
     if reason := finder.elsewhere(consumer.leaf, consumer.entries, {use.at for use in consumer.uses}):
       consumers.remove(consumer)
       left.append(LeftAlone(flat.nodes[consumer.uses[0].at].source, reason))
-  return Found(sorted(consumers, key=lambda c: max(finder.end(use) for use in c.uses)), left)
+  return Found(sorted(consumers, key=lambda c: max(use.end for use in c.uses)), left)
 
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
   """Whether two sets of entries have one in common."""
-  found = np.zeros(max(a.max(initial=0), b.max(initial=0)) + 1, bool)
+  if not a.size or not b.size or a.max() < b.min() or b.max() < a.min():  # layers of a stack, at once
+    return False
+  found = np.zeros(max(a.max(), b.max()) + 1, bool)
   found[a] = True
   return bool(found[b].any())
 
 
-def _moved(flat: Flat) -> dict[Value, tuple[int, np.ndarray]]:
-  """Values that hold entries of one leaf of the variables, each at most once: the leaf, and their index in it."""
+def _moved(flat: Flat) -> dict[Value, Moved]:
+  """The values that hold entries of one leaf of the variables, moved and repeated at most."""
   found = {}
   for leaf, value in enumerate(flat.variables):
     size = int(np.prod(value.shape, dtype=np.int64))
-    found[value] = (leaf, np.arange(size, dtype=np.int32).reshape(value.shape))
+    found[value] = Moved(leaf, np.arange(size, dtype=np.int32).reshape(value.shape))
   for node in flat.nodes:
     source = node.ins[0] if node.ins else None
     if source not in found or source in flat.varies or node.name not in (*MOVES, "broadcast_in_dim"):
@@ -156,14 +173,14 @@ def _moved(flat: Flat) -> dict[Value, tuple[int, np.ndarray]]:
     else:
       outs = [compat.evaluate(node.eqn, [entries])]
     for value, out in zip(node.outs, outs, strict=True):
-      found[value] = (leaf, out)
+      found[value] = Moved(leaf, out)
   return found
 
 
 class _Finder:
   """What is asked of a network about its products."""
 
-  def __init__(self, flat: Flat, moved: dict[Value, tuple[int, np.ndarray]], trained: Sequence[bool]) -> None:
+  def __init__(self, flat: Flat, moved: dict[Value, Moved], trained: Sequence[bool]) -> None:
     self.flat, self.moved, self.trained = flat, moved, trained
     self.outputs = set(flat.program.outputs)
 
@@ -187,15 +204,17 @@ class _Finder:
       return ""
     if np.bincount(entries.ravel(), minlength=1).max(initial=0) > 1:
       return "it reads parameters several times"
-    if not is_supported(node) or (node.name == "conv_general_dilated" and side == 0):
-      return "it is a convolution whose batch is grouped" if side else "its parameters are convolved"
+    if not is_supported(node):
+      return f"a {node.name!r} of this kind is not refitted"
+    if node.name == "conv_general_dilated" and side == 0:
+      return "its parameters are convolved"
     if not jnp.issubdtype(node.outs[0].aval.dtype, jnp.floating):
       return "its results are no real floating-point numbers"
     return None
 
   def _comes_of_parameters(self, value: Value) -> bool:
     _, read = self.flat.before([value], self.flat.variables)
-    return any(v in self.flat.program.inputs for v in read)
+    return any(v in self.moved and self.trained[self.moved[v].leaf] for v in read)
 
   def path(self, value: Value) -> Iterator[int]:
     """The positions of the nodes from a product's result to its settling point."""
@@ -214,10 +233,6 @@ class _Finder:
       yield at
       (value,) = node.outs
 
-  def end(self, use: Use) -> int:
-    """The position at which a use settles."""
-    return max((use.at, *use.path))
-
   def bias(self, use: Use) -> Bias | None:
     """The last parameters that are added on a path, if there are any."""
     found = None
@@ -225,10 +240,9 @@ class _Finder:
     for at in use.path:
       node = self.flat.nodes[at]
       if node.name in ("add", "add_any"):
-        operand = 1 - node.ins.index(reached)
-        held = self.moved.get(node.ins[operand])
-        if held is not None and self.trained[held[0]] and not self.elsewhere(*held, {at}):
-          found = Bias(held[0], at, operand, held[1])
+        held = self.moved.get(node.ins[1 - node.ins.index(reached)])
+        if held is not None and self.trained[held.leaf] and not self.elsewhere(*held, {at}):
+          found = Bias(held.leaf, at, held.entries)
       (reached,) = node.outs
     return found
 
@@ -246,7 +260,7 @@ class _Finder:
 
   def inside(self, node: Node) -> str | None:
     """Why products inside of a node, such as a loop, cannot be refitted; None if there are none of parameters."""
-    reads_parameters = any(value in self.moved and self.trained[self.moved[value][0]] for value in node.ins)
+    reads_parameters = any(value in self.moved and self.trained[self.moved[value].leaf] for value in node.ins)
     return f"it is inside of a {node.name!r}" if reads_parameters and _holds_products(node) else None
 
 

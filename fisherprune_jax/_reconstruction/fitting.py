@@ -1,7 +1,7 @@
 """The refitting of one product after the other, while batches move on through the masked network and the dense one."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from fisherprune_jax._graph.program import Value
 from fisherprune_jax._graph.variables import VariableTree
-from fisherprune_jax._reconstruction.calibration import HELD_OUT, Arguments, signature
+from fisherprune_jax._reconstruction.calibration import Arguments, is_held_out, signature
 from fisherprune_jax._reconstruction.consumers import Consumer, LeftAlone, find
 from fisherprune_jax._reconstruction.flat import Compiled, Flat, flatten_network
 from fisherprune_jax._reconstruction.frontier import Frontier, final_values
@@ -24,12 +24,10 @@ from fisherprune_jax._reconstruction.regression import (
   total,
 )
 from fisherprune_jax._reconstruction.settling import bias_columns, settling
-from fisherprune_jax._types import ApplyFn, PyTree
+from fisherprune_jax._types import ApplyFn, Progress, PyTree
 
 ROUNDS = 4
 """How often products are refitted that are added up."""
-Progress = Callable[[Sequence[Any]], Iterable[Any]]
-"""``rich.progress.track``, ``tqdm.tqdm``: is given a sequence, and hands on its items."""
 
 
 @dataclass(eq=False)
@@ -41,15 +39,12 @@ class Traced:
     consumers: its products, in the order in which they are refitted.
     numbers: the numbers of the batches.
     batches: the arrays of their arguments.
-    own, dense: where they are in the masked network, and in the dense one.
   """
 
   flat: Flat
   consumers: list[Consumer]
   numbers: list[int] = field(default_factory=list)
   batches: list[list[jax.Array]] = field(default_factory=list)
-  own: Frontier | None = None
-  dense: Frontier | None = None
 
 
 def trained(tree: VariableTree) -> list[bool]:
@@ -90,6 +85,12 @@ class Fit:
     tree: its variables, with masks.
     batches: arguments.
     weights: a function of the arguments, or None.
+
+  Attributes:
+    traced: the network at each of the shapes.
+    weights: of each batch, or None.
+    compiled: what has been compiled for it.
+    left_alone: the products that are not refitted.
   """
 
   def __init__(
@@ -99,11 +100,19 @@ class Fit:
     batches: Sequence[Arguments],
     weights: Callable[..., jax.Array] | None = None,
   ) -> None:
-    self._weights = [weights(*batch) if weights else None for batch in batches]
-    self._compiled = Compiled()
-    self._held_out = len(batches) >= HELD_OUT
+    self.weights = [weights(*batch) if weights else None for batch in batches]
+    self.compiled = Compiled()
     self.left_alone: list[LeftAlone] = []
-    self.traced = self._trace(apply_fn, tree, batches)
+    found: dict[Any, Traced] = {}
+    for number, batch in enumerate(batches):
+      key = signature(batch)
+      if key not in found:
+        flat = flatten_network(apply_fn, tree.variables, batch)
+        here = find(flat, trained(tree), changed(flat, tree))
+        found[key], self.left_alone = Traced(flat, here.consumers), here.left_alone
+      found[key].numbers.append(number)
+      found[key].batches.append([jnp.asarray(x) for x in jax.tree.leaves(batch)])
+    self.traced = list(found.values())
 
   def run(
     self, variables: PyTree, dense: PyTree, ridge: float | None = None, progress: Progress | None = None
@@ -116,103 +125,90 @@ class Fit:
       ridge: a ridge for all products; None to choose it for each.
       progress: shows progress.
     """
-    self._first, self._dense, self._ridge = variables, dense, ridge
-    self._leaves = jax.tree.leaves(variables)
-    for traced in self.traced:
-      traced.own, traced.dense = (Frontier(traced.flat, traced.batches, self._compiled) for _ in range(2))
-    self._visits = visits(self.traced[0])
-    order = range(len(self._visits))
+    run, left = _Run(self, variables, dense), visits(self.traced[0])
+    order = range(len(left))
     for place in progress(order) if progress else order:
-      self._refit(place)
-    return self._result()
+      run.refit(left[place:], ridge)
+    return run.result()
 
-  def _trace(self, apply_fn: ApplyFn, tree: VariableTree, batches: Sequence[Arguments]) -> list[Traced]:
-    found: dict[Any, Traced] = {}
-    arrays = [list(map(jnp.asarray, jax.tree.leaves(batch))) for batch in batches]
-    for number, batch in enumerate(batches):
-      key = signature(batch)
-      if key not in found:
-        flat = flatten_network(apply_fn, tree.variables, batch)
-        here = find(flat, trained(tree), changed(flat, tree))
-        found[key] = Traced(flat, here.consumers)
-        self.left_alone = here.left_alone
-      found[key].numbers.append(number)
-      found[key].batches.append(arrays[number])
-    return list(found.values())
+
+class _Run:
+  """Variables on their way to those that reproduce a dense network, and where the batches are in both networks."""
+
+  def __init__(self, fit: Fit, variables: PyTree, dense: PyTree) -> None:
+    self.fit, self.first, self.dense = fit, variables, dense
+    self.leaves = jax.tree.leaves(variables)
+    self.frontiers = [(self._start(traced), self._start(traced)) for traced in fit.traced]
+
+  def _start(self, traced: Traced) -> Frontier:
+    return Frontier(traced.flat, traced.batches, self.fit.compiled)
 
   @property
   def variables(self) -> PyTree:
     """The variables as they are now."""
-    return jax.tree.unflatten(jax.tree.structure(self._first), self._leaves)
+    return jax.tree.unflatten(jax.tree.structure(self.first), self.leaves)
 
-  def _refit(self, place: int) -> None:
-    """Refits the parameters of one consumer; those of visits before it are done."""
-    variables, at = self.variables, self._visits[place]
+  def refit(self, left: Sequence[int], ridge: float | None) -> None:
+    """Refits the parameters of the first of the consumers that are left."""
     sums: list[Moments | None] = [None, None]
-    for traced in self.traced:
-      self._move(traced, self._visits[place:])
-      for number, found in self._moments(traced, traced.consumers[at], variables):
-        part = self._held_out and number % HELD_OUT == HELD_OUT - 1
+    for at, traced in enumerate(self.fit.traced):
+      kept = final_values(traced.flat, [traced.consumers[place] for place in left])
+      for frontier, variables in zip(self.frontiers[at], (self.variables, self.dense), strict=True):
+        frontier.move(variables, kept)
+      for number, found in self._moments(at, traced.consumers[left[0]]):
+        part = is_held_out(number, len(self.fit.weights))
         sums[part] = found if sums[part] is None else total(sums[part], found)
-    flat, consumer = self.traced[0].flat, self.traced[0].consumers[at]
-    columns = bias_columns(flat, consumer, flat.env(variables), self._compiled)
+    flat, consumer = self.fit.traced[0].flat, self.fit.traced[0].consumers[left[0]]
+    columns = bias_columns(flat, consumer, flat.env(self.variables), self.fit.compiled)
     fitted, held = sums
     assert fitted is not None
-    change = chosen(fitted, held, self._ridge, columns is not None)
+    change = chosen(fitted, held, ridge, columns is not None)
     if change is None:
       return
     self._add(consumer.leaf, consumer.entries, change.parameters)
     if columns is not None and consumer.bias is not None:
       self._add(consumer.bias.leaf, columns.entries, change.bias * columns.scale)
 
-  def _result(self) -> PyTree:
+  def result(self) -> PyTree:
     """The refitted variables; those that were given if their outputs are closer to the dense network's."""
-    found = {}
-    for traced in self.traced:
-      outputs = [v for v in traced.flat.program.outputs if jnp.issubdtype(v.aval.dtype, jnp.floating)]
-      outputs = [v for v in outputs if v in traced.flat.varies]
-      start = Frontier(traced.flat, traced.batches, self._compiled)
-      before, after = start.reader(self._first, outputs), traced.own.reader(self.variables, outputs)  # type: ignore[union-attr]
-      dense = traced.dense.reader(self._dense, outputs)  # type: ignore[union-attr]
+    found = []
+    for traced, (own, dense) in zip(self.fit.traced, self.frontiers, strict=True):
+      outputs = traced.flat.outputs
+      before, after = self._start(traced).reader(self.first, outputs), own.reader(self.variables, outputs)
+      wanted = dense.reader(self.dense, outputs)
       for place, number in enumerate(traced.numbers):
-        wanted, weights = dense(place), self._weights[number]
-        found[number] = [squared_error(run(place), wanted, weights) for run in (before, after)]
-    known = np.array([errors for errors in found.values() if np.isfinite(errors[0])]).reshape(-1, 2)
+        weights = self.fit.weights[number]
+        found.append([squared_error(run(place), wanted(place), weights) for run in (before, after)])
+    known = np.array([errors for errors in found if np.isfinite(errors[0])]).reshape(-1, 2)
     before_all, after_all = known.sum(0)
-    return self.variables if after_all <= before_all else self._first
+    return self.variables if after_all <= before_all else self.first
 
-  def _move(self, traced: Traced, left: Sequence[int]) -> None:
-    pending = [traced.consumers[at] for at in left]
-    kept = final_values(traced.flat, pending, traced.flat.program.outputs)
-    traced.own.move(self.variables, kept)  # type: ignore[union-attr]
-    traced.dense.move(self._dense, kept)  # type: ignore[union-attr]
-
-  def _moments(self, traced: Traced, consumer: Consumer, variables: PyTree) -> Any:
-    """The number of each batch, and its moments."""
+  def _moments(self, at: int, consumer: Consumer) -> Iterator[tuple[int, Moments]]:
+    """The number of each batch of one shape, and its moments."""
+    traced, (own, dense) = self.fit.traced[at], self.frontiers[at]
     flat = traced.flat
-    own, dense = reads(flat, consumer)
-    env = flat.env(variables)
-    fixed = [value for value in own if value not in flat.varies]
-    varying = [value for value in own if value in flat.varies]
-    of_own, of_dense = traced.own.reader(variables, varying), traced.dense.reader(self._dense, dense)  # type: ignore[union-attr]
-    constant = flat.get(fixed, env)
+    of_own, of_dense = reads(flat, consumer)
+    fixed = [value for value in of_own if value not in flat.varies]
+    varying = [value for value in of_own if value in flat.varies]
+    constant = flat.get(fixed, flat.env(self.variables))
+    mine, whole = own.reader(self.variables, varying), dense.reader(self.dense, of_dense)
 
-    def moments(constant: Any, arrays: Any, whole: Any, weights: Any, one: jax.Array) -> Moments:
-      mine = dict(zip([*fixed, *varying], [*constant, *arrays], strict=True))
-      return moments_of(flat, consumer, mine, dict(zip(dense, whole, strict=True)), weights, one)
+    def moments(constant: Any, mine: Any, whole: Any, weights: Any, one: jax.Array) -> Moments:
+      env = dict(zip([*fixed, *varying], [*constant, *mine], strict=True))
+      return moments_of(flat, consumer, env, dict(zip(of_dense, whole, strict=True)), weights, one)
 
     run = None
     for place, number in enumerate(traced.numbers):
-      given = (constant, of_own(place), of_dense(place), self._weights[number], jnp.float32(1))
-      run = run or self._compiled(moments, *given)
+      given = (constant, mine(place), whole(place), self.fit.weights[number], jnp.float32(1))
+      run = run or self.fit.compiled(moments, *given)
       yield number, run(*given)
 
   def _add(self, leaf: int, entries: np.ndarray, change: jax.Array) -> None:
     """Adds to some entries of a leaf; those below zero are none."""
-    old = self._leaves[leaf]
+    old = self.leaves[leaf]
     new = _added(old, entries, change)
     is_placed = isinstance(old, jax.Array) and old.committed
-    self._leaves[leaf] = jax.device_put(new, old.sharding) if is_placed else new
+    self.leaves[leaf] = jax.device_put(new, old.sharding) if is_placed else new
 
 
 @jax.jit

@@ -3,9 +3,11 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.program import Node, Program, Value, trace
@@ -36,7 +38,7 @@ class Flat:
   varies: set[Value] = field(default_factory=set)
 
   def __post_init__(self) -> None:
-    self.varies.update(self.program.inputs[self.count :])
+    self.varies.update(self.arguments)
     for at, node in enumerate(self.program.nodes):
       self.made.update(dict.fromkeys(node.outs, at))
       for value in dict.fromkeys(node.ins):
@@ -53,6 +55,17 @@ class Flat:
   def variables(self) -> list[Value]:
     """The values of the leaves of the variables."""
     return self.program.inputs[: self.count]
+
+  @property
+  def arguments(self) -> list[Value]:
+    """The values of the leaves of the arguments."""
+    return self.program.inputs[self.count :]
+
+  @property
+  def outputs(self) -> list[Value]:
+    """The floating-point outputs that depend on the arguments."""
+    floating = [v for v in self.program.outputs if jnp.issubdtype(v.aval.dtype, jnp.floating)]
+    return [value for value in floating if value in self.varies]
 
   def env(self, variables: PyTree, args: Sequence[PyTree] = ()) -> dict[Value, Any]:
     """The arrays of its constants, of variables, and of arguments if they are given."""
@@ -76,13 +89,14 @@ class Flat:
         waiting += self.nodes[self.made[value]].ins
     return sorted(needed), list(read)
 
-  def run(self, positions: Iterable[int], env: Env) -> dict[Value, Any]:
-    """All values after the nodes at some positions."""
+  def run(self, positions: Iterable[int], env: Env, added: Env = MappingProxyType({})) -> dict[Value, Any]:
+    """All values after the nodes at some positions, where something is added to some of their results."""
     env = dict(env)
     for at in positions:
       node = self.nodes[at]
       arrays = [env[value] if value.literal is None else value.literal for value in node.ins]
-      env.update(zip(node.outs, compat.bind(node.eqn, arrays), strict=True))
+      outs = compat.bind(node.eqn, arrays)
+      env.update((v, out + added[v] if v in added else out) for v, out in zip(node.outs, outs, strict=True))
     return env
 
   def get(self, targets: Sequence[Value], env: Env) -> list[Any]:

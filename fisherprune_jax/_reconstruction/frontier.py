@@ -17,6 +17,7 @@ from fisherprune_jax._reconstruction.settling import settling
 from fisherprune_jax._types import PyTree
 
 MOST_BYTES = 2 << 30
+"""Of what is held of all batches at a time."""
 
 
 @dataclass(eq=False)
@@ -40,7 +41,7 @@ class Frontier:
     self._to_arguments()
 
   def _to_arguments(self) -> None:
-    self.kept, self.held = list(self.flat.program.inputs[self.flat.count :]), list(self.batches)
+    self.kept, self.held = self.flat.arguments, list(self.batches)
 
   def move(self, variables: PyTree, kept: Sequence[Value]) -> None:
     """Goes on to other values that are final with these variables."""
@@ -69,11 +70,11 @@ class Frontier:
     return lambda number: run(constant, [self.held[number][at] for at in places])
 
 
-def final_values(flat: Flat, pending: Sequence[Consumer], outputs: Sequence[Value]) -> list[Value]:
+def final_values(flat: Flat, pending: Sequence[Consumer]) -> list[Value]:
   """The values that are final before some consumers, and that what is not final reads."""
   waiting = {use.at for consumer in pending for use in consumer.uses}
   ends = [settling(flat, use) for consumer in pending for use in consumer.uses]
-  needed, _ = flat.before([*ends, *outputs], flat.program.inputs)
+  needed, _ = flat.before([*ends, *flat.outputs], flat.program.inputs)
   moving = set[Value]()
   kept: dict[Value, None] = {}
   for at in needed:
@@ -81,5 +82,5 @@ def final_values(flat: Flat, pending: Sequence[Consumer], outputs: Sequence[Valu
     if at in waiting or any(value in moving for value in node.ins):
       moving.update(node.outs)
       kept.update(dict.fromkeys(v for v in node.ins if v in flat.varies and v not in moving))
-  kept.update(dict.fromkeys(v for v in outputs if v in flat.varies and v not in moving))
+  kept.update(dict.fromkeys(v for v in flat.outputs if v not in moving))
   return list(kept)

@@ -18,36 +18,39 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.program import Value
 from fisherprune_jax._graph.variables import VariableTree
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._reconstruction.consumers import Consumer
 from fisherprune_jax._reconstruction.fitting import Traced
 from fisherprune_jax._reconstruction.flat import Compiled, Env, Flat
-from fisherprune_jax._reconstruction.products import operand_matrix, result_matrix
+from fisherprune_jax._reconstruction.frontier import MOST_BYTES
+from fisherprune_jax._reconstruction.products import HIGHEST, operand_matrix, result_matrix
 from fisherprune_jax._reconstruction.reading import readings
 from fisherprune_jax._reconstruction.settling import bias_columns
 from fisherprune_jax._reconstruction.surgeon import Reader, descend, rising
+from fisherprune_jax._training.estimation import random_projection
 from fisherprune_jax._types import Masks, PyTree
 
 RIDGE = 1e-2
 """Of the Gram matrices, over the mean square of their columns."""
 MOST_COLUMNS = 4096
 """Results of more columns count by the diagonal of A alone."""
-MOST_BYTES = 2 << 30
-"""Second moments that are held at a time; more take another pass over the batches."""
-HIGHEST = lax.Precision.HIGHEST
 
 
 class Second(NamedTuple):
-  """Second moments of a product: of its operand with a column of ones, ``(G, d + 1, d + 1)``; of its gradients, ``(G, c, c)``."""
+  """Sums over the rows of a product.
+
+  How many there are is nowhere divided by: the factor of each group corrects that too.
+
+  Attributes:
+    gram: of its operand with a column of ones, ``(G, d + 1, d + 1)``.
+    gradients: of the gradients of its result, ``(G, c, c)``, or their squares ``(G, c)``.
+  """
 
   gram: jax.Array
   gradients: jax.Array
-  rows: jax.Array
 
 
 def refitted_importance(traced: Traced, variables: PyTree, importance: Masks, key: jax.Array) -> Masks:
@@ -86,7 +89,9 @@ def _importance(readers: Sequence[Reader], alone: np.ndarray) -> np.ndarray:
   """The importance of the features of one row of a mask, from what reads it and their importance alone."""
   costs = descend(readers, RIDGE)
   comparable = (costs.alone > 0) & (alone > 0)
-  factor = np.median(alone[comparable] / costs.alone[comparable]) if comparable.any() else 0.5
+  if not comparable.any():  # the outputs do not depend on it through these products
+    return alone
+  factor = np.median(alone[comparable] / costs.alone[comparable])
   order = np.lexsort((costs.removed, costs.step))
   rises = rising(costs.removed[order]) * factor
   rises = rises * (1 + 1e-5 * np.arange(len(order)) / len(order))  # equals go in this order too
@@ -132,15 +137,13 @@ class _Network:
     self.env, self.compiled = flat.env(variables), Compiled()
     self.leaves = jax.tree.leaves(variables)
     self.arrays = batches
-    self.examples = sum(len(arrays[0]) if jnp.ndim(arrays[0]) else 1 for arrays in self.arrays)
 
   def moments(self, needed: Sequence[int]) -> dict[int, Second]:
     """The moments of some consumers, over all batches."""
     flat, known = self.flat, list(self.env)
-    given = flat.program.inputs[flat.count :]
 
     def measured(constant: list[Any], arrays: list[Any], key: jax.Array) -> list[Second]:
-      env = dict(zip([*known, *given], [*constant, *arrays], strict=True))
+      env = dict(zip([*known, *flat.arguments], [*constant, *arrays], strict=True))
       uses = [(at, use) for at in needed for use in self.consumers[at].uses]
       gradients = projected_gradients(flat, [flat.nodes[use.at].outs[0] for _, use in uses], env, key)
       operands = flat.get([flat.nodes[use.at].ins[1 - use.side] for _, use in uses], env)
@@ -164,9 +167,9 @@ class _Network:
   def reader(self, at: int, second: Second, columns: np.ndarray) -> Reader:
     """A product as the surgeon takes it: its result turned so that errors of all columns cost alike."""
     consumer = self.consumers[at]
-    rows, gram = max(float(second.rows), 1.0), np.asarray(second.gram, np.float64) / self.examples
+    gram = np.asarray(second.gram, np.float64)
     parameters = np.asarray(self.leaves[consumer.leaf], np.float64).ravel()[consumer.entries]
-    parameters = _weighted(parameters, np.asarray(second.gradients, np.float64) / rows)
+    parameters = _weighted(parameters, np.asarray(second.gradients, np.float64))
     has_bias = bias_columns(self.flat, consumer, self.env, self.compiled) is not None
     plain, ones = gram[:, :-1, :-1], gram[:, -1:, :-1]
     centred = plain - ones.swapaxes(1, 2) * ones / np.maximum(gram[:, -1:, -1:], 1e-300)
@@ -180,7 +183,7 @@ def _second(x: jax.Array, g: jax.Array) -> Second:
   x = jnp.concatenate([x, jnp.ones((*x.shape[:2], 1), x.dtype)], -1)
   turned = g.swapaxes(1, 2)
   squares = jnp.matmul(turned, g, precision=HIGHEST) if g.shape[-1] <= MOST_COLUMNS else jnp.sum(g * g, 1)
-  return Second(jnp.matmul((x * seen).swapaxes(1, 2), x, precision=HIGHEST), squares, jnp.sum(seen) / len(x))
+  return Second(jnp.matmul((x * seen).swapaxes(1, 2), x, precision=HIGHEST), squares)
 
 
 def _weighted(parameters: np.ndarray, gradients: np.ndarray) -> np.ndarray:
@@ -194,21 +197,10 @@ def _weighted(parameters: np.ndarray, gradients: np.ndarray) -> np.ndarray:
 
 def projected_gradients(flat: Flat, values: Sequence[Value], env: Env, key: jax.Array) -> list[jax.Array]:
   """Gradients by some values of the outputs' projection on a random direction, summed over examples."""
-  outputs = [
-    v for v in flat.program.outputs if v in flat.varies and jnp.issubdtype(v.aval.dtype, jnp.floating)
-  ]
-  positions, _ = flat.before([*outputs, *values], env)
+  positions, _ = flat.before([*flat.outputs, *values], env)
 
   def project(added: list[jax.Array]) -> jax.Array:
-    found, extra = dict(env), dict(zip(values, added, strict=True))
-    for at in positions:
-      node = flat.nodes[at]
-      arrays = [found[v] if v.literal is None else v.literal for v in node.ins]
-      outs = compat.bind(node.eqn, arrays)
-      found.update((v, out + extra[v] if v in extra else out) for v, out in zip(node.outs, outs, strict=True))
-    keys = jax.random.split(key, len(outputs))
-    parts = [found[v].astype(jnp.float32) for v in outputs]
-    signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, parts, strict=True)]
-    return sum((jnp.sum(x * s) for x, s in zip(parts, signs, strict=True)), start=jnp.float32(0))
+    found = flat.run(positions, env, dict(zip(values, added, strict=True)))
+    return random_projection([found[v] for v in flat.outputs], key)
 
   return jax.grad(project)([jnp.zeros(v.shape, v.aval.dtype) for v in values])

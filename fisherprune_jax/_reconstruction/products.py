@@ -12,7 +12,8 @@ from jax import lax
 
 from fisherprune_jax._graph.program import Node
 
-PRODUCTS = ("dot_general", "conv_general_dilated")
+HIGHEST = lax.Precision.HIGHEST
+PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general")
 
 
 class Shapes(NamedTuple):
@@ -96,7 +97,7 @@ def _patches(node: Node, x: jax.Array) -> jax.Array:
     params["lhs_dilation"],
     params["rhs_dilation"],
     dimension_numbers=numbers,
-    precision=lax.Precision.HIGHEST,
+    precision=HIGHEST,
   )
   found = found.transpose((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1]))
   groups = params["feature_group_count"]

@@ -33,47 +33,44 @@ def readings(flat: Flat, use: Use, masks: dict[Value, int]) -> list[Reading]:
   node = flat.nodes[use.at]
   operand = node.ins[1 - use.side]
   found = []
-  for value in _multiplied(flat, operand, masks):
-    for leaf, at in masks.items():
-      codes = _codes(flat, value, leaf, masks)
-      if codes is not None:
-        code = jnp.broadcast_to(codes, operand.shape)
-        columns = np.asarray(operand_matrix(node, use.side, code)).max((0, 1)).astype(np.int64)
-        found += list(_by_row(leaf, at, columns))
+  for value, leaves in _multiplied(flat, operand, masks):
+    for leaf in leaves:
+      code = jnp.broadcast_to(_codes(flat, value, leaf, masks), operand.shape)
+      columns = np.asarray(operand_matrix(node, use.side, code)).max((0, 1)).astype(np.int64)
+      found += list(_by_row(leaf, masks[leaf], columns))
   return found
 
 
-def _multiplied(flat: Flat, value: Value, masks: dict[Value, int]) -> list[Value]:
-  """The values made of masks alone that another value is the product with."""
+def _multiplied(flat: Flat, value: Value, masks: dict[Value, int]) -> list[tuple[Value, list[Value]]]:
+  """The values made of masks alone that another value is the product with, and these masks."""
   found = []
   while value in flat.made:
     node = flat.nodes[flat.made[value]]
     if node.name in CASTS:
       (value,) = node.ins
     elif node.name == "mul":
-      ours = [v for v in node.ins if _of_masks(flat, v, masks)]
+      ours = [(v, leaves) for v in node.ins if (leaves := _of_masks(flat, v, masks))]
       if len(ours) != 1:
         break
       found += ours
-      (value,) = [v for v in node.ins if v is not ours[0]]
+      (value,) = [v for v in node.ins if v is not ours[0][0]]
     else:
       break
   return found
 
 
-def _of_masks(flat: Flat, value: Value, masks: dict[Value, int]) -> bool:
+def _of_masks(flat: Flat, value: Value, masks: dict[Value, int]) -> list[Value]:
+  """The masks that a value is made of; empty if it is made of anything else."""
   if value.literal is not None or value in flat.varies:
-    return False
-  _, read = flat.before([value], flat.program.inputs)
-  inputs = [v for v in read if v in flat.program.inputs]
-  return bool(inputs) and all(v in masks for v in inputs)
+    return []
+  constants = {const for const, _ in flat.program.consts}
+  _, read = flat.before([value], flat.variables)
+  inputs = [v for v in read if v not in constants]
+  return inputs if all(v in masks for v in inputs) else []
 
 
-def _codes(flat: Flat, value: Value, leaf: Value, masks: dict[Value, int]) -> jax.Array | None:
+def _codes(flat: Flat, value: Value, leaf: Value, masks: dict[Value, int]) -> jax.Array:
   """The number of the feature of one mask at each entry of a value, from 1; 0 where there is none."""
-  _, read = flat.before([value], flat.program.inputs)
-  if leaf not in read:
-    return None
   env: dict[Value, Any] = {v: jnp.ones(v.shape, jnp.float32) for v in masks} | dict(flat.program.consts)
   numbers = jnp.arange(1, leaf.aval.size + 1, dtype=jnp.float32).reshape(leaf.shape)
   (dead,) = flat.get([value], {**env, leaf: jnp.zeros(leaf.shape, jnp.float32)})

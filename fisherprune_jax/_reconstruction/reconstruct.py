@@ -10,8 +10,8 @@ from fisherprune_jax._graph.variables import VariableTree
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._reconstruction.calibration import arguments, listed, parted
 from fisherprune_jax._reconstruction.consumers import LeftAlone
-from fisherprune_jax._reconstruction.fitting import Fit, Progress
-from fisherprune_jax._types import ApplyFn, PyTree
+from fisherprune_jax._reconstruction.fitting import Fit
+from fisherprune_jax._types import ApplyFn, Progress, PyTree
 
 
 def reconstruct(

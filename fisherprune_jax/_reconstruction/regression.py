@@ -19,6 +19,7 @@ from fisherprune_jax._graph.program import Value
 from fisherprune_jax._reconstruction.consumers import Consumer, Use
 from fisherprune_jax._reconstruction.flat import Env, Flat
 from fisherprune_jax._reconstruction.products import (
+  HIGHEST,
   operand_matrix,
   result_matrix,
   shapes_of,
@@ -28,7 +29,6 @@ from fisherprune_jax._types import Shape
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """Tried on held-out batches; in units of the mean square of an operand's columns."""
-HIGHEST = lax.Precision.HIGHEST
 
 
 class Moments(NamedTuple):
@@ -37,16 +37,14 @@ class Moments(NamedTuple):
   Attributes:
     gram: products of columns, ``(G, d + 1, d + 1)``.
     cross: products of columns with what is missing, ``(G, d + 1, c)``.
-    missing: the sum of squares of what is missing.
   """
 
   gram: jax.Array
   cross: jax.Array
-  missing: jax.Array
 
 
 class Sample(NamedTuple):
-  """What a batch says of one product: operand ``(G, n, d)``, what is missing ``(G, n, c)``, and weights ``(G, n, 1)``."""
+  """One product on one batch: operand ``(G, n, d)``, what is missing ``(G, n, c)``, and weights ``(G, n, 1)``."""
 
   operand: jax.Array
   missing: jax.Array
@@ -89,7 +87,6 @@ def _moments(sample: Sample) -> Moments:
   return Moments(
     jnp.matmul(weighted, operand, precision=HIGHEST),
     jnp.matmul(weighted, missing, precision=HIGHEST),
-    jnp.sum(weights * missing**2),
   )
 
 
@@ -196,15 +193,17 @@ def chosen(fitted: Moments, held: Moments | None, ridge: float | None, has_bias:
     has_bias: whether there is a bias to fit.
   """
   both = fitted if held is None else total(fitted, held)
-  if ridge is not None or held is None:
-    fitted = held = both
-  ridges = (ridge,) if ridge is not None else RIDGES if held is not both else RIDGES[1:2]
   places = live_columns(both.gram)
-  fitted, held, both = (cut(x, places) for x in (fitted, held, both))
-  errors = [float(_tried(fitted, held, level, has_bias)[0]) for level in ridges]
-  if not np.nanmin([*errors, 0.0]) < 0:
-    return None
-  _, is_finite, change = _tried(both, both, ridges[int(np.nanargmin(errors))], has_bias)
+  if ridge is None and held is None:
+    ridge = RIDGES[1]
+  if ridge is None:
+    parts = cut(fitted, places), cut(held, places)
+    errors = [float(_tried(*parts, level, has_bias)[0]) for level in RIDGES]
+    if not np.nanmin([*errors, 0.0]) < 0:
+      return None
+    ridge = RIDGES[int(np.nanargmin(errors))]
+  both = cut(both, places)
+  _, is_finite, change = _tried(both, both, ridge, has_bias)
   return _spread(change, places[:-1], int(places[-1])) if is_finite else None
 
 

@@ -16,7 +16,7 @@ from fisherprune_jax._reconstruction.products import result_matrix
 
 def settling(flat: Flat, use: Use) -> Value:
   """The value at which a use settles."""
-  return flat.nodes[use.path[-1] if use.path else use.at].outs[0]
+  return flat.nodes[use.end].outs[0]
 
 
 def multipliers(flat: Flat, use: Use) -> list[Value]:

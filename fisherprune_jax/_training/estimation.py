@@ -1,6 +1,6 @@
 """Importance of features over some batches, without training."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +91,8 @@ def estimate_importance(
 
   @jax.jit
   def add(sums: _Sums, own: dict[str, Any], batch: PyTree) -> _Sums:
-    _, (_, mask_grads) = grads_of(own["params"], own["masks"], batch, *[own["step"]] * projects)
+    number = (own["step"],) if projects else ()  # directions differ from batch to batch
+    _, (_, mask_grads) = grads_of(own["params"], own["masks"], batch, *number)
     given = {**own, "axis_name": None, "mask_grads": mask_grads}
     importance = criterion.ranked(criterion.importance_of(given), given)
     finite = jnp.all(jnp.isfinite(flatten(importance)))
@@ -104,7 +105,7 @@ def estimate_importance(
 
   total = jax.tree.map(lambda m: jnp.zeros(m.shape, jnp.float32), masks)
   sums, empty, given = _Sums(total, jnp.int32(0), jnp.int32(0)), 0, 0
-  for batch in _iterated(batches):
+  for batch in iterated(batches):
     given += 1
     if examples_of(batch):
       sums = add(sums, {**own, "step": jnp.int32(given)}, batch)
@@ -122,16 +123,25 @@ def _projected(outputs_fn: Callable[..., Any], key: jax.Array | None, has_aux: b
   def loss(params: PyTree, masks: Masks, batch: PyTree, number: jax.Array) -> Any:
     found = outputs_fn(params, masks, batch)
     outputs, aux = found if has_aux else (found, None)
-    leaves = [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+    leaves = floating(outputs)
     require(bool(leaves), "outputs must hold floating-point numbers", outputs)
-    keys = jax.random.split(jax.random.fold_in(start, number), len(leaves))
-    wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in leaves]
-    total = sum(
-      jnp.sum(x * jax.random.rademacher(k, x.shape, x.dtype)) for k, x in zip(keys, wide, strict=True)
-    )
+    total = random_projection(leaves, jax.random.fold_in(start, number))
     return (total, aux) if has_aux else total
 
   return loss
+
+
+def floating(outputs: PyTree) -> list[jax.Array]:
+  """The floating-point arrays of a tree."""
+  return [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+def random_projection(outputs: Sequence[jax.Array], key: jax.Array) -> jax.Array:
+  """The inner product of arrays with random signs, in float32 or wider."""
+  keys = jax.random.split(key, len(outputs))
+  wide = [x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in outputs]
+  signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, wide, strict=True)]
+  return sum((jnp.sum(x * s) for x, s in zip(wide, signs, strict=True)), start=jnp.float32(0))
 
 
 class _Sums(NamedTuple):
@@ -142,7 +152,7 @@ class _Sums(NamedTuple):
   bad: jax.Array
 
 
-def _iterated(batches: Iterable[PyTree]) -> Iterable[PyTree]:
+def iterated(batches: Iterable[PyTree]) -> Iterable[PyTree]:
   """The batches, if they are seen not to be one batch: a mapping, an array, a named tuple, arrays of different ranks."""
   is_one = isinstance(batches, Mapping | str) or hasattr(batches, "dtype")
   if isinstance(batches, list | tuple):

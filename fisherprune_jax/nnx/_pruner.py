@@ -9,10 +9,9 @@ from flax import nnx
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._pruner import pruner
 from fisherprune_jax._pruner.gradients import MASK_GRADS, Gradients
-from fisherprune_jax._reconstruction.fitting import Progress
 from fisherprune_jax._training.finding import get_masks
 from fisherprune_jax._training.gradients import Reduction
-from fisherprune_jax._types import Masks, PyTree
+from fisherprune_jax._types import Masks, Progress, PyTree
 from fisherprune_jax.nnx._modules import Call, functional, split
 from fisherprune_jax.nnx._training import value_and_mask_grads
 

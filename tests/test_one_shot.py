@@ -53,9 +53,10 @@ def refitted(x, w, left, ridge):
   total = 0.0
   for x_g, w_g in zip(x, w, strict=True):
     level = ridge * np.mean(np.sum(x_g**2, 0))
-    full = np.concatenate([x_g, np.sqrt(level) * np.eye(x_g.shape[1])])
-    found = np.linalg.lstsq(full[:, left], full @ w_g, rcond=None)[0]
-    total += np.sum((full[:, left] @ found - full @ w_g) ** 2)
+    matrix = np.concatenate([x_g[:, left], np.sqrt(level) * np.eye(len(left))])
+    wanted = np.concatenate([x_g @ w_g, np.sqrt(level) * w_g[left]])
+    found = np.linalg.lstsq(matrix, wanted, rcond=None)[0]
+    total += np.sum((matrix @ found - wanted) ** 2)
   return total
 
 
@@ -96,6 +97,16 @@ def test_several_features_at_a_time_cost_what_they_cost_together():
   gone = costs.step < 60
   expected = refitted(x, one.parameters, np.flatnonzero(~gone), 0.01)
   np.testing.assert_allclose(costs.removed[gone].sum(), expected, rtol=1e-6)
+
+
+def test_dead_columns_cost_nothing():
+  x, one = reader(np.random.default_rng(5), groups=1)
+  dead = np.arange(0, x.shape[-1], 2)
+  x[:, :, dead] = 0
+  gram = x.swapaxes(1, 2) @ x
+  costs = descend([one._replace(gram=gram, plain=gram, parameters=10 * one.parameters)], ridge=0.01)
+  assert set(np.argsort(costs.step)[: len(dead)]) == set(dead)
+  np.testing.assert_allclose(costs.removed[dead], 0, atol=1e-9 * costs.removed.max())
 
 
 def test_features_of_fewer_columns():

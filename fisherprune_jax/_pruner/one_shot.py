@@ -13,7 +13,7 @@ from fisherprune_jax._graph.variables import VariableTree
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._reconstruction.calibration import Arguments, arguments, is_held_out, listed, parted
 from fisherprune_jax._reconstruction.fitting import Fit
-from fisherprune_jax._reconstruction.importance import refitted_importance
+from fisherprune_jax._reconstruction.importance import refitted_importance, stride
 from fisherprune_jax._reconstruction.reconstruct import warn_of
 from fisherprune_jax._reconstruction.regression import squared_error
 from fisherprune_jax._training.criterion import Criterion
@@ -83,12 +83,13 @@ def one_shot(
     fitted = [args for number, args in enumerate(calls) if not is_held_out(number, len(calls))]
     held = [args for number, args in enumerate(calls) if is_held_out(number, len(calls))]
     score = _closeness(network, held or calls)
-  alone = _alone(network, raw if masked_loss else fitted, masked_loss)
-  fit = None
+  fit, some = None, fitted
   if refits:
     parts = parted(network.apply_fn, network.variables, fitted)
     fit = Fit(network.apply_fn, VariableTree(network.variables, COLLECTION), parts)
     warn_of(fit.left_alone)
+    some = fitted[:: stride(fit.traced[0])]
+  alone = _alone(network, raw if masked_loss else some, masked_loss)
   found: list[list[tuple[float, Result]]] = [[] for _ in network.targets]
   for way in itertools.islice(_ways(network, fit, alone), candidates):
     for at, masks in enumerate(_masks(network, way)):

@@ -15,6 +15,7 @@ from fisherprune_jax._reconstruction.calibration import Arguments, is_held_out, 
 from fisherprune_jax._reconstruction.consumers import Consumer, LeftAlone, find
 from fisherprune_jax._reconstruction.flat import Compiled, Flat, flatten_network
 from fisherprune_jax._reconstruction.frontier import Frontier, final_values
+from fisherprune_jax._reconstruction.reading import live_columns, numbered
 from fisherprune_jax._reconstruction.regression import (
   Moments,
   chosen,
@@ -26,6 +27,8 @@ from fisherprune_jax._reconstruction.regression import (
 from fisherprune_jax._reconstruction.settling import bias_columns, settling
 from fisherprune_jax._types import ApplyFn, Progress, PyTree
 
+Rest = tuple[jax.Array | None, jax.Array, jax.Array]
+"""Weights of a batch, the columns that are live, and 1."""
 ROUNDS = 4
 """How often products are refitted that are added up."""
 
@@ -90,6 +93,7 @@ class Fit:
     traced: the network at each of the shapes.
     weights: of each batch, or None.
     compiled: what has been compiled for it.
+    flags: which leaves of the variables are masks.
     left_alone: the products that are not refitted.
   """
 
@@ -101,7 +105,7 @@ class Fit:
     weights: Callable[..., jax.Array] | None = None,
   ) -> None:
     self.weights = [weights(*batch) if weights else None for batch in batches]
-    self.compiled = Compiled()
+    self.compiled, self.flags = Compiled(), tree.flags
     self.left_alone: list[LeftAlone] = []
     found: dict[Any, Traced] = {}
     for number, batch in enumerate(batches):
@@ -151,21 +155,24 @@ class _Run:
   def refit(self, left: Sequence[int], ridge: float | None) -> None:
     """Refits the parameters of the first of the consumers that are left."""
     sums: list[Moments | None] = [None, None]
+    flat, consumer = self.fit.traced[0].flat, self.fit.traced[0].consumers[left[0]]
+    places = self._places(flat, consumer)
     for at, traced in enumerate(self.fit.traced):
-      kept = final_values(traced.flat, [traced.consumers[place] for place in left])
-      for frontier, variables in zip(self.frontiers[at], (self.variables, self.dense), strict=True):
-        frontier.move(variables, kept)
-      for number, found in self._moments(at, traced.consumers[left[0]]):
+      first, *later = [traced.consumers[place] for place in left]
+      own, dense = self.frontiers[at]
+      own.move(self.variables, final_values(traced.flat, [first, *later]))
+      # Of the dense network all is final: it goes one product ahead, so that nothing of it is computed twice.
+      dense.move(self.dense, [*final_values(traced.flat, later), *reads(traced.flat, first)[1]])
+      for number, found in self._moments(at, first, places):
         part = is_held_out(number, len(self.fit.weights))
         sums[part] = found if sums[part] is None else total(sums[part], found)
-    flat, consumer = self.fit.traced[0].flat, self.fit.traced[0].consumers[left[0]]
     columns = bias_columns(flat, consumer, flat.env(self.variables), self.fit.compiled)
     fitted, held = sums
     assert fitted is not None
     change = chosen(fitted, held, ridge, columns is not None)
     if change is None:
       return
-    self._add(consumer.leaf, consumer.entries, change.parameters)
+    self._add(consumer.leaf, consumer.entries[:, places], change.parameters)
     if columns is not None and consumer.bias is not None:
       self._add(consumer.bias.leaf, columns.entries, change.bias * columns.scale)
 
@@ -183,23 +190,35 @@ class _Run:
     before_all, after_all = known.sum(0)
     return self.variables if after_all <= before_all else self.first
 
-  def _moments(self, at: int, consumer: Consumer) -> Iterator[tuple[int, Moments]]:
+  def _places(self, flat: Flat, consumer: Consumer) -> np.ndarray:
+    """The columns that are live; of as many that few programs have to be compiled."""
+    env, masks = flat.env(self.variables), numbered(flat, self.fit.flags)
+    live = np.any([live_columns(flat, use, masks, env) for use in consumer.uses], 0)
+    step = max(512, len(live) // 8)
+    count = min(len(live), -(-np.count_nonzero(live) // step) * step)
+    return np.sort(np.argsort(~live, kind="stable")[:count])
+
+  def _moments(self, at: int, consumer: Consumer, places: np.ndarray) -> Iterator[tuple[int, Moments]]:
     """The number of each batch of one shape, and its moments."""
     traced, (own, dense) = self.fit.traced[at], self.frontiers[at]
     flat = traced.flat
     of_own, of_dense = reads(flat, consumer)
     fixed = [value for value in of_own if value not in flat.varies]
     varying = [value for value in of_own if value in flat.varies]
-    constant = flat.get(fixed, flat.env(self.variables))
-    mine, whole = own.reader(self.variables, varying), dense.reader(self.dense, of_dense)
+    multipliers = flat.get(fixed, flat.env(self.variables))
+    mine, whole = own.part(self.variables, varying), dense.part(self.dense, of_dense)
 
-    def moments(constant: Any, mine: Any, whole: Any, weights: Any, one: jax.Array) -> Moments:
-      env = dict(zip([*fixed, *varying], [*constant, *mine], strict=True))
-      return moments_of(flat, consumer, env, dict(zip(of_dense, whole, strict=True)), weights, one)
+    def moments(constant: Any, mine_held: Any, whole_held: Any, rest: Rest) -> Moments:
+      found = [*constant[0], *mine.fn(constant[1], mine_held)]
+      wanted = whole.fn(constant[2], whole_held)
+      env, dense = dict(zip([*fixed, *varying], found, strict=True)), dict(zip(of_dense, wanted, strict=True))
+      return moments_of(flat, consumer, env, dense, *rest, count)
 
-    run = None
+    count = len(self.fit.weights)
+    run, constant = None, (multipliers, mine.constant, whole.constant)
     for place, number in enumerate(traced.numbers):
-      given = (constant, mine(place), whole(place), self.fit.weights[number], jnp.float32(1))
+      rest = self.fit.weights[number], jnp.asarray(places), jnp.float32(1)
+      given = (constant, mine.arrays[place], whole.arrays[place], rest)
       run = run or self.fit.compiled(moments, *given)
       yield number, run(*given)
 

@@ -4,9 +4,9 @@ A value is final if no product before it waits to be refitted. What is kept of a
 or the arguments alone where a cut would take more than ``MOST_BYTES``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -18,6 +18,14 @@ from fisherprune_jax._types import PyTree
 
 MOST_BYTES = 2 << 30
 """Of what is held of all batches at a time."""
+
+
+class Part(NamedTuple):
+  """``fn(constant, arrays[number])`` computes values of a batch."""
+
+  fn: Callable[[list[Any], list[Any]], list[Any]]
+  constant: list[Any]
+  arrays: list[list[Any]]
 
 
 @dataclass(eq=False)
@@ -45,29 +53,34 @@ class Frontier:
 
   def move(self, variables: PyTree, kept: Sequence[Value]) -> None:
     """Goes on to other values that are final with these variables."""
+    kept = list(dict.fromkeys(kept))
     size = sum(value.aval.size * value.aval.dtype.itemsize for value in kept) * len(self.batches)
     if size > MOST_BYTES:
       self._to_arguments()
       return
     read = self.reader(variables, kept)
     self.held = [read(at) for at in range(len(self.batches))]
-    self.kept = list(kept)
+    self.kept = kept
 
-  def reader(self, variables: PyTree, targets: Sequence[Value]) -> Any:
-    """A function from the number of a batch to the arrays of some values."""
+  def part(self, variables: PyTree, targets: Sequence[Value]) -> Part:
+    """What computes some values of those that are held."""
     flat, env = self.flat, self.flat.env(variables)
     positions, read = flat.before(targets, [*self.kept, *env])
     own = [value for value in read if value not in self.kept]
-    places = [self.kept.index(value) for value in read if value in self.kept]
     mine = [value for value in read if value in self.kept]
+    places = [self.kept.index(value) for value in mine]
 
     def fn(constant: list[Any], arrays: list[Any]) -> list[Any]:
       found = flat.run(positions, dict(zip([*own, *mine], [*constant, *arrays], strict=True)))
       return [found[value] for value in targets]
 
-    constant = [env[value] for value in own]
-    run = self.compiled(fn, constant, [self.held[0][at] for at in places])
-    return lambda number: run(constant, [self.held[number][at] for at in places])
+    return Part(fn, [env[value] for value in own], [[held[at] for at in places] for held in self.held])
+
+  def reader(self, variables: PyTree, targets: Sequence[Value]) -> Callable[[int], list[Any]]:
+    """A function from the number of a batch to the arrays of some values."""
+    fn, constant, arrays = self.part(variables, targets)
+    run = self.compiled(fn, constant, arrays[0])
+    return lambda number: run(constant, arrays[number])
 
 
 def final_values(flat: Flat, pending: Sequence[Consumer]) -> list[Value]:

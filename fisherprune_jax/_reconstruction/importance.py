@@ -12,6 +12,7 @@ features alone corrects it for each group.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,8 +27,14 @@ from fisherprune_jax._reconstruction.consumers import Consumer
 from fisherprune_jax._reconstruction.fitting import Traced
 from fisherprune_jax._reconstruction.flat import Compiled, Env, Flat
 from fisherprune_jax._reconstruction.frontier import MOST_BYTES
-from fisherprune_jax._reconstruction.products import HIGHEST, operand_matrix, result_matrix
-from fisherprune_jax._reconstruction.reading import readings
+from fisherprune_jax._reconstruction.products import (
+  HIGHEST,
+  operand_matrix,
+  result_matrix,
+  shapes_of,
+)
+from fisherprune_jax._reconstruction.reading import numbered, readings
+from fisherprune_jax._reconstruction.regression import step_of
 from fisherprune_jax._reconstruction.settling import bias_columns
 from fisherprune_jax._reconstruction.surgeon import Reader, descend, rising
 from fisherprune_jax._training.estimation import random_projection
@@ -37,6 +44,10 @@ RIDGE = 1e-2
 """Of the Gram matrices, over the mean square of their columns."""
 MOST_COLUMNS = 4096
 """Results of more columns count by the diagonal of A alone."""
+
+
+ENOUGH_EXAMPLES, ENOUGH_ROWS = 1024, 8
+"""Importance is taken from every n-th batch, if that leaves as many examples, and as many rows for each column."""
 
 
 class Second(NamedTuple):
@@ -53,6 +64,17 @@ class Second(NamedTuple):
   gradients: jax.Array
 
 
+def stride(traced: Traced) -> int:
+  """From every how many-th batch importance is taken."""
+  examples = max((x.shape[0] for x in traced.batches[0] if x.ndim), default=1)
+  needed = ENOUGH_EXAMPLES / examples
+  for consumer in traced.consumers:
+    use = consumer.uses[0]
+    rows = math.prod(shapes_of(traced.flat.nodes[use.at], use.side).rows)
+    needed = max(needed, ENOUGH_ROWS * consumer.entries.shape[1] / rows)
+  return max(1, int(len(traced.batches) / needed))
+
+
 def refitted_importance(traced: Traced, variables: PyTree, importance: Masks, key: jax.Array) -> Masks:
   """The importance of every feature after everything that reads it is refitted, where that can be told.
 
@@ -66,15 +88,13 @@ def refitted_importance(traced: Traced, variables: PyTree, importance: Masks, ke
     A tree like ``importance``. Within a mask it rises in the order in which features are best removed.
   """
   flat, consumers = traced.flat, traced.consumers
-  flags = VariableTree(variables, COLLECTION).flags
-  masks = [value for value, is_mask in zip(flat.variables, flags, strict=True) if is_mask]
-  places = {value: at for at, value in enumerate(masks)}
+  places = numbered(flat, VariableTree(variables, COLLECTION).flags)
   rows: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
   for at, consumer in enumerate(consumers):
     for reading in readings(flat, consumer.uses[0], places):
       rows.setdefault((reading.mask, reading.row), []).append((at, reading.columns))
   leaves = [np.array(x, np.float32) for x in jax.tree.leaves(importance)]
-  network = _Network(flat, consumers, variables, traced.batches, key)
+  network = _Network(flat, consumers, variables, traced.batches[:: stride(traced)], key)
   for part in _parts(rows, consumers):
     needed = sorted({at for row in part for at, _ in rows[row]})
     moments = network.moments(needed)
@@ -150,7 +170,8 @@ class _Network:
       found: dict[int, Second] = {}
       for (at, use), x, g in zip(uses, operands, gradients, strict=True):
         node = flat.nodes[use.at]
-        more = _second(operand_matrix(node, use.side, x), result_matrix(node, use.side, g))
+        step = step_of(flat, self.consumers[at], use, len(self.arrays))
+        more = _second(operand_matrix(node, use.side, x, step), result_matrix(node, use.side, g, step))
         found[at] = jax.tree.map(jnp.add, found[at], more) if at in found else more
       return [found[at] for at in needed]
 

@@ -3,11 +3,12 @@
 G counts what is done side by side (experts, heads, groups of a convolution), n rows, d terms of a sum, c columns.
 """
 
+import itertools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from fisherprune_jax._graph.program import Node
@@ -44,11 +45,23 @@ def shapes_of(node: Node, side: int) -> Shapes:
   return Shapes(out[: len(batch)], parts[1 - side], parts[side])
 
 
-def operand_matrix(node: Node, side: int, x: jax.Array) -> jax.Array:
-  """The other operand than the parameters, as ``(G, n, d)``."""
+def row_step(node: Node, side: int, most: int) -> int:
+  """Every how many-th row is taken so that at most about so many are.
+
+  Steps have no divisor in common with the number of rows, so that no place of an image is preferred.
+  """
+  rows = math.prod(shapes_of(node, side).rows)
+  step = max(1, rows // max(1, most))
+  while math.gcd(step, rows) > 1:
+    step -= 1
+  return step
+
+
+def operand_matrix(node: Node, side: int, x: jax.Array, step: int = 1) -> jax.Array:
+  """The other operand than the parameters, as ``(G, n, d)``; of its rows every ``step``-th."""
   if node.name == "conv_general_dilated":
-    return _patches(node, x)
-  return _sides(node, 1 - side, x, inner_last=True)
+    return _patches(node, x, step)
+  return _sides(node, 1 - side, x, inner_last=True)[:, ::step]
 
 
 def parameter_matrix(node: Node, side: int, w: jax.Array) -> jax.Array:
@@ -60,16 +73,18 @@ def parameter_matrix(node: Node, side: int, w: jax.Array) -> jax.Array:
   return _sides(node, side, w, inner_last=False)
 
 
-def result_matrix(node: Node, side: int, y: jax.Array) -> jax.Array:
-  """The result, as ``(G, n, c)``."""
+def result_matrix(node: Node, side: int, y: jax.Array, step: int = 1) -> jax.Array:
+  """The result, as ``(G, n, c)``; of its rows every ``step``-th."""
   groups, rows, columns = (math.prod(part) for part in shapes_of(node, side))
   if node.name == "conv_general_dilated":
     spec = node.params["dimension_numbers"].out_spec
     y = y.transpose((spec[0], *spec[2:], spec[1])).reshape(rows, groups, columns)
-    return y.swapaxes(0, 1)
-  if side == 1:
-    return y.reshape(groups, rows, columns)
-  return y.reshape(groups, columns, rows).swapaxes(1, 2)
+    y = y.swapaxes(0, 1)
+  elif side == 1:
+    y = y.reshape(groups, rows, columns)
+  else:
+    y = y.reshape(groups, columns, rows).swapaxes(1, 2)
+  return y[:, ::step]
 
 
 def _sides(node: Node, side: int, x: jax.Array, inner_last: bool) -> jax.Array:
@@ -82,23 +97,24 @@ def _sides(node: Node, side: int, x: jax.Array, inner_last: bool) -> jax.Array:
   return x.transpose((*batch, *contracted, *own)).reshape(groups, inner, outer)
 
 
-def _patches(node: Node, x: jax.Array) -> jax.Array:
-  """What a convolution sums over at every place."""
-  params = node.params
-  spec = params["dimension_numbers"]
-  kernel = node.ins[1].shape
-  filters: Sequence[int] = [kernel[at] for at in spec.rhs_spec[2:]]
-  numbers = lax.ConvDimensionNumbers(spec.lhs_spec, tuple(range(len(spec.rhs_spec))), spec.out_spec)
-  found = lax.conv_general_dilated_patches(
-    x,
-    filters,
-    params["window_strides"],
-    params["padding"],
-    params["lhs_dilation"],
-    params["rhs_dilation"],
-    dimension_numbers=numbers,
-    precision=HIGHEST,
-  )
-  found = found.transpose((spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1]))
-  groups = params["feature_group_count"]
-  return found.reshape(-1, groups, found.shape[-1] // groups).swapaxes(0, 1)
+def _patches(node: Node, x: jax.Array, step: int) -> jax.Array:
+  """What a convolution sums over at every place: one slice of the padded operand for each entry of the kernel.
+
+  Slices, since XLA's own ``conv_general_dilated_patches`` takes longer than the convolution on a CPU.
+  """
+  params, spec = node.params, node.params["dimension_numbers"]
+  strides, groups = params["window_strides"], params["feature_group_count"]
+  x = x.transpose((spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1]))
+  edges = zip(params["padding"], params["lhs_dilation"], strict=True)
+  padding = [(low, high, between - 1) for (low, high), between in edges]
+  x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
+  filters = [node.ins[1].shape[at] for at in spec.rhs_spec[2:]]
+  places = [node.outs[0].shape[at] for at in spec.out_spec[2:]]
+  found = []
+  for taps in itertools.product(*map(range, filters)):
+    first = [tap * by for tap, by in zip(taps, params["rhs_dilation"], strict=True)]
+    last = [at + (n - 1) * by + 1 for at, n, by in zip(first, places, strides, strict=True)]
+    part = lax.slice(x, [0, *first, 0], [len(x), *last, x.shape[-1]], [1, *strides, 1])
+    found.append(part.reshape(-1, groups, x.shape[-1] // groups)[::step])
+  rows = jnp.stack(found, -1)
+  return rows.reshape(*rows.shape[:2], -1).swapaxes(0, 1)

@@ -1,5 +1,6 @@
 """Which columns of a product's operand each feature of each mask is."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -8,9 +9,11 @@ import numpy as np
 
 from fisherprune_jax._graph.program import Value
 from fisherprune_jax._reconstruction.consumers import Use
-from fisherprune_jax._reconstruction.flat import Flat
-from fisherprune_jax._reconstruction.products import operand_matrix
+from fisherprune_jax._reconstruction.flat import Env, Flat
+from fisherprune_jax._reconstruction.products import operand_matrix, row_step
 
+MOST_ROWS = 4096
+"""Masks are alike in all examples, so that some rows of a product show all of them."""
 CASTS = ("convert_element_type", "copy")
 
 
@@ -28,6 +31,22 @@ class Reading(NamedTuple):
   columns: np.ndarray
 
 
+def numbered(flat: Flat, flags: Sequence[bool]) -> dict[Value, int]:
+  """The masks among the variables, by what ``flags`` says of each leaf, and the position of each among them."""
+  masks = [value for value, is_mask in zip(flat.variables, flags, strict=True) if is_mask]
+  return {value: at for at, value in enumerate(masks)}
+
+
+def live_columns(flat: Flat, use: Use, masks: dict[Value, int], env: Env) -> np.ndarray:
+  """Whether each column of a product's operand is left by the masks that are multiplied right onto it."""
+  node = flat.nodes[use.at]
+  operand = node.ins[1 - use.side]
+  live = jnp.ones(operand.shape, bool)
+  for value, _ in _multiplied(flat, operand, masks):
+    live &= flat.get([value], env)[0] != 0
+  return _of_columns(flat, use, live.astype(jnp.float32)) > 0
+
+
 def readings(flat: Flat, use: Use, masks: dict[Value, int]) -> list[Reading]:
   """The rows of masks that a product reads, if they are multiplied right onto its operand."""
   node = flat.nodes[use.at]
@@ -36,9 +55,15 @@ def readings(flat: Flat, use: Use, masks: dict[Value, int]) -> list[Reading]:
   for value, leaves in _multiplied(flat, operand, masks):
     for leaf in leaves:
       code = jnp.broadcast_to(_codes(flat, value, leaf, masks), operand.shape)
-      columns = np.asarray(operand_matrix(node, use.side, code)).max((0, 1)).astype(np.int64)
+      columns = _of_columns(flat, use, code).astype(np.int64)
       found += list(_by_row(leaf, masks[leaf], columns))
   return found
+
+
+def _of_columns(flat: Flat, use: Use, entries: jax.Array) -> np.ndarray:
+  """The largest entry in each column of a product's operand, over some rows; others are like them."""
+  node = flat.nodes[use.at]
+  return np.asarray(operand_matrix(node, use.side, entries, row_step(node, use.side, MOST_ROWS))).max((0, 1))
 
 
 def _multiplied(flat: Flat, value: Value, masks: dict[Value, int]) -> list[tuple[Value, list[Value]]]:

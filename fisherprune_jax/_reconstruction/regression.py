@@ -22,10 +22,14 @@ from fisherprune_jax._reconstruction.products import (
   HIGHEST,
   operand_matrix,
   result_matrix,
+  row_step,
   shapes_of,
 )
 from fisherprune_jax._reconstruction.settling import along, multipliers, settling
 from fisherprune_jax._types import Shape
+
+ROWS, MORE_ROWS = 32, 8192
+"""So many rows of a product for each column of its operand, and more, are enough: positions of one image are much alike."""
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0)
 """Tried on held-out batches; in units of the mean square of an operand's columns."""
@@ -63,14 +67,28 @@ def reads(flat: Flat, consumer: Consumer) -> tuple[list[Value], list[Value]]:
   return own, list(dict.fromkeys(dense))
 
 
+def step_of(flat: Flat, consumer: Consumer, use: Use, batches: int) -> int:
+  """Every how many-th row of a product enough are, over some batches."""
+  enough = ROWS * consumer.entries.shape[1] + MORE_ROWS
+  return row_step(flat.nodes[use.at], use.side, enough // batches)
+
+
 def moments_of(
-  flat: Flat, consumer: Consumer, own: Env, dense: Env, weights: jax.Array | None, one: jax.Array
+  flat: Flat,
+  consumer: Consumer,
+  own: Env,
+  dense: Env,
+  weights: jax.Array | None,
+  places: jax.Array,
+  one: jax.Array,
+  batches: int,
 ) -> Moments:
-  """The moments of one batch, of the values that ``reads`` names."""
+  """The moments of one of some batches, of the values that ``reads`` names, over the operand's columns at some places."""
   total = None
   for use in consumer.uses:
-    sample = sample_of(flat, use, own, dense[settling(flat, use)], weights, one)
-    found = _moments(sample)
+    step = step_of(flat, consumer, use, batches)
+    sample = sample_of(flat, use, own, dense[settling(flat, use)], weights, one, step)
+    found = _moments(sample._replace(operand=sample.operand[..., places]))
     total = found if total is None else jax.tree.map(jnp.add, total, found)
   assert total is not None
   finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in total]))
@@ -91,9 +109,9 @@ def _moments(sample: Sample) -> Moments:
 
 
 def sample_of(
-  flat: Flat, use: Use, own: Env, dense: jax.Array, weights: jax.Array | None, one: jax.Array
+  flat: Flat, use: Use, own: Env, dense: jax.Array, weights: jax.Array | None, one: jax.Array, step: int
 ) -> Sample:
-  """What a product lacks, so that its settling point is what it is in the dense network."""
+  """What every ``step``-th row of a product lacks, so that its settling point is what it is in the dense network."""
   node = flat.nodes[use.at]
   x, settled = own[node.ins[1 - use.side]], own[settling(flat, use)]
   wide = jnp.promote_types(settled.dtype, jnp.float32)
@@ -101,10 +119,11 @@ def sample_of(
   missing, scale = pulled(flat, use, own, error, one)
   missing = jnp.where(scale > 0, missing / jnp.where(scale > 0, scale, 1), 0)
   # Rows that never come to the settling point, since a slice leaves them out, count for nothing.
-  seen = jnp.any(result_matrix(node, use.side, scale) > 0, -1)
-  operand = operand_matrix(node, use.side, x).astype(wide)
-  missing = result_matrix(node, use.side, missing)
+  seen = jnp.any(result_matrix(node, use.side, scale, step) > 0, -1)
+  operand = operand_matrix(node, use.side, x, step).astype(wide)
+  missing = result_matrix(node, use.side, missing, step)
   rows = row_weights(weights, shapes_of(node, use.side).rows)
+  rows = rows if rows.size == 1 else rows[::step]
   return Sample(operand, missing, (seen * rows).astype(wide)[..., None])
 
 
@@ -193,26 +212,15 @@ def chosen(fitted: Moments, held: Moments | None, ridge: float | None, has_bias:
     has_bias: whether there is a bias to fit.
   """
   both = fitted if held is None else total(fitted, held)
-  places = live_columns(both.gram)
   if ridge is None and held is None:
     ridge = RIDGES[1]
   if ridge is None:
-    parts = cut(fitted, places), cut(held, places)
-    errors = [float(_tried(*parts, level, has_bias)[0]) for level in RIDGES]
+    errors = [float(_tried(fitted, held, level, has_bias)[0]) for level in RIDGES]
     if not np.nanmin([*errors, 0.0]) < 0:
       return None
     ridge = RIDGES[int(np.nanargmin(errors))]
-  both = cut(both, places)
   _, is_finite, change = _tried(both, both, ridge, has_bias)
-  return _spread(change, places[:-1], int(places[-1])) if is_finite else None
-
-
-def live_columns(gram: jax.Array) -> np.ndarray:
-  """The columns that are live in some group, and that of ones; of as many that few programs have to be compiled."""
-  diagonal = np.asarray(_diagonal(gram)).max(0)[:-1]
-  step = max(512, len(diagonal) // 8)
-  count = min(len(diagonal), -(-np.count_nonzero(diagonal) // step) * step)
-  return np.append(np.sort(np.argsort(-diagonal, kind="stable")[:count]), len(diagonal))
+  return change if is_finite else None
 
 
 # Compiled as wholes: on their own, the operations in them would be compiled one by one, for the shapes of each layer.
@@ -224,18 +232,6 @@ def total(a: Moments, b: Moments) -> Moments:
   return jax.tree.map(jnp.add, a, b)
 
 
-@jax.jit
-def cut(moments: Moments, places: jax.Array) -> Moments:
-  """The moments of some columns of an operand."""
-  gram = moments.gram[:, places][:, :, places]
-  return moments._replace(gram=gram, cross=moments.cross[:, places])
-
-
-@jax.jit
-def _diagonal(gram: jax.Array) -> jax.Array:
-  return jnp.diagonal(gram, axis1=1, axis2=2)
-
-
 @functools.partial(jax.jit, static_argnums=3)
 def _tried(
   fitted: Moments, held: Moments, ridge: jax.Array, has_bias: bool
@@ -244,11 +240,3 @@ def _tried(
   change = solved(fitted, ridge, has_bias)
   is_finite = jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in change]))
   return left_error(held, change), is_finite, change
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _spread(change: Change, places: jax.Array, count: int) -> Change:
-  """The change of all columns, zero but for those at some places."""
-  groups, _, columns = change.parameters.shape
-  whole = jnp.zeros((groups, count, columns), change.parameters.dtype)
-  return change._replace(parameters=whole.at[:, places].set(change.parameters))

@@ -1,11 +1,12 @@
 r"""Optimal brain surgeon for whole features: what their removal costs once the other parameters are refitted.
 
 For products with operands X, Gram matrix :math:`H = X^\top X + \lambda I` and parameters W, removing the columns b of X and
-refitting the rest adds
+refitting the rest by ridge regression adds
 
-.. math:: \mathrm{tr}\bigl(W_b^\top (H^{-1})_{bb}^{-1} W_b\bigr)
+.. math:: \mathrm{tr}\bigl(W_b^\top \bigl((H^{-1})_{bb}^{-1} - \lambda I\bigr) W_b\bigr)
 
-to the squared error of the result. Features are removed one after the other, cheapest first.
+to its error: what is removed is no change that the ridge should punish. Features are removed one after the other, cheapest
+first.
 
 References:
   Hassibi and Stork, `Second order derivatives for network pruning: Optimal Brain Surgeon
@@ -76,30 +77,36 @@ def _alone(reader: Reader) -> np.ndarray:
 
 
 class _Descent:
-  """A product on the way down: :math:`H^{-1}`, and the parameters as refitted so far."""
+  """A product on the way down: the columns that are left, :math:`H^{-1}`, and the parameters as refitted so far."""
 
   def __init__(self, reader: Reader, ridge: float) -> None:
     level = np.diagonal(reader.plain, axis1=1, axis2=2).mean(1)
     level = ridge * np.where(level > 0, level, 1)
     self.inverse = np.linalg.inv(reader.gram + level[:, None, None] * np.eye(reader.gram.shape[-1]))
-    self.parameters, self.columns = reader.parameters.copy(), reader.columns
+    self.parameters, self.columns = reader.parameters, reader.columns
+    rows = _rows(reader.parameters, reader.columns)
+    self.penalties = np.einsum("gjac,gjac,g->j", rows, rows, level)
 
   def costs(self, alive: np.ndarray) -> np.ndarray:
     """What each of the features that are left costs next."""
     rows, blocks = _rows(self.parameters, self.columns[alive]), _blocks(self.inverse, self.columns[alive])
-    return np.einsum("gjac,gjac->j", rows, np.linalg.solve(blocks, rows))
+    costs = np.einsum("gjac,gjac->j", rows, np.linalg.solve(blocks, rows)) - self.penalties[alive]
+    return np.maximum(costs, 0)  # of dead columns it is zero up to rounding
 
   def remove(self, chosen: np.ndarray) -> float:
     """Removes some features, refits the rest, and returns what that costs."""
-    at = np.unique(self.columns[chosen])
-    at = at[at >= 0]
-    across, part = self.inverse[:, at], self.parameters[:, at]
-    solved = np.linalg.solve(across[:, :, at], np.concatenate([across, part], -1))
-    by_inverse, by_part = np.split(solved, [across.shape[-1]], -1)
-    self.inverse -= across.swapaxes(1, 2) @ by_inverse
-    self.parameters -= across.swapaxes(1, 2) @ by_part
-    self.parameters[:, at] = 0
-    return float(np.sum(part * by_part))
+    is_left = np.ones(self.inverse.shape[-1], bool)
+    is_left[self.columns[chosen][self.columns[chosen] >= 0]] = False
+    across, part = self.inverse[:, ~is_left], self.parameters[:, ~is_left]
+    block, across = across[:, :, ~is_left], across[:, :, is_left]
+    by_inverse, by_part = np.split(
+      np.linalg.solve(block, np.concatenate([across, part], -1)), [across.shape[-1]], -1
+    )
+    self.inverse = self.inverse[:, is_left][:, :, is_left] - across.swapaxes(1, 2) @ by_inverse
+    self.parameters = self.parameters[:, is_left] - across.swapaxes(1, 2) @ by_part
+    places = np.where(is_left, np.cumsum(is_left) - 1, -1)
+    self.columns = np.where(self.columns >= 0, places[self.columns], -1)
+    return max(0.0, float(np.sum(part * by_part) - self.penalties[chosen].sum()))
 
 
 def _rows(parameters: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -43,7 +43,7 @@ def cost_model(
   r"""Measures what ``apply_fn(variables, *args)`` costs as a function of its masks: by default, its FLOPs.
 
   The function is traced once. An inner product of ``K`` terms costs ``2 K - 1``, elementwise arithmetic and
-  comparisons 1 per element, reductions 1 per element read, data movement 0; see the README. Only
+  comparisons 1 per element, reductions 1 per element read, data movement 0; see the page on counting. Only
   live entries count: the cost is that of the program that :func:`compact` builds for the same masks, so it is
 
   .. math:: cost(m) = \sum_{primitives} c \prod_{axes} |\text{live}_{axis}(m)|

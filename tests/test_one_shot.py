@@ -10,8 +10,7 @@ from flax import nnx
 import fisherprune_jax as fp
 from fisherprune_jax._graph.variables import VariableTree
 from fisherprune_jax._reconstruction.fitting import Fit
-from fisherprune_jax._reconstruction.importance import projected_gradients, refitted_importance
-from fisherprune_jax._reconstruction.reading import readings
+from fisherprune_jax._reconstruction.importance import projected_gradients, refitted_importance, stride
 from fisherprune_jax._reconstruction.surgeon import Reader, descend, rising
 
 KEY = jax.random.key(0)
@@ -45,7 +44,7 @@ def reader(rng, groups=2, rows=40, terms=6, columns=3, taps=1):
   x = rng.normal(size=(groups, rows, terms * taps)) @ rng.normal(size=(terms * taps, terms * taps))
   w = rng.normal(size=(groups, terms * taps, columns))
   gram = x.swapaxes(1, 2) @ x
-  return x, Reader(gram, gram, w, np.arange(terms * taps).reshape(terms, taps))
+  return x, Reader(gram, gram, w, np.arange(terms), np.arange(terms * taps).reshape(terms, taps))
 
 
 def refitted(x, w, left, ridge):
@@ -63,7 +62,7 @@ def refitted(x, w, left, ridge):
 @pytest.mark.parametrize("taps", [1, 3])
 def test_what_a_descent_costs_equals_least_squares(taps):
   x, one = reader(np.random.default_rng(0), taps=taps)
-  costs = descend([one], ridge=0.01)
+  costs = descend([one], len(one.features), ridge=0.01)
   order = np.argsort(costs.step)
   for count in range(1, len(order)):
     left = np.sort(one.columns[order[count:]].ravel())
@@ -73,7 +72,7 @@ def test_what_a_descent_costs_equals_least_squares(taps):
 
 def test_the_cheapest_feature_goes_first():
   x, one = reader(np.random.default_rng(1))
-  costs = descend([one], ridge=0.01)
+  costs = descend([one], len(one.features), ridge=0.01)
   every = range(len(one.columns))
   each = [refitted(x, one.parameters, [at for at in every if at != gone], 0.01) for gone in every]
   assert np.argmin(each) == np.argmin(costs.step)
@@ -84,7 +83,7 @@ def test_the_cheapest_feature_goes_first():
 def test_products_that_read_one_group_share_its_features():
   rng = np.random.default_rng(2)
   pairs = [reader(rng), reader(rng, columns=5)]
-  costs = descend([one for _, one in pairs], ridge=0.01)
+  costs = descend([one for _, one in pairs], 6, ridge=0.01)
   last = np.argsort(costs.step)[-2:]
   expected = sum(refitted(x, one.parameters, np.sort(last), 0.01) for x, one in pairs)
   np.testing.assert_allclose(np.sort(costs.removed)[:4].sum(), expected, rtol=1e-6)
@@ -92,7 +91,7 @@ def test_products_that_read_one_group_share_its_features():
 
 def test_several_features_at_a_time_cost_what_they_cost_together():
   x, one = reader(np.random.default_rng(3), groups=1, rows=300, terms=150)
-  costs = descend([one], ridge=0.01)
+  costs = descend([one], len(one.features), ridge=0.01)
   assert np.bincount(costs.step).max() == 3
   gone = costs.step < 60
   expected = refitted(x, one.parameters, np.flatnonzero(~gone), 0.01)
@@ -104,7 +103,7 @@ def test_dead_columns_cost_nothing():
   dead = np.arange(0, x.shape[-1], 2)
   x[:, :, dead] = 0
   gram = x.swapaxes(1, 2) @ x
-  costs = descend([one._replace(gram=gram, plain=gram, parameters=10 * one.parameters)], ridge=0.01)
+  costs = descend([one._replace(gram=gram, plain=gram, parameters=10 * one.parameters)], 6, ridge=0.01)
   assert set(np.argsort(costs.step)[: len(dead)]) == set(dead)
   np.testing.assert_allclose(costs.removed[dead], 0, atol=1e-9 * costs.removed.max())
 
@@ -112,7 +111,7 @@ def test_dead_columns_cost_nothing():
 def test_features_of_fewer_columns():
   x, one = reader(np.random.default_rng(4), terms=5)
   columns = np.array([[0, 1], [2, -1], [3, 4]])
-  costs = descend([one._replace(columns=columns)], ridge=0.01)
+  costs = descend([one._replace(features=np.arange(3), columns=columns)], 3, ridge=0.01)
   gone = columns[np.argmin(costs.step)]
   left = [at for at in range(5) if at not in gone]
   np.testing.assert_allclose(costs.removed.min(), refitted(x, one.parameters, left, 0.01), rtol=1e-6)
@@ -171,17 +170,113 @@ def test_readings_name_the_columns_of_each_feature():
 
   params = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 4)), "c": jnp.ones((6, 2))}
   auto = fp.auto_mask(two, params, jnp.ones((1, 3)))
-  tree = VariableTree(auto.variables, "masks")
-  (traced,) = Fit(auto.apply, tree, [(jnp.ones((2, 3)),)]).traced
-  masks = {
-    v: at for at, v in enumerate(v for v, m in zip(traced.flat.variables, tree.flags, strict=True) if m)
+  found = first_readings(auto.apply, auto.variables, jnp.ones((2, 3)))
+  assert {reading.mask: reading.columns.ravel().tolist() for reading in found} == {0: [0, 1], 1: [2, 3, 4, 5]}
+
+
+def first_readings(apply_fn, variables, x):
+  """What the first product behind a mask reads."""
+  (traced,) = Fit(apply_fn, VariableTree(variables, "masks"), [(x,)]).traced
+  return traced.readings[0][0]
+
+
+def grouped(groups):
+  """A convolution in groups behind a mask of 12 features."""
+
+  def apply(variables, x):
+    (mask,) = variables["masks"].values()
+    h = fp.apply_mask(jnp.tanh(x @ variables["params"]["w"]), mask)
+    layout = ("NWC", "WIO", "NWC")
+    h = jax.lax.conv_general_dilated(
+      h, variables["params"]["k"], (1,), "VALID", dimension_numbers=layout, feature_group_count=groups
+    )
+    return h.sum(1) @ variables["params"]["v"]
+
+  shapes = {"w": (5, 12), "k": (3, 12 // groups, 12), "v": (12, 40)}
+  return apply, shapes, {"m": jnp.ones(12)}
+
+
+def experts():
+  """Products of three experts behind masks of their own."""
+
+  def apply(variables, x):
+    (mask,) = variables["masks"].values()
+    h = jnp.tanh(jnp.einsum("btd,edf->ebtf", x, variables["params"]["w"]))
+    h = jax.vmap(fp.apply_mask)(h, mask)
+    return jnp.einsum("ebtf,efo->ebto", h, variables["params"]["k"]).sum(0)
+
+  return apply, {"w": (3, 5, 4), "k": (3, 4, 7)}, {"m": jnp.ones((3, 4))}
+
+
+def halves():
+  """A mask of whose features only one half is read by a product at once."""
+
+  def apply(variables, x):
+    (mask,) = variables["masks"].values()
+    a, b = jnp.split(fp.apply_mask(jnp.tanh(x @ variables["params"]["w"]), mask), 2, -1)
+    return a @ variables["params"]["k"] + jnp.square(b) @ variables["params"]["v"]
+
+  return apply, {"w": (5, 12), "k": (6, 7), "v": (6, 7)}, {"m": jnp.ones(12)}
+
+
+GROUPED = {
+  "depthwise": lambda: grouped(12),
+  "grouped": lambda: grouped(3),
+  "one group": lambda: grouped(1),
+  "experts": experts,
+  "halves": halves,
+}
+
+
+def made(kind):
+  apply_fn, shapes, masks = GROUPED[kind]()
+  keys = jax.random.split(KEY, len(shapes))
+  params = {
+    name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)
   }
-  (consumer,) = traced.consumers
-  found = {
-    reading.mask: reading.columns.ravel().tolist()
-    for reading in readings(traced.flat, consumer.uses[0], masks)
-  }
-  assert found == {0: [0, 1], 1: [2, 3, 4, 5]}
+  return apply_fn, params, masks, jax.random.normal(jax.random.key(2), (96, 6, 5))
+
+
+@pytest.mark.parametrize(
+  ("kind", "expected"),
+  [
+    ("depthwise", [([at], [at], [[0, 1, 2]]) for at in range(12)]),
+    ("one group", [(list(range(12)), [0], np.arange(36).reshape(12, 3).tolist())]),
+    (
+      "grouped",
+      [(list(range(at, at + 4)), [at // 4], np.arange(12).reshape(4, 3).tolist()) for at in (0, 4, 8)],
+    ),
+    ("experts", [(list(range(4)), [at], [[0], [1], [2], [3]]) for at in range(3)]),
+  ],
+)
+def test_readings_of_products_in_groups(kind, expected):
+  apply_fn, params, masks, x = made(kind)
+  found = first_readings(apply_fn, {"params": params, "masks": masks}, x)
+  found = [(r.row, r.features.tolist(), r.groups.tolist(), r.columns.tolist()) for r in found]
+  rows = range(3) if kind == "experts" else [0] * len(expected)
+  assert sorted(found) == sorted((row, *each) for row, each in zip(rows, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_features_that_nothing_depends_on_go_first(kind):
+  """Half the features get parameters of zero behind them; at half the cost none of them is left, wherever they are."""
+  apply_fn, params, masks, x = made(kind)
+  ones = masks["m"]
+  rng = np.random.default_rng(0)
+  live = np.stack([rng.permutation(np.arange(row.size) % 2) for row in ones.reshape(-1, ones.shape[-1])])
+  live = live.reshape(ones.shape).astype(bool)
+  if kind == "experts":
+    params["k"] = params["k"] * live[:, :, None]
+  elif kind == "halves":
+    params["k"], params["v"] = params["k"] * live[:6, None], params["v"] * live[6:, None]
+  else:
+    groups = {"depthwise": 12, "grouped": 3, "one group": 1}[kind]
+    by_group = live.reshape(groups, -1).repeat(12 // groups, 0)
+    params["k"] = params["k"] * by_group.T
+  pruner = fp.Pruner(apply_fn, {"params": params, "masks": masks}, x, keep=0.5)
+  _, found = pruner.one_shot(params, [x[:48], x[48:]])
+  assert 0 < np.asarray(found["m"]).sum() <= live.sum()
+  assert not np.asarray(found["m"])[~live].any()
 
 
 def test_features_that_others_make_up_for_are_cheap():
@@ -345,3 +440,19 @@ def test_moments_in_parts_are_those_at_once(monkeypatch):
   parts = refitted_importance(traced, auto.variables, alone, KEY)
   for name in auto.masks:
     np.testing.assert_allclose(whole[name], parts[name], rtol=1e-3)
+
+
+def test_importance_needs_no_more_than_some_of_many_batches(monkeypatch):
+  apply_fn, variables, x = network()
+  auto = fp.auto_mask(apply_fn, variables, x[:1])
+  tree, alone = VariableTree(auto.variables, "masks"), jax.tree.map(jnp.ones_like, auto.masks)
+  batches = [(x[at : at + 8],) for at in range(0, 64, 8)]
+  every, some = (Fit(auto.apply, tree, given).traced[0] for given in (batches, batches[::3]))
+  assert stride(every) == 1
+  monkeypatch.setattr("fisherprune_jax._reconstruction.importance.ENOUGH_EXAMPLES", 20)
+  monkeypatch.setattr("fisherprune_jax._reconstruction.importance.ENOUGH_ROWS", 1)
+  assert (stride(every), stride(some)) == (3, 1)
+  for name, found in refitted_importance(every, auto.variables, alone, KEY).items():
+    np.testing.assert_array_equal(found, refitted_importance(some, auto.variables, alone, KEY)[name])
+  monkeypatch.setattr("fisherprune_jax._reconstruction.importance.ENOUGH_ROWS", 1000)
+  assert stride(every) == 1  # 64 rows of the last layer are few for its 12 columns

@@ -1,7 +1,8 @@
 """The refitting of one product after the other, while batches move on through the masked network and the dense one."""
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,7 @@ from fisherprune_jax._reconstruction.calibration import Arguments, is_held_out, 
 from fisherprune_jax._reconstruction.consumers import Consumer, LeftAlone, find
 from fisherprune_jax._reconstruction.flat import Compiled, Flat, flatten_network
 from fisherprune_jax._reconstruction.frontier import Frontier, final_values
-from fisherprune_jax._reconstruction.reading import live_columns, numbered
+from fisherprune_jax._reconstruction.reading import Reading, live_columns, readings
 from fisherprune_jax._reconstruction.regression import (
   Moments,
   chosen,
@@ -27,8 +28,6 @@ from fisherprune_jax._reconstruction.regression import (
 from fisherprune_jax._reconstruction.settling import bias_columns, settling
 from fisherprune_jax._types import ApplyFn, Progress, PyTree
 
-Rest = tuple[jax.Array | None, jax.Array, jax.Array]
-"""Weights of a batch, the columns that are live, and 1."""
 ROUNDS = 4
 """How often products are refitted that are added up."""
 
@@ -39,15 +38,22 @@ class Traced:
 
   Attributes:
     flat: the network.
+    masks: the leaves of its variables that are masks, and the position of each among them.
     consumers: its products, in the order in which they are refitted.
     numbers: the numbers of the batches.
     batches: the arrays of their arguments.
   """
 
   flat: Flat
+  masks: dict[Value, int]
   consumers: list[Consumer]
   numbers: list[int] = field(default_factory=list)
   batches: list[list[jax.Array]] = field(default_factory=list)
+
+  @functools.cached_property
+  def readings(self) -> list[list[list[Reading]]]:
+    """The features that each of the products reads, for each of its uses."""
+    return [[readings(self.flat, use, self.masks) for use in c.uses] for c in self.consumers]
 
 
 def trained(tree: VariableTree) -> list[bool]:
@@ -61,9 +67,9 @@ def trained(tree: VariableTree) -> list[bool]:
   ]
 
 
-def changed(flat: Flat, tree: VariableTree) -> set[Value]:
+def changed(flat: Flat, masks: Iterable[Value]) -> set[Value]:
   """The values that masks can change."""
-  found = {value for value, is_mask in zip(flat.variables, tree.flags, strict=True) if is_mask}
+  found = set(masks)
   for node in flat.nodes:
     if any(value in found for value in node.ins):
       found.update(node.outs)
@@ -93,7 +99,6 @@ class Fit:
     traced: the network at each of the shapes.
     weights: of each batch, or None.
     compiled: what has been compiled for it.
-    flags: which leaves of the variables are masks.
     left_alone: the products that are not refitted.
   """
 
@@ -105,15 +110,16 @@ class Fit:
     weights: Callable[..., jax.Array] | None = None,
   ) -> None:
     self.weights = [weights(*batch) if weights else None for batch in batches]
-    self.compiled, self.flags = Compiled(), tree.flags
+    self.compiled = Compiled()
     self.left_alone: list[LeftAlone] = []
     found: dict[Any, Traced] = {}
     for number, batch in enumerate(batches):
       key = signature(batch)
       if key not in found:
         flat = flatten_network(apply_fn, tree.variables, batch)
-        here = find(flat, trained(tree), changed(flat, tree))
-        found[key], self.left_alone = Traced(flat, here.consumers), here.left_alone
+        masks = {value: at for at, value in enumerate(itertools.compress(flat.variables, tree.flags))}
+        here = find(flat, trained(tree), changed(flat, masks))
+        found[key], self.left_alone = Traced(flat, masks, here.consumers), here.left_alone
       found[key].numbers.append(number)
       found[key].batches.append([jnp.asarray(x) for x in jax.tree.leaves(batch)])
     self.traced = list(found.values())
@@ -142,6 +148,8 @@ class _Run:
   def __init__(self, fit: Fit, variables: PyTree, dense: PyTree) -> None:
     self.fit, self.first, self.dense = fit, variables, dense
     self.leaves = jax.tree.leaves(variables)
+    places = [fit.traced[0].flat.variables.index(value) for value in fit.traced[0].masks]
+    self.masks = [np.asarray(self.leaves[at]) for at in places]
     self.frontiers = [(self._start(traced), self._start(traced)) for traced in fit.traced]
 
   def _start(self, traced: Traced) -> Frontier:
@@ -156,7 +164,7 @@ class _Run:
     """Refits the parameters of the first of the consumers that are left."""
     sums: list[Moments | None] = [None, None]
     flat, consumer = self.fit.traced[0].flat, self.fit.traced[0].consumers[left[0]]
-    places = self._places(flat, consumer)
+    places = self._places(left[0])
     for at, traced in enumerate(self.fit.traced):
       first, *later = [traced.consumers[place] for place in left]
       own, dense = self.frontiers[at]
@@ -190,10 +198,11 @@ class _Run:
     before_all, after_all = known.sum(0)
     return self.variables if after_all <= before_all else self.first
 
-  def _places(self, flat: Flat, consumer: Consumer) -> np.ndarray:
-    """The columns that are live; of as many that few programs have to be compiled."""
-    env, masks = flat.env(self.variables), numbered(flat, self.fit.flags)
-    live = np.any([live_columns(flat, use, masks, env) for use in consumer.uses], 0)
+  def _places(self, at: int) -> np.ndarray:
+    """The columns of a product that are live; of as many that few programs have to be compiled."""
+    traced = self.fit.traced[0]
+    groups, columns, _ = traced.consumers[at].entries.shape
+    live = np.any([live_columns(use, self.masks, groups, columns) for use in traced.readings[at]], 0)
     step = max(512, len(live) // 8)
     count = min(len(live), -(-np.count_nonzero(live) // step) * step)
     return np.sort(np.argsort(~live, kind="stable")[:count])
@@ -208,17 +217,17 @@ class _Run:
     multipliers = flat.get(fixed, flat.env(self.variables))
     mine, whole = own.part(self.variables, varying), dense.part(self.dense, of_dense)
 
-    def moments(constant: Any, mine_held: Any, whole_held: Any, rest: Rest) -> Moments:
-      found = [*constant[0], *mine.fn(constant[1], mine_held)]
-      wanted = whole.fn(constant[2], whole_held)
+    def moments(constant: Any, held: Any, weights: Any, places: jax.Array, one: jax.Array) -> Moments:
+      found = [*constant[0], *mine.fn(constant[1], held[0])]
+      wanted = whole.fn(constant[2], held[1])
       env, dense = dict(zip([*fixed, *varying], found, strict=True)), dict(zip(of_dense, wanted, strict=True))
-      return moments_of(flat, consumer, env, dense, *rest, count)
+      return moments_of(flat, consumer, env, dense, weights, places, one, count)
 
     count = len(self.fit.weights)
     run, constant = None, (multipliers, mine.constant, whole.constant)
     for place, number in enumerate(traced.numbers):
-      rest = self.fit.weights[number], jnp.asarray(places), jnp.float32(1)
-      given = (constant, mine.arrays[place], whole.arrays[place], rest)
+      held = mine.arrays[place], whole.arrays[place]
+      given = (constant, held, self.fit.weights[number], jnp.asarray(places), jnp.float32(1))
       run = run or self.fit.compiled(moments, *given)
       yield number, run(*given)
 

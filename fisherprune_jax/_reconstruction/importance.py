@@ -21,8 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._graph.program import Value
-from fisherprune_jax._graph.variables import VariableTree
-from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._reconstruction.consumers import Consumer
 from fisherprune_jax._reconstruction.fitting import Traced
 from fisherprune_jax._reconstruction.flat import Compiled, Env, Flat
@@ -33,7 +31,7 @@ from fisherprune_jax._reconstruction.products import (
   result_matrix,
   shapes_of,
 )
-from fisherprune_jax._reconstruction.reading import numbered, readings
+from fisherprune_jax._reconstruction.reading import Reading
 from fisherprune_jax._reconstruction.regression import step_of
 from fisherprune_jax._reconstruction.settling import bias_columns
 from fisherprune_jax._reconstruction.surgeon import Reader, descend, rising
@@ -87,41 +85,41 @@ def refitted_importance(traced: Traced, variables: PyTree, importance: Masks, ke
   Returns:
     A tree like ``importance``. Within a mask it rises in the order in which features are best removed.
   """
-  flat, consumers = traced.flat, traced.consumers
-  places = numbered(flat, VariableTree(variables, COLLECTION).flags)
-  rows: dict[tuple[int, int], list[tuple[int, np.ndarray]]] = {}
-  for at, consumer in enumerate(consumers):
-    for reading in readings(flat, consumer.uses[0], places):
-      rows.setdefault((reading.mask, reading.row), []).append((at, reading.columns))
+  rows: dict[tuple[int, int], list[tuple[int, Reading]]] = {}
+  for at, uses in enumerate(traced.readings):
+    for reading in uses[0]:
+      rows.setdefault((reading.mask, reading.row), []).append((at, reading))
   leaves = [np.array(x, np.float32) for x in jax.tree.leaves(importance)]
-  network = _Network(flat, consumers, variables, traced.batches[:: stride(traced)], key)
-  for part in _parts(rows, consumers):
+  network = _Network(traced, variables, key)
+  for part in _parts(rows, traced.consumers):
     needed = sorted({at for row in part for at, _ in rows[row]})
-    moments = network.moments(needed)
+    products = dict(zip(needed, map(network.product, needed, network.moments(needed)), strict=True))
     for mask, row in part:
       vectors = leaves[mask].reshape(-1, leaves[mask].shape[-1])
-      readers = [network.reader(at, moments[at], columns) for at, columns in rows[mask, row]]
+      readers = [products[at].reader(reading) for at, reading in rows[mask, row]]
       vectors[row] = _importance(readers, vectors[row])
   return jax.tree.unflatten(jax.tree.structure(importance), [jnp.asarray(x) for x in leaves])
 
 
 def _importance(readers: Sequence[Reader], alone: np.ndarray) -> np.ndarray:
   """The importance of the features of one row of a mask, from what reads it and their importance alone."""
-  costs = descend(readers, RIDGE)
+  costs = descend(readers, len(alone), RIDGE)
   comparable = (costs.alone > 0) & (alone > 0)
   if not comparable.any():  # the outputs do not depend on it through these products
     return alone
   factor = np.median(alone[comparable] / costs.alone[comparable])
+  is_read = np.isin(np.arange(len(alone)), np.concatenate([reader.features for reader in readers]))
   order = np.lexsort((costs.removed, costs.step))
+  order = order[is_read[order]]
   rises = rising(costs.removed[order]) * factor
   rises = rises * (1 + 1e-5 * np.arange(len(order)) / len(order))  # equals go in this order too
-  found = np.empty_like(alone)
+  found = alone.copy()
   found[order] = rises
   return found
 
 
 def _parts(
-  rows: Mapping[tuple[int, int], list[tuple[int, np.ndarray]]], consumers: Sequence[Consumer]
+  rows: Mapping[tuple[int, int], list[tuple[int, Reading]]], consumers: Sequence[Consumer]
 ) -> Iterator[list[tuple[int, int]]]:
   """The rows in parts whose moments fit into ``MOST_BYTES`` together."""
   part: list[tuple[int, int]] = []
@@ -142,23 +140,29 @@ def _size(consumer: Consumer) -> int:
   return 4 * groups * (terms**2 + (columns**2 if columns <= MOST_COLUMNS else columns))
 
 
+class _Product(NamedTuple):
+  """A product whose result is turned so that errors of all columns cost alike; as of :class:`Reader`, with all groups."""
+
+  gram: np.ndarray
+  plain: np.ndarray
+  parameters: np.ndarray
+
+  def reader(self, reading: Reading) -> Reader:
+    """What a group of features has of it."""
+    gram, plain, parameters = (x[reading.groups] for x in self)
+    return Reader(gram, plain, parameters, reading.features, reading.columns)
+
+
 class _Network:
   """The dense network, and what is measured of it."""
 
-  def __init__(
-    self,
-    flat: Flat,
-    consumers: Sequence[Consumer],
-    variables: PyTree,
-    batches: list[list[jax.Array]],
-    key: jax.Array,
-  ) -> None:
-    self.flat, self.consumers, self.key = flat, consumers, key
-    self.env, self.compiled = flat.env(variables), Compiled()
+  def __init__(self, traced: Traced, variables: PyTree, key: jax.Array) -> None:
+    self.flat, self.consumers, self.key = traced.flat, traced.consumers, key
+    self.env, self.compiled = traced.flat.env(variables), Compiled()
     self.leaves = jax.tree.leaves(variables)
-    self.arrays = batches
+    self.arrays = traced.batches[:: stride(traced)]
 
-  def moments(self, needed: Sequence[int]) -> dict[int, Second]:
+  def moments(self, needed: Sequence[int]) -> list[Second]:
     """The moments of some consumers, over all batches."""
     flat, known = self.flat, list(self.env)
 
@@ -183,10 +187,10 @@ class _Network:
     total = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(measured, *args))
     for number, arrays in enumerate(self.arrays):
       total = added(total, args[0], arrays, jax.random.fold_in(self.key, number))
-    return dict(zip(needed, total, strict=True))
+    return total
 
-  def reader(self, at: int, second: Second, columns: np.ndarray) -> Reader:
-    """A product as the surgeon takes it: its result turned so that errors of all columns cost alike."""
+  def product(self, at: int, second: Second) -> _Product:
+    """A product, from its moments."""
     consumer = self.consumers[at]
     gram = np.asarray(second.gram, np.float64)
     parameters = np.asarray(self.leaves[consumer.leaf], np.float64).ravel()[consumer.entries]
@@ -194,7 +198,7 @@ class _Network:
     has_bias = bias_columns(self.flat, consumer, self.env, self.compiled) is not None
     plain, ones = gram[:, :-1, :-1], gram[:, -1:, :-1]
     centred = plain - ones.swapaxes(1, 2) * ones / np.maximum(gram[:, -1:, -1:], 1e-300)
-    return Reader(centred if has_bias else plain, plain, parameters, columns)
+    return _Product(centred if has_bias else plain, plain, parameters)
 
 
 def _second(x: jax.Array, g: jax.Array) -> Second:

@@ -1,6 +1,6 @@
-"""Which columns of a product's operand each feature of each mask is."""
+"""Which columns of a product's operand the features of masks are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +9,7 @@ import numpy as np
 
 from fisherprune_jax._graph.program import Value
 from fisherprune_jax._reconstruction.consumers import Use
-from fisherprune_jax._reconstruction.flat import Env, Flat
+from fisherprune_jax._reconstruction.flat import Flat
 from fisherprune_jax._reconstruction.products import operand_matrix, row_step
 
 MOST_ROWS = 4096
@@ -18,55 +18,55 @@ CASTS = ("convert_element_type", "copy")
 
 
 class Reading(NamedTuple):
-  """A row of a mask that a product reads.
+  """Features of a row of a mask that a product reads, in those of its groups where they have the same columns.
 
   Attributes:
     mask: which leaf of the masks, by position.
     row: which row of it.
-    columns: the columns of each feature, ``(C, p)``; -1 where a feature has fewer.
+    features: which features of the row, ``(F,)``.
+    groups: which groups of the product.
+    columns: the columns of each of the features, ``(F, p)``; -1 where one has fewer.
   """
 
   mask: int
   row: int
+  features: np.ndarray
+  groups: np.ndarray
   columns: np.ndarray
 
 
-def numbered(flat: Flat, flags: Sequence[bool]) -> dict[Value, int]:
-  """The masks among the variables, by what ``flags`` says of each leaf, and the position of each among them."""
-  masks = [value for value, is_mask in zip(flat.variables, flags, strict=True) if is_mask]
-  return {value: at for at, value in enumerate(masks)}
+def live_columns(
+  readings: Sequence[Reading], masks: Sequence[np.ndarray], groups: int, columns: int
+) -> np.ndarray:
+  """Whether the masks leave a column of a product's operand in any of its groups."""
+  live = np.ones((groups, columns), bool)
+  for reading in readings:
+    mask = masks[reading.mask]
+    dead = reading.columns[mask.reshape(-1, mask.shape[-1])[reading.row, reading.features] == 0]
+    live[np.ix_(reading.groups, dead[dead >= 0])] = False
+  return np.any(live, 0)
 
 
-def live_columns(flat: Flat, use: Use, masks: dict[Value, int], env: Env) -> np.ndarray:
-  """Whether each column of a product's operand is left by the masks that are multiplied right onto it."""
+def readings(flat: Flat, use: Use, masks: Mapping[Value, int]) -> list[Reading]:
+  """The features that a product reads, of masks that are multiplied right onto its operand.
+
+  Args:
+    flat: the network.
+    use: the product.
+    masks: the leaves that are masks, and the position of each among them.
+  """
   node = flat.nodes[use.at]
-  operand = node.ins[1 - use.side]
-  live = jnp.ones(operand.shape, bool)
-  for value, _ in _multiplied(flat, operand, masks):
-    live &= flat.get([value], env)[0] != 0
-  return _of_columns(flat, use, live.astype(jnp.float32)) > 0
-
-
-def readings(flat: Flat, use: Use, masks: dict[Value, int]) -> list[Reading]:
-  """The rows of masks that a product reads, if they are multiplied right onto its operand."""
-  node = flat.nodes[use.at]
-  operand = node.ins[1 - use.side]
+  operand, step = node.ins[1 - use.side], row_step(node, use.side, MOST_ROWS)
   found = []
   for value, leaves in _multiplied(flat, operand, masks):
     for leaf in leaves:
       code = jnp.broadcast_to(_codes(flat, value, leaf, masks), operand.shape)
-      columns = _of_columns(flat, use, code).astype(np.int64)
-      found += list(_by_row(leaf, masks[leaf], columns))
+      columns = np.asarray(operand_matrix(node, use.side, code, step)).max(1).astype(np.int64)
+      found += list(_by_row(leaf.shape[-1], masks[leaf], columns))
   return found
 
 
-def _of_columns(flat: Flat, use: Use, entries: jax.Array) -> np.ndarray:
-  """The largest entry in each column of a product's operand, over some rows; others are like them."""
-  node = flat.nodes[use.at]
-  return np.asarray(operand_matrix(node, use.side, entries, row_step(node, use.side, MOST_ROWS))).max((0, 1))
-
-
-def _multiplied(flat: Flat, value: Value, masks: dict[Value, int]) -> list[tuple[Value, list[Value]]]:
+def _multiplied(flat: Flat, value: Value, masks: Mapping[Value, int]) -> list[tuple[Value, list[Value]]]:
   """The values made of masks alone that another value is the product with, and these masks."""
   found = []
   while value in flat.made:
@@ -84,7 +84,7 @@ def _multiplied(flat: Flat, value: Value, masks: dict[Value, int]) -> list[tuple
   return found
 
 
-def _of_masks(flat: Flat, value: Value, masks: dict[Value, int]) -> list[Value]:
+def _of_masks(flat: Flat, value: Value, masks: Mapping[Value, int]) -> list[Value]:
   """The masks that a value is made of; empty if it is made of anything else."""
   if value.literal is not None or value in flat.varies:
     return []
@@ -94,7 +94,7 @@ def _of_masks(flat: Flat, value: Value, masks: dict[Value, int]) -> list[Value]:
   return inputs if all(v in masks for v in inputs) else []
 
 
-def _codes(flat: Flat, value: Value, leaf: Value, masks: dict[Value, int]) -> jax.Array:
+def _codes(flat: Flat, value: Value, leaf: Value, masks: Mapping[Value, int]) -> jax.Array:
   """The number of the feature of one mask at each entry of a value, from 1; 0 where there is none."""
   env: dict[Value, Any] = {v: jnp.ones(v.shape, jnp.float32) for v in masks} | dict(flat.program.consts)
   numbers = jnp.arange(1, leaf.aval.size + 1, dtype=jnp.float32).reshape(leaf.shape)
@@ -103,13 +103,17 @@ def _codes(flat: Flat, value: Value, leaf: Value, masks: dict[Value, int]) -> ja
   return jnp.where(dead == 0, code, 0)
 
 
-def _by_row(leaf: Value, at: int, columns: np.ndarray) -> Any:
-  size = leaf.shape[-1]
-  for row in range(leaf.aval.size // size):
-    own = [np.flatnonzero(columns == row * size + feature + 1) for feature in range(size)]
-    width = max(len(places) for places in own)
-    if width:
-      table = np.full((size, width), -1)
-      for feature, places in enumerate(own):
-        table[feature, : len(places)] = places
-      yield Reading(at, row, table)
+def _by_row(size: int, mask: int, codes: np.ndarray) -> Iterator[Reading]:
+  """The readings of one mask with rows of some size, from the code of each column ``(G, d)``."""
+  for row in np.unique((codes[codes > 0] - 1) // size):
+    numbers = codes - row * size
+    patterns, which = np.unique(
+      np.where((numbers > 0) & (numbers <= size), numbers, 0), axis=0, return_inverse=True
+    )
+    for at, pattern in enumerate(patterns):
+      features, counts = np.unique(pattern[pattern > 0], return_counts=True)
+      if len(features):
+        table = np.full((len(features), counts.max()), -1)
+        places = np.argsort(pattern, kind="stable")[np.count_nonzero(pattern == 0) :]
+        table[np.arange(counts.max()) < counts[:, None]] = places
+        yield Reading(mask, int(row), features - 1, np.flatnonzero(which.ravel() == at), table)

@@ -15,7 +15,7 @@ References:
   Kurtic et al., `ZipLM: Inference-aware structured pruning of language models <https://arxiv.org/abs/2302.04089>`_, 2023
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -31,12 +31,14 @@ class Reader(NamedTuple):
     gram: second moments of its operand, ``(G, d, d)``, about the mean if there is a bias to refit.
     plain: second moments of its operand.
     parameters: ``(G, d, c)``.
-    columns: the columns of each feature, ``(C, p)``; -1 where there are fewer.
+    features: which features of the group it reads, ``(F,)``.
+    columns: the columns of each of them, ``(F, p)``; -1 where there are fewer.
   """
 
   gram: np.ndarray
   plain: np.ndarray
   parameters: np.ndarray
+  features: np.ndarray
   columns: np.ndarray
 
 
@@ -48,26 +50,34 @@ class Costs(NamedTuple):
   step: np.ndarray
 
 
-def descend(readers: Sequence[Reader], ridge: float) -> Costs:
+def descend(readers: Sequence[Reader], count: int, ridge: float) -> Costs:
   """Removes the features of one group one after the other, from all products that read it.
 
   Args:
     readers: the products.
+    count: how many features the group has.
     ridge: added to the diagonal of each Gram matrix, over the mean of it.
   """
   descents = [_Descent(reader, ridge) for reader in readers]
-  count = len(readers[0].columns)
-  alive, removed, step = np.ones(count, bool), np.zeros(count), np.zeros(count, int)
+  alone = _total(count, [(reader.features, _alone(reader)) for reader in readers])
+  is_left, removed, step = np.ones(count, bool), np.zeros(count), np.zeros(count, int)
   size = -(-count // STEPS)
-  while alive.any():
-    costs = sum(descent.costs(alive) for descent in descents)
-    chosen = np.flatnonzero(alive)[np.argsort(costs, kind="stable")[:size]]
-    single = np.sort(costs)[:size]
-    joint = sum(descent.remove(chosen) for descent in descents)
-    removed[chosen] = joint * single / max(single.sum(), 1e-300)
-    step[chosen] = np.count_nonzero(~alive)
-    alive[chosen] = False
-  return Costs(np.sum([_alone(reader) for reader in readers], 0), removed, step)
+  while is_left.any():
+    costs = _total(count, [(descent.features, descent.costs) for descent in descents])
+    chosen = np.flatnonzero(is_left)[np.argsort(costs[is_left], kind="stable")[:size]]
+    step[chosen] = np.count_nonzero(~is_left)
+    is_left[chosen] = False
+    joint = sum(descent.remove(~is_left) for descent in descents)
+    removed[chosen] = joint * costs[chosen] / max(costs[chosen].sum(), 1e-300)
+  return Costs(alone, removed, step)
+
+
+def _total(count: int, parts: Iterable[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+  """The sum over products of what the features cost in each."""
+  total = np.zeros(count)
+  for features, costs in parts:
+    total[features] += costs
+  return total
 
 
 def _alone(reader: Reader) -> np.ndarray:
@@ -77,24 +87,34 @@ def _alone(reader: Reader) -> np.ndarray:
 
 
 class _Descent:
-  """A product on the way down: the columns that are left, :math:`H^{-1}`, and the parameters as refitted so far."""
+  """A product on the way down: what is left of it.
+
+  Attributes:
+    features: the features that are left, with their ``columns`` among those that are left.
+    inverse: :math:`H^{-1}`.
+    parameters: as refitted so far.
+    costs: what each of the features costs next.
+  """
 
   def __init__(self, reader: Reader, ridge: float) -> None:
     level = np.diagonal(reader.plain, axis1=1, axis2=2).mean(1)
     level = ridge * np.where(level > 0, level, 1)
     self.inverse = np.linalg.inv(reader.gram + level[:, None, None] * np.eye(reader.gram.shape[-1]))
-    self.parameters, self.columns = reader.parameters, reader.columns
+    self.parameters, self.features, self.columns = reader.parameters, reader.features, reader.columns
     rows = _rows(reader.parameters, reader.columns)
     self.penalties = np.einsum("gjac,gjac,g->j", rows, rows, level)
+    self.costs = self._costs()
 
-  def costs(self, alive: np.ndarray) -> np.ndarray:
-    """What each of the features that are left costs next."""
-    rows, blocks = _rows(self.parameters, self.columns[alive]), _blocks(self.inverse, self.columns[alive])
-    costs = np.einsum("gjac,gjac->j", rows, np.linalg.solve(blocks, rows)) - self.penalties[alive]
+  def _costs(self) -> np.ndarray:
+    rows, blocks = _rows(self.parameters, self.columns), _blocks(self.inverse, self.columns)
+    costs = np.einsum("gjac,gjac->j", rows, np.linalg.solve(blocks, rows)) - self.penalties
     return np.maximum(costs, 0)  # of dead columns it is zero up to rounding
 
-  def remove(self, chosen: np.ndarray) -> float:
-    """Removes some features, refits the rest, and returns what that costs."""
+  def remove(self, is_removed: np.ndarray) -> float:
+    """Removes its features among these of the group, refits the rest, and returns what that costs."""
+    chosen = is_removed[self.features]
+    if not chosen.any():
+      return 0.0
     is_left = np.ones(self.inverse.shape[-1], bool)
     is_left[self.columns[chosen][self.columns[chosen] >= 0]] = False
     across, part = self.inverse[:, ~is_left], self.parameters[:, ~is_left]
@@ -104,9 +124,13 @@ class _Descent:
     )
     self.inverse = self.inverse[:, is_left][:, :, is_left] - across.swapaxes(1, 2) @ by_inverse
     self.parameters = self.parameters[:, is_left] - across.swapaxes(1, 2) @ by_part
+    cost = float(np.sum(part * by_part) - self.penalties[chosen].sum())
     places = np.where(is_left, np.cumsum(is_left) - 1, -1)
-    self.columns = np.where(self.columns >= 0, places[self.columns], -1)
-    return max(0.0, float(np.sum(part * by_part) - self.penalties[chosen].sum()))
+    columns = self.columns[~chosen]
+    self.columns = np.where(columns >= 0, places[columns], -1)
+    self.features, self.penalties = self.features[~chosen], self.penalties[~chosen]
+    self.costs = self._costs()
+    return max(0.0, cost)
 
 
 def _rows(parameters: np.ndarray, columns: np.ndarray) -> np.ndarray:

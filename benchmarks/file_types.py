@@ -7,8 +7,8 @@ The network is read from the ONNX file of the ``magika`` package and written as 
 of this machine, of every type that it finds here, with the features of Magika's own code. No two have equal features.
 Scores are agreement with the dense network on test files: the share with the same first type. The masks alone and the
 refitted networks are means over calibration sets. The distilled ones, of the first calibration set, are refitted networks
-that train for ``--minutes`` towards the probabilities of the dense network, on all files but those of the test. Prints a
-table for ``docs/one-shot.md``.
+that train for ``--minutes`` towards the probabilities of the dense network, on all files but those of the test. Prints the
+table of ``docs/benchmarks.md``.
 """
 
 import argparse
@@ -33,11 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 import onnx
 import optax
+import tables
 from magika import Magika
 
 import fisherprune_jax as fp
 
-LEVELS = (0.75, 0.5, 0.25)
+LEVELS = tables.LEVELS["Magika"]
 RATES = (1e-4, 3e-4, 1e-3)
 TEST, VALIDATION, CALIBRATION = 2000, 256, 1024
 BATCH = 64
@@ -186,20 +187,6 @@ def one_shot(pruner: fp.Pruner, params: Any, pool: Data, seed: int, refits: bool
   return [pruner.compact(*pair) for pair in family], took
 
 
-def table(results: dict[str, Any]) -> str:
-  """Means over seeds with standard errors."""
-  lines = ["| | " + " | ".join(f"{level:.0%}" for level in LEVELS) + " |", "|---" * (1 + len(LEVELS)) + "|"]
-  for row, name in (("masks", "masks alone"), ("one_shot", "`one_shot`")):
-    values = np.array([run[row]["agreement"] for run in results["seeds"]])
-    error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.full(len(LEVELS), np.nan)
-    cells = [f"{mean:.1f} ± {e:.1f}" for mean, e in zip(values.mean(0), error, strict=True)]
-    lines.append(f"| {name} | " + " | ".join(cells) + " |")
-  found = [results["distilled"][str(level)] for level in LEVELS]
-  cells = [f"{run['agreement']:.1f}" for run in found]
-  lines.append(f"| distilled, {found[0]['minutes']:g} min | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument("--roots", nargs="+", default=list(ROOTS), help="folders of files")
@@ -243,7 +230,7 @@ def main() -> None:
     results["distilled"][str(level)] = {"agreement": score, "minutes": args.minutes, "tried": how}
     keep()
   print(json.dumps({name: found for name, found in results.items() if name != "seeds"}, indent=2))
-  print(table(results))
+  print(tables.files(results))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 ``encoder`` is the pretrained sentence encoder of ``quality.py``: agreement with the dense network, 100 x cosine, on 500
 docstrings. ``residual`` is a residual network with batch norm, trained on signals of ten classes until it has learnt them by
-heart: test accuracy. Calibration takes 1,024 examples without labels. Prints tables for ``docs/one-shot.md``.
+heart: test accuracy. Calibration takes 1,024 examples without labels. Prints the tables of ``docs/benchmarks.md``.
 """
 
 import argparse
@@ -20,10 +20,10 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
+import tables
 
 import fisherprune_jax as fp
 
-LEVELS = {"encoder": (0.75, 0.5, 0.35, 0.25), "residual": (0.6, 0.4, 0.25, 0.125)}
 EXAMPLES = 1024
 
 
@@ -125,24 +125,12 @@ def measure(task: Task, levels: tuple[float, ...]) -> dict[str, Any]:
   return found
 
 
-def table(name: str, runs: list[dict[str, Any]]) -> str:
-  """Means over seeds, with standard errors if there are several."""
-  lines = ["| | dense | " + " | ".join(f"{level:.1%}" for level in LEVELS[name]) + " |"]
-  lines.append("|---" * (2 + len(LEVELS[name])) + "|")
-  for row in ("masks", "masks, refitted", "one_shot"):
-    values = np.array([run[row] for run in runs])
-    spread = values.std(0, ddof=1) / len(runs) ** 0.5 if len(runs) > 1 else [None] * values.shape[1]
-    cells = [
-      f"{mean:.1f}" + (f" ± {error:.1f}" if error is not None else "")
-      for mean, error in zip(values.mean(0), spread, strict=True)
-    ]
-    lines.append(f"| {row} | {np.mean([run['dense'] for run in runs]):.1f} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
+TASKS = {"encoder": encoder, "residual": residual}
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-  parser.add_argument("--tasks", nargs="+", default=list(LEVELS), choices=list(LEVELS))
+  parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
   parser.add_argument("--seeds", type=int, default=3)
   parser.add_argument("--out", type=Path, default=None)
   args = parser.parse_args()
@@ -150,11 +138,11 @@ def main() -> None:
   for name in args.tasks:
     runs = results.setdefault(name, [])
     for seed in range(len(runs), args.seeds):
-      runs.append(measure({"encoder": encoder, "residual": residual}[name](seed), LEVELS[name]))
+      runs.append(measure(TASKS[name](seed), tables.LEVELS[name]))
       if args.out:
         args.out.write_text(json.dumps(results, indent=2) + "\n")
     seconds = np.mean([run["seconds"] for run in runs])
-    print(f"{name}, {len(runs)} seeds, {seconds:.0f} s for all levels\n\n{table(name, runs)}\n")
+    print(f"{name}, {len(runs)} seeds, {seconds:.0f} s for all levels\n\n{tables.networks({name: runs})}\n")
 
 
 if __name__ == "__main__":

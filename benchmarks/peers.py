@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import tables
 from quality_tasks import NOISE, TASKS, WORDS, sentences, teacher
 
 import fisherprune_jax as fp
@@ -36,7 +37,7 @@ try:
 except ModuleNotFoundError as error:
   raise SystemExit(f"{error}. Run: pip install torch torch-pruning transformers") from None
 
-LEVELS = (0.75, 0.5, 0.35, 0.25)
+LEVELS = tables.LEVELS["encoder"]
 EXAMPLES, WIDTH, HEADS, DEPTH, UNITS = 1024, 384, 12, 32, 1536
 LAYERS = [f"encoder.layer.{at}" for at in range(6)]
 PACKAGES = ("fisherprune-jax", "jax", "torch", "torch-pruning", "transformers")
@@ -190,8 +191,8 @@ def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
   parser.add_argument("--out", type=Path, default=None)
   args, (data, validation, test), (apply, variables, _) = parser.parse_args(), sentences(), teacher()
-  before = json.loads(args.out.read_text()) if args.out and args.out.exists() else {"rows": {}, "tried": []}
-  ids, begun, rows, tried = data[0][:EXAMPLES], time.perf_counter(), before["rows"], before["tried"]
+  rows = json.loads(args.out.read_text())["rows"] if args.out and args.out.exists() else {}
+  ids, begun = data[0][:EXAMPLES], time.perf_counter()
   peer, batches, parts = Peer(ids), np.split(ids, 16), {"validation": validation, "test": test}
   with torch.no_grad():
     difference = float(np.abs(embed(peer.model, test[0]).numpy() - apply(variables, test[0])).max())
@@ -202,17 +203,15 @@ def main() -> None:
     print(f"{time.perf_counter() - begun:,.0f} s, {level:.0%}, {row}: {values}", flush=True)
     if args.out:
       found = {"versions": {name: version(name) for name in PACKAGES}, "difference": difference}
-      args.out.write_text(json.dumps({**found, "rows": rows, "tried": tried}, indent=1) + "\n")
+      args.out.write_text(json.dumps({**found, "rows": rows}, indent=1) + "\n")
 
   @functools.cache
-  def measured(option: Option, level: float, name: str = "validation") -> float:
+  def measured(option: Option, level: float, name: str = "validation") -> dict[str, float]:
     start, (model, removed) = time.perf_counter(), peer.prune(option, level)
     part, kept = parts[name], np.delete(np.arange(WIDTH), removed.get(EMBEDDING, []))
     with torch.no_grad():
       score = (share(removed) <= level) * agreement(functools.partial(embed, model), part, kept)
-    found = {"cost": share(removed), name: score, "seconds": time.perf_counter() - start}
-    tried.append({**option._asdict(), "at": level, **found})
-    return score
+    return {"cost": share(removed), name: score, "seconds": time.perf_counter() - start}
 
   pruner = fp.Pruner(apply, variables, batches[0], keep=list(LEVELS), measure="macs")
   assert pruner.cost.dense == WORDS * len(LAYERS) * (WIDTH * (4 * WIDTH + 2 * UNITS) + 2 * WORDS * WIDTH)
@@ -233,12 +232,10 @@ def main() -> None:
       best = Option(criterion)
       for changes in CHANGES:
         options = [best, *(best._replace(**change) for change in changes)]
-        best = max(options, key=lambda option: measured(option, level))
-      measured(best, level, "test")
-      put(f"Torch-Pruning, {criterion}", level, **tried[-1])
-  print("\n| | " + " | ".join(f"{level:.0%}" for level in LEVELS) + " |\n" + "|---" * (1 + len(LEVELS)) + "|")
-  for name, row in rows.items():
-    print(f"| {name} | " + " | ".join(f"{values['test']:.1f}" for values in row.values()) + " |")
+        best = max(options, key=lambda option: measured(option, level)["validation"])
+      scores = measured(best, level) | measured(best, level, "test")
+      put(f"Torch-Pruning, {criterion}", level, **best._asdict(), **scores)
+  print(f"\n{tables.agreements({'rows': rows})}")
 
 
 if __name__ == "__main__":

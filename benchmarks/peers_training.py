@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tables
 import torch
 from peers import DEPTH, EXAMPLES, LAYERS, LEVELS, Option, Peer, agreement, embed, share
 from quality_tasks import TASKS, sentences, teacher
@@ -29,8 +30,8 @@ RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 def best_option(found: dict[str, Any], level: float) -> Option:
   """The option with the highest agreement on the docstrings, among those that keep the width of the embedding."""
-  tried = [x for x in found["tried"] if x["at"] == level and "test" in x and not x["width"]]
-  best = max(tried, key=lambda x: x["test"])
+  cells = [row[f"{level:.0%}"] for name, row in found["rows"].items() if name.startswith("Torch-Pruning")]
+  best = max((x for x in cells if not x["width"]), key=lambda x: x["test"])
   return Option(**{name: best[name] for name in Option._fields})
 
 
@@ -109,11 +110,7 @@ def main() -> None:
     measure("Torch-Pruning, refitted by this library", level, {"params": fitted["params"]}, masks, [])
   for level, (params, masks) in zip(args.levels, pruner.one_shot(variables, batches), strict=True):
     measure("this library", level, params, masks, args.steps)
-  levels = [f"{level:.0%}" for level in args.levels]
-  print("\n| | " + " | ".join(levels) + " |\n" + "|---" * (1 + len(levels)) + "|")
-  for name, row in rows.items():
-    if name != "check":
-      print(f"| {name} | " + " | ".join(f"{values['test']:.1f}" for values in row.values()) + " |")
+  print(f"\n{tables.agreements({'rows': rows})}")
 
 
 if __name__ == "__main__":

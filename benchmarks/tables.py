@@ -1,24 +1,35 @@
 """Writes tables of README.md and ``docs/benchmarks.md`` from the files of the other benchmarks: ``python benchmarks/tables.py``.
 
-A row of README.md without results keeps the numbers that it has. A row that has neither is left out.
+A row of README.md without results keeps the numbers that it has. A row that has neither is left out. A table of the page
+without a file in ``results/``, or without its mark in the page, is skipped. The scripts print the same tables.
 """
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from one_shot import LEVELS
-
 HERE = Path(__file__).parent
-WAYS = ("masks", "masks, refitted", "one_shot")
+LEVELS = {
+  "encoder": (0.75, 0.5, 0.35, 0.25),
+  "residual": (0.6, 0.4, 0.25, 0.125),
+  "time series": (0.5, 0.25, 0.125),
+  "Magika": (0.75, 0.5, 0.25),
+}
+"""Shares of the dense multiply-accumulates."""
+DATA = ("GunPoint", "ItalyPowerDemand", "JapaneseVowels", "ArrowHead", "OSULeaf")
+PUBLISHED = {
+  "FCN": dict(zip(DATA, (100.0, 96.1, 99.3, 84.3, 97.7), strict=True)),
+  "ResNet": dict(zip(DATA, (99.1, 96.3, 99.2, 84.5, 97.9), strict=True)),
+}
+"""Mean test accuracies of ten runs, in percent, of Fawaz et al. (2019, arXiv 1809.04356)."""
 HEADER = "| | cost left | before | after |\n|---|---|---|---|"
 
 Cells = Callable[[Any], tuple[str, str, str]]
 
 
-def mean(values: list[float]) -> str:
+def mean(values: Sequence[float]) -> str:
   """Mean, and the standard error if values differ."""
   error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
   return f"{statistics.mean(values):.1f}" + (f" ± {error:.1f}" if error else "")
@@ -80,67 +91,68 @@ def table(folder: Path, before: str) -> str:
   return "\n".join(lines)
 
 
-Rows = list[tuple[str, list[str]]]
+def means(runs: Iterable[Sequence[float]]) -> list[str]:
+  """The cells of a row: at each level, the mean of all runs."""
+  return [mean(values) for values in zip(*runs, strict=True)]
 
 
-def grid(corner: str, levels: Sequence[float], rows: Rows) -> str:
-  """A table with a column for each level."""
-  lines = [f"| {corner} | " + " | ".join(f"{100 * level:.3g} % of the MACs" for level in levels) + " |"]
-  lines.append("|---" * (1 + len(levels)) + "|")
-  return "\n".join([*lines, *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows)])
+def grid(titles: list[str], levels: Iterable[float], rows: list[list[str]]) -> str:
+  """A table with a column for each title and each level."""
+  head = [*titles, *(f"{100 * level:.3g} % of the MACs" for level in levels)]
+  lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+  return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def networks(found: Any) -> str:
   """The tasks of ``one_shot.py``."""
   tables = []
   for task, runs in found.items():
-    rows = [
-      (row, [mean(list(values)) for values in zip(*(run[row] for run in runs), strict=True)]) for row in WAYS
-    ]
-    tables.append(grid(f"**{task}**, dense {mean([run['dense'] for run in runs])}", LEVELS[task], rows))
+    rows = [[way, *means(run[way] for run in runs)] for way in ("masks", "masks, refitted", "one_shot")]
+    tables.append(grid([f"**{task}**, dense {mean([run['dense'] for run in runs])}"], LEVELS[task], rows))
   return "\n\n".join(tables)
 
 
-def peers(found: Any) -> str:
-  """``peers.py``: agreement of the encoder by both libraries."""
-  rows = [(name, [f"{cell['test']:.1f}" for cell in row.values()]) for name, row in found["rows"].items()]
-  levels = [float(level.rstrip("%")) / 100 for level in next(iter(found["rows"].values()))]
-  return grid("**encoder**, dense 100", levels, rows)
+def agreements(found: Any) -> str:
+  """``peers.py`` and ``peers_training.py``: agreement of the encoder by both libraries."""
+  shown = {name: row for name, row in found["rows"].items() if name != "check"}
+  levels = list(dict.fromkeys(level for row in shown.values() for level in row))
+  rows = [
+    [name, *(f"{row[level]['test']:.1f}" if level in row else "" for level in levels)]
+    for name, row in shown.items()
+  ]
+  return grid(["**encoder**, dense 100"], [float(level.rstrip("%")) / 100 for level in levels], rows)
 
 
 def series(found: Any) -> str:
-  """``ucr.py``: test accuracy on time series."""
-  rows = []
-  runs = {(run["net"], run["data"]): [] for run in found["runs"]}
-  for run in found["runs"]:
-    runs[run["net"], run["data"]].append(run)
-  for (net, data), some in runs.items():
-    for way in ("masks", "one_shot", "gradual"):
-      values = zip(*(run[way] for run in some if way in run), strict=True)
-      dense = mean([run["dense"] for run in some])
-      rows.append((f"{net}, {data}, dense {dense}: {way}", [mean(list(each)) for each in values]))
-  return grid("**time series**", (0.5, 0.25, 0.125), rows)
+  """``ucr.py``: test accuracy on time series, a table for each network."""
+  tables = []
+  for net, published in PUBLISHED.items():
+    rows = []
+    for data, accuracy in published.items():
+      runs = [run for run in found["runs"] if (run["net"], run["data"]) == (net, data)]
+      for way in ("masks", "one_shot", "gradual"):
+        if some := [run[way] for run in runs if way in run]:
+          rows.append([data, str(accuracy), mean([run["dense"] for run in runs]), way, *means(some)])
+    if rows:
+      tables.append(grid([f"**{net}**", "published", "dense", "pruning"], LEVELS["time series"], rows))
+  return "\n\n".join(tables)
 
 
 def files(found: Any) -> str:
   """``file_types.py``: agreement of Magika's network."""
-  runs = found["seeds"]
-  rows = [
-    (way, [mean(list(each)) for each in zip(*(run[way]["agreement"] for run in runs), strict=True)])
-    for way in ("masks", "one_shot")
-  ]
-  levels = (0.75, 0.5, 0.25)
+  rows = [[way, *means(run[way]["agreement"] for run in found["seeds"])] for way in ("masks", "one_shot")]
   if distilled := found.get("distilled"):
-    cells = [distilled.get(str(level), {}).get("agreement") for level in levels]
+    some = [distilled.get(str(level)) for level in LEVELS["Magika"]]
     minutes = max(each["minutes"] for each in distilled.values())
-    shown = ["" if cell is None else f"{cell:.1f}" for cell in cells]
-    rows.append((f"one_shot, then distilled for {minutes:g} minutes", shown))
-  return grid("**Magika**, dense 100", levels, rows)
+    shown = [f"{each['agreement']:.1f}" if each else "" for each in some]
+    rows.append([f"one_shot, then distilled for {minutes:g} minutes", *shown])
+  return grid(["**Magika**, dense 100"], LEVELS["Magika"], rows)
 
 
 TABLES: dict[str, Callable[[Any], str]] = {
   "one_shot": networks,
-  "peers": peers,
+  "peers": agreements,
+  "peers_training": agreements,
   "ucr": series,
   "magika": files,
 }
@@ -149,8 +161,11 @@ TABLES: dict[str, Callable[[Any], str]] = {
 def write(page: Path, mark: str, text: str) -> None:
   """Puts a text between two marks of a page."""
   start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-  head, rest = page.read_text().split(start)
-  page.write_text(f"{head}{start}\n{text}\n{end}{rest.split(end)[1]}")
+  head, found, rest = page.read_text().partition(start)
+  if found:
+    page.write_text(f"{head}{start}\n{text}\n{end}{rest.split(end)[1]}")
+  else:
+    print(f"{page} has no mark: {start}")
 
 
 def main() -> None:
@@ -158,7 +173,10 @@ def main() -> None:
   before = readme.read_text().split("<!-- results -->")[1].split("<!-- end of results -->")[0]
   write(readme, "results", table(HERE, before))
   for name, tabled in TABLES.items():
-    write(page, name, "\n" + tabled(json.loads((HERE / "results" / f"{name}.json").read_text())) + "\n")
+    if (file := HERE / "results" / f"{name}.json").exists():
+      write(page, name, "\n" + tabled(json.loads(file.read_text())) + "\n")
+    else:
+      print(f"{file} does not exist, so its table stays as it is")
 
 
 if __name__ == "__main__":

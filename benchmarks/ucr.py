@@ -4,10 +4,10 @@
   python benchmarks/ucr.py --data GunPoint --nets FCN --seeds 1
 
 The networks are the FCN and the ResNet of Wang et al. (2017, arXiv 1611.06455). The data sets come with the package
-``aeon``. ``PUBLISHED`` holds the accuracies of Fawaz et al. (2019, arXiv 1809.04356), who train for 1,500 to 2,000 epochs.
+``aeon``. Published accuracies are those of Fawaz et al. (2019, arXiv 1809.04356), who train for 1,500 to 2,000 epochs.
 Training is shorter here, with batches of at most 8 and faster batch statistics. Three ways of pruning start from the
 trained network: ``one_shot(reconstruct=False)``, ``one_shot`` on the training series without labels, and ``fp.Pruner`` in
-further training. Accuracies are those of the compacted networks. The script prints one table per network.
+further training. Accuracies are those of the compacted networks. Prints the tables of ``docs/benchmarks.md``.
 """
 
 import argparse
@@ -24,21 +24,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tables
 
 import fisherprune_jax as fp
 
-LEVELS = (0.5, 0.25, 0.125)
-"""Fractions of the dense multiply-accumulates."""
-EPOCHS = {"GunPoint": 150, "ItalyPowerDemand": 200, "JapaneseVowels": 60, "ArrowHead": 300, "OSULeaf": 60}
+LEVELS = tables.LEVELS["time series"]
+EPOCHS = dict(zip(tables.DATA, (150, 200, 60, 300, 60), strict=True))
 """Epochs of the dense network. Pruning in training takes a fifth of them at each level."""
-PUBLISHED = {
-  "FCN": dict(zip(EPOCHS, (100.0, 96.1, 99.3, 84.3, 97.7), strict=True)),
-  "ResNet": dict(zip(EPOCHS, (99.1, 96.3, 99.2, 84.5, 97.9), strict=True)),
-}
-"""Mean test accuracies of ten runs, in percent."""
 SEEDS = {"FCN": 3, "ResNet": 1}
 PACKAGES = ("fisherprune-jax", "jax", "flax", "optax", "aeon", "numpy")
-WAYS = {"masks": "masks alone", "one_shot": "one_shot", "gradual": "in training"}
+WAYS = ("masks", "one_shot", "gradual")
 
 
 class Data(NamedTuple):
@@ -202,27 +197,6 @@ def measure(net: str, name: str, seed: int, ways: list[str]) -> dict[str, Any]:
   return found
 
 
-def cell(values: list[float]) -> str:
-  """A mean, with its standard error if there are several values."""
-  error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.1f}" if len(values) > 1 else ""
-  return f"{np.mean(values):.1f}{error}"
-
-
-def table(net: str, runs: list[dict[str, Any]]) -> str:
-  """Mean test accuracies of all seeds, as Markdown."""
-  lines = ["| data | published | dense | pruned | " + " | ".join(f"{level:.1%}" for level in LEVELS) + " |"]
-  lines.append("|---" * (4 + len(LEVELS)) + "|")
-  for name in EPOCHS:
-    own = [run for run in runs if (run["net"], run["data"]) == (net, name)]
-    for way, title in WAYS.items():
-      some = [run for run in own if way in run]
-      if some:
-        cells = [cell([run[way][at] for run in some]) for at in range(len(LEVELS))]
-        cells = [str(PUBLISHED[net][name]), cell([run["dense"] for run in own]), title, *cells]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-  return "\n".join(lines)
-
-
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
   parser.add_argument("--data", nargs="+", default=list(EPOCHS), choices=list(EPOCHS))
@@ -241,7 +215,7 @@ def main() -> None:
         results["versions"] = {package: importlib.metadata.version(package) for package in PACKAGES}
         if args.out:
           args.out.write_text(json.dumps(results, indent=2) + "\n")
-    print(f"{net}\n\n{table(net, results['runs'])}\n")
+  print(tables.series(results))
 
 
 if __name__ == "__main__":

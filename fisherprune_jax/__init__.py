@@ -56,10 +56,10 @@ _OF_FLAX = ("linen", "nnx", "Mask", "Pruner", "TrainState")
 
 
 def __getattr__(name: str) -> _typing.Any:
-  """What is made of Flax's classes, when it is first asked for: a process that serves a saved network needs no Flax."""
+  """Import what needs Flax at first use: a process that serves a saved network needs no Flax."""
   if name not in _OF_FLAX:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-  # All at once: ``nnx`` tells Flax that variables called "masks" are masks, before ``nnx.bridge`` meets those of a ``Mask``.
+  # Import all: ``nnx`` registers the collection "masks" with Flax, before ``nnx.bridge`` meets masks of a ``Mask``.
   linen, nnx = (_importlib.import_module(f"{__name__}.{face}") for face in ("linen", "nnx"))
   train_state = _importlib.import_module(f"{__name__}._training.train_state")
   pruner = _importlib.import_module(f"{__name__}._pruner.pruner")

@@ -1,4 +1,4 @@
-"""``python -m fisherprune_jax inspect FILE``: what a saved network is."""
+"""``python -m fisherprune_jax inspect FILE`` describes a saved network."""
 
 import argparse
 import os
@@ -9,7 +9,7 @@ from fisherprune_jax._compaction.inspecting import show
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs a command; returns what the process exits with."""
+  """Run a command; returns the exit code."""
   parser = argparse.ArgumentParser(prog="python -m fisherprune_jax", description="Compact networks in files.")
   commands = parser.add_subparsers(dest="command", required=True)
   inspect = commands.add_parser("inspect", help="print what a saved network is")
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     show(file)
     sys.stdout.flush()
-  except BrokenPipeError:  # whoever reads has seen enough: head, say
+  except BrokenPipeError:  # the reader stopped early, like ``head``
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   except (ValueError, OSError, ImportError) as error:
     print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Errors that state the requirement, the value and the remedy; warnings."""
+"""Errors with requirement, value and remedy; warnings."""
 
 import inspect
 import os
@@ -14,19 +14,19 @@ import numpy as np
 from fisherprune_jax._types import PyTree, Shape
 
 HERE = os.path.join(os.path.dirname(__file__), "")
-"""Where this library is."""
+"""The folder of this library."""
 Path = tuple[Any, ...]
-"""The keys on the way from the root of a tree to one of its nodes."""
+"""The keys from the root of a tree to a node."""
 
 
 def require(condition: bool, requirement: str, value: Any, remedy: str = "") -> None:
-  """Raises ``ValueError`` unless ``condition`` holds."""
+  """Raise ``ValueError`` unless ``condition`` holds."""
   if not condition:
     raise ValueError(f"{requirement}, got {value!r}.{' ' + remedy if remedy else ''}")
 
 
 def warn(message: str) -> None:
-  """Warns, of the line outside of this library that led here."""
+  """Warn at the line of the user's code that led here."""
   level, frame = 1, inspect.currentframe()
   while frame is not None and frame.f_code.co_filename.startswith(HERE):
     level, frame = level + 1, frame.f_back
@@ -34,19 +34,19 @@ def warn(message: str) -> None:
 
 
 def is_traced(x: Any) -> bool:
-  """Whether ``x`` has no value yet, so that a check of its value has to be skipped."""
+  """Whether ``x`` is a tracer, without a value to check."""
   return isinstance(x, jax.core.Tracer)
 
 
 def is_known(x: Any) -> bool:
-  """Whether the values of ``x`` can be read here: neither traced, nor abstract, nor partly on other hosts."""
+  """Whether the values of ``x`` can be read here: not traced, abstract, or partly on other hosts."""
   return (
     not is_traced(x) and not isinstance(x, jax.ShapeDtypeStruct) and getattr(x, "is_fully_addressable", True)
   )
 
 
 def describe(x: Any) -> str:
-  """A short description of an array, or of the type of anything else."""
+  """The type and shape of an array, or the type of another object."""
   if hasattr(x, "shape") and hasattr(x, "dtype"):
     return f"{x.dtype}{list(x.shape)}"
   return type(x).__name__
@@ -60,7 +60,7 @@ def is_number(x: Any) -> bool:
 
 
 def as_written(x: Any) -> Fraction:
-  """A finite number as the shortest decimal that stands for it in its own precision.
+  """A finite number as the shortest decimal that equals it in its precision.
 
   >>> as_written(0.07), as_written(np.float32(0.1))
   (Fraction(7, 100), Fraction(1, 10))
@@ -73,17 +73,17 @@ def as_written(x: Any) -> Fraction:
 
 
 def path_name(path: Path) -> str:
-  """A tree path for people, as ``params/Dense_0/kernel``."""
+  """A tree path as text, such as ``params/Dense_0/kernel``."""
   return jax.tree_util.keystr(path, simple=True, separator="/") if path else "the root"
 
 
 def path_names(path: Path) -> tuple[str, ...]:
-  """A tree path as names, one for each key: two paths differ where ``path_name`` may not, as a key may hold a slash."""
+  """A tree path as names; unlike ``path_name`` it is unique, as keys may hold slashes."""
   return tuple(path_name((key,)) for key in path)
 
 
 def require_same_tree(tree: PyTree, reference: PyTree, what: str, like: str, remedy: str) -> None:
-  """Raises ``ValueError`` unless two trees have one structure; it names the first place where they differ."""
+  """Raise ``ValueError`` unless two trees have one structure, with the first difference."""
   if not same_structure(tree, reference):
     raise ValueError(
       f"{what} must have the structure of {like}, got {_first_difference(tree, reference)}. {remedy}"
@@ -91,13 +91,13 @@ def require_same_tree(tree: PyTree, reference: PyTree, what: str, like: str, rem
 
 
 def require_shapes(tree: PyTree, like: PyTree, requirement: Callable[[Shape, str], str], remedy: str) -> None:
-  """Raises ``ValueError`` unless the leaves of two trees of one structure have the same shapes.
+  """Raise ``ValueError`` unless the leaves of two trees of one structure have the same shapes.
 
   Args:
-    tree: what has to have them.
-    like: what has them.
-    requirement: ``requirement(shape, path)`` says what is required of the leaf at a path.
-    remedy: what to do.
+    tree: the tree to check.
+    like: the reference.
+    requirement: ``requirement(shape, path)``, the requirement in words.
+    remedy: advice.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   for (path, leaf), other in zip(leaves, jax.tree.leaves(like), strict=True):
@@ -113,7 +113,7 @@ def same_structure(tree: PyTree, reference: PyTree) -> bool:
 
 
 def _first_difference(tree: PyTree, reference: PyTree, path: Path = ()) -> str:
-  """What is seen first on the way down two trees of different structures."""
+  """The first difference between two trees of different structures."""
   found, wanted = _children(tree), _children(reference)
   missing = [key for key in wanted if key not in found]
   added = [key for key in found if key not in wanted]
@@ -126,11 +126,11 @@ def _first_difference(tree: PyTree, reference: PyTree, path: Path = ()) -> str:
   for key in wanted:
     if not same_structure(found[key], wanted[key]):
       return _first_difference(found[key], wanted[key], (*path, key))
-  return f"{describe(tree)} of another kind at {path_name(path)}"  # what a node holds beside its children
+  return f"{describe(tree)} of another kind at {path_name(path)}"  # static data of a node
 
 
 def _children(node: PyTree) -> dict[Any, PyTree]:
-  """The children of a node by their keys; none of a leaf."""
+  """The children of a node by key; empty for a leaf."""
   if not _is_node(node):
     return {}
   pairs = jax.tree_util.tree_leaves_with_path(node, is_leaf=lambda x: x is not node)

@@ -1,4 +1,4 @@
-"""Files that are written whole, or left as they were."""
+"""Atomic writing of files."""
 
 import contextlib
 import os
@@ -6,17 +6,17 @@ import secrets
 from collections.abc import Iterator
 
 PathLike = str | os.PathLike[str]
-"""Whatever ``open`` takes."""
+"""A path for ``open``."""
 
 
 def target_of(path: PathLike) -> str:
-  """What is replaced: a link stays one, and what it leads to is."""
+  """The file to replace: links are followed."""
   return os.path.realpath(os.fspath(path))
 
 
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[str]:
-  """A new name in the same folder; what was written there takes the place of the file, or is gone."""
+  """A temporary name in the same folder; the written file replaces the target, or is removed after an error."""
   target = target_of(path)
   folder, name = os.path.split(target)
   temporary = os.path.join(folder, f".{name}.{secrets.token_hex(4)}.tmp")

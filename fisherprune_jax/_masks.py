@@ -21,18 +21,18 @@ from fisherprune_jax._errors import (
 from fisherprune_jax._types import MaskGrads, Masks, Shape
 
 COLLECTION = "masks"
-"""The Flax collection that masks live in."""
+"""The Flax collection of masks."""
 
 
 def per_example(masks: Masks, batch_size: int) -> MaskGrads:
-  r"""Gives every mask an example axis before its feature axis: ``(..., C) -> (..., B, C)``.
+  r"""Add an example axis to every mask, before its feature axis: ``(..., C) -> (..., B, C)``.
 
   The gradient of a loss with respect to these masks has one row per example:
 
   .. math:: g_{nk} = \partial \textstyle\sum_i loss_i / \partial mask_{nk}
 
   Args:
-    masks: a tree of masks, each ``(C,)`` or a stack ``(L, C)`` as ``nn.scan`` makes it.
+    masks: a tree of masks, each ``(C,)`` or a stack ``(L, C)`` like those of ``nn.scan``.
     batch_size: the number of examples B.
 
   Returns:
@@ -61,26 +61,25 @@ def per_example(masks: Masks, batch_size: int) -> MaskGrads:
 
 
 def apply_mask(x: jax.Array, mask: jax.Array, axis: int = -1, batch_axis: int | None = 0) -> jax.Array:
-  r"""Multiplies an array by a mask along one axis, or by one mask for each example.
+  r"""Multiply an array by a mask along one axis, or by one mask per example.
 
   .. math:: y_{n \ldots c \ldots} = mask_{(n)c} \, x_{n \ldots c \ldots}
 
-  This is the product that ``fp.Mask`` takes, for models of no framework. Do not write ``x * mask``: per-example masks
-  ``(B, C)`` broadcast against the last two axes of ``x``, which is silently wrong where another axis happens to be as
-  long as the batch. For the same reason ``batch_axis`` has to be right: with ``x`` of shape ``(T, B, C)`` and
-  T equal to B a wrong one cannot be seen.
+  This is the product of ``fp.Mask``, for models without a framework. Do not write ``x * mask``: it broadcasts
+  per-example masks ``(B, C)`` against the last two axes of ``x``. That is silently wrong if another axis is as long as
+  the batch. A wrong ``batch_axis`` of size B, as in ``(T, B, C)`` with T equal to B, is not detected either.
 
   Args:
-    x: any array with a feature axis.
-    mask: ``(C,)``, or ``(B, C)`` as :func:`per_example` makes it.
+    x: an array with a feature axis.
+    mask: ``(C,)``, or ``(B, C)`` from :func:`per_example`.
     axis: the feature axis of ``x``.
-    batch_axis: the example axis of ``x``; None if it has none, in a model that is written for one example and mapped.
+    batch_axis: the example axis of ``x``; None in a model for one example that is mapped by ``jax.vmap``.
 
   Returns:
-    An array like ``x``: the product is taken in float32 (or wider) and cast back.
+    An array like ``x``; the product is computed in float32 (or wider) and cast back.
 
   Raises:
-    ValueError: if ``x`` lacks an axis, or its sizes differ from the mask's.
+    ValueError: if ``x`` lacks an axis, or sizes differ from the mask's.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -116,7 +115,7 @@ def apply_mask(x: jax.Array, mask: jax.Array, axis: int = -1, batch_axis: int | 
 
 
 def axes_of(x: jax.Array, axis: int, batch_axis: int | None) -> tuple[int, int | None]:
-  """The feature axis and the example axis of an input, counted from the front."""
+  """The feature axis and the example axis of an input, as non-negative numbers."""
   found = _axis_of(x, axis, "axis"), None if batch_axis is None else _axis_of(x, batch_axis, "batch_axis")
   if found[0] == found[1]:
     raise ValueError(
@@ -134,7 +133,7 @@ def _axis_of(x: jax.Array, axis: int, name: str) -> int:
 
 
 def named_rows(tree: Masks) -> list[tuple[str, Any]]:
-  """Every mask vector of a tree with its name: a stack ``(L, C)`` at ``layers`` is ``layers[0]``, ``layers[1]``, ...
+  """Every mask vector of a tree by name; rows of a stack ``(L, C)`` are ``layers[0]``, ``layers[1]``, ...
 
   >>> import jax.numpy as jnp
   >>> [name for name, _ in named_rows({"conv": {"mask": jnp.ones(2)}, "layers": jnp.ones((2, 3))})]
@@ -145,13 +144,13 @@ def named_rows(tree: Masks) -> list[tuple[str, Any]]:
 
 
 def _rows(path: Path, leaf: Any) -> list[tuple[str, tuple[int, ...]]]:
-  """The names of the vectors of one leaf, and where each of them is."""
+  """The names and indices of the vectors of one leaf."""
   name = path_name(path).removesuffix("/mask") if path else "mask"
   return [(name + "".join(f"[{i}]" for i in row), row) for row in np.ndindex(leaf.shape[:-1])]
 
 
 def check_names(masks: Masks) -> None:
-  """Raises if two masks have one name: keys may hold slashes."""
+  """Raise if two masks have one name, as keys may hold slashes."""
   paths: dict[str, Path] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(masks):
     for name, _ in _rows(path, leaf):
@@ -165,7 +164,7 @@ def check_names(masks: Masks) -> None:
 
 
 def check_masks(masks: Masks, expected: Masks, whose: str) -> None:
-  """Raises unless ``masks`` are 0/1 masks in the tree and shapes of ``expected``; values of tracers pass."""
+  """Raise unless ``masks`` are 0/1 masks in the tree and shapes of ``expected``; tracers pass."""
   how = "Pass a tree like what fp.get_masks returns."
   require_same_tree(masks, expected, "masks", f"the masks of {whose}", how)
   what = f"masks must have the shapes of the masks of {whose}"
@@ -175,7 +174,7 @@ def check_masks(masks: Masks, expected: Masks, whose: str) -> None:
 
 
 def check_same_masks(masks: Masks, started: Masks) -> None:
-  """Raises if a model's masks are seen to differ from those that its optimizer starts from."""
+  """Raise if a model's masks are known to differ from the initial masks of its optimizer."""
   pairs = [masks, started]
   if not same_structure(masks, started) or not all(map(is_known, jax.tree.leaves(pairs))):
     return
@@ -191,7 +190,7 @@ def check_same_masks(masks: Masks, started: Masks) -> None:
 
 
 def check_switches(path: Path, mask: Any) -> None:
-  """Raises unless all entries of a mask are 0 or 1; values of tracers pass."""
+  """Raise unless all entries of a mask are 0 or 1; tracers pass."""
   if not is_known(mask):
     return
   values = np.asarray(mask)
@@ -201,7 +200,7 @@ def check_switches(path: Path, mask: Any) -> None:
 
 
 def redate(pruned_at: Masks, masks: Masks, step: jax.typing.ArrayLike) -> Masks:
-  """The history that fits given masks: what is alive was never pruned, and what is newly dead went at ``step``.
+  """The history for given masks: live features were never pruned, newly masked ones at ``step``.
 
   >>> import jax.numpy as jnp
   >>> redate(jnp.array([-1, -1, 5, 5]), jnp.array([1.0, 0.0, 1.0, 0.0]), 7)
@@ -215,7 +214,7 @@ def redate(pruned_at: Masks, masks: Masks, step: jax.typing.ArrayLike) -> Masks:
 
 
 def flatten(tree: Masks) -> jax.Array:
-  """All entries of a tree of masks as one vector, in the order that ties are broken in."""
+  """All entries of a tree of masks as one vector, in the order that breaks ties."""
   return jnp.concatenate([jnp.reshape(leaf, -1) for leaf in jax.tree.leaves(tree)] or [jnp.zeros(0)])
 
 
@@ -226,7 +225,7 @@ def unflatten(vector: jax.Array, tree: Masks) -> Masks:
 
 
 def unflatten_all(vectors: Sequence[jax.Array], tree: Masks) -> list[Masks]:
-  """The same of several vectors: a smaller program than one after the other."""
+  """``unflatten`` for several vectors, as one smaller program."""
   leaves, structure = jax.tree.flatten(tree)
   shapes = [leaf.shape for leaf in leaves]
   starts = _hidden(np.cumsum([0, *map(math.prod, shapes)], dtype=np.int32)[:-1], vectors[0])
@@ -235,17 +234,17 @@ def unflatten_all(vectors: Sequence[jax.Array], tree: Masks) -> list[Masks]:
 
 
 def _hidden(starts: np.ndarray, vector: jax.Array) -> Sequence[jax.typing.ArrayLike]:
-  """Under ``jit``, numbers of which XLA does not know that they are constants.
+  """Offsets that XLA, under ``jit``, cannot tell to be constants.
 
-  XLA compiles a kernel once, however often a program has it, but slices from different constants are different kernels, of
-  20 ms each. A conditional hides them: both of its branches give the same numbers.
+  XLA compiles equal kernels once, but slices at different constants are different kernels, of 20 ms each. A conditional
+  with equal branches hides the constants.
   """
   if not is_traced(vector) or vector.size == 0:
     return list(starts)
   return jax.lax.cond(jnp.ravel(vector)[0] != 0, lambda: list(starts), lambda: list(starts))
 
 
-# Where it starts is an argument: outside ``jit``, one program serves all leaves of a shape.
+# The start is an argument: outside of ``jit``, one program serves all leaves of a shape.
 @functools.partial(jax.jit, static_argnums=2, inline=True)
 def _part(vector: jax.Array, start: jax.typing.ArrayLike, shape: Shape) -> jax.Array:
   part = jax.lax.dynamic_slice(vector, (start,), (math.prod(shape),), allow_negative_indices=False)

@@ -13,7 +13,7 @@ class Table(NamedTuple):
   Attributes:
     heading: the names of the columns.
     rows: the cells of each row.
-    left: the columns that are aligned to the left; the others are numbers.
+    left: the left-aligned columns.
   """
 
   heading: Cells
@@ -22,11 +22,11 @@ class Table(NamedTuple):
 
 
 MOST_SHOWN = 20
-"""Rows of a long table that are printed."""
+"""The most rows to print."""
 
 
 def shortened(table: Table, rest: str) -> list[Table | str]:
-  """The first rows of a table and, if there are more, where the rest is found; nothing of a table without rows."""
+  """The first rows of a table and where to find the rest; nothing for an empty table."""
   if not table.rows:
     return []
   more = len(table.rows) - MOST_SHOWN
@@ -35,10 +35,10 @@ def shortened(table: Table, rest: str) -> list[Table | str]:
 
 
 class Shown:
-  """Something that is printed as tables and paragraphs; notebooks show them as HTML."""
+  """Base of objects printed as tables and paragraphs, and as HTML in notebooks."""
 
   def tables(self) -> Sequence[Table | str]:
-    """What it is printed as."""
+    """The parts to print."""
     raise NotImplementedError(type(self).__name__)
 
   def __str__(self) -> str:
@@ -49,7 +49,7 @@ class Shown:
 
 
 def as_number(x: float) -> str:
-  """A number of any size.
+  """A number of any size, as text.
 
   >>> as_number(401216.0), as_number(0.00012345)
   ('401,216', '0.000123')

@@ -1,4 +1,4 @@
-"""Names for types that Python has no words for."""
+"""Type aliases."""
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -7,10 +7,10 @@ import jax
 import numpy as np
 
 PyTree: TypeAlias = Any
-"""A JAX pytree: arrays in dictionaries, lists, tuples and what else is registered, however deep."""
+"""A JAX pytree."""
 
 Masks: TypeAlias = PyTree
-"""A tree whose leaves have one entry per feature, ``(..., C)``; leading axes are stacks. 0/1 float32 if it is the masks."""
+"""A tree with one entry per feature, ``(..., C)``; leading axes are stacks. Masks themselves are 0/1, float32."""
 
 MaskGrads: TypeAlias = PyTree
 """A tree like the masks with an example axis, ``(..., B, C)``."""
@@ -25,10 +25,10 @@ Picker: TypeAlias = Callable[[PyTree], PyTree]
 """Picks a part of a tree: ``lambda out: out[1]``."""
 
 Progress: TypeAlias = Callable[[Sequence[Any]], Iterable[Any]]
-"""Shows progress, as ``rich.progress.track`` and ``tqdm.tqdm`` do: is given a sequence, and hands on its items."""
+"""Shows progress, like ``rich.progress.track`` and ``tqdm.tqdm``: takes a sequence, and yields its items."""
 
 BatchAxes: TypeAlias = PyTree
-"""Where example axes are, like ``jax.vmap``'s ``in_axes``: an integer or None for all arguments, or one for each."""
+"""Example axes, like ``jax.vmap``'s ``in_axes``: an integer or None for all arguments, or one for each."""
 
 Array: TypeAlias = jax.Array | np.ndarray
 """An array on a device or on the host."""

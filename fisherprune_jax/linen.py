@@ -8,25 +8,24 @@ from fisherprune_jax._masks import COLLECTION, apply_mask, axes_of
 
 
 class Mask(nn.Module):
-  r"""Multiplies an array by a 0/1 vector over one axis, which pruning can switch entries of.
+  r"""Multiply an array by a prunable 0/1 vector along one axis.
 
   .. math:: y_{n \ldots c \ldots} = mask_c \, x_{n \ldots c \ldots}
 
-  The vector is the variable ``mask`` of collection ``"masks"``: float32, ones at first. It may come with an
-  example axis, ``(B, C)`` beside ``(C,)``, as :func:`per_example` makes it. Where ``apply`` is given no such
-  collection at all, the layer is the identity; one mask that is missing from a collection is an error. (Flax hands a
-  lifted module, as by ``nn.scan``, its own part of the collections alone: a missing mask is seen there if the module
-  has another one.) The product is taken in float32 (or wider) and cast back, because in bfloat16 the gradient of the
-  mask would lose 3 %.
+  The vector is the variable ``mask`` of collection ``"masks"``, float32 and initially ones. Its shape is ``(C,)``, or
+  ``(B, C)`` per example, as from :func:`per_example`. If ``apply`` gets no such collection, the layer is the identity.
+  A single mask missing from the collection is an error. Inside lifted modules, as by ``nn.scan``, this is detected
+  only if the module has another mask. The product is computed in float32 (or wider) and cast back, because in bfloat16
+  the mask's gradient would lose 3 %.
 
   Attributes:
     axis: the feature axis of the input.
-    batch_axis: the example axis of the input, such as 1 for ``(T, B, C)``; None in a model that is written for one
-      example and mapped by ``jax.vmap``, where masks are mapped along with the examples. A wrong one is an error where its length
-      is not the number of examples; where T equals B **it cannot be seen**, and the importance is that of other examples.
+    batch_axis: the example axis of the input, such as 1 for ``(T, B, C)``; None in a model for one example, mapped by
+      ``jax.vmap`` over masks and examples. A wrong axis is an error unless its size is the number of examples; then,
+      as for T equal to B, **it is not detected**, and the importance is wrong.
 
   Raises:
-    ValueError: if the input lacks the axis, or its sizes differ from the mask's.
+    ValueError: if the input lacks the axis, or sizes differ from the mask's.
 
   >>> import jax, jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -46,7 +45,7 @@ class Mask(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns ``x`` with the entries of dead features set to zero."""
+    """The input with masked features set to zero."""
     axis, _ = axes_of(x, self.axis, self.batch_axis)
     if self.is_initializing():
       mask = self.variable(COLLECTION, "mask", jnp.ones, (x.shape[axis],), jnp.float32).value

@@ -1,19 +1,19 @@
-"""Teaching the engine a primitive.
+"""Rules: teaching the engine a primitive.
 
-A primitive that no rule knows is kept whole, and not counted; a warning says so once. A *rule*,
-``rule(node, infos) -> Spec``, tells how the axes of its operands relate to those of its results; which entries can be
-non-zero, which are asked for, what is left of every array, and what it costs follow from that. Register it with
-:func:`fisherprune_jax.register_rule` before anything that uses the primitive is traced.
+A primitive without a rule keeps all its entries, and is not counted; a warning reports it once. A *rule*,
+``rule(node, infos) -> Spec``, relates the axes of operands to those of results. From it follow the entries that may be
+non-zero, the entries that are needed, the shapes of the compact network, and the cost. Register it with
+:func:`fisherprune_jax.register_rule` before a function with the primitive is traced.
 
 A :class:`Spec` names the *factors* of one application, as in ``b m k, b k n -> b m n``. An axis is one factor, or
 
-- ``None``: linked to no other axis, and whole (a size-1 axis that broadcasts);
+- ``None``: linked to no other axis, and indivisible (a size-1 axis that broadcasts);
 - ``Prod(("h", "w", "c"))``: several factors merged, row-major (a reshape, groups);
-- ``Sum(("a", "b"))``: several factors end to end (concatenation);
+- ``Sum(("a", "b"))``: several factors concatenated;
 - ``Pick("a", index)``: in a result, some entries of an axis of operand 0 (a slice, a reversal).
 
-**A primitive that works entry by entry** needs nothing more than to be told so. Whether it keeps zeros is not written
-down: :func:`elementwise` applies it to zeros and looks, so it must have an implementation.
+**Elementwise primitives** need only :func:`elementwise`. It finds out whether zeros stay zeros by applying the
+primitive, which must have an implementation.
 
 >>> import jax, jax.numpy as jnp
 >>> from jax.extend.core import Primitive
@@ -28,14 +28,14 @@ down: :func:`elementwise` applies it to zeros and looks, so it must have an impl
 >>> cube_p = made("cube_of_the_manual", lambda x: x * x * x, lambda x: x)
 >>> fp.register_rule(cube_p, fp.rules.elementwise)
 
-**One like a product of matrices.** Three things have to be right.
+**Products of matrices** and similar primitives need three facts.
 
-- *Axes and zeros.* Axes that share a factor lose the same entries; one that only operands have is summed over. A result
-  is taken to be zero where all operands are. In a product one zero is enough: ``kills``. (Where zeros come to life, as
-  in ``exp``, say ``alive``; where an axis cannot lose an entry, as that of a sort, ``whole``.)
-- *Cost.* ``Flops(outer, inner)`` counts ``2 K - 1`` for each of the ``outer`` entries, ``K`` being the ``inner`` ones.
-- *Slicing.* It is applied, as it was traced, to smaller arrays. A parameter that holds a size has to follow: ``bind``
-  gets the sizes that are left, by factor.
+- *Axes and zeros.* Axes that share a factor lose the same entries; a factor of operands alone is summed over. A result
+  is zero where all operands are, or where any operand in ``kills`` is. ``alive`` lists factors along which zeros become
+  non-zero, as in ``exp``; ``whole``, indivisible factors, as in a sort.
+- *Cost.* ``Flops(outer, inner)`` counts ``2 K - 1`` for each of the ``outer`` entries, with ``K`` ``inner`` ones.
+- *Slicing.* The traced primitive is applied to smaller arrays. If a parameter holds a size, ``bind`` gets the remaining
+  sizes by factor.
 
 >>> def product(x, w, *, columns):
 ...   return (x @ w).reshape(-1, columns)
@@ -55,7 +55,7 @@ down: :func:`elementwise` applies it to zeros and looks, so it must have an impl
 ...   )
 >>> fp.register_rule(product_p, rule)
 
-Both in a network of six hidden features, of which the masks leave two:
+Both in a network with six hidden features, two of them unmasked:
 
 >>> def apply(variables, x):
 ...   hidden = product_p.bind(x, variables["w"], columns=6) * variables["masks"]
@@ -71,7 +71,7 @@ True
 >>> small.cost  # 2 (2*4 - 1) for the first product, 2 for the cubes, 3 (2*2 - 1) for the second
 25.0
 
-What a rule returns is held against every node that it is asked of; one that does not fit is an error that names it:
+Specs are checked for every node. One that does not fit is an error that names its rule:
 
 >>> fp.register_rule(product_p, lambda node, infos: fp.rules.Spec(ins=(("n", "k"),), outs=(), sizes={}))
 >>> fp.cost_model(apply, variables, x)  # doctest: +IGNORE_EXCEPTION_DETAIL

@@ -1,1 +1,1 @@
-"""Masks for models that hold none: groups of axes found in a program, and masks put into it."""
+"""Masks for models without masks: finds groups of axes in a program, and inserts masks."""

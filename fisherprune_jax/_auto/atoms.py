@@ -1,9 +1,9 @@
-"""Axes as atoms: what runs along which axis, found by tying and cutting.
+"""Axes as atoms, tied and cut.
 
-An *atom* is what runs along an axis, until something shows that it is made of several: heads times depth (a product,
-row-major), or query, key and value end to end (a sum). Tying two atoms says that they are one; where they were cut
-differently, both are cut at the finer common pieces. The atoms that are left uncut are the *leaves*: entries of a
-leaf are alike everywhere, so they can be pruned one by one. An atom that cannot be pruned is *blocked*, with a reason.
+An *atom* is the content of an axis, until it proves to be a product (heads times depth, row-major) or a sum (query, key
+and value, concatenated) of others. Tied atoms are one; if they were cut differently, both are cut into the common
+pieces. Uncut atoms are *leaves*: their entries are alike everywhere, so each can be pruned. A *blocked* atom cannot be
+pruned, for a reason.
 
 >>> heads, depth, merged = Atom(4), Atom(8), Atom(32)
 >>> cut(merged, PRODUCT, [heads, depth])
@@ -24,7 +24,7 @@ PRODUCT, SUM = "product", "sum"
 
 
 class Atom:
-  """What runs along an axis: ``size`` entries, one leaf or several ``parts``; ``why`` it cannot be pruned, if so."""
+  """The content of an axis: ``size`` entries, a leaf or several ``parts``; ``why`` it cannot be pruned, if so."""
 
   __slots__ = ("_same", "kind", "parts", "size", "why")
 
@@ -35,33 +35,33 @@ class Atom:
     self._same: Atom | None = None
 
   def root(self) -> "Atom":
-    """The atom that stands for all that it was tied to."""
+    """The representative of all tied atoms."""
     top = self
     while top._same is not None:
       top = top._same
-    while self._same is not None:  # so that later ways are short
+    while self._same is not None:  # shortens later paths
       self._same, self = top, self._same
     return top
 
   def become(self, other: "Atom") -> None:
-    """Lets another atom stand for this one."""
+    """Make another atom the representative of this one."""
     self._same = other
 
 
 def leaves(atom: Atom) -> list[Atom]:
-  """The uncut atoms that an atom is made of, in order."""
+  """The uncut atoms of an atom, in order."""
   atom = atom.root()
   return [leaf for part in atom.parts for leaf in leaves(part)] if atom.kind else [atom]
 
 
 def block(atom: Atom, why: str) -> None:
-  """Says why an atom cannot be pruned; the first reason stays."""
+  """Record why an atom cannot be pruned; the first reason counts."""
   for leaf in leaves(atom):
     leaf.why = leaf.why or why
 
 
 def cut(atom: Atom, kind: str, parts: Sequence[Atom]) -> None:
-  """Says that an atom is made of ``parts``, as a product or end to end."""
+  """Cut an atom into ``parts``, as a product or a sum."""
   parts = _flat(kind, parts)
   if len(parts) == 1:
     tie(atom, parts[0])
@@ -72,7 +72,7 @@ def cut(atom: Atom, kind: str, parts: Sequence[Atom]) -> None:
 
 
 def tie(a: Atom, b: Atom) -> None:
-  """Says that two atoms are one."""
+  """Make two atoms one."""
   a, b = a.root(), b.root()
   if a is b:
     return
@@ -99,7 +99,7 @@ def _is(size: Size, number: int) -> bool:
 
 
 def _flat(kind: str, parts: Iterable[Atom]) -> list[Atom]:
-  """Parts of parts of one kind, without those that change nothing."""
+  """Parts, with those of the same kind expanded, and without neutral ones."""
   found: list[Atom] = []
   for part in parts:
     part = part.root()
@@ -109,7 +109,7 @@ def _flat(kind: str, parts: Iterable[Atom]) -> list[Atom]:
 
 
 def _meet(a: Atom, b: Atom) -> None:
-  """Ties two atoms that are cut in one way, at the finer common pieces."""
+  """Tie two atoms of one kind, at their common pieces."""
   pairs = _pieces(a.kind, _flat(a.kind, a.parts), _flat(b.kind, b.parts))
   if pairs is None:
     _part_company(a, b, "it is cut in two ways that do not fit")
@@ -120,7 +120,7 @@ def _meet(a: Atom, b: Atom) -> None:
 
 
 def _pieces(kind: str, ours: Sequence[Atom], theirs: Sequence[Atom]) -> list[tuple[Atom, Atom]] | None:
-  """Pairs of equal size; a product is gone through from its innermost part, a sum from its first."""
+  """Pairs of equal size; a product starts at its innermost part, a sum at its first."""
   queues = deque(ours), deque(theirs)
   take: Callable[[deque[Atom]], Atom] = deque.pop if kind == PRODUCT else deque.popleft
   put = deque.append if kind == PRODUCT else deque.appendleft
@@ -147,7 +147,7 @@ def _pieces(kind: str, ours: Sequence[Atom], theirs: Sequence[Atom]) -> list[tup
 
 
 def _across(product: Atom, total: Atom) -> None:
-  """Ties ``k n`` to ``n + n + ...``: the pieces are alike, and which of them it is cannot be pruned."""
+  """Tie ``k n`` to ``n + n + ...``: the pieces are alike, and their number cannot be pruned."""
   parts, inner = _flat(SUM, total.parts), _flat(PRODUCT, product.parts)
   for start in range(1, len(inner)):
     size = math.prod(part.size for part in inner[start:])

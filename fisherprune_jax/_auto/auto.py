@@ -1,4 +1,4 @@
-"""Masks for a function that holds none."""
+"""Masks for a function without masks."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -28,14 +28,13 @@ Select = Callable[[Group], bool] | Collection[str] | None
 
 @dataclass(frozen=True, eq=False, repr=False)
 class AutoMask(Shown):
-  """What :func:`auto_mask` found, and the function with masks in it; ``print`` shows it as a table.
+  """The groups that :func:`auto_mask` found, and the function with masks; ``print`` shows a table.
 
   Attributes:
     groups: what can be pruned.
-    skipped: what cannot, each axis of a variable with the reason.
+    skipped: other axes of variables, each with the reason.
     masks: ``{group.name: ones(size)}``, float32; ``(L, size)`` for a group inside of L stacked layers.
-    variables: the variables with these masks as collection ``"masks"``; variables that are no mapping are its
-      ``"params"``.
+    variables: the variables with these masks as collection ``"masks"``; a tree that is no mapping becomes ``"params"``.
   """
 
   groups: tuple[Group, ...]
@@ -47,23 +46,23 @@ class AutoMask(Shown):
 
   @property
   def apply(self) -> Callable[..., PyTree]:
-    """The function with masks in it, ``apply(variables, *args)``; of variables without ``"masks"`` the original."""
+    """The function with masks, ``apply(variables, *args)``; without ``"masks"`` in the variables, the original."""
     return self._apply
 
   def wrap(self, fn: Callable[..., PyTree], batch_axes: BatchAxes = 0) -> Callable[..., PyTree]:
-    """Puts the same masks into another function of the same variables, such as the training form, or a loss.
+    """Insert the same masks into another function of the same variables, such as the training form or a loss.
 
     Args:
-      fn: ``fn(variables, *args, **kwargs)``, which runs the whole model. Arrays among its arguments may be traced,
-        anything else is taken as it is. Like a function under ``jax.jit`` it has to be pure.
-      batch_axes: where examples lie in ``args``, like ``jax.vmap``'s ``in_axes``; for masks of one row per example.
+      fn: ``fn(variables, *args, **kwargs)``, a pure function that runs the whole model. Arrays among its arguments may
+        be traced; other values are static.
+      batch_axes: the example axes of ``args``, like ``jax.vmap``'s ``in_axes``, for per-example masks.
 
     Returns:
-      A function of the same arguments; of variables without ``"masks"`` it is ``fn``.
+      A function of the same arguments; without ``"masks"`` in the variables it is ``fn``.
 
     Raises:
-      ValueError: when called, if ``fn`` splits or ties groups, or reads none of one; if masks or variables are those of
-        another model.
+      ValueError: when called, if ``fn`` splits, ties or does not read a group, or gets masks or variables of another
+        model.
 
     >>> import jax.numpy as jnp
     >>> import fisherprune_jax as fp
@@ -76,7 +75,7 @@ class AutoMask(Shown):
     return Wrapped(fn, self._apply.model, batch_axes)
 
   def cost(self, measure: Any = "flops", **options: Any) -> CostModel:
-    """The cost as a function of the masks, at the arguments that :func:`auto_mask` got.
+    """The cost as a function of the masks, at the arguments of :func:`auto_mask`.
 
     Args:
       measure: what is counted, as in :func:`cost_model`.
@@ -86,16 +85,16 @@ class AutoMask(Shown):
     return cost_model(self.apply, self.variables, *self._args, measure=measure, **options)
 
   def compact(self, variables: PyTree, **options: Any) -> Compact:
-    """The network without its masked features, at the arguments that :func:`auto_mask` got.
+    """The network without its masked features, at the arguments of :func:`auto_mask`.
 
     Args:
       variables: the variables, with masks.
-      **options: those of :func:`compact`.
+      **options: options of :func:`compact`.
     """
     return compact(self.apply, variables, *self._args, **{"batch_axes": self._apply.batch_axes, **options})
 
   def tables(self) -> list[Table | str]:
-    """Groups, with the share of the FLOPs that hangs on each, and what was skipped."""
+    """Groups with the share of the FLOPs that depends on each, and skipped axes."""
     cost = self.cost()
     dense = cost.exact(self.masks)
     without = (cost.exact({**self.masks, g.name: jnp.zeros_like(self.masks[g.name])}) for g in self.groups)
@@ -113,31 +112,31 @@ def auto_mask(
   blocks: bool = False,
   batch_axes: BatchAxes = 0,
 ) -> AutoMask:
-  r"""Finds what can be pruned in a function that holds no masks, and puts masks in.
+  r"""Find what can be pruned in a function without masks, and insert masks.
 
-  A *group* is a set of axes of variables that must shrink together: the output axis of a layer, its bias, every layer
-  that a residual sum ties to it, and the input axes of all that read it. It is there if a variable makes it, something
-  sums over it, and it reaches neither an argument nor an output. Its mask stands in front of whatever sums over it,
+  A *group* is a set of axes of variables that shrink together: the output axis of a layer, its bias, and the input axes
+  of all readers; and layers that a residual sum ties. A variable makes a group, something sums over it, and it reaches
+  neither an argument nor an output. Its mask is inserted before every sum over it,
 
   .. math:: \sum_k x_{nk} w_{km} \;\to\; \sum_k mask_k \, x_{nk} w_{km}
 
-  so that what dead features are in between never matters, and each of them can be removed by ``fp.compact``.
+  so intermediate values of masked features do not matter, and ``fp.compact`` can remove each.
 
   Args:
     apply_fn: ``apply_fn(variables, *args)``, any JAX function: Linen's ``model.apply``, a Haiku ``apply``, a function
       of an Equinox module's arrays.
     variables: a tree of arrays.
     *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
-    select: which groups to take: a predicate on :class:`Group`, or names; None for all.
+    select: the groups to use: a predicate on :class:`Group`, or names; None for all.
     blocks: whether every residual branch ``x + f(x)`` gets a mask of one entry too.
-    batch_axes: where examples lie in ``args``, like ``jax.vmap``'s ``in_axes``.
+    batch_axes: the example axes of ``args``, like ``jax.vmap``'s ``in_axes``.
 
   Returns:
     An :class:`AutoMask`.
 
   Raises:
-    ValueError: if there is nothing to prune, if ``select`` chooses nothing, or if there are masks already.
-    TypeError: if ``variables`` hold something else than arrays.
+    ValueError: if there is no group, ``select`` chooses none, or ``variables`` already hold masks.
+    TypeError: if ``variables`` hold anything but arrays.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -153,7 +152,7 @@ def auto_mask(
 
   References:
     Fang et al., `DepGraph: Towards any structural pruning <https://arxiv.org/abs/2301.12900>`_, 2023, which finds
-    groups by a table of layer types.
+    groups by layer type.
   """
   paths = _paths(variables)
   batch_size(args, batch_axes)

@@ -1,8 +1,8 @@
-"""Which axes of a program are one: every ``Spec`` ties the axes that share a factor, and says what sums over what.
+"""Ties the axes of a program that share a factor of a ``Spec``, and finds the sums over factors.
 
-Where a primitive runs programs, their values are tied to its own (``structured.links``). The axes of arguments and
-outputs, and what a primitive needs whole in an operand, are blocked. (What is whole in a result alone, as random bits
-are, can be sliced.) Data ties only data: what computes with variables takes a slice of its own of it (``data.py``).
+Values of sub-programs are tied to those of their node (``structured.links``). Axes of arguments and outputs, and axes
+that a primitive needs whole in an operand, are blocked. Axes that are whole in a result alone, as random bits are, can
+be sliced. Data ties only data: computations with variables take slices of it (``data.py``).
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,7 +26,7 @@ OUTPUT = "it reaches an output"
 
 
 class Reader(NamedTuple):
-  """A node that sums over a factor, and the places (operand, axis) where it could be masked, the best first."""
+  """A node that sums over a factor, and the places (operand, axis) for its mask, the best first."""
 
   node: Node
   atom: Atom
@@ -34,7 +34,7 @@ class Reader(NamedTuple):
 
 
 class Body(NamedTuple):
-  """A program that a node runs, and the turns of the loops that it is in, as far as arrays have an entry for each."""
+  """A program that a node runs, and the loops around it, as far as arrays have an entry per iteration."""
 
   program: Program
   turns: tuple[Atom, ...]
@@ -42,16 +42,16 @@ class Body(NamedTuple):
 
 @dataclass(eq=False)
 class Axes:
-  """The atoms of all axes in a program, and of the programs that it runs.
+  """The atoms of all axes in a program and its sub-programs.
 
   Attributes:
-    live: its forward analysis.
-    made: the arrays in which a variable has a part; the others are data.
-    readers: what sums over what.
+    live: the forward analysis.
+    made: arrays that depend on a variable; the others are data.
+    readers: the sums over atoms.
     produced: atoms that a variable brings into an array that depends on the arguments, with that variable.
-    bodies: the programs that it runs.
-    learned: arrays that depend on variables but not on arguments, each with the first variable that it is made of.
-    turns: what runs along the turns of a loop that reads or writes an entry of an array in each.
+    bodies: the sub-programs.
+    learned: arrays that depend on variables but not on arguments, with their first variable.
+    turns: for a loop that reads or writes an entry of an array per iteration, the atom of its iterations.
   """
 
   live: Liveness
@@ -66,13 +66,12 @@ class Axes:
   _slices: list[tuple[Atom, Atom]] = field(default_factory=list)
 
   def of(self, value: Value) -> tuple[Atom, ...]:
-    """The atoms of an array's axes."""
     if value not in self.atoms:
       self.atoms[value] = tuple(map(Atom, value.shape))
     return self.atoms[value]
 
   def operand(self, node: Node, at: int) -> tuple[Atom, ...]:
-    """The atoms of an operand's axes, as its node reads it: of data a slice of its own."""
+    """The atoms of an operand, as its node reads it: data is sliced."""
     value = node.ins[at]
     if value in self.made or not self._computes(node):
       return self.of(value)
@@ -81,18 +80,17 @@ class Axes:
     return self._operands[node, at]
 
   def hand_on(self, examples: Atom, arguments: Sequence[Value]) -> None:
-    """Says of all slices of data which of their axes are examples, and which are an argument's; after ``walk``."""
+    """Mark example axes and axes of arguments in all slices of data; after ``walk``."""
     given = {leaf for value in arguments for atom in self.of(value) for leaf in leaves(atom)}
     rows = set(leaves(examples))
     for use, atom in self._slices:
       hand_on(use, atom, rows, given)
 
   def varies(self, value: Value) -> bool:
-    """Whether an array depends on the arguments."""
     return self.live.info(value).varies
 
   def walk(self, program: Program, turns: tuple[Atom, ...] = ()) -> None:
-    """Ties the axes of everything in a program that runs in each of ``turns``."""
+    """Tie the axes of a program that runs in each iteration of ``turns``."""
     self.bodies.append(Body(program, turns))
     for node in used(program):
       self._learn(node.ins, node.outs)
@@ -103,18 +101,15 @@ class Axes:
         self._links(node, found, turns)
 
   def block_all(self, values: Iterable[Value], why: str) -> None:
-    """Blocks every axis of arrays."""
     for value in values:
       if value.literal is None:
         for atom in self.of(value):
           block(atom, why)
 
   def _computes(self, node: Node) -> bool:
-    """Whether a variable has a part in what a node computes."""
     return not self.made.isdisjoint(node.outs)
 
   def _slice(self, value: Value) -> tuple[Atom, ...]:
-    """Atoms of the axes of a slice of data."""
     atoms = tuple(map(Atom, value.shape))
     self._slices += zip(atoms, self.of(value), strict=True)
     return atoms
@@ -128,7 +123,7 @@ class Axes:
       tie_axes(self.of(value), axes, factors, node)
     if not self._computes(node):
       return
-    # In order: names of groups are the same in all processes.
+    # Ordered, so that group names are the same in all processes.
     given = dict.fromkeys(name for axes in spec.ins for axis in axes for name in factors_of(axis))
     made = {name for axes in spec.outs for axis in axes for name in factors_of(axis)}
     for name in (name for name in given if name in spec.whole):
@@ -140,13 +135,13 @@ class Axes:
         self.produced += [(factors[name], variable) for variable in self._brought(node, spec, name)]
 
   def _learn(self, ins: Sequence[Value], outs: Sequence[Value]) -> None:
-    """Notes which results variables alone make."""
+    """Note which results depend on variables alone."""
     made = [self.learned[value] for value in ins if value in self.learned]
     if made:
       self.learned.update((out, made[0]) for out in outs if not self.varies(out))
 
   def _brought(self, node: Node, spec: Spec, name: Factor) -> list[Value]:
-    """The variables of which operands with a factor are made."""
+    """The variables of operands with a factor."""
     return [
       self.learned[value]
       for value, axes in zip(node.ins, spec.ins, strict=True)
@@ -185,11 +180,11 @@ class Axes:
         self._learn([inner], [outer])
 
   def _tie_values(self, outer: Value, inner: Value, turns: Atom | None) -> Atom | None:
-    """Ties an array to one inside; where it has one entry for each turn, its first axis is that of the turns."""
+    """Tie an array to one inside; if it has an entry per iteration, its first axis is that of the iterations."""
     if outer.literal is not None or inner.literal is not None:
       return turns
     data = outer not in self.made
-    apart = data != (inner not in self.made)  # then the one is a slice of the other
+    apart = data != (inner not in self.made)  # one is a slice of the other
     axes = self._slice(outer) if data and apart else self.of(outer)
     own = self._slice(inner) if apart and not data else self.of(inner)
     more = len(axes) - len(own)
@@ -201,7 +196,7 @@ class Axes:
     return turns
 
   def _inside_rule(self, node: Node, link: Link, start: int) -> None:
-    """What a function with a derivative rule sums over is masked where it is called, if it is given it as it is."""
+    """Mask sums inside of a function with a derivative rule where it is called, if they read its operands."""
     inside, self.readers[start:] = self.readers[start:], []
     given = {inner: at for at, (_, inner) in enumerate(link.ins)}
     if isinstance(STRUCTURED[node.name], CustomJvp):
@@ -212,7 +207,7 @@ class Axes:
       cotangents = _vanishing(link.program, link.program.inputs[len(link.ins) :], self.live)
     for reader in inside:
       if any(reader.node.ins[at] in cotangents for at, _ in reader.places):
-        continue  # zero where the result is not read: the masks behind the call see to that
+        continue  # zero where the result is not read: masks after the call ensure that
       handed = [_origin(reader.node.ins[at], link.program, self.live) for at, _ in reader.places]
       operands = sorted({given[value] for value in handed if value in given})
       places = [
@@ -233,7 +228,6 @@ class Axes:
 
 
 def _reason(node: Node, spec: Spec, name: Factor) -> str:
-  """Why a node needs a factor whole."""
   if node.name == "conv_general_dilated" and any(name in factors_of(axis) for axis in spec.ins[1]):
     return KERNEL
   return spec.opaque or f"{node.name} works along it"
@@ -244,7 +238,7 @@ def _is_float(value: Value) -> bool:
 
 
 def _vanishing(program: Program, cotangents: Sequence[Value], live: Liveness) -> set[Value]:
-  """What is zero wherever cotangents are."""
+  """The values that are zero wherever cotangents are."""
   found = set(cotangents)
   for node in program.nodes if found else ():
     spec = live.specs.get(node)
@@ -259,7 +253,7 @@ def _vanishing(program: Program, cotangents: Sequence[Value], live: Liveness) ->
 
 
 def used(program: Program) -> list[Node]:
-  """The nodes that an output hangs on; the others say nothing of what belongs together."""
+  """The nodes that an output depends on; the others tie nothing."""
   wanted, found = set(program.outputs), []
   for node in reversed(program.nodes):
     if node.acts or any(out in wanted for out in node.outs):
@@ -269,7 +263,7 @@ def used(program: Program) -> list[Node]:
 
 
 def _origin(value: Value, program: Program, live: Liveness) -> Value:
-  """The value that a value is, moved."""
+  """The value before it was moved."""
   makers = {out: node for node in program.nodes for out in node.outs}
   while value in makers and makers[value] in live.specs and live.specs[makers[value]].moves:
     value = makers[value].ins[0]

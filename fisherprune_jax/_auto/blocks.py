@@ -1,9 +1,9 @@
-"""Residual branches: sums ``x + f(x)`` of which ``f(x)`` can go as a whole.
+"""Residual branches: sums ``x + f(x)`` in which ``f(x)`` can be removed as a whole.
 
-The *stream* of an array is what it is the sum of, moved, cast or multiplied: of ``x + g * f(x)``, itself, ``x``, ``g``
-and ``f(x)``. A term of a sum (or a difference) is a branch of the other one if variables of its own meet that one's stream
-in it. Where there is no such term, the stream of a shortcut goes through a projection too, a product with a variable; the
-branch is then the term that is none. Branches of the same variables, as where layers are shared, are one block.
+The *stream* of an array is all that it sums up, moved, cast or multiplied. For ``x + g * f(x)`` it is that sum, ``x``,
+``g`` and ``f(x)``. One term of a sum or difference is a branch if it alone combines some variables with the stream of
+the other term. If none is, streams also pass through projections (products with a variable), as in shortcuts; the
+branch is then the term that is no projection. Branches of the same variables, as in shared layers, are one block.
 """
 
 import functools
@@ -21,13 +21,13 @@ PROJECTIONS = ("dot_general", "conv_general_dilated")
 
 
 class Branch(NamedTuple):
-  """A term of a sum that goes as a whole.
+  """A term of a sum that can be removed as a whole.
 
   Attributes:
     node: the sum.
-    operand: which of its terms.
-    turns: the turns of loops that it has a row for.
-    variables: what it alone is made of.
+    operand: the position of the term.
+    turns: the loops with a row of its mask per iteration.
+    variables: the variables of this term alone.
   """
 
   node: Node
@@ -37,7 +37,7 @@ class Branch(NamedTuple):
 
 
 def branches(axes: Axes) -> list[Branch]:
-  """All residual branches of a program, and of those that it runs."""
+  """All residual branches of a program and its sub-programs."""
   return [branch for body in axes.bodies for branch in _of_program(axes, body.program, body.turns)]
 
 
@@ -71,7 +71,7 @@ def _is_branch(
   trunk: Value,
   projected: bool,
 ) -> bool:
-  """Whether variables of a term's own meet the stream of the other one in it."""
+  """Whether variables of this term alone are combined with the stream of the other term."""
   stream = set(_stream(trunk, makers, axes, projected))
   if projected:
     stream -= set(_stream(branch, makers, axes, projected))
@@ -85,7 +85,7 @@ def _is_branch(
 
 
 def _stream(value: Value, makers: dict[Value, Node], axes: Axes, projected: bool) -> Iterator[Value]:
-  """An array, and the terms and factors that it is made of; what it is a projection of, too."""
+  """An array, and its terms and factors; with ``projected``, through projections too."""
   waiting, seen = [value], set()
   while waiting:
     value = waiting.pop()
@@ -105,7 +105,7 @@ def _stream(value: Value, makers: dict[Value, Node], axes: Axes, projected: bool
 
 
 class _Ancestors:
-  """What each array of a program is computed from, as sets of bits."""
+  """The arrays that each array of a program is computed from, as bit sets."""
 
   def __init__(self, program: Program) -> None:
     self._all = [*program.inputs, *(value for value, _ in program.consts)]
@@ -117,15 +117,13 @@ class _Ancestors:
       self._sets.update((out, together | self._bit[out]) for out in node.outs)
 
   def of(self, value: Value) -> int:
-    """An array and all that it is computed from."""
+    """An array and all its ancestors."""
     return self._sets.get(value, 0)
 
   def bit(self, value: Value) -> int:
-    """The array alone."""
     return self._bit[value]
 
   def values(self, bits: int) -> Iterable[Value]:
-    """The arrays of a set."""
     while bits:
       lowest = bits & -bits
       yield self._all[lowest.bit_length() - 1]

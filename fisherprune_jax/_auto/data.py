@@ -1,8 +1,7 @@
-"""Data: arrays in which no variable has a part, such as arguments, tables of positions and constants.
+"""Data: arrays that depend on no variable, such as arguments, tables of positions and constants.
 
-Data ties nothing together. Whatever computes with variables takes a slice of its own of the data that it reads, so each
-use of an array has atoms of its own. Two things are still true of all slices: where the examples are, and which axes are
-those of an argument.
+Data ties nothing: computations with variables read slices of it, with new atoms. All slices share example axes and axes
+of arguments.
 """
 
 from collections.abc import Iterable
@@ -16,14 +15,13 @@ ARGUMENT = "it reaches an argument"
 
 
 def made_of(program: Program, variables: Iterable[Value], live: Liveness) -> set[Value]:
-  """All arrays, also inside of loops and calls, in which one of ``variables`` has a part; the others are data."""
+  """All arrays that depend on ``variables``, also inside of loops and calls; the others are data."""
   found = set(variables)
   _spread(program, found, live)
   return found
 
 
 def _spread(program: Program, found: set[Value], live: Liveness) -> None:
-  """Adds the results of every node that has an operand among ``found``."""
   for node in program.nodes:
     inside = links(node, live)
     for link in inside:
@@ -35,7 +33,7 @@ def _spread(program: Program, found: set[Value], live: Liveness) -> None:
 def _spread_inside(link: Link, found: set[Value], live: Liveness) -> None:
   given = {inner for _, inner in link.ins}
   found.update(inner for outer, inner in link.ins if outer in found)
-  found.update(value for value in link.program.inputs if value not in given)  # cotangents: of anything
+  found.update(value for value in link.program.inputs if value not in given)  # cotangents depend on anything
   _spread(link.program, found, live)
   while more := {inner for inner, out in link.turns if out in found and inner not in found}:
     found.update(more)
@@ -44,14 +42,7 @@ def _spread_inside(link: Link, found: set[Value], live: Liveness) -> None:
 
 
 def hand_on(use: Atom, atom: Atom, examples: set[Atom], arguments: set[Atom]) -> None:
-  """Says of a slice of data what is true of the data: which of its parts are examples, and which are an argument's.
-
-  Args:
-    use: what runs along an axis of the slice.
-    atom: what runs along that axis of the data.
-    examples: the leaves that run along examples.
-    arguments: the leaves that run along axes of arguments.
-  """
+  """Mark ``examples`` and axes of ``arguments`` in a slice of data, from the atom of the data to ``use``."""
   parts = leaves(atom)
   if arguments.issuperset(parts) and examples.isdisjoint(parts):
     block(use, ARGUMENT)
@@ -60,7 +51,7 @@ def hand_on(use: Atom, atom: Atom, examples: set[Atom], arguments: set[Atom]) ->
 
 
 def _copy(atom: Atom, examples: set[Atom], arguments: set[Atom]) -> Atom:
-  """An atom that is cut in the same way; only the examples are the same ones."""
+  """An atom cut alike, with the same example leaves and new others."""
   atom = atom.root()
   if atom in examples:
     return atom

@@ -1,8 +1,7 @@
-"""Which example each row of every array in a program belongs to: one forward pass, by the same specs as all else.
+"""The example that each row of every array in a program belongs to, by one forward pass over the specs.
 
-It is apart from what shrinks together: constants and data tie no features, but rows are followed through them. The index
-of an array that a variable has a part in comes from operands of that kind, if they have one: data beside them is taken as
-it lies.
+This is separate from what shrinks together: constants and data tie no features, but rows are followed through them. If
+operands that depend on variables have an index, a result takes theirs; other data is assumed to be aligned.
 """
 
 import math
@@ -20,24 +19,19 @@ from fisherprune_jax._graph.spec import Axes, Axis, Factor, Pick, Prod, Spec, Su
 from fisherprune_jax._graph.structured import STRUCTURED, Link, links
 
 IN_PLACE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "ragged_dot_general")
-"""They need an axis whole, but leave its rows where they are."""
+"""Primitives with an indivisible axis that leave its rows in place."""
 MOST_TURNS = 20
 
 
 class State(NamedTuple):
-  """Where examples are in an array, and whether a variable has a part in it."""
+  """The examples of an array, and whether it depends on a variable."""
 
   rows: tuple[Rows, ...] = ()
   made: bool = False
 
 
 class Examples:
-  """Where examples are in every array of a program.
-
-  Args:
-    live: its forward analysis.
-    count: how many there are.
-  """
+  """The examples of every array of a program, from its forward analysis ``live`` and the number of examples."""
 
   def __init__(self, live: Liveness, count: int) -> None:
     self.live, self.count = live, count
@@ -45,18 +39,17 @@ class Examples:
     self._makers: dict[Value, Node] = {}
 
   def start(self, variables: Iterable[Value], args: Iterable[Value], axes: Iterable[int | None]) -> None:
-    """Says what the inputs are: variables, and arguments with their example axes."""
+    """Set the inputs: variables, and arguments with their example axes."""
     self._states.update((value, State(made=True)) for value in variables)
     rows = np.arange(self.count)
     for value, axis in zip(args, axes, strict=True):
       self._states[value] = State(() if axis is None else (Rows((axis,), rows),))
 
   def of(self, value: Value) -> State:
-    """What is known of an array."""
     return self._states.get(value, State())
 
   def walk(self, program: Program) -> None:
-    """Follows examples through a program, and those that it runs."""
+    """Follow examples through a program and its sub-programs."""
     for node in program.nodes:
       self._makers.update((out, node) for out in node.outs)
       found = links(node, self.live)
@@ -90,7 +83,7 @@ class Examples:
     if ours:
       return tuple(_laid(rows, axes, spec) for rows in together(ours, node))
     first = [_laid(rows, axes, spec) for rows in mixed(data, node, self.count)]
-    return tuple(sorted(first, key=_leading)[:1])  # of pairs of data, the first of each pair
+    return tuple(sorted(first, key=_leading)[:1])  # the first example of each pair
 
   def _by_factors(
     self, node: Node, spec: Spec, operand: int, rows: Rows, shown: Sequence[Factor], states: Sequence[State]
@@ -119,7 +112,7 @@ class Examples:
     return [lost(places, node, found.base)] if hidden and places else []
 
   def _anew(self, node: Node, spec: Spec, rows: Rows, places: Sequence[Factor]) -> Rows | None:
-    """Rows of data that was stirred: examples of their own, if there are as many."""
+    """Rows of reordered data as new examples, if their number fits."""
     assert rows.index is not None
     around = [at for at, key in enumerate(rows.keys) if isinstance(key, Node)]
     turns = [rows.index.shape[at] for at in around]
@@ -150,7 +143,7 @@ class Examples:
     self._states.update(results)
 
   def _turn(self, node: Node, inner: Value, out: Value, give_up: bool) -> bool:
-    """Hands what a turn carries to the next; returns whether that is new."""
+    """Carry a loop value to the next iteration; returns whether its state changed."""
     before = self.of(inner)
     after = self._either(before, self._left(self.of(out), node, 0), node)
     if give_up and after.rows:
@@ -161,7 +154,7 @@ class Examples:
     return not (same and before.made == after.made)
 
   def _left(self, state: State, node: Node, more: int) -> State:
-    """What is known of a result, by what a turn gives; what is carried is not of one turn's examples."""
+    """The state of a result, from that of an iteration; carried values do not follow the examples of one iteration."""
     found, given = [], {rows.via for value in node.ins for rows in self.of(value).rows}
     for rows in state.rows:
       keys = [key + more if isinstance(key, int) else 0 if key is node and more else key for key in rows.keys]
@@ -171,7 +164,7 @@ class Examples:
     return state._replace(rows=tuple(found))
 
   def _either(self, one: State, other: State, node: Node) -> State:
-    """What is known of an array that is one or the other."""
+    """The state of an array that is one of two."""
     made = one.made or other.made
     if one.made != other.made and one.rows and other.rows:
       return State(one.rows if one.made else other.rows, True)
@@ -184,7 +177,7 @@ def _parts(axes: Axes, key: object) -> tuple[object, ...]:
 
 
 def _beside(state: State, axes: Axes) -> set[Factor]:
-  """The factors of an operand that holds examples, along other axes than theirs."""
+  """The factors of other axes of an operand with examples."""
   held = {key for rows in state.rows for key in rows.keys}
   return {f for at, axis in enumerate(axes) if held and at not in held for f in factors_of(axis)}
 
@@ -194,7 +187,7 @@ def _leading(rows: Rows) -> int:
 
 
 def _taken_apart(rows: Rows, axes: Axes, spec: Spec, shown: Sequence[Factor]) -> Rows:
-  """Rows along axes as rows along their factors; of parts end to end, the one that is shown."""
+  """Rows along axes as rows along their factors; of concatenated parts, the one in the result."""
   assert rows.index is not None
   if rows.via:
     (only,) = rows.keys
@@ -252,7 +245,7 @@ def _laid(rows: Rows, axes: Axes, spec: Spec) -> Rows:
 
 
 def _end_to_end(node: Node, spec: Spec, total: Sum, each: Sequence[Sequence[Rows]]) -> Rows:
-  """Rows along the factors of a result that lays operands end to end; nobody's where one has none."""
+  """Rows along the factors of a concatenation; operands without rows belong to no example."""
   every = [rows for found in each for rows in found]
   base = frozenset[object]().union(*(rows.base for rows in every))
   size = {
@@ -278,7 +271,7 @@ def _end_to_end(node: Node, spec: Spec, total: Sum, each: Sequence[Sequence[Rows
 
 
 def _entered(state: State, node: Node, more: int) -> State:
-  """What is known of an array in a program that is given one entry of it at each turn, or all of it."""
+  """The state of an array in a program that gets one entry of it per iteration, or all of it."""
 
   def entered(rows: Rows) -> Rows:
     keys = (key if not isinstance(key, int) else node if key < more else key - more for key in rows.keys)
@@ -289,5 +282,5 @@ def _entered(state: State, node: Node, more: int) -> State:
 
 
 def _is_ruled(node: Node) -> bool:
-  """Whether it is a function with a derivative rule, in which no mask stands."""
+  """Whether a function has a derivative rule, so that no mask is inside."""
   return isinstance(STRUCTURED[node.name], Custom)

@@ -1,4 +1,4 @@
-"""A function of variables, traced and studied: what runs along its axes, and where its groups are masked."""
+"""A function of variables, traced: the atoms of its axes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ class Form:
   """One function of the variables, at given shapes.
 
   Attributes:
-    program: what it computes.
+    program: the traced program.
     out_tree: the structure of its result.
-    axes: what runs along the axes of all its arrays.
+    axes: the atoms of all arrays.
     variables: the values of the variables' leaves.
-    examples: what runs along the example axes.
-    captured: arrays of the caller that the function uses without being given them; inputs after the arguments.
+    examples: the atom of all example axes.
+    captured: tracers that the function closes over, as inputs after the arguments.
   """
 
   program: Program
@@ -44,17 +44,10 @@ class Form:
 def study(
   fn: Callable[..., PyTree], variables: PyTree, args: Sequence[PyTree], example_axes: Sequence[int | None]
 ) -> Form:
-  """Traces ``fn(variables, *args)`` and finds which of its axes are one.
-
-  Args:
-    fn: the function.
-    variables: its variables.
-    args: its arguments; arrays, tracers or shapes.
-    example_axes: for each leaf of ``args`` its example axis, None if it has none.
-  """
+  """Trace ``fn(variables, *args)`` and tie its axes; ``example_axes`` has an axis or None for each leaf of ``args``."""
   program, out_tree = trace(
     fn, variables, *args
-  )  # as they are: their types say over which devices they differ
+  )  # unchanged arguments: their types carry how they vary over devices
   captured = [const for _, const in program.consts if is_traced(const)]
   program.inputs += [value for value, const in program.consts if is_traced(const)]
   program.consts[:] = [(value, const) for value, const in program.consts if not is_traced(const)]
@@ -74,7 +67,6 @@ def study(
 
 
 def _examples(axes: Axes, inputs: Sequence[Value], example_axes: Sequence[int | None]) -> Atom:
-  """One atom for all example axes."""
   found = [axes.of(value)[at] for value, at in zip(inputs, example_axes, strict=False) if at is not None]
   for other in found[1:]:
     tie(found[0], other)

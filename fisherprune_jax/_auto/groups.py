@@ -1,4 +1,4 @@
-"""Groups: the leaves of variables' axes that can be pruned, with their names; and the same groups in another function."""
+"""Groups: the leaves of variables' axes that can be pruned, with their names."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -18,10 +18,10 @@ from fisherprune_jax._graph.program import Program, Value
 
 BLOCK = "block"
 NO_AXIS = -1
-"""The place of a variable that has none."""
+"""The axis of a variable that has none."""
 
 Place = tuple[int, int, int]
-"""Which variable, which of its axes, which of the leaves that this is made of."""
+"""A variable, an axis of it, and a leaf of that axis, by position."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Group:
   """Axes of variables that shrink together.
 
   Attributes:
-    name: how its mask is called.
-    size: how many features it has.
-    members: ``(path, axis)`` of every variable that shrinks with it, as in ``("params/Conv_0/kernel", 3)``.
-    kind: ``"features"``, or ``"block"`` for a residual branch that goes as a whole.
-    rows: the leading axes of its mask, one row for each layer of a stack; mostly none.
+    name: the name of its mask.
+    size: the number of features.
+    members: ``(path, axis)`` of every variable that shrinks with it, such as ``("params/Conv_0/kernel", 3)``.
+    kind: ``"features"``, or ``"block"`` for a residual branch that is removed as a whole.
+    rows: the leading axes of its mask, with one row per layer of a stack; empty without a stack.
   """
 
   name: str
@@ -44,7 +44,7 @@ class Group:
 
 
 class Found(NamedTuple):
-  """What was found in a form: groups, what was skipped, and per group its places (of a block, its variables)."""
+  """The groups of a form, skipped axes, and the places of each group (for a block, its variables)."""
 
   groups: list[Group]
   skipped: list[Skipped]
@@ -52,7 +52,7 @@ class Found(NamedTuple):
 
 
 def find_blocks(form: Form, paths: Sequence[tuple[str, ...]]) -> tuple[list[Group], list[list[Place]]]:
-  """The residual branches of a form, as groups of one entry, each with all axes of its variables."""
+  """The residual branches of a form, as groups of one entry with all axes of their variables."""
   position = {value: at for at, value in enumerate(form.variables)}
   found: dict[frozenset[Value], Branch] = {}
   for branch in branches(form.axes):
@@ -83,12 +83,7 @@ def find_blocks(form: Form, paths: Sequence[tuple[str, ...]]) -> tuple[list[Grou
 
 
 def find(form: Form, paths: Sequence[tuple[str, ...]]) -> Found:
-  """The groups of a form, in the order in which it makes them.
-
-  Args:
-    form: the function.
-    paths: the path of every variable.
-  """
+  """The groups of a form, in the order of the program, with variables' ``paths`` for names."""
   axes, names = form.axes, ["/".join(path) for path in paths]
   places: dict[Atom, list[Place]] = {}
   for at, value in enumerate(form.variables):
@@ -126,7 +121,7 @@ def _is_free(leaf: Atom) -> bool:
 
 
 def stacks(axes: Axes) -> dict[Atom, tuple[Atom, ...]]:
-  """Of each leaf the turns of which every array that has it belongs to one, or has an entry for each."""
+  """For each leaf, the loops in which all its arrays are inside of an iteration, or have an entry per iteration."""
   turns = list(dict.fromkeys(turn.root() for body in axes.bodies for turn in body.turns))
   found: dict[Atom, set[Atom]] = {}
   if not turns:

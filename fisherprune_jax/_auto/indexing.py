@@ -1,4 +1,4 @@
-"""Rows that are read and written by index, where the index is known: ``h[jnp.arange(B), last]``."""
+"""Rows that are read and written at known positions: ``h[jnp.arange(B), last]``."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ WRITES = (
   "scatter",
   *(f"scatter-{name}" for name in ("add", "sub", "mul", "min", "max")),
 )
-"""What is written into keeps its rows."""
+"""Primitives that keep the rows of what they write into."""
 
 Makers = Mapping[Value, Node]
 
@@ -24,7 +24,7 @@ Makers = Mapping[Value, Node]
 def followed(
   node: Node, spec: Spec, operand: int, rows: Rows, made: bool, live: Liveness, makers: Makers
 ) -> Rows | None:
-  """Rows that are read or written at known positions, along factors of the result; None if it is something else."""
+  """Rows that are read or written at known positions, along factors of the result; None for other rows."""
   axes = [key for key in rows.keys if isinstance(key, int)]
   if len(axes) != 1 or not spec.outs[0]:
     return None
@@ -51,7 +51,7 @@ def _read(node: Node, spec: Spec, rows: Rows, axis: int, live: Liveness, makers:
 
 
 def _picked(node: Node, spec: Spec, rows: Rows, axis: int, live: Liveness, makers: Makers) -> Rows | None:
-  """Rows that a list of positions picks which is only known when the program runs."""
+  """Rows picked by a list of positions that is known at run time only."""
   numbers = node.params["dimension_numbers"]
   places = [f for i, f in enumerate(spec.outs[0]) if i not in numbers.offset_dims]
   order = cause(node, makers)
@@ -69,13 +69,13 @@ def _picked(node: Node, spec: Spec, rows: Rows, axis: int, live: Liveness, maker
 
 
 def _is_inverse(one: Value, other: Value, live: Liveness, makers: Makers) -> bool:
-  """Whether one order puts back what another has sorted: it sorts that one, which is an order itself."""
+  """Whether one order is the inverse of another: the argsort of an argsort."""
   keys = _sorted_keys(one, live, makers)
   return keys is not None and _origin(keys, makers) is other and _sorted_keys(other, live, makers) is not None
 
 
 def _sorted_keys(order: Value, live: Liveness, makers: Makers) -> Value | None:
-  """What an array of positions is the order of: ``order = argsort(keys)``."""
+  """The keys of ``order = argsort(keys)``."""
   node = makers.get(order)
   if node is None or node.name != "sort" or len(node.ins) != 2 or order is not node.outs[1]:
     return None
@@ -110,7 +110,7 @@ def _written(node: Node, spec: Spec, rows: Rows, axis: int, live: Liveness, make
 
 
 def _put_back(node: Node, spec: Spec, rows: Rows, makers: Makers) -> Rows | None:
-  """Rows that are written where they were picked from, whatever the positions are."""
+  """Rows that are written to where they were picked from, at any positions."""
   numbers = node.params["dimension_numbers"]
   assert rows.index is not None
   if len(numbers.scatter_dims_to_operand_dims) != 1 or cause(node, makers) is not rows.via[-1]:
@@ -130,7 +130,7 @@ def _is_inside(column: np.ndarray, size: int) -> bool:
 
 
 def _column(indices: Value, at: int, live: Liveness, makers: Makers) -> np.ndarray | None:
-  """One number of every index, where it is known though others may not be."""
+  """One coordinate of every index, if it is known; others may not be."""
   known = live.info(indices).known
   if known is not None:
     return known[..., at]
@@ -144,7 +144,7 @@ def _column(indices: Value, at: int, live: Liveness, makers: Makers) -> np.ndarr
 
 
 def cause(node: Node, makers: Makers) -> object:
-  """What decides the order of data that a node stirs: of what is read by one index, that index."""
+  """What decides the order of reordered data: for reads and writes by one index, that index."""
   if node.name != "gather" and not node.name.startswith("scatter"):
     return node
   return _origin(node.ins[1], makers)
@@ -160,4 +160,4 @@ def _origin(value: Value, makers: Makers) -> Value:
 MOVES: frozenset[Factor] = frozenset(
   ("select_n", "broadcast_in_dim", "reshape", "convert_element_type", "squeeze", "transpose")
 )
-"""What an index goes through before it is used; ``select_n`` counts those below zero from the end."""
+"""Operations on an index before its use; ``select_n`` makes negative ones count from the end."""

@@ -1,4 +1,4 @@
-"""Running a program with masks in front of what sums over groups."""
+"""Runs a program with masks before the sums over groups."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,14 +19,14 @@ from fisherprune_jax._graph.program import Node, Program, Value
 
 
 class Masks(NamedTuple):
-  """Of each leaf its mask, and of each loop around the number of its turn."""
+  """The mask of each leaf, and the number of the iteration of each loop around."""
 
   laid: Mapping[Atom, Laid]
   turns: Mapping[Node, Any] = MappingProxyType({})
 
 
 class Site(NamedTuple):
-  """An operand of a node that is multiplied by the masks of some leaves along one axis, or as a whole."""
+  """An operand of a node that masks of some leaves multiply, along one axis or as a whole."""
 
   operand: int
   axis: int | None
@@ -37,7 +37,7 @@ Plan = dict[Node, list[Site]]
 
 
 def plan_of(form: Form, found: Matched, numbering: Numbering | None) -> Plan:
-  """Where masks stand: at every node that sums over their leaves, on one operand; at the end of residual branches."""
+  """The sites of masks: one operand of every node that sums over their leaves, and the ends of residual branches."""
   plan: Plan = {}
   chosen = found.leaves
   for branch, atom in found.branches:
@@ -59,7 +59,7 @@ def plan_of(form: Form, found: Matched, numbering: Numbering | None) -> Plan:
 def _merit(
   form: Form, numbering: Numbering | None, node: Node, place: tuple[int, int], wanted: Sequence[Atom]
 ) -> tuple[bool, bool]:
-  """Whether an operand's axis has all the leaves; whether it tells examples apart."""
+  """Whether an operand's axis has all the leaves, and whether its examples are known."""
   operand, axis = place
   has = leaves(form.axes.operand(node, operand)[axis])
   tells = numbering is not None and numbering.tells(node.ins[operand])
@@ -68,7 +68,7 @@ def _merit(
 
 @dataclass(eq=False)
 class Masked:
-  """A form, run with masks put in by a plan."""
+  """A form, run with masks inserted by a plan."""
 
   form: Form
   plan: Plan
@@ -76,12 +76,12 @@ class Masked:
   _inside: dict[Node, bool] = field(default_factory=dict)
 
   def __call__(self, inputs: Sequence[Any], masks: Masks) -> Any:
-    """The result of the function, of its flat inputs."""
+    """The result of the function, from flat inputs."""
     program = self.form.program
     return jax.tree.unflatten(self.form.out_tree, self.run(program, [*inputs, *self.form.captured], masks))
 
   def run(self, program: Program, inputs: Sequence[Any], masks: Masks, depth: int = 0) -> list[Any]:
-    """The outputs of a program that is inside of ``depth`` calls."""
+    """The outputs of a program inside of ``depth`` calls."""
     env: dict[Value, Any] = dict(zip(program.inputs, inputs, strict=True))
     env.update(program.consts)
     made: dict[tuple[Value, tuple[Site, ...]], Any] = {}
@@ -122,7 +122,7 @@ class Masked:
     return wide.astype(array.dtype)
 
   def _apply(self, node: Node, arrays: Sequence[Any], masks: Masks) -> Sequence[Any]:
-    """The results of a node; one with masks inside runs its programs anew."""
+    """The results of a node; if masks are inside, its sub-programs are run."""
     if not self._masks_inside(node):
       return compat.bind(node.eqn, arrays)
     return INSIDE[node.name](self, node, arrays, masks)
@@ -136,7 +136,6 @@ class Masked:
     return self._inside[node]
 
   def inner(self, node: Node, inputs: Sequence[Any], masks: Masks, at: int = 0) -> list[Any]:
-    """The outputs of a program that a node runs."""
     return self.run(self.form.axes.live.subs[node][at], inputs, masks, len(node.callers) + 1)
 
 
@@ -164,7 +163,7 @@ def _scan(masked: Masked, node: Node, arrays: Sequence[Any], masks: Masks) -> Se
 
 
 def _by_turn(mask: Laid, turns: Atom | None) -> Laid:
-  """A mask with its rows in front; labels are those of one row."""
+  """A mask with the axis of iterations first, without its label."""
   assert turns is not None
   at = mask.labels.index(turns)
   return Laid(jnp.moveaxis(mask.array, at, 0), (*mask.labels[:at], *mask.labels[at + 1 :]))
@@ -203,4 +202,4 @@ INSIDE = {
   "cond": _cond,
   **dict.fromkeys(("remat", "remat2", "checkpoint"), _checkpoint),
 }
-"""Primitives whose programs can hold masks; functions with a derivative rule are masked where they are called."""
+"""Primitives whose sub-programs can hold masks; functions with derivative rules are masked at the call."""

@@ -1,9 +1,8 @@
-"""Masks laid along the axes of an array, wherever their features, examples and turns are there.
+"""Lays masks along the axes of an array that hold their features, examples and iterations.
 
-A mask is an array of one axis for each of its *labels*, the atoms that run along them: the turns of loops, examples,
-features. Where examples are is said by ``Spots``. Axes of the array that it is laid along are trees of atoms; a mask of one leaf is spread over a product by
-repeating it, and over a sum with ones for the other parts. Everything is done by moving, so that a mask stays a mask for
-whoever analyses the program.
+A mask has one axis for each of its *labels*, the atoms of those axes. ``Spots`` are the places of examples. Along a
+product of atoms the mask of one leaf is repeated; along a sum, other parts are ones. Masks are only moved and repeated,
+so the program's analysis still sees masks.
 """
 
 import functools
@@ -19,16 +18,16 @@ from fisherprune_jax._types import Shape
 
 
 class Laid(NamedTuple):
-  """A mask with one axis for each of ``labels``; of one laid along an axis, that axis comes before them."""
+  """A mask with one axis per label; if laid along an axis, that axis comes first."""
 
   array: jax.Array
   labels: tuple[Atom, ...]
 
 
 class Spots(NamedTuple):
-  """Where examples are in an array: ``index`` along ``axes``, -1 for nobody's; ``label`` is theirs in masks.
+  """The examples of an array: ``index`` along ``axes``, -1 for none; ``label`` is the example label of masks.
 
-  An ``index`` of None says that they lie in order along the one axis that there is.
+  None as ``index`` means that they lie in order along a single axis.
   """
 
   label: Atom
@@ -39,16 +38,10 @@ class Spots(NamedTuple):
 def lay(
   masks: Mapping[Atom, Laid], axis: int, atoms: Sequence[Atom], spots: Spots | None = None
 ) -> tuple[jax.Array, list[Atom]]:
-  """Masks along one axis of an array.
-
-  Args:
-    masks: of each leaf its mask, whose last axis is that of the leaf, not among ``labels``.
-    axis: where they lie.
-    atoms: what runs along the axes of the array.
-    spots: where examples are, if masks have a row for each.
+  """Lay ``masks`` of leaves along one axis of an array; the last axis of each is its leaf, which has no label.
 
   Returns:
-    An array of the rank of the array, whose axes are of full size or 1; the labels that the array has nowhere.
+    An array of the rank of ``atoms``, with axes of full size or 1; and labels that the array lacks.
   """
   found = _along(atoms[axis], masks)
   assert found is not None
@@ -77,13 +70,13 @@ def lay(
 
 
 def _at(spots: Spots, axis: int, laid: Laid) -> tuple[jax.Array, tuple[Atom | int, ...]]:
-  """A mask with each row where its example is: axes of the array for the label of examples."""
+  """A mask with each row at its example: axes of the array in place of the example label."""
   others = tuple(label for label in laid.labels if label is not spots.label)
   array = jnp.moveaxis(laid.array, 1 + laid.labels.index(spots.label), -1)
   if spots.index is None:
     return array, (*others, *spots.axes)
   index, count = spots.index, array.shape[-1]
-  array = jnp.concatenate([array, jnp.ones_like(array[..., :1])], -1)  # the last row is nobody's
+  array = jnp.concatenate([array, jnp.ones_like(array[..., :1])], -1)  # the last row is for no example
   index = jnp.where(index < 0, count, index)
   if axis not in spots.axes:
     return jnp.take(array, index, -1), (*others, *spots.axes)
@@ -96,14 +89,14 @@ def _at(spots: Spots, axis: int, laid: Laid) -> tuple[jax.Array, tuple[Atom | in
 def lay_whole(
   masks: Mapping[Atom, Laid], atoms: Sequence[Atom], spots: Spots | None = None
 ) -> tuple[jax.Array, list[Atom]]:
-  """A mask of one entry for a whole array; as ``lay``."""
+  """A mask of one entry for a whole array, as in ``lay``."""
   (leaf,) = masks
   array, missing = lay(masks, len(atoms), [*atoms, leaf], spots)
   return (array if missing else jnp.squeeze(array, -1)), missing
 
 
 def _along(atom: Atom, masks: Mapping[Atom, Laid]) -> Laid | None:
-  """Masks along an axis, ``(axis, *labels)``; None where there are none."""
+  """Masks along an axis, ``(axis, *labels)``; None without masks."""
   atom = atom.root()
   if not atom.kind:
     mask = masks.get(atom)
@@ -125,7 +118,7 @@ def _along(atom: Atom, masks: Mapping[Atom, Laid]) -> Laid | None:
 
 
 def _full(part: Laid | None, size: int, labels: Sequence[Atom], rest: Shape) -> jax.Array:
-  """A part with an axis for every label; ones where it is not masked."""
+  """A part with an axis for every label; ones if it is not masked."""
   if part is None:
     return jnp.ones((size, *rest), jnp.float32)
   array = _with_labels(part, labels)
@@ -133,7 +126,7 @@ def _full(part: Laid | None, size: int, labels: Sequence[Atom], rest: Shape) -> 
 
 
 def _with_labels(part: Laid, labels: Sequence[Atom]) -> jax.Array:
-  """Its array with an axis for every label, of size 1 for those that it lacks."""
+  """The array with an axis for every label, of size 1 for missing ones."""
   array, own = part
   wanted = [label for label in labels if label in own]
   array = jnp.transpose(array, [0, *(1 + own.index(label) for label in wanted)])
@@ -142,7 +135,7 @@ def _with_labels(part: Laid, labels: Sequence[Atom]) -> jax.Array:
 
 
 def _multiplied(atom: Atom, parts: Sequence[Laid | None], labels: tuple[Atom, ...]) -> Laid:
-  """The outer product of masks along the parts of an axis; a label that is a part of it lies there."""
+  """The outer product of masks along the parts of an axis; labels among the parts lie there."""
   count, inside = len(parts), [part.root() for part in atom.parts]
   arrays = []
   for at, part in enumerate(parts):
@@ -165,7 +158,7 @@ def _multiplied(atom: Atom, parts: Sequence[Laid | None], labels: tuple[Atom, ..
 
 
 def _spread(array: jax.Array, at: int, atom: Atom, label: Atom) -> jax.Array:
-  """An axis of a label's entries as one of an atom's that the label is a part of."""
+  """An axis of a label, repeated to one of an atom that contains the label."""
   atom = atom.root()
   if atom is label:
     return array

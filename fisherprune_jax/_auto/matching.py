@@ -1,4 +1,4 @@
-"""The groups of one form found again in another: by the variables' axes, cut as they were."""
+"""Finds the groups of one form in another, by variables and how their axes are cut."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from fisherprune_jax._auto.groups import BLOCK, Group, Place, stacks
 from fisherprune_jax._graph.program import Value
 
 Tree = int | tuple[str, tuple["Tree", ...]]
-"""How an axis is cut, as plain data: its size, or how and into what."""
+"""How an axis is cut: its size, or a kind and parts."""
 
 
 def tree_of(atom: Atom) -> Tree:
@@ -27,14 +27,11 @@ def tree_of(atom: Atom) -> Tree:
 
 
 Leaves = dict[Atom, tuple[Group, tuple[Atom, ...]]]
-"""Of each leaf its group, and the turns of loops that its mask has rows for."""
+"""For each leaf its group, and the loops whose iterations are rows of the mask."""
 
 
 class Matched(NamedTuple):
-  """Groups of a form: ``leaves`` with their group and the turns that its mask has rows for, and residual branches.
-
-  A branch is there with an atom of one entry, which is among the leaves.
-  """
+  """The leaves of groups in a form, and residual branches, each with an atom of one entry (also a leaf)."""
 
   leaves: Leaves
   branches: list[tuple[Branch, Atom]]
@@ -47,17 +44,17 @@ def match(
   groups: Sequence[Group],
   places: Sequence[Sequence[Place]],
 ) -> Matched:
-  """Finds groups in another function.
+  """Find groups in another function of the same variables.
 
   Args:
-    form: another function of the same variables.
-    values: its variables, in the order of the function that the groups were found in; None of those that it lacks.
-    trees: of each variable how its axes were cut where the groups were found.
+    form: the function.
+    values: its variables, in the order of the first function; None for missing ones.
+    trees: how the first function cuts their axes.
     groups: the groups.
-    places: of each group its places.
+    places: their places.
 
   Raises:
-    ValueError: if the form splits a group, ties two, or sums over none of its axes.
+    ValueError: if the form splits a group, ties two, or does not read one.
   """
   for value, axis_trees in zip(values, trees, strict=True):
     for atom, tree in zip(form.axes.of(value) if value else (), axis_trees, strict=False):
@@ -88,9 +85,9 @@ def _match_blocks(
   places: Sequence[Sequence[Place]],
   found: Matched,
 ) -> None:
-  """Adds the residual branches of a form, each known by its variables.
+  """Add the residual branches of a form, found by their variables.
 
-  What some branch has in one of both forms alone, as the averages of batch norm are read in serving, says nothing.
+  Variables that only one of both forms uses in a branch do not count, such as batch norm averages in serving.
   """
   there = branches(form.axes)
   blocks = [
@@ -155,7 +152,6 @@ def _members(group: Group) -> str:
 
 
 def _cut_like(atom: Atom, tree: Tree) -> None:
-  """Cuts an atom as another one was."""
   if isinstance(tree, tuple):
     kind, trees = tree
     parts = [Atom(_size(part)) for part in trees]
@@ -165,7 +161,6 @@ def _cut_like(atom: Atom, tree: Tree) -> None:
 
 
 def _sizes(tree: Tree) -> list[int]:
-  """The sizes of the leaves."""
   return [size for part in tree[1] for size in _sizes(part)] if isinstance(tree, tuple) else [tree]
 
 

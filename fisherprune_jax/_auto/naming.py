@@ -11,12 +11,12 @@ def unique_names(
   paths: Sequence[tuple[str, ...]],
   roles: Sequence[str] = (),
 ) -> list[str]:
-  """A name for each group, after the module that makes it; with what the axis is where one module makes several.
+  """A name for each group, after the module that makes it, with a role if a module makes several.
 
   Args:
-    makers: of each group the position of the variable that makes it, and all places ``(variable, axis, part)``.
+    makers: for each group, the variable that makes it, and its places ``(variable, axis, part)``.
     paths: the path of every variable.
-    roles: what each group is, as in ``"heads"``.
+    roles: such as ``"heads"``, for each group.
 
   >>> paths = [("params", "Dense_0", "kernel"), ("params", "Dense_0", "bias")]
   >>> unique_names([(0, [(0, 1, 0), (1, 0, 0)])], paths)
@@ -42,19 +42,19 @@ def unique_names(
     count = Counter(names)
     names = [more if count[name] > 1 else name for name, more in zip(names, longer, strict=True)]
   seen: Counter[str] = Counter()
-  for at, name in enumerate(names):  # keys may hold slashes: then two paths may be one text
+  for at, name in enumerate(names):  # keys may hold slashes, so two paths may read the same
     seen[name] += 1
     names[at] = name if seen[name] == 1 else f"{name}#{seen[name]}"
   return names
 
 
 def block_names(variables: Sequence[Sequence[int]], paths: Sequence[tuple[str, ...]]) -> list[str]:
-  """A name for each residual branch: what its variables' paths have in common, and ``.block``.
+  """A name for each residual branch: the common path of its variables, and ``.block``.
 
-  Where that is the same for several, the module of the first of its variables is in it too.
+  Equal names get the first module, too.
 
   Args:
-    variables: of each branch the positions of its variables, the most telling first.
+    variables: the variables of each branch, the most telling first.
     paths: the path of every variable.
 
   >>> paths = [("params", "Layer_0", "Dense_0", "kernel"), ("params", "Layer_0", "Dense_1", "kernel")]
@@ -77,13 +77,13 @@ def block_names(variables: Sequence[Sequence[int]], paths: Sequence[tuple[str, .
 
 
 def _without_collections(paths: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
-  """Paths without ``params`` and what is beside it, ``batch_stats`` or ``state``, where variables come so."""
+  """Paths without ``params``, ``batch_stats`` and other collections, if there are collections."""
   apart = all(len(path) > 1 for path in paths) and any(path[0] == "params" for path in paths)
   return [path[1:] for path in paths] if apart else list(paths)
 
 
 def _common(own: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
-  """The path that variables have in common, without the name of a single one."""
+  """The common path of variables, without the name of a single one."""
   first = own[0] if len(own) > 1 else own[0][:-1] or own[0]
   depth = next(
     (at for at in range(len(first)) if any(path[at : at + 1] != (first[at],) for path in own)), len(first)
@@ -92,7 +92,7 @@ def _common(own: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def _axis(maker: int, places: Sequence[tuple[int, int, int]]) -> tuple[int, int]:
-  """The last axis of the variable that makes a group on which it lies: outputs come after inputs."""
+  """The last axis and part of a group in the variable that makes it: outputs come after inputs."""
   return (
     max((axis, part) for at, axis, part in places if at == maker)
     if any(at == maker for at, _, _ in places)
@@ -105,7 +105,7 @@ def _without_collection(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _module(path: tuple[str, ...], paths: Sequence[tuple[str, ...]]) -> str:
-  """The path of a variable without its own name, if that is one of a module's."""
+  """The path of a variable, without its own name if that belongs to a module."""
   parent = path[:-1]
   alone = all(len(other) == len(path) for other in paths if other[: len(parent)] == parent)
   short = _without_collection(path)

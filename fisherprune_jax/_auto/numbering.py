@@ -1,4 +1,4 @@
-"""Where the rows of per-example masks lie in each array, so that row n belongs to example n everywhere."""
+"""The rows of per-example masks in each array, so that row n belongs to example n everywhere."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -21,11 +21,7 @@ REMEDY = (
 
 
 class Numbering:
-  """Where each row of the masks lies in every array.
-
-  Attributes:
-    label: what runs along the examples of a mask.
-  """
+  """The rows of per-example masks in every array; ``label`` is the atom of examples."""
 
   def __init__(self, form: Form, axes: Sequence[int | None], count: int) -> None:
     self.label = Atom(count)
@@ -36,12 +32,12 @@ class Numbering:
     self._rank: np.ndarray | None = None
 
   def tells(self, value: Value) -> bool:
-    """Whether an array tells examples apart."""
+    """Whether an array's examples are known."""
     rows = self._examples.of(value).rows
     return len(rows) == 1 and rows[0].index is not None
 
   def settle(self, plan: Mapping[Node, Sequence[Any]], names: Mapping[Atom, str]) -> None:
-    """Checks that each row of a mask is of one example wherever the mask stands, and numbers examples as the data does."""
+    """Check that each row of a mask has one example at all its sites, and number examples like the data."""
     bases: dict[str, tuple[frozenset[Any], Node]] = {}
     orders = set()
     for node, sites in plan.items():
@@ -62,7 +58,7 @@ class Numbering:
   def spots(
     self, value: Value, node: Node, turns: Mapping[Node, jax.Array], read: Callable[[Value], Any]
   ) -> Spots:
-    """Where examples are in an operand of a node, in a turn of the loops around it; ``read`` gives arrays beside it."""
+    """The examples of an operand in one iteration of the loops around it; ``read`` gives other arrays."""
     rows = self._rows(value, node)
     index = rows.index if self._rank is None else self._rank[rows.index]
     assert index is not None
@@ -101,7 +97,7 @@ class Numbering:
 
 
 def _picked(index: jax.Array, orders: Iterable[jax.Array]) -> jax.Array:
-  """An index, picked from by positions; those below zero count from the end."""
+  """An index, picked from by positions; negative ones count from the end."""
   for order in orders:
     flat = order.reshape(-1)
     index = jnp.take(index, jnp.where(flat < 0, flat + index.size, flat), mode="clip")

@@ -1,4 +1,4 @@
-"""What a group is in the network, for its name: heads, their depth, or the width of a layer."""
+"""Roles of groups, for their names: heads, their depth, or the width of a layer."""
 
 from collections.abc import Collection
 
@@ -10,9 +10,9 @@ from fisherprune_jax._graph.spec import Spec, factors_of
 
 
 def roles_of(axes: Axes, groups: Collection[Atom]) -> dict[Atom, str]:
-  """The heads and depths among groups, by products of two arrays that both vary, as those of attention are.
+  """The heads and depths among groups, from products of two varying arrays, as in attention.
 
-  Queries and keys are summed over their depth, beside their heads; what heads then meet is the depth of values.
+  Queries and keys are summed over their depth, beside heads; other groups of products with heads are depths of values.
   """
   found: dict[Atom, str] = {}
   for body in axes.bodies:
@@ -29,7 +29,7 @@ def roles_of(axes: Axes, groups: Collection[Atom]) -> dict[Atom, str]:
 
 
 def _parts(axes: Axes, node: Node, spec: Spec, groups: Collection[Atom]) -> tuple[list[Atom], list[Atom]]:
-  """The groups that a product sums over, and the others of its operands."""
+  """The groups that a product sums over, and the other groups of its operands."""
   summed, others = list[Atom](), list[Atom]()
   for operand, own in enumerate(spec.ins):
     for atom, axis in zip(axes.operand(node, operand), own, strict=True):

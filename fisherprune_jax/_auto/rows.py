@@ -1,8 +1,7 @@
-"""Which example each entry of an array belongs to, as far as its place tells.
+"""The example that each entry of an array belongs to, where its position shows it.
 
-``Rows`` are an index: of each position along some axes the number of the example there. Where arrays are moved, cut or
-laid end to end by known positions, so is the index. Where positions are not known, the index is lost, or, of data that no
-variable has touched, the rows that come out are examples of their own: row n is example n.
+``Rows`` index examples by position. Moving, slicing or concatenating by known positions changes the index alike. By
+unknown positions it is lost; or, for data that depends on no variable, row n becomes example n.
 """
 
 from collections.abc import Iterable, Sequence
@@ -13,25 +12,24 @@ import numpy as np
 from fisherprune_jax._graph.program import Node, Value
 
 Key = Any
-"""An axis of an array by its number, a factor of a spec by its name, or the node of a loop, for its turns."""
+"""An axis (by number), a factor of a spec (by name), or the node of a loop, for its iterations."""
 
 FIRST = frozenset({""})
-"""The numbering of examples in which they are given."""
+"""The original numbering of examples."""
 LARGEST = 2**24
-"""Entries of an index beyond which it is not followed."""
+"""The largest index, in entries."""
 
 
 class Rows(NamedTuple):
-  """Where the examples are in an array.
+  """The examples of an array.
 
   Attributes:
-    keys: along what they differ.
-    index: the example at each position along ``keys``, -1 for nobody's; None where that cannot be told.
-    base: whose numbers these are: ``FIRST``, or what made rows of data anew.
-    order: the order of all examples in the data, where it is a known one and not that of the numbers.
-    via: arrays of positions that are only known when the program runs, by which one after the other it was picked
-      from what ``index`` says.
-    why: what it was that nobody can follow.
+    keys: where examples differ.
+    index: the example at each position along ``keys``, -1 for none; None if unknown.
+    base: the numbering: ``FIRST``, or what reordered the data.
+    order: the order of all examples in the data, if it is known and differs from the numbers.
+    via: arrays of positions, known at run time only, that picked from ``index`` one after the other.
+    why: the node through which examples cannot be followed.
   """
 
   keys: tuple[Key, ...]
@@ -42,7 +40,6 @@ class Rows(NamedTuple):
   why: Node | None = None
 
   def same(self, other: "Rows") -> bool:
-    """Whether two are equal."""
     if self._replace(index=None) != other._replace(index=None):
       return False
     return self.index is other.index or (
@@ -50,7 +47,7 @@ class Rows(NamedTuple):
     )
 
   def along(self, keys: Sequence[Key], sizes: Sequence[int]) -> "Rows":
-    """The same along all of ``keys``, of which it may lack some."""
+    """The same rows along all of ``keys``, a superset of their own."""
     assert self.index is not None
     own = [key for key in keys if key in self.keys]
     index = self.index.transpose([self.keys.index(key) for key in own])
@@ -59,7 +56,7 @@ class Rows(NamedTuple):
     return self._replace(keys=tuple(keys), index=index)
 
   def simple(self) -> "Rows":
-    """Without keys along which the example is always the same."""
+    """The same rows, without keys along which the example is constant."""
     if self.index is None or self.via:
       return self
     if self.index.size > LARGEST:
@@ -73,12 +70,12 @@ class Rows(NamedTuple):
 
 
 def lost(keys: Iterable[Key], why: Node | None, base: frozenset[Any] = FIRST) -> Rows:
-  """Rows of which nobody can tell whose they are."""
+  """Rows of unknown examples."""
   return Rows(tuple(keys), None, base, why=why)
 
 
 def is_all(rows: Rows, count: int) -> bool:
-  """Whether every example is there once."""
+  """Whether every example occurs exactly once."""
   return (
     rows.index is not None
     and not rows.via
@@ -88,7 +85,7 @@ def is_all(rows: Rows, count: int) -> bool:
 
 
 def ordered(rows: Rows, count: int) -> Rows:
-  """Rows of data, which number examples in their own order where all are there."""
+  """Rows of data, with their order if all examples are there."""
   if not is_all(rows, count):
     return rows
   assert rows.index is not None
@@ -97,7 +94,7 @@ def ordered(rows: Rows, count: int) -> Rows:
 
 
 def met(one: Rows, other: Rows, why: Node) -> Rows:
-  """What both say, of one place; lost where they differ."""
+  """The rows that two sources agree on; lost where they differ."""
   keys = (*one.keys, *(key for key in other.keys if key not in one.keys))
   base = one.base | other.base
   if one.index is None or other.index is None:
@@ -118,9 +115,9 @@ def met(one: Rows, other: Rows, why: Node) -> Rows:
 
 
 def together(found: Iterable[Rows], why: Node) -> tuple[Rows, ...]:
-  """What several say of one array; apart from each other where they speak of other keys, as in a table of pairs.
+  """Merge the rows of operands for one array; rows along disjoint keys stay apart, as in a table of pairs.
 
-  A single example beside others, as in ``h - h[0]``, is like a mean of them: it does not say whose a row is.
+  A single example beside others, as in ``h - h[0]``, is ignored, like a mean.
   """
   result: list[Rows] = []
   found = list(found)
@@ -135,7 +132,7 @@ def together(found: Iterable[Rows], why: Node) -> tuple[Rows, ...]:
 
 
 def mixed(found: Sequence[Rows], why: Node, count: int) -> tuple[Rows, ...]:
-  """The same of data: where examples are mixed, row n is example n, if there are as many rows as examples."""
+  """The same for data: if examples are mixed in as many rows, row n becomes example n."""
   result = []
   for rows in together(found, why):
     whole = next((one for one in found if {*one.keys} <= {*rows.keys} and is_all(one, count)), None)

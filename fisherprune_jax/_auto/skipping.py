@@ -1,4 +1,4 @@
-"""Axes that are no group, and why: each axis of each variable, the most interesting first."""
+"""Axes of variables that are no group, with reasons."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,12 @@ from fisherprune_jax._graph.spec import Pick, Sum
 ALONE = "it has one entry"
 WHOLE = "variables alone are summed over along it"
 FOLDED = (KERNEL, ARGUMENT, OUTPUT, ALONE)
-"""How reasons begin that say little, the more interesting first: tables have one line for each."""
+"""Beginnings of less informative reasons, in order; tables fold each into one line."""
 Place = tuple[int, int, int]
 
 
 class Skipped(NamedTuple):
-  """An axis of a variable, or the part of one with ``size`` entries, that cannot be pruned, and why."""
+  """An axis of a variable, or a part of it with ``size`` entries, that cannot be pruned, and why."""
 
   path: str
   axis: int
@@ -37,16 +37,9 @@ def skipped_of(
   makers: AbstractSet[Atom],
   whole: Mapping[tuple[int, Atom], str],
 ) -> list[Skipped]:
-  """What is said of all leaves that are no group.
+  """All leaves that are no group, with reasons, the most informative first.
 
-  Args:
-    axes: what runs along the axes of all arrays.
-    variables: the variables.
-    names: their paths.
-    places: where each leaf lies.
-    groups: the leaves that are groups.
-    makers: the leaves that a variable makes.
-    whole: which variables, by position, keep all entries of which leaf of a group, and the line that needs them.
+  ``makers`` are the leaves that a variable makes; ``whole`` has the line that needs all entries of a group's leaf.
   """
   used, cut = _where(axes)
   read = {leaf for reader in axes.readers for leaf in leaves(reader.atom)}
@@ -69,12 +62,12 @@ def skipped_of(
 
 
 def rank(one: Skipped) -> int:
-  """The place of a reason among those that say little; 0 of any other."""
+  """The position of a reason in ``FOLDED``, from 1; 0 for others."""
   return next((at for at, start in enumerate(FOLDED, 1) if one.why.startswith(start)), 0)
 
 
 def folded(skipped: Sequence[Skipped]) -> list[tuple[str, int, str]]:
-  """``(where, size, why)`` of what was skipped; of a reason that says little the first axis alone."""
+  """``(where, size, why)`` of skipped axes; for reasons in ``FOLDED``, the first axis and a count."""
   rows, seen = [], set[int]()
   for one in skipped:
     kind = rank(one)
@@ -87,7 +80,7 @@ def folded(skipped: Sequence[Skipped]) -> list[tuple[str, int, str]]:
 
 
 def _where(axes: Axes) -> tuple[dict[Atom, str], dict[Atom, str]]:
-  """The line of the first node that reads a leaf, and of the first that takes pieces of an axis with it."""
+  """For each leaf, the line of the first node that reads it, and of the first that splits its axis."""
   used, cut = dict[Atom, str](), dict[Atom, str]()
   for body in axes.bodies:
     for node in body.program.nodes:

@@ -1,7 +1,7 @@
-"""Axes of variables that have a group's features and cannot shrink: something made of variables alone sums over them.
+"""Axes of a group that cannot shrink, because an array made of variables alone sums over them.
 
-A mask is multiplied with arrays that depend on the arguments. A spectral norm, a weight standardisation or the projection
-of a learned query are computed from variables alone, before any mask, and need all of what they sum over.
+Spectral norms, weight standardisation or projections of learned queries do not depend on arguments. They are computed
+before any mask, from all entries.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fisherprune_jax._graph.structured import links
 
 
 def staying(axes: Axes, program: Program, variables: Sequence[Value]) -> dict[tuple[int, Atom], str]:
-  """Which variables, by position, keep all entries of which leaf, each with the line that needs them."""
+  """The variables (by position) and leaves that keep all entries, with the line that needs them."""
   origins: dict[Value, frozenset[int]] = {value: frozenset({at}) for at, value in enumerate(variables)}
   return _walk(axes, program, origins)
 
@@ -27,13 +27,13 @@ def _walk(axes: Axes, program: Program, origins: dict[Value, frozenset[int]]) ->
     origins.update((out, of_all) for out in node.outs if not axes.varies(out))
     for link in links(node, axes.live):
       origins.update((inner, origins[outer]) for outer, inner in link.ins if outer in origins)
-      origins.update((taker, of_all) for taker, _ in link.turns)  # a turn may give anything to the next
+      origins.update((taker, of_all) for taker, _ in link.turns)  # any value may reach the next iteration
       found |= _walk(axes, link.program, origins)
   return found
 
 
 def _summed(axes: Axes, node: Node) -> list[tuple[Value, Atom]]:
-  """The leaves that a node sums over in operands that variables alone make, or needs whole in them."""
+  """Leaves that a node sums over, or needs whole, in operands made of variables alone."""
   spec = axes.live.specs.get(node)
   if spec is None or any(map(axes.varies, node.ins)):
     return []

@@ -1,4 +1,4 @@
-"""Groups, and what was skipped, as tables."""
+"""Tables of groups and skipped axes."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from fisherprune_jax._tables import Table, shortened
 
 
 def tables(groups: Sequence[Group], skipped: Sequence[Skipped], shares: Sequence[float]) -> list[Table | str]:
-  """One row for each group, with the share of the FLOPs that hangs on it, then what was skipped."""
+  """A row per group, with the share of the FLOPs that depends on it, then skipped axes."""
   found = [
     (
       group.name,

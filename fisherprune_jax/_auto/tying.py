@@ -1,4 +1,4 @@
-"""Axes tied to the factors that a ``Spec`` says they are made of."""
+"""Ties axes to the factors of a ``Spec``."""
 
 from collections.abc import Sequence
 
@@ -10,17 +10,16 @@ from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.spec import Axis, Factor, Pick, Prod
 
 MOST_RUNS = 16
-"""Runs of neighbours in a selection before it is taken as arbitrary."""
+"""The most runs of neighbours that a selection is split into."""
 
 
 def tie_axes(atoms: Sequence[Atom], axes: Sequence[Axis], factors: dict[Factor, Atom], node: Node) -> None:
-  """Ties the axes of an array, as a node reads or writes it, to the factors that they are made of."""
+  """Tie the axes of an array, as a node reads or writes it, to their factors."""
   for atom, axis in zip(atoms, axes, strict=True):
     _tie_axis(atom, axis, factors, node)
 
 
 def _tie_axis(atom: Atom, axis: Axis, factors: dict[Factor, Atom], node: Node) -> None:
-  """Ties an axis to its factors."""
   if isinstance(axis, str):
     tie(atom, factors[axis])
   elif isinstance(axis, Pick):
@@ -32,7 +31,7 @@ def _tie_axis(atom: Atom, axis: Axis, factors: dict[Factor, Atom], node: Node) -
 
 
 def _tie_pick(atom: Atom, index: np.ndarray, source: Atom, why: str) -> None:
-  """Ties an axis to the entries that it shows of another: runs of neighbours, or one of each so many."""
+  """Tie an axis to the entries that it picks from another: runs of neighbours, or every n-th entry."""
   size = source.root().size
   step = int(index[1] - index[0]) if index.size > 1 else 1
   if (

@@ -1,4 +1,4 @@
-"""A function of variables that may hold masks: traced, its groups found again, and run with the masks put in."""
+"""Functions of variables that may hold masks: traced, matched with groups, and run with masks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,16 +19,16 @@ from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._types import BatchAxes, PyTree, Shape
 
 NO_PATH = ("variables",)
-"""What stands for the path of variables that are one array."""
+"""The path of variables that are a single array."""
 MOST_KEPT = 8
-"""Shapes that a function is kept traced at, for calls outside of ``jit``."""
+"""The number of shapes that a function is kept traced for, outside of ``jit``."""
 CONTAINERS, PLAIN = (tuple, list, dict, type(None)), (bool, int, float, complex, str, bytes)
-"""What can be told apart by its value, since it cannot change."""
+"""Immutable types, compared by value."""
 
 
 @dataclass(frozen=True, eq=False)
 class Model:
-  """What every form of a model has in common: its variables by path, how their axes are cut, and its groups."""
+  """What all forms of a model share: variables by path, how their axes are cut, and groups."""
 
   has_params: bool
   paths: list[tuple[str, ...]]
@@ -38,7 +38,7 @@ class Model:
   places: list[list[Place]]
 
   def split(self, variables: PyTree) -> tuple[PyTree, dict[str, Any] | None]:
-    """The model's own variables, and the masks among them; variables that have no ``"params"`` may come as these."""
+    """The model's variables, and the masks among them; variables without ``"params"`` may come under that key."""
     if not isinstance(variables, Mapping):
       return variables, None
     masks = variables.get(COLLECTION)
@@ -49,7 +49,7 @@ class Model:
     }, masks
 
   def in_order(self, variables: PyTree, values: Sequence[Any]) -> "list[Any | None]":
-    """What belongs to this model's variables, of what belongs to the leaves of ``variables``; None of one that is not there."""
+    """``values`` of the leaves of ``variables``, in the model's order; None for missing variables."""
     found = {
       path_names(path) or NO_PATH: (leaf.shape, value)
       for (path, leaf), value in zip(jax.tree_util.tree_leaves_with_path(variables), values, strict=True)
@@ -66,7 +66,7 @@ class Model:
     return [found[path][1] if path in found else None for path in self.paths]
 
   def examples_of(self, masks: dict[str, Any]) -> int | None:
-    """Checks the masks; returns the number of examples, if there is one row for each."""
+    """Check the masks; returns the number of examples if masks are per example."""
     expected = {group.name: 0 for group in self.groups}
     require_same_tree(
       masks, expected, "masks", "auto_mask", "Pass a tree like auto.masks, of the same model and `select`."
@@ -88,13 +88,7 @@ class Model:
 
 @dataclass(eq=False)
 class Wrapped:
-  """A function of a model's variables, with masks where there are some.
-
-  Attributes:
-    fn: the function.
-    model: whose groups it has.
-    batch_axes: where its arguments have examples.
-  """
+  """A function of a model's variables, with their masks; ``batch_axes`` are the example axes of its arguments."""
 
   fn: Callable[..., PyTree]
   model: Model
@@ -103,25 +97,24 @@ class Wrapped:
 
   @property
   def __wrapped__(self) -> Callable[..., PyTree]:
-    """The function, where it is looked for in Python."""
+    """The function, where Python looks for it."""
     return self.fn
 
   def __call__(self, variables: PyTree, *args: PyTree, **kwargs: Any) -> PyTree:
-    """The function, with the masks of ``variables``."""
     own, masks = self.model.split(variables)
     if masks is None:
       return self.fn(own, *args, **kwargs)
     count = self.model.examples_of(masks)
     given = _Arguments(args, kwargs)
     masked, leaves = self._masked(own, given, count)
-    if count == 1:  # one example is all that there is: nothing tells it apart
+    if count == 1:  # a single example needs no numbering
       masks = {name: mask.reshape((*mask.shape[:-2], mask.shape[-1])) for name, mask in masks.items()}
     labels = (masked.numbering.label,) if masked.numbering else ()
     laid = {leaf: Laid(masks[group.name], (*turns, *labels)) for leaf, (group, turns) in leaves.items()}
     return masked([*jax.tree.leaves(own), *given.arrays], Masks(laid))
 
   def _masked(self, own: PyTree, given: "_Arguments", count: int | None) -> tuple[Masked, Leaves]:
-    """The same, kept for the next call where nothing is traced and the arguments cannot have changed."""
+    """The traced function, cached if nothing is traced and the arguments are immutable."""
     key = given.key(own)
     if key is None or any(map(is_traced, (*jax.tree.leaves(own), *given.arrays))):
       return self._traced(own, given, count)
@@ -135,7 +128,7 @@ class Wrapped:
     return self._kept[key, count]
 
   def _traced(self, own: PyTree, given: "_Arguments", count: int | None) -> tuple[Masked, Leaves]:
-    """The function traced, with a plan of where masks stand."""
+    """The traced function, with a plan of its masks."""
 
     def function(variables: PyTree, *arrays: Any) -> PyTree:
       args, kwargs = given.filled(arrays)
@@ -155,7 +148,7 @@ class Wrapped:
 
 
 class _Arguments:
-  """Arguments of a call: arrays, and everything else."""
+  """The arguments of a call: arrays and other leaves."""
 
   def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     self._args = args
@@ -166,7 +159,7 @@ class _Arguments:
     self._rest = {at: leaf for at, leaf in enumerate(leaves) if at not in taken}
 
   def key(self, own: PyTree) -> Any:
-    """What a trace with variables ``own`` depends on; None if that holds objects, which may change."""
+    """What a trace with variables ``own`` depends on; None if that includes mutable objects."""
     if not (_is_plain(self._tree) and _is_plain(jax.tree.structure(own))):
       return None
     if any(type(x) not in PLAIN for x in self._rest.values()):
@@ -176,12 +169,11 @@ class _Arguments:
     return signature(own), signature(self.arrays), self._tree, rest
 
   def filled(self, arrays: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with other arrays."""
     leaves = dict(zip(self._at, arrays, strict=True)) | self._rest
     return jax.tree.unflatten(self._tree, [leaves[at] for at in range(len(leaves))])
 
   def example_axes(self, batch_axes: BatchAxes, count: int | None) -> list[int | None]:
-    """Of each array its example axis, if there it has as many entries as there are examples."""
+    """The example axis of each array that has ``count`` entries there."""
     if count is None:
       return [None] * len(self.arrays)
     found = example_axes(self._args, batch_axes)
@@ -193,7 +185,7 @@ class _Arguments:
 
 
 def _is_plain(tree: Any) -> bool:
-  """Whether a tree's structure is one of tuples, lists and dictionaries with names."""
+  """Whether a tree consists of tuples, lists and dictionaries with string keys."""
   data = tree.node_data()
   if data is None:
     return True  # a leaf

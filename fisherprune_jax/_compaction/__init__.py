@@ -1,1 +1,1 @@
-"""The smaller network: what is kept, running it, reporting on it, exporting it."""
+"""The compact network: what it keeps, running, reporting, saving and exporting it."""

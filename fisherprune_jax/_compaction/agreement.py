@@ -1,4 +1,4 @@
-"""Whether another function computes what a compact network computes, from the same variables."""
+"""Whether another function computes the same as a compact network, from the same variables."""
 
 import math
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from fisherprune_jax._types import Array, PyTree
 def disagreement(
   reference: Callable[..., PyTree], other: Callable[..., PyTree], variables: PyTree, *args: PyTree
 ) -> str:
-  """How the outputs of two functions of the same variables differ; empty if they are the same to rounding.
+  """How the outputs of two functions of the same variables differ; empty if they agree up to rounding.
 
-  They are compared on these variables and on others of the same shapes. On these alone what differs may not show: a
-  norm with a scale of zero hides what is before it.
+  They are compared on these variables and on random ones of the same shapes: a norm with a scale of zero, for example,
+  hides what precedes it.
 
   >>> import jax.numpy as jnp
   >>> total, mean = lambda w, x: w * x.sum(), lambda w, x: w * x.mean()
@@ -31,7 +31,7 @@ def disagreement(
     wanted = reference(tree, *args)
     try:
       found = other(tree, *args)
-    except Exception as error:  # a function of anybody's: what it cannot do it says in its own way
+    except Exception as error:  # any function: it may raise anything
       return f"it fails: {str(error).partition(chr(10))[0]}"
     if not same_structure(found, wanted):
       return "its outputs have another structure"
@@ -49,13 +49,13 @@ def _difference(wanted: jax.Array, found: jax.Array) -> str:
   share = float(
     jnp.linalg.norm(jnp.ravel(wanted - found)) / jnp.maximum(jnp.linalg.norm(jnp.ravel(wanted)), 1e-30)
   )
-  enough = math.sqrt(jnp.finfo(wanted.dtype).eps)  # as is usual for sums in another order
+  enough = math.sqrt(jnp.finfo(wanted.dtype).eps)  # usual for sums in another order
   return "" if share <= enough else f"its outputs differ by {100 * share:.3g} %"
 
 
 def _others_like(variables: PyTree) -> PyTree:
-  """Other variables that the function is as well-behaved on: of the same signs and sizes, and nowhere zero."""
-  random = np.random.default_rng(0)  # NumPy's, as JAX compiles a program for each shape
+  """Similar random variables: of the same signs and sizes, and nowhere zero."""
+  random = np.random.default_rng(0)  # JAX would compile a program for each shape
   return jax.tree.map(lambda leaf: _other_like(leaf, random), variables)
 
 

@@ -1,4 +1,4 @@
-"""Handing the pruned network back physically smaller, with the same outputs."""
+"""The pruned network as a smaller one with the same outputs."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -27,18 +27,18 @@ from fisherprune_jax._training.state import make_inert
 from fisherprune_jax._types import ApplyFn, BatchAxes, Picker, PyTree
 
 METER = FlopsMeter()
-"""What ``Compact.cost`` and the report count."""
+"""The counter of ``Compact.cost`` and the report."""
 
 
 class Compact(Shown):
-  """A network without its dead entries; made by :func:`compact`.
+  """A network without its masked entries; made by :func:`compact`.
 
   Attributes:
-    variables: the variables in the tree that they came in, with smaller leaves and without the masks.
+    variables: the variables in their original tree, with smaller leaves and without the masks.
     masks: the masks that it was made with.
     cost: FLOPs per example.
-    dense: FLOPs per example of the network that it all began with.
-    state_from: picks from the output the new values of variables, or None.
+    dense: FLOPs per example of the first network, before any compaction.
+    state_from: picks the new values of variables from the output, or None.
   """
 
   def __init__(
@@ -82,11 +82,11 @@ class Compact(Shown):
 
   @property
   def kept(self) -> PyTree:
-    """Which entries of the network that it all began with are kept, as a tree like ``variables``.
+    """The kept entries of the first network, as a tree like ``variables``.
 
-    In the place of each leaf is a tuple with the original positions along each axis, of shape ``(n,)``; where every layer
-    of a stack keeps entries of its own ``(L, n)``, with -1 for padding. They are those of the first network also
-    after several compactions; see ``parent`` of :func:`compact`.
+    Each leaf is a tuple with the original positions along each axis: ``(n,)``, or ``(L, n)`` padded with -1 if the
+    layers of a stack keep different entries. They refer to the first network even after several compactions; see
+    ``parent`` of :func:`compact`.
 
     >>> import jax.numpy as jnp
     >>> import fisherprune_jax as fp
@@ -98,41 +98,39 @@ class Compact(Shown):
 
   @property
   def blockers(self) -> list[Blocker]:
-    """Where dead entries had to stay, why, and how many FLOPs that keeps."""
+    """Where masked entries could not be removed, why, and the FLOPs of keeping them."""
     return self._stays.blockers
 
   def __call__(self, variables: PyTree, *args: PyTree) -> PyTree:
-    """The outputs of ``apply_fn(full_variables, *args)``, from the compact ``variables``.
-
-    Works at any batch size, and under ``jit``, ``grad`` and ``vmap``.
+    """The outputs of ``apply_fn(full_variables, *args)``; it works under ``jit``, ``grad`` and ``vmap``.
 
     Args:
       variables: a tree like ``self.variables``.
-      *args: the other arguments, as ``apply_fn`` takes them.
+      *args: the other arguments, at any batch size.
     """
     return self._runner(variables, args)
 
   def shrink(self, tree: PyTree) -> PyTree:
-    """Slices any tree shaped like the parameters, like all variables, or like another collection of them."""
+    """Slice a tree shaped like the parameters, like all variables, or like another collection of them."""
     return self._plan.shrink(tree)
 
   def shrink_opt_state(
     self, tx: optax.GradientTransformation, opt_state: PyTree, of: Picker | None = None
   ) -> PyTree:
-    """Slices what an optimizer remembers of the parameters, so that training goes on where it was.
+    """Slice an optimizer state for the compact parameters, so that training continues.
 
     Args:
       tx: the Optax transformation that made the state.
       opt_state: its state, for the full parameters.
-      of: picks what the optimizer is for, ``lambda variables: variables["adapters"]``; None to find it out.
+      of: picks the variables of the optimizer, ``lambda variables: variables["adapters"]``; None to infer them.
 
     Returns:
-      The state for the compact parameters. The pruning state in it becomes inert (``mask_grads=None`` is
-      accepted from then on), unless masks were kept.
+      The state for the compact parameters. Without kept masks its pruning state is inert: it accepts
+      ``mask_grads=None``.
 
     References:
       Shazeer and Stern, `Adafactor: adaptive learning rates with sublinear memory cost
-      <https://arxiv.org/abs/1804.04235>`_, 2018: the statistics that are factored, and start anew
+      <https://arxiv.org/abs/1804.04235>`_, 2018: factored statistics, which are reset
     """
     plan = self._plan
     pruning: Callable[..., Any] = make_inert
@@ -142,7 +140,7 @@ class Compact(Shown):
     return shrink_opt_state(tx, opt_state, self.variables, plan.present(plan.kept), of, pruning)
 
   def report(self) -> str:
-    """A text table, layer by layer: widths before and after, and what could not be removed and why."""
+    """A text table: widths before and after by layer, and what could not be removed, with reasons."""
     return str(self)
 
   def tables(self) -> list[Table | str]:
@@ -158,21 +156,20 @@ class Compact(Shown):
   def export(
     self, *args: PyTree, platforms: Sequence[str] | None = None, batch: str | None = "batch"
   ) -> export.Exported:
-    """``args -> outputs`` as StableHLO, with the weights inside and a symbolic batch size.
+    """Export ``args -> outputs`` as StableHLO, with the weights inside and a symbolic batch size.
 
     Args:
-      *args: example arguments, arrays or ``jax.ShapeDtypeStruct``; their batch size does not matter. Other sizes may
-        be symbols of the caller's own (``jax.export.symbolic_shape``): a sequence length, say.
-      platforms: what to lower for, such as ``("cpu", "cuda")``; None for what runs here.
-      batch: the name of the symbol; None leaves all sizes as they are, for models that compute with their batch
-        size and for what takes numbers alone.
+      *args: example arguments, arrays or ``jax.ShapeDtypeStruct``, of any batch size. Other sizes, such as a sequence
+        length, may be symbols (``jax.export.symbolic_shape``).
+      platforms: target platforms, such as ``("cpu", "cuda")``; None for the current one.
+      batch: the name of the symbol; None for fixed sizes, if the model computes with its batch size.
 
     Returns:
-      A ``jax.export.Exported``: ``.call(*args)`` runs it, ``.serialize()`` (which needs ``flatbuffers``) gives
-      bytes that ``jax.export.deserialize`` loads without this library; ``.serialize(vjp_order=1)`` with the derivative.
+      A ``jax.export.Exported``. ``.call(*args)`` runs it. ``.serialize()`` (needs ``flatbuffers``) gives bytes that
+      ``jax.export.deserialize`` loads without this library; ``.serialize(vjp_order=1)`` includes the derivative.
 
     Raises:
-      ValueError: if the function computes with its batch size so that a symbol does not do.
+      ValueError: if the function cannot compute with a symbolic batch size.
 
     References:
       JAX, `jax.export <https://docs.jax.dev/en/latest/jax.export.html>`_
@@ -191,24 +188,24 @@ class Compact(Shown):
     platforms: Sequence[str] | None = None,
     batch: str | None = "batch",
   ) -> None:
-    """Writes one file with all that :func:`load` needs to run the network and to train it on, without the model's code.
+    """Write one file from which :func:`load` runs and trains the network, without the model's code.
 
-    It is written whole, or what was there stays as it was; the guide on saving has its format. The file holds the
-    derivative too. Where there is none by the arguments, as behind a ``while_loop``, it holds that by the variables; where
-    there is none by those either, it holds none. A warning says so.
+    Writing is atomic; the guide on saving has the format. The file holds the derivative too. If the network cannot be
+    differentiated by its arguments (as behind a ``while_loop``), the file holds the derivative by the variables, or
+    none; a warning says so.
 
     Args:
       path: the file.
-      *args: example arguments, as in :meth:`export`; without any, those that the network was compacted with.
-      variables: other values of ``self.variables``, as training has made them.
-      history: the optimizer state from before compaction, to say when each feature went.
-      platforms: what to lower for, such as ``("cpu", "cuda")``; None for the CPU and what runs here.
-      batch: the name of the batch size in the program, which is free; None for the one size of the arguments.
+      *args: example arguments, as in :meth:`export`; by default those of :func:`compact`.
+      variables: other values of ``self.variables``, such as trained ones.
+      history: the optimizer state before compaction, to save the pruning history.
+      platforms: target platforms, such as ``("cpu", "cuda")``; None for the CPU and the current one.
+      batch: the name of the symbolic batch size; None for that of the arguments.
 
     Raises:
-      ImportError: without ``safetensors`` and ``flatbuffers``, which are in the extra ``save``.
-      ValueError: if the function computes with its batch size so that a symbol does not do, or if ``variables`` or
-        ``history`` are not of this network.
+      ImportError: without ``safetensors`` and ``flatbuffers``, which the extra ``save`` installs.
+      ValueError: if the function cannot compute with a symbolic batch size, or if ``variables`` or ``history`` belong
+        to another network.
       OSError: if the file cannot be written.
 
     >>> import os, tempfile, jax.numpy as jnp
@@ -242,32 +239,30 @@ def compact(
   strict: bool = False,
   parent: Compact | None = None,
 ) -> Compact:
-  """Removes what the masks switched off: a smaller network with the same outputs.
+  """Remove masked features: a smaller network with the same outputs.
 
-  Every array is sliced to the entries that can be non-zero and that are asked for. An entry that cannot be
-  removed soundly stays; ``report()`` says where and why.
+  Every array is sliced to the entries that may be non-zero and are needed. Entries that cannot be removed soundly are
+  kept; ``report()`` lists them with reasons.
 
   Args:
-    apply_fn: ``apply_fn(variables, *args)``, such as ``model.apply``. Keyword arguments go in by closure:
+    apply_fn: ``apply_fn(variables, *args)``, such as ``model.apply``. For keyword arguments use
       ``functools.partial(model.apply, train=False)``.
-    variables: the variables, with concrete 0/1 masks among them.
+    variables: the variables, including concrete 0/1 masks.
     *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
-    masks: the collection that holds the masks, or a predicate on tree paths.
-    batch_axes: where the example axes of ``args`` are, like ``jax.vmap``'s ``in_axes``; with None alone ``cost`` is
-      per call.
-    keep_masks: leave all-ones masks in, so that pruning can go on.
-    state_from: picks from the output what replaces entries of ``variables``, which then comes back in compact
-      shapes and keeps nothing alive: ``lambda out: out[1]`` for ``mutable=["batch_stats"]``.
-    strict: raise where a dead feature cannot be removed, instead of keeping it.
-    parent: the compact network that ``apply_fn`` runs, if it is none itself, or one under ``jax.jit``, ``auto_mask`` or
-      ``functools.partial``: what is kept (``Compact.kept``) is then said of the network before that.
+    masks: the collection of the masks, or a predicate on tree paths.
+    batch_axes: the example axes of ``args``, like ``jax.vmap``'s ``in_axes``; if all are None, ``cost`` is per call.
+    keep_masks: keep all-ones masks, so that pruning can continue.
+    state_from: picks new values of ``variables`` from the output, ``lambda out: out[1]`` for
+      ``mutable=["batch_stats"]``. They come back in compact shapes, and do not prevent removal.
+    strict: raise if a masked feature cannot be removed.
+    parent: the compact network that ``apply_fn`` runs; ``Compact.kept`` then refers to the network before it. It is
+      found if ``apply_fn`` is that network, or wraps it in ``jax.jit``, ``auto_mask`` or ``functools.partial``.
 
   Returns:
     The compact network: ``small(small.variables, *args)``.
 
   Raises:
-    ValueError: if there are no masks, if they are not 0/1, or, if ``strict``,
-      where something stays.
+    ValueError: without masks, for masks that are not 0/1, or, if ``strict``, for features that cannot be removed.
     TypeError: if the masks are tracers.
 
   >>> import jax, jax.numpy as jnp
@@ -284,8 +279,7 @@ def compact(
   (2, 3)
 
   References:
-    Shardy, `Propagation <https://openxla.org/shardy/propagation>`_: the factors by which operands and results of a
-    primitive are related
+    Shardy, `Propagation <https://openxla.org/shardy/propagation>`_: factors that relate operands and results
 
     JAX, `The jaxpr language <https://docs.jax.dev/en/latest/jaxpr.html>`_
   """

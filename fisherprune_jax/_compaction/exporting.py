@@ -16,17 +16,17 @@ def export(
   platforms: Sequence[str] | None,
   fixed: Sequence[PyTree] | None = None,
 ) -> jax_export.Exported:
-  """Exports ``function(*args)``, where some sizes may be symbols; ``fixed`` are arguments without symbols."""
+  """Export ``function(*args)``, with symbolic sizes or not; ``fixed`` are arguments without symbols."""
   jitted = jax.jit(function)
   try:
     return jax_export.export(jitted, platforms=platforms)(*args)
-  except (
-    Exception
-  ) as error:  # a model may fail on a symbol in any way: in len, range, a comparison, a reshape
+  except Exception as error:  # models may fail on a symbol in any way: in len, range, a comparison, a reshape
     if not any(_symbols(args)):
       raise
     if fixed is not None and not any(_symbols(fixed)):
-      jax_export.export(jitted, platforms=platforms)(*fixed)  # raises what has nothing to do with symbols
+      jax_export.export(jitted, platforms=platforms)(
+        *fixed
+      )  # raises errors that have nothing to do with symbols
     said = next(iter(str(error).splitlines()), "").rstrip(".")
     raise ValueError(
       "A network that is exported for any size must not compute with it in a way that a symbol cannot follow, got "
@@ -37,13 +37,13 @@ def export(
 
 
 def shapes_of(args: Sequence[PyTree], batch_axes: BatchAxes, batch: str | None) -> tuple[PyTree, ...]:
-  """The shapes of arguments; ``batch`` names the size of example axes, None leaves it alone."""
+  """The shapes of arguments; ``batch`` names the size of example axes, None keeps it."""
   shapes = abstract(tuple(args))
   return shapes if batch is None else _with_symbol(shapes, batch_axes, batch)
 
 
 def _with_symbol(shapes: PyTree, batch_axes: BatchAxes, name: str) -> PyTree:
-  """The shapes with a symbol along their example axes, unless the caller has put one there."""
+  """The shapes with a symbol along their example axes, unless they have one there."""
   scopes = [size.scope for size in _symbols(shapes)]
   (batch,) = jax_export.symbolic_shape(name, scope=scopes[0] if scopes else None)
 

@@ -1,4 +1,4 @@
-"""One file of arrays and a header: safetensors with a checksum, written whole or not at all."""
+"""A file of arrays and a header: safetensors with a checksum, written atomically."""
 
 import hashlib
 import importlib.util
@@ -17,25 +17,25 @@ from fisherprune_jax._files import PathLike, replacing, target_of
 from fisherprune_jax._types import Array
 
 FORMAT = "fisherprune_jax"
-"""The key of the header among the metadata."""
+"""The key of the header in the metadata."""
 VERSION = 1
-"""Counts up where an older library could not read what is written."""
+"""Increases if older libraries cannot read the file."""
 CHECKSUM = "sha256"
 UNKNOWN = "0" * hashlib.sha256().digest_size * 2
-"""What stands in the place of the checksum while it is taken, of the whole file."""
+"""The placeholder for the checksum while it is computed over the whole file."""
 NEEDS = ("safetensors", "flatbuffers")
 NATIVE = set(
   "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 bfloat16 float32 float64 float8_e4m3fn float8_e5m2".split()
 )
-"""Types that safetensors has names for, in every version; others are written as bytes."""
+"""Types that every version of safetensors can name; others are written as bytes."""
 
 
 class Content(NamedTuple):
-  """What a file holds.
+  """The content of a file.
 
   Attributes:
-    header: a dictionary of what JSON has, but for "version" and "arrays", which are put in.
-    arrays: on the host, by name.
+    header: JSON values; ``write`` adds "version" and "arrays".
+    arrays: NumPy arrays by name.
   """
 
   header: dict[str, Any]
@@ -43,7 +43,6 @@ class Content(NamedTuple):
 
 
 def check_installed() -> None:
-  """Raises if a package is missing that files are written and read with."""
   missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
   if missing:
     raise ImportError(
@@ -53,7 +52,7 @@ def check_installed() -> None:
 
 
 def check_place(path: PathLike) -> None:
-  """Raises where no file can be written, before any work is done for it."""
+  """Raise if no file can be written, before any work is done."""
   folder = os.path.dirname(target_of(path))
   if os.path.isdir(path):
     raise IsADirectoryError(
@@ -66,7 +65,6 @@ def check_place(path: PathLike) -> None:
 
 
 def write(path: PathLike, content: Content) -> None:
-  """Writes a file, or leaves what is there as it was."""
   from safetensors.numpy import save
 
   arrays = {name: [array.dtype.name, array.shape] for name, array in content.arrays.items()}
@@ -82,11 +80,7 @@ def write(path: PathLike, content: Content) -> None:
 
 
 def read(path: PathLike) -> Content:
-  """Reads a file that ``write`` wrote.
-
-  Raises:
-    ValueError: if it is another kind of file, of a newer version, or damaged.
-  """
+  """Read a file of ``write``; raises ``ValueError`` for another kind, a newer version, or a damaged file."""
   import safetensors
 
   with open(path, "rb") as file:
@@ -119,7 +113,7 @@ def read(path: PathLike) -> Content:
 
 
 def refuse(path: PathLike, wrong: Iterator[str]) -> None:
-  """Raises for the first of some faults of a file, if there are any."""
+  """Raise for the first of some faults of a file, if any."""
   if found := next(wrong, ""):
     raise ValueError(
       f"A file to load must hold what small.save writes, got {os.fspath(path)!r}, where {found}. It was changed by "
@@ -128,7 +122,7 @@ def refuse(path: PathLike, wrong: Iterator[str]) -> None:
 
 
 def on_host(name: str, leaf: Array) -> np.ndarray:
-  """The values of an array; of a random key its data."""
+  """The values of an array, or the data of a random key."""
   if is_key(leaf):
     leaf = jax.random.key_data(leaf)
   if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
@@ -140,12 +134,11 @@ def on_host(name: str, leaf: Array) -> np.ndarray:
 
 
 def is_key(leaf: Array) -> bool:
-  """Whether an array is one of random keys."""
   return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def _written(array: np.ndarray) -> np.ndarray:
-  """An array as safetensors takes it."""
+  """An array that safetensors accepts."""
   array = np.array(array, order="C")
   return array if array.dtype.name in NATIVE else np.frombuffer(array.tobytes(), np.uint8)
 
@@ -160,7 +153,7 @@ def _read(found: dict[str, bytes], name: str, dtype: str, shape: Sequence[int]) 
 
 
 def _metadata(whole: bytes) -> tuple[dict[str, Any], str] | None:
-  """The header and the checksum that a file claims; None if it has none."""
+  """The header and the claimed checksum; None without them."""
   end = 8 + int.from_bytes(whole[:8], "little")
   if len(whole) < 8 or end > len(whole):
     return None
@@ -174,14 +167,14 @@ def _metadata(whole: bytes) -> tuple[dict[str, Any], str] | None:
 
 
 def _place_of(whole: bytes | bytearray, checksum: str) -> int:
-  """Where the checksum stands; -1 if nowhere."""
+  """The position of the checksum; -1 if it is missing."""
   before = f'"{CHECKSUM}":"'
   at = whole.find(f'{before}{checksum}"'.encode())
   return at if at < 0 else at + len(before)
 
 
 def _checksum(whole: bytes | bytearray, at: int) -> str:
-  """The checksum of a file in which nothing is said of it."""
+  """The checksum of a file with the placeholder at ``at``."""
   view, digest = memoryview(whole), hashlib.sha256()
   for part in (view[:at], UNKNOWN.encode(), view[at + len(UNKNOWN) :]):
     digest.update(part)

@@ -1,4 +1,4 @@
-"""What is in a file, as tables for people."""
+"""The content of a file, as tables."""
 
 import importlib.util
 import itertools
@@ -20,12 +20,7 @@ BY = {ALL: "variables and arguments", VARIABLES: "variables alone", NONE: "nothi
 
 
 def show(path: PathLike) -> None:
-  """Prints what a file holds: by ``rich`` on a terminal, if that is installed, or else as plain text.
-
-  Raises:
-    ValueError: if it is no file of a compact network, or damaged.
-    OSError: if it cannot be read.
-  """
+  """Print the content of a file, with ``rich`` on a terminal if it is installed; raises as ``read``."""
   parts = described(path)
   if importlib.util.find_spec("rich") and sys.stdout.isatty():
     _show_rich(parts)
@@ -34,7 +29,7 @@ def show(path: PathLike) -> None:
 
 
 def described(path: PathLike) -> list[Table | list[str]]:
-  """Tables, and lines of text, that say what a file holds."""
+  """Tables and lines of text on the content of a file."""
   files.check_installed()
   content = read(path)
   masks = [
@@ -63,7 +58,7 @@ def _first_lines(path: PathLike, content: Content) -> list[str]:
 
 
 def _variable_rows(content: Content) -> list[Cells]:
-  """Shapes of what is no mask, before and after."""
+  """Shapes of all variables except masks, before and after."""
   rows: list[Cells] = []
   for line, original in zip(content.header["leaves"], originals_of(content), strict=True):
     if not line["mask"]:
@@ -90,7 +85,7 @@ def _totals(content: Content) -> list[Cells]:
 
 
 def _went(past: Iterable[Pruned]) -> list[Cells]:
-  """What went at each step, mask by mask."""
+  """The features pruned at each step, by mask."""
   groups = itertools.groupby(past, key=lambda went: (went.step, went.mask))
   return [
     (f"{step:,}", mask, " ".join(str(went.feature) for went in group)) for (step, mask), group in groups
@@ -107,7 +102,7 @@ def _show_rich(parts: Sequence[Table | Sequence[str]]) -> None:
   out = console.Console()
   for part in parts:
     if not isinstance(part, Table):
-      out.print(text.Text("\n".join(part) + "\n"))  # as text, in which brackets are no markup
+      out.print(text.Text("\n".join(part) + "\n"))  # plain: brackets are no markup
       continue
     shown = table.Table(box=box.SIMPLE_HEAD)
     for at, name in enumerate(part.heading):

@@ -1,4 +1,4 @@
-"""Slicing what is shaped like the variables: parameters, gradients, averages; for optimizer states see opt_states."""
+"""Slices trees shaped like the variables: parameters, gradients, averages."""
 
 from dataclasses import dataclass
 from types import ModuleType
@@ -19,15 +19,15 @@ from fisherprune_jax._graph.program import Value
 from fisherprune_jax._types import Array
 
 Index = tuple[np.ndarray | None, ...]
-"""Per axis the positions that are kept, or None for all of them."""
+"""Per axis the kept positions, or None for all."""
 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-  """Which entries of a leaf are kept.
+  """The kept entries of a leaf.
 
-  ``layers`` is given for a stack of layers that keep different entries: one ``Index`` for each entry along the
-  leading axis. They are moved to the front and padded with zeros to the widest.
+  ``layers`` is for a stack of layers that keep different entries, with one ``Index`` per layer. Their entries are moved
+  to the front and zero-padded to the widest.
   """
 
   shape: tuple[int, ...]
@@ -36,7 +36,6 @@ class Kept:
 
   @property
   def compact_shape(self) -> tuple[int, ...]:
-    """The shape after slicing."""
     if self.layers is None:
       return _shape_of(self.shape, self.index)
     widths = [_shape_of(self.shape[1:], layer) for layer in self.layers]
@@ -44,7 +43,6 @@ class Kept:
 
   @property
   def is_whole(self) -> bool:
-    """Whether nothing was removed."""
     return self.layers is None and self.compact_shape == self.shape
 
   @property
@@ -55,7 +53,7 @@ class Kept:
     return [_box_of(self.shape[1:], layer) for layer in self.layers]
 
   def covers(self, other: "Kept") -> bool:
-    """Whether everything that another one keeps of the same leaf is kept here."""
+    """Whether it keeps all that another one keeps of the same leaf."""
     if self.layers is None and other.layers is None:
       return all(map(_within, other.index, self.index, self.shape))
     count = self.shape[0]
@@ -63,26 +61,25 @@ class Kept:
     return all(all(map(_within, a, b, self.shape[1:])) for a, b in zip(others, mine, strict=True))
 
   def per_example(self, leaf: Array) -> "Kept":
-    """The same for a mask that comes with an example axis before its features."""
+    """The same for a mask with an example axis before its features."""
     if np.ndim(leaf) != len(self.shape) + 1:
       return self
     layers = self.layers and tuple(_with_examples(layer) for layer in self.layers)
     return Kept((*self.shape[:-1], np.shape(leaf)[-2], self.shape[-1]), _with_examples(self.index), layers)
 
   def along(self, axis: int) -> "Kept | None":
-    """What is kept of a vector along one axis; None if every layer of a stack keeps entries of its own there."""
+    """The kept entries of a vector along one axis; None if the layers of a stack differ there."""
     if self.layers is not None and axis > 0:
       return None
     return Kept((self.shape[axis],), (self.index[axis],))
 
   def slice(self, leaf: Array) -> jax.Array:
-    """The kept entries of a leaf of the full shape."""
     if np.shape(leaf) != self.shape:
       raise ValueError(
         f"A leaf to shrink must have its parameter's shape {self.shape}, got {describe(leaf)}. "
         "Pass a tree shaped like the full parameters."
       )
-    # On the host nothing has to be compiled, which takes longer than all the rest; and no device holds more than its part.
+    # The host needs no compilation, which takes longer than all the rest, and no device holds more than its part.
     if _is_at_hand(leaf):
       return put_like(leaf, self._cut(np.asarray(leaf), np))
     if compat.is_concrete(leaf) and isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
@@ -90,13 +87,13 @@ class Kept:
     return self._cut(leaf, jnp)
 
   def _cut_in_place(self, leaf: jax.Array) -> jax.Array:
-    """Of an array of several processes, which each hold a part of it: all of them have to ask."""
+    """Slice an array that is spread over several processes; all of them have to call."""
     place = sharding_for(leaf, self.compact_shape)
 
     def cut(leaf: jax.Array) -> jax.Array:
       return self._cut(leaf, jnp)
 
-    if isinstance(place, NamedSharding):  # axes of its mesh that are explicit, too, are left to the compiler
+    if isinstance(place, NamedSharding):  # leaves explicit mesh axes to the compiler too
       cut = jax.sharding.auto_axes(cut, out_sharding=place)
     return jax.jit(cut, out_shardings=place)(leaf)
 
@@ -113,12 +110,12 @@ def _with_examples(index: Index) -> Index:
 
 
 def keep(value: Value, live: Liveness, ev: Evaluation, returned: Where | None = None) -> Kept:
-  """What is kept of a variable: what is stored of it, ``returned`` if given, all if nothing asks for it."""
+  """The kept entries of a variable: the stored ones, or ``returned`` if given; all if it is not needed."""
 
   def index_of(where: Where) -> Index:
     index = tuple(map(ev.index, where.box))
     if any(i is not None and i.size == 0 for i in index):
-      return index  # nothing along one axis is nothing: the others stay as long as they are
+      return index  # an empty axis empties the array: the others keep their sizes
     return tuple(map(ev.index, ev.box(where)))
 
   stored = live.stored(value) if value in live.asked else whole(value.shape)
@@ -145,11 +142,11 @@ def _slice(leaf: Array, index: Index, xp: ModuleType) -> Any:
   for axis, positions in enumerate(index):
     if positions is not None:
       leaf = xp.take(leaf, positions, axis=axis)
-  return xp.array(leaf)  # a copy where nothing went: whoever donates the one keeps the other
+  return xp.array(leaf)  # always a copy, so that donating one keeps the other
 
 
 def _is_at_hand(leaf: Array) -> bool:
-  """Whether an array can be read here as it is: a value, on devices of this process, of a type that NumPy knows."""
+  """Whether an array can be read here directly: concrete, on devices of this process, of a type that NumPy knows."""
   if not isinstance(leaf, jax.Array):
     return isinstance(leaf, np.ndarray)
   known = compat.is_concrete(leaf) and compat.dtype_of(leaf) != np.dtype(object) and not leaf.weak_type

@@ -1,4 +1,4 @@
-"""A compact network from a file, without the code of the model."""
+"""Loads a compact network from a file, without the model's code."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -27,12 +27,12 @@ class Loaded:
 
   Attributes:
     variables: the variables, in dictionaries, lists and tuples.
-    kept: which entries of the first network they are, like ``Compact.kept``.
+    kept: the kept entries of the first network, like ``Compact.kept``.
     cost: FLOPs per example.
-    dense: FLOPs per example of the network that it all began with.
-    widths: of each mask how many features it had and has.
-    history: when each feature went, if the network was saved with that.
-    derivative: by what the network can be differentiated: ``"all"`` (variables and arguments), ``"variables"`` or ``"none"``.
+    dense: FLOPs per example of the first network, before any compaction.
+    widths: for each mask, the number of features before and after.
+    history: when each feature was pruned, if that was saved.
+    derivative: the inputs by which the network can be differentiated: ``"all"``, ``"variables"`` or ``"none"``.
     exported: the program, a function of all leaves of variables and arguments.
   """
 
@@ -56,14 +56,14 @@ class Loaded:
     self._call = jax.jit(self._run)
 
   def __call__(self, variables: PyTree, *args: PyTree) -> PyTree:
-    """The outputs for compact ``variables``; under ``jit`` and ``grad`` too, by variables and by arguments.
+    """The outputs for compact ``variables``; under ``jit`` and ``grad`` too.
 
     Args:
       variables: a tree like ``self.variables``.
       *args: the other arguments, at any batch size if the network was saved so.
 
     Raises:
-      ValueError: for another tree, shape or type than those that the network was saved for.
+      ValueError: for another tree, shape or type than the network was saved for.
     """
     variables, args = plain(variables), plain(args)
     how = "Pass a tree like loaded.variables."
@@ -73,16 +73,16 @@ class Loaded:
     return self._tree("outputs", self._call(variables, args))
 
   def report(self) -> str:
-    """The text that ``Compact.report`` gave when the network was saved."""
+    """The text of ``Compact.report``, from when the network was saved."""
     header = self._content.header
     return "\n".join([*header["report"], *([""] if header["stays"] else []), *header["stays"]])
 
   def save(self, path: PathLike, variables: PyTree = None) -> None:
-    """Writes the network anew; see ``Compact.save``.
+    """Write the network again; see ``Compact.save``.
 
     Args:
-      path: the file; it may be the one that it was loaded from.
-      variables: other values of ``self.variables``, as training has made them.
+      path: the file; it may be the one that was loaded.
+      variables: other values of ``self.variables``, such as trained ones.
     """
     files.check_place(path)
     given = as_arrays(plain(self.variables if variables is None else variables))
@@ -95,7 +95,7 @@ class Loaded:
     files.write(path, self._content._replace(arrays={**self._content.arrays, **arrays}))
 
   def _run(self, variables: PyTree, args: PyTree) -> list[jax.Array]:
-    # Checked here, where what it is called with has the types that JAX gives it.
+    # Checked here, where all arguments are JAX arrays.
     named = [*_named("variables", variables), *_named("argument", args)]
     given = _fitting_all(named, self.exported.in_avals)
     first = {ALL: len(given), VARIABLES: len(given) - len(jax.tree.leaves(args)), NONE: 0}[self.derivative]
@@ -107,7 +107,7 @@ class Loaded:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _constant(derivative: str, x: jax.Array) -> jax.Array:
-  """What the program of a file cannot be differentiated by."""
+  """An input by which the program cannot be differentiated."""
   return x
 
 
@@ -124,19 +124,19 @@ _constant.defvjp(_refuse, lambda derivative, _, g: (g,))
 
 
 def load(path: PathLike) -> Loaded:
-  """Reads a compact network that ``Compact.save`` wrote; neither the model's code nor Flax is needed.
+  """Load a compact network that ``Compact.save`` wrote; this needs neither the model's code nor Flax.
 
   Args:
     path: the file.
 
   Returns:
-    The network: ``loaded(loaded.variables, *args)``, which can be differentiated once, in reverse, and trained on, if the
-    model could be; see ``loaded.derivative``.
+    The network: ``loaded(loaded.variables, *args)``. It can be differentiated once, in reverse mode, and trained, as
+    far as the model could be; see ``loaded.derivative``.
 
   Raises:
-    ImportError: without ``safetensors`` and ``flatbuffers``, which are in the extra ``save``.
-    ValueError: if the file is another one, damaged, or written by a newer version; or if it holds 64-bit numbers
-      where JAX has these turned off.
+    ImportError: without ``safetensors`` and ``flatbuffers``, which the extra ``save`` installs.
+    ValueError: if the file is of another kind, damaged, or of a newer version; or if it holds 64-bit numbers and JAX
+      has them disabled.
     OSError: if it cannot be read.
 
   >>> import os, tempfile, jax, jax.numpy as jnp
@@ -157,11 +157,7 @@ def load(path: PathLike) -> Loaded:
 
 
 def read(path: PathLike) -> Content:
-  """Reads a file, and refuses one that ``save`` cannot have written.
-
-  Raises:
-    ValueError: if it is another kind of file, of a newer version, damaged, or changed.
-  """
+  """Read a file; raises ``ValueError`` for one that ``save`` cannot have written."""
   content = files.read(path)
   files.refuse(path, misfits(content.header))
   files.refuse(path, contradictions(content.header, content.arrays))
@@ -169,12 +165,11 @@ def read(path: PathLike) -> Content:
 
 
 def originals_of(content: Content) -> list[Original]:
-  """What is known of each variable from before."""
+  """The original shape and positions of each variable."""
   return [_original(line, content) for line in content.header["leaves"]]
 
 
 def history_of(content: Content) -> list[Pruned]:
-  """When each feature went."""
   masks = content.header["history_masks"]
   rows = content.arrays.get(HISTORY, np.zeros((0, 3), np.int32)).tolist()
   return [Pruned(step, masks[at], feature) for step, at, feature in rows]
@@ -200,7 +195,7 @@ def _leaf(path: PathLike, line: dict[str, Any], content: Content) -> jax.Array:
 
 
 def _misfits(exported: export.Exported, header: dict[str, Any], leaves: Sequence[jax.Array]) -> Iterator[str]:
-  """Where a program does not fit what the header says of it."""
+  """Where a program does not match the header."""
   taken, given = (count_leaves(header[name]) for name in ("arguments", "outputs"))
   takes, gives = len(exported.in_avals), len(exported.out_avals)
   if (takes, gives) != (len(leaves) + taken, given):
@@ -212,19 +207,19 @@ def _misfits(exported: export.Exported, header: dict[str, Any], leaves: Sequence
 
 
 def _without_variables(content: Content) -> Content:
-  """The rest of a file: the variables are on the device."""
+  """The content without the variables, which are on the device."""
   ours = {line["array"] for line in content.header["leaves"]}
   return content._replace(arrays={name: x for name, x in content.arrays.items() if name not in ours})
 
 
 def _program(path: PathLike, content: Content) -> export.Exported:
-  """The program; raises where this JAX cannot read it, now rather than when it is called."""
+  """The program; raises now if this JAX cannot read it, rather than at the first call."""
   saved_by = content.header["jax"]
   try:
     exported = export.deserialize(bytearray(content.arrays[PROGRAM].tobytes()))
     if saved_by != jax.__version__:
       exported.mlir_module()
-  except Exception as error:  # what it raises of a format that it does not know is nowhere said
+  except Exception as error:  # JAX does not document what it raises for unknown formats
     raise ValueError(
       f"The program of a file must be one that the JAX here reads, got one of JAX {saved_by} in {os.fspath(path)!r}, with "
       f"JAX {jax.__version__} here: {error}. Install a JAX that is as new, or save the network again with an older one. "
@@ -234,7 +229,7 @@ def _program(path: PathLike, content: Content) -> export.Exported:
 
 
 def _check_precision(path: PathLike, content: Content) -> None:
-  """Raises where JAX would quietly halve numbers."""
+  """Raise if JAX would silently convert 64-bit numbers."""
   wide = [
     line["array"] for line in content.header["leaves"] if _is_halved(content.arrays[line["array"]].dtype)
   ]
@@ -254,12 +249,12 @@ def _named(what: str, tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def _fitting_all(named: Sequence[tuple[str, Any]], expected: Sequence[Any]) -> list[Any]:
-  """Leaves as the program takes them; raises where they are others."""
+  """The leaves as the program takes them; raises for others."""
   return [_fitting(name, leaf, aval) for (name, leaf), aval in zip(named, expected, strict=True)]
 
 
 def _fitting(name: str, leaf: Any, aval: Any) -> Any:
-  """A leaf as the program takes it; a Python number is of whatever type is asked for."""
+  """A leaf as the program takes it; Python numbers take the required type."""
   leaf = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else jnp.asarray(leaf, aval.dtype)
   if getattr(leaf, "weak_type", False) and not leaf.shape:
     leaf = leaf.astype(aval.dtype)

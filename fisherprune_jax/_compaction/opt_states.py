@@ -1,4 +1,4 @@
-"""Slicing optimizer states: what an optimizer remembers of the parameters, cut to those that are kept."""
+"""Slices optimizer states for compact parameters."""
 
 import functools
 import math
@@ -29,7 +29,7 @@ Shapes = Mapping[Keys, tuple[int, ...]]
 
 
 class Owner(NamedTuple):
-  """The parameter that a leaf of a state belongs to; ``axis`` if the leaf has one entry for each along that axis."""
+  """The parameter of a state's leaf; ``axis`` if the leaf is a vector along that axis."""
 
   kept: Kept
   axis: int | None
@@ -38,26 +38,19 @@ class Owner(NamedTuple):
 def shrink_opt_state(
   tx: Any, opt_state: Any, variables: Any, kept: Any, of: Part | None, shrink_pruning: Callable[..., Any]
 ) -> Any:
-  """Slices every leaf of an optimizer state that belongs to a parameter.
+  """Slice every leaf of an optimizer state that belongs to a parameter.
 
-  A leaf belongs to the parameter whose path its own path ends with. Where it has the parameter's shape it is
-  sliced, also after axes of its own; where it is one of a list of vectors, one for each axis of the parameter, it is
-  sliced along that axis. What else does not have the shape that it would have for the compact parameters (factored
-  second moments, everything flattened to one vector) starts anew, with a warning.
+  A leaf belongs to the parameter whose path ends its own. If it has the parameter's shape, perhaps after axes of its
+  own, it is sliced; so is a vector out of a list with one per axis. Other statistics (factored second moments,
+  everything flattened to one vector) are reset, with a warning.
 
   Args:
     tx: the transformation.
-    opt_state: its state for the full parameters.
+    opt_state: its state for the full parameters; another is a ``ValueError``.
     variables: the compact variables.
     kept: a tree of ``Kept``, like the variables.
-    of: what of the variables the optimizer is for; None to find out.
+    of: picks the optimizer's part of the variables; None to infer it.
     shrink_pruning: ``shrink_pruning(state, path)``, for a pruning state.
-
-  Returns:
-    The state for the compact parameters.
-
-  Raises:
-    ValueError: if the state is not one of the full parameters.
   """
   full = jax.tree.map(lambda k, x: jax.ShapeDtypeStruct(k.shape, dtype_of(x)), kept, variables)
   statistics = _without_pruning(opt_state)
@@ -102,7 +95,7 @@ def _shapes_before(tx: Any, full: Any) -> Shapes:
 
 
 def _check(given: Shapes, before: Shapes, statistics: Any) -> None:
-  """Raises unless the state is one of the full parameters."""
+  """Raise unless the state belongs to the full parameters."""
   for keys in [*given, *before]:
     if given.get(keys) != before.get(keys):
       where = "/".join(keys) or "the root"
@@ -117,24 +110,24 @@ def _check(given: Shapes, before: Shapes, statistics: Any) -> None:
 
 
 def _shrink_leaf(leaf: Any, owner: Owner | None, after: tuple[int, ...] | None) -> Any | None:
-  """What is kept of a leaf of the state, or None if its entries cannot be told apart."""
+  """The kept entries of a leaf, or None if it cannot be sliced."""
   shape = jnp.shape(leaf)
   kept = owner and (owner.kept if owner.axis is None else owner.kept.along(owner.axis))
   if kept is None or kept.is_whole:
     return leaf if shape == after else None
-  own = len(shape) - len(kept.shape)  # axes before the parameter's: several gradients in L-BFGS's memory
+  own = len(shape) - len(kept.shape)  # leading axes: L-BFGS stores several gradients
   if own >= 0 and shape[own:] == kept.shape:
     slicer = kept.slice
     for _ in range(own):
       slicer = jax.vmap(slicer)
     smaller = slicer(leaf)
     return smaller if smaller.shape == after else None
-  # One number for all of the parameter stays; what else there is, is factored.
+  # A scalar per parameter is kept; other leaves are factored.
   return leaf if shape == after and math.prod(shape) <= 1 else None
 
 
 def _restart(state: Any, tx: Any, params: Any, restarted: Collection[Keys]) -> Any:
-  """Puts the leaves of a fresh state in place of those that could not be sliced, and says so."""
+  """Reset the leaves that could not be sliced, with a warning."""
   warn(
     "Optimizer statistics that are not shaped like their parameters cannot be sliced, so these start anew: "
     f"{', '.join(sorted(map('/'.join, restarted)))}. Others go on where they were."
@@ -164,10 +157,10 @@ def _keys(path: Path) -> Keys:
 
 
 def _owners(paths: Collection[Keys], by_path: Mapping[Keys, Kept]) -> dict[Keys, Owner | None]:
-  """Per path of the state, the parameter whose path it ends with, or ends with but for the number of an axis.
+  """For each path of the state, the parameter whose path ends it, perhaps before the number of an axis.
 
-  There may be several where a parameter bears the name of a part of the state, such as ``mu``. Then it is the one
-  most of whose fellow parameters are found beside it, or else the one of the longest path.
+  Several fit if a parameter is named like a part of the state (``mu``). Then the one with the most fellow parameters
+  at the same place counts, or else the one of the longest path.
   """
 
   @functools.cache
@@ -191,28 +184,25 @@ def _owners(paths: Collection[Keys], by_path: Mapping[Keys, Kept]) -> dict[Keys,
 
 
 def _starts(path: Keys, by_path: Mapping[Keys, Kept]) -> list[int]:
-  """Where the path of a parameter begins that this one ends with; the longest first."""
+  """Where paths of parameters that end this one begin; the longest first."""
   return [at for at in range(len(path)) if path[at:] in by_path]
 
 
 def shrink_pruning(state: FisherPruneState, path: Keys, kept: Any, given: Any) -> FisherPruneState:
-  """The pruning state of a network whose masks were kept: that of all its masks, or of a part of them.
+  """The pruning state, at ``path`` in the optimizer state, of a network with kept masks: of all its masks, or a part.
 
   Args:
     state: the pruning state.
-    path: where it is in the optimizer state.
+    path: its path.
     kept: a tree of ``Kept``, like the masks.
-    given: the masks that the network was compacted with.
-
-  Raises:
-    ValueError: if its masks are not among them.
+    given: the masks of the compaction; others are a ``ValueError``.
   """
   how = "Pass the optimizer state whose masks the network was compacted with."
   parts = [("", kept, given), *_mappings(kept, given)]
   fitting = [part for part in parts if same_structure(part[2], state.masks)]
   if not fitting:
     require_same_tree(state.masks, given, "the masks of opt_state", "the compact network's masks", how)
-  # Of parts alike it is the one whose masks are these, or the one that the state is called after.
+  # Among equal structures choose the part with these masks, or the one that the state is named after.
   _, kept, given = max(fitting, key=lambda part: (_are(part[2], state.masks), part[0] in path))
   slices = {
     name: jax.tree.map(lambda k, leaf: k.slice(leaf), kept, getattr(state, name))
@@ -224,7 +214,7 @@ def shrink_pruning(state: FisherPruneState, path: Keys, kept: Any, given: Any) -
 
 
 def _mappings(kept: Any, given: Any) -> Iterator[tuple[str, Any, Any]]:
-  """The mappings in a tree of masks, and those in them, with their keys."""
+  """The nested mappings of a tree of masks, with their keys."""
   for key in kept if isinstance(kept, Mapping) else ():
     if isinstance(kept[key], Mapping):
       yield str(key), kept[key], given[key]
@@ -232,6 +222,6 @@ def _mappings(kept: Any, given: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _are(given: Any, masks: Any) -> bool:
-  """Whether masks are the given ones, as far as that can be seen."""
+  """Whether masks equal the given ones, as far as they are known."""
   pairs = zip(jax.tree.leaves(given), jax.tree.leaves(masks), strict=True)
   return all(not is_known(mask) or np.array_equal(ours, mask) for ours, mask in pairs)

@@ -1,4 +1,4 @@
-"""Which part of the variables an optimizer is for: parameters, adapters in a collection of their own, a sub-tree."""
+"""Finds the part of the variables that an optimizer trains: parameters, a collection of adapters, or a sub-tree."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,17 +14,14 @@ Keys = tuple[str, ...]
 
 
 def find_part(full: Any, opt_state: Any, init: Callable[[Any], Any]) -> Part:
-  """The part of the variables whose optimizer state has the given shapes.
+  """The part of the variables whose optimizer state has the given shapes; if none fits, the parameters, for errors.
 
-  Looked for in turn: among the parameters, among collections and what the state's paths name, among sub-trees.
+  Candidates in order: the parameters; collections, and leaves that the state names; sub-trees.
 
   Args:
     full: shapes of the full variables.
-    opt_state: the state, without what is no statistic of a parameter.
-    init: makes such a state, of shapes, for a part of the variables.
-
-  Returns:
-    The part; if none fits, the parameters, so that what does not fit can be said.
+    opt_state: the state, without pruning states.
+    init: makes such a state, of shapes, for a part.
 
   Raises:
     ValueError: if several parts fit equally well.
@@ -47,23 +44,22 @@ def find_part(full: Any, opt_state: Any, init: Callable[[Any], Any]) -> Part:
 
 
 def shapes_by_path(tree: Any) -> dict[Keys, tuple[int, ...]]:
-  """The shapes of the leaves of a tree."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {tuple(path_name((key,)) for key in path): jnp.shape(leaf) for path, leaf in leaves}
 
 
 def _fit(part: Any, opt_state: Any, init: Callable[[Any], Any]) -> int:
-  """Whether the state for a part is such a one: 1 if it has the same leaves, 2 if also the same structure."""
+  """How well the state for a part fits: 1 for the same leaves, 2 for the same structure too, else 0."""
   try:
     state = init(part)
-  except Exception:  # an ``init`` of anybody's: labels of other parameters, say, raise what they like
+  except Exception:  # any ``init`` may raise anything, for labels of other parameters for example
     return 0
   same = shapes_by_path(state) == shapes_by_path(opt_state)
   return same + (same and same_structure(state, opt_state))
 
 
 def _tiers(full: Any, given: Mapping[Keys, Any]) -> Iterator[list[tuple[str, Part]]]:
-  """Candidates with their names; later ones count only where none of the earlier fits."""
+  """Named candidates; later lists count only if no earlier one fits."""
   everything = ("all variables", lambda tree: tree)
   collections = list(_subtrees(full, deep=False))
   params = [candidate for candidate in collections if candidate[0] == "params"] or [everything]
@@ -75,7 +71,7 @@ def _tiers(full: Any, given: Mapping[Keys, Any]) -> Iterator[list[tuple[str, Par
 
 
 def _subtrees(tree: Any, deep: bool, path: tuple[Any, ...] = ()) -> Iterator[tuple[str, Part]]:
-  """What is in a mapping, and the mappings further in."""
+  """The entries of a mapping, and nested mappings."""
   for key, child in tree.items() if isinstance(tree, Mapping) else ():
     if not path or isinstance(child, Mapping):
       yield "/".join(map(str, (*path, key))), _at((*path, key))
@@ -97,7 +93,7 @@ def _compose(first: Part, second: Part) -> Part:
 
 
 def at_paths(paths: Sequence[tuple[Any, ...]]) -> Part:
-  """Picks leaves of a module by their paths, whichever collection of its variables holds them."""
+  """Picks leaves of a module by path, from any collection of its variables."""
 
   def part(variables: Any) -> Any:
     leaves = {path: leaf for tree in variables.values() for path, leaf in _flat(tree)}
@@ -113,7 +109,6 @@ def at_paths(paths: Sequence[tuple[Any, ...]]) -> Part:
 
 
 def _flat(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-  """The leaves of nested mappings with their paths."""
   for key, child in tree.items():
     if isinstance(child, Mapping):
       yield from _flat(child, (*path, key))
@@ -122,7 +117,7 @@ def _flat(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ..
 
 
 def _filter(named: set[Keys]) -> Part:
-  """Picks the leaves of nested mappings whose paths are among the named."""
+  """Picks the leaves of nested mappings with the given paths."""
 
   def part(tree: Any, path: Keys = ()) -> Any:
     if not isinstance(tree, Mapping):

@@ -1,4 +1,4 @@
-"""Where a smaller array goes: onto the devices of the larger one, split as that was wherever its sizes allow."""
+"""Places a smaller array on the devices of the larger one, sharded alike where sizes allow."""
 
 import math
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from fisherprune_jax._errors import warn
 
 Names = tuple[str, ...]
-"""The mesh axes that an array's axis is split over."""
+"""The mesh axes that shard an array's axis."""
 
 
 def put_like(leaf: jax.Array | np.ndarray, array: np.ndarray) -> jax.Array:
-  """A smaller array as JAX holds it, where the leaf is if that was said (or else wherever arrays go)."""
+  """A smaller array on the device, sharded like the leaf if that is committed."""
   if not isinstance(leaf, jax.Array) or not leaf.committed:
     return jax.device_put(array)
   return jax.device_put(array, sharding_for(leaf, array.shape))
@@ -23,8 +23,8 @@ def put_like(leaf: jax.Array | np.ndarray, array: np.ndarray) -> jax.Array:
 def sharding_for(leaf: jax.Array, shape: Sequence[int]) -> Sharding:
   """The sharding of a leaf for a smaller array of the same axes.
 
-  An axis that does not divide any more is whole on every device. Where that would take more memory than the leaf did, the
-  devices split another axis, if one divides; a warning says so, and where none does.
+  An axis that no longer divides is replicated. If that needs more memory than the leaf did, another axis is sharded, if
+  one divides. A warning reports both cases.
 
   >>> mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
   >>> leaf = jax.device_put(np.ones((4, 6)), NamedSharding(mesh, PartitionSpec(None, "d")))
@@ -60,7 +60,7 @@ def _parts(names: Names, sizes: dict[str, int]) -> int:
 
 
 def _other_axis(shape: Sequence[int], kept: Sequence[Names], parts: int) -> int | None:
-  """The longest axis that nobody splits and that divides."""
+  """The longest unsharded axis that divides."""
   free = [at for at, n in enumerate(shape) if not kept[at] and n and n % parts == 0]
   return max(free, key=lambda at: shape[at], default=None)
 

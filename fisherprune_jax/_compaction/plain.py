@@ -1,4 +1,4 @@
-"""Trees in a file: dictionaries, lists and tuples alone, so that nobody's classes are needed to read them."""
+"""Plain trees for files: dictionaries, lists and tuples, readable without any other class."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ LEAF = "*"
 
 
 def plain(tree: PyTree) -> PyTree:
-  """A tree with the same leaves in dictionaries, lists and tuples alone.
+  """A tree with the same leaves in dictionaries, lists and tuples.
 
-  Any other mapping (a ``FrozenDict``), and any node whose children have names (a named tuple, a dataclass, a module),
-  is a dictionary; what else there is, a list.
+  Other mappings (a ``FrozenDict``) and nodes with named children (named tuples, dataclasses, modules) become
+  dictionaries; other nodes become lists.
 
   >>> import collections
   >>> Point = collections.namedtuple("Point", "x y")
@@ -46,7 +46,7 @@ def _name(key: Any, node: PyTree) -> str | int:
 
 
 def to_json(tree: PyTree) -> Any:
-  """The structure of a plain tree, as JSON has it."""
+  """The structure of a plain tree, for JSON."""
   if isinstance(tree, dict):
     return {"dict": [[key, to_json(child)] for key, child in tree.items()]}
   if isinstance(tree, list | tuple):

@@ -1,4 +1,4 @@
-"""What a compact network keeps: a small immutable thing that holds no weights."""
+"""The plan of a compact network: kept entries, without weights."""
 
 from dataclasses import dataclass
 
@@ -16,16 +16,16 @@ from fisherprune_jax._types import BatchAxes, Picker, PyTree
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-  """What is kept of every variable under given masks, and what is needed to run on that.
+  """The kept entries of every variable under given masks.
 
   Attributes:
-    tree: the variables as they were before, the masks with their values, all others as shapes.
+    tree: the full variables: masks with values, others as shapes.
     kept: a tree of ``Kept`` like them.
-    keep_masks: whether the compact variables hold masks, so that pruning can go on.
-    ev: the same masks, for reading sets.
-    batch_axes: where the example axes of the arguments are.
-    examples: how many examples the first arguments held.
-    state_from: picks from the output the new values of variables, or None.
+    keep_masks: whether the compact variables include masks.
+    ev: evaluates sets under the masks.
+    batch_axes: the example axes of the arguments.
+    examples: the number of examples in the first arguments.
+    state_from: picks the new values of variables from the output, or None.
   """
 
   tree: VariableTree
@@ -42,11 +42,11 @@ class Plan:
     return [is_mask and not self.keep_masks for is_mask in self.tree.flags]
 
   def present(self, tree: PyTree) -> PyTree:
-    """A tree like all variables, as users see it: without masks, unless they were kept."""
+    """A tree like all variables, without masks unless they were kept."""
     return tree if self.keep_masks else self.tree.without_masks(tree)
 
   def complete(self, variables: PyTree) -> PyTree:
-    """Compact variables as the function takes them: masks are put back if they were left out."""
+    """Compact variables with all masks."""
     how = "Pass small.variables, or small.shrink(...) of full ones."
     require_same_tree(variables, self.present(self.tree.variables), "variables", "small.variables", how)
     rest, masks = iter(jax.tree.leaves(variables)), iter(self.tree.mask_leaves)
@@ -54,11 +54,11 @@ class Plan:
     return jax.tree.unflatten(jax.tree.structure(self.tree.variables), leaves)
 
   def shrink(self, tree: PyTree) -> PyTree:
-    """Slices a tree that is shaped like some part of the variables."""
+    """Slice a tree that is shaped like a part of the variables."""
     return jax.tree.map(Kept.slice, self._like(tree), tree)
 
   def _like(self, tree: PyTree) -> PyTree:
-    """The part of what is kept that a tree is shaped like."""
+    """The part of the plan that a tree is shaped like."""
     parts = [self.kept["params"]] if isinstance(self.kept, dict) and "params" in self.kept else []
     parts += [self.kept, self.present(self.kept)]
     parts += self.kept.values() if isinstance(self.kept, dict) else ()
@@ -80,21 +80,20 @@ def make_plan(
   examples: int,
   state_from: Picker | None,
 ) -> Plan:
-  """Finds what is kept of the variables ``tree``, of whose masks the values are known."""
+  """The plan for variables with known masks."""
   ev = Evaluation(vectors_of(tree.mask_leaves))
   kept = _kept(traced.analyse(keep_masks), tree, ev)
   return Plan(tree.without_weights(), kept, keep_masks, ev, batch_axes, examples, state_from)
 
 
 def _kept(analysis: Analysis, tree: VariableTree, ev: Evaluation) -> PyTree:
-  """What is kept of each variable."""
   returned = {analysis.traced.updates[at]: box for at, box in analysis.returned.items()}
   leaves = [keep(value, analysis.live, ev, returned.get(at)) for at, value in enumerate(analysis.variables)]
   return jax.tree.unflatten(jax.tree.structure(tree.variables), leaves)
 
 
 def check_masks(tree: VariableTree) -> None:
-  """Raises unless the masks are arrays of 0 and 1."""
+  """Raise unless the masks are concrete arrays of 0 and 1."""
   for path, leaf in tree.paths:
     if tree.is_mask(path):
       if not isinstance(leaf, jax.Array | np.ndarray) or isinstance(leaf, jax.core.Tracer):

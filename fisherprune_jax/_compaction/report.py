@@ -17,7 +17,7 @@ Line = tuple[str, str, str, str]
 
 
 def widths(plan: Plan, cost: float, dense: float) -> Table:
-  """A table: masks, variables and totals before and after."""
+  """A table of masks, variables and totals before and after."""
   masks = [_mask_line(name, leaf) for name, leaf, _, is_mask in _leaves(plan) if is_mask]
   rest = [(name, kept) for name, _, kept, is_mask in _leaves(plan) if not is_mask]
   before, after = parameters_of(plan)
@@ -29,7 +29,7 @@ def widths(plan: Plan, cost: float, dense: float) -> Table:
 
 
 def _leaves(plan: Plan) -> Iterator[tuple[str, Array, Kept, bool]]:
-  """Every variable: its name, its shape or value, what is kept of it, and whether it is a mask."""
+  """For every variable: name, shape or value, kept entries, and whether it is a mask."""
   for (path, leaf), kept in zip(plan.tree.paths, jax.tree.leaves(plan.kept), strict=True):
     yield path_name(path), leaf, kept, plan.tree.is_mask(path)
 
@@ -44,7 +44,7 @@ def _variable_line(name: str, kept: Kept) -> Line:
 
 
 def what_stays(stays: Stays) -> list[str]:
-  """Lines that name what could not be removed, and the FLOPs that it keeps; none if everything was removed."""
+  """Lines on what could not be removed, with its FLOPs; empty if everything was removed."""
   if not stays.blockers:
     return []
   return [
@@ -60,16 +60,15 @@ def _parameters(stays: Stays) -> str:
 
 
 def parameters_of(plan: Plan) -> tuple[int, int]:
-  """How many entries all variables but masks have, before and after."""
+  """The number of entries of all variables except masks, before and after."""
   found = [kept for _, _, kept, is_mask in _leaves(plan) if not is_mask]
   return sum(math.prod(kept.shape) for kept in found), sum(math.prod(kept.compact_shape) for kept in found)
 
 
 def times(shape: Sequence[int]) -> str:
-  """A shape for people, as ``3x4``."""
+  """A shape as text, such as ``3x4``."""
   return "x".join(map(str, shape)) or "1"
 
 
 def share(part: float, whole: float) -> str:
-  """A part of a whole in per cent."""
   return f"{100 * float(part) / float(whole):.1f} %" if whole else "-"

@@ -1,4 +1,4 @@
-"""Running what a plan keeps, at any shapes of the arguments."""
+"""Runs a plan at any shapes of the arguments."""
 
 from collections.abc import Sequence
 
@@ -17,25 +17,17 @@ from fisherprune_jax._types import ApplyFn, Array, PyTree
 
 
 class Runner:
-  """The function of a plan: ``runner(variables, args)`` on compact variables.
-
-  Args:
-    apply_fn: the function that the plan was made for.
-    plan: what is kept.
-    traced: the function as it was traced for the plan,
-    args: with these arguments.
-  """
+  """The function of a plan, ``runner(variables, args)`` on compact variables; ``traced`` is its trace with ``args``."""
 
   def __init__(self, apply_fn: ApplyFn, plan: Plan, traced: Traced, args: Sequence[PyTree]) -> None:
     self._apply_fn, self._plan = apply_fn, plan
     self._first = traced.analyse(plan.keep_masks)
-    # It is added to while a new shape is traced, which leaves nothing of that trace behind: the program for a shape
-    # depends on shapes alone, and whoever traces this one again (for a gradient, say) need not trace the function too.
+    # Tracing a new shape adds an entry. Entries depend on shapes alone and hold nothing of that trace, so other traces
+    # of the same shape (for a gradient, say) reuse them.
     self._analyses = {signature((plan.tree.variables, args)): self._first}
     self._call = jax.jit(self._run)
 
   def __call__(self, variables: PyTree, args: Sequence[PyTree]) -> PyTree:
-    """The outputs of the function, from compact variables."""
     return self._call(variables, args)
 
   def _run(self, variables: PyTree, args: Sequence[PyTree]) -> PyTree:
@@ -55,12 +47,12 @@ class Runner:
     return jax.tree.unflatten(jax.tree.structure(analysis.traced.out_tree), outputs)
 
   def _as_given(self, path: Path, kept: Kept, leaf: Array) -> Kept:
-    """What is kept of a variable as it is given: masks may come per example."""
+    """The kept entries of a variable as given: masks may be per example."""
     per_example = self._plan.keep_masks and self._plan.tree.is_mask(path)
     return kept.per_example(leaf) if per_example else kept
 
   def _analysis(self, full: PyTree, kept: PyTree, args: Sequence[PyTree]) -> Analysis:
-    """What is live for these shapes; the function is traced where they are new."""
+    """The analysis for these shapes; traces the function if they are new."""
     shapes = jax.tree.map(lambda k, x: jax.ShapeDtypeStruct(k.shape, dtype_of(x)), kept, full)
     key = signature((shapes, args))
     if key not in self._analyses:
@@ -71,7 +63,7 @@ class Runner:
     return self._analyses[key]
 
   def _checked(self, analysis: Analysis, kept: PyTree) -> Analysis:
-    """Raises if the program for another shape needs what was removed for the first one."""
+    """Raise if the program for another shape needs entries that were removed."""
     leaves = jax.tree_util.tree_leaves_with_path(kept)
     for value, left_out, (path, have) in zip(analysis.variables, self._plan.left_out, leaves, strict=True):
       needed = value in analysis.live.asked and not left_out
@@ -81,7 +73,7 @@ class Runner:
 
 
 def _wanted(analysis: Analysis, boxes: Sequence[Box]) -> list[Box]:
-  """The entries of every output that come back: of one that replaces a variable, what that holds."""
+  """The entries of every output to return; of new values of a variable, its kept entries."""
   updates = analysis.traced.updates
   return [
     boxes[updates[at]] if at in updates else whole_box(value.shape)

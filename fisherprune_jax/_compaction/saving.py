@@ -1,4 +1,4 @@
-"""A compact network as a file: its variables, its program, and all that is known of it."""
+"""Saves a compact network to a file: variables, program and facts about it."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,18 +28,18 @@ from fisherprune_jax._types import PyTree
 
 Arrays = dict[str, np.ndarray]
 PROGRAM, HISTORY = "program", "history"
-"""Names of arrays: the serialized program as bytes; ``(step, mask, feature)`` line by line."""
+"""Names of arrays: the serialized program as bytes; rows ``(step, mask, feature)``."""
 DERIVATIVES = ALL, VARIABLES, NONE = "all", "variables", "none"
-"""By what the program can be differentiated."""
+"""The inputs by which the program can be differentiated."""
 
 
 class Known(NamedTuple):
-  """What is known of a compact network beside its variables and its program.
+  """Facts about a compact network beside its variables and its program.
 
   Attributes:
     originals: a tree of ``Original`` like the variables.
-    are_masks: likewise, of each whether it is a mask.
-    header: what is written as it is: costs, widths, the lines of the report.
+    are_masks: a tree of flags like the variables.
+    header: costs, widths and the lines of the report, for the file's header.
   """
 
   originals: PyTree
@@ -50,7 +50,7 @@ class Known(NamedTuple):
 def known_of(
   plan: Plan, originals: PyTree, cost: float, dense: float, dense_here: float, stays: Stays
 ) -> Known:
-  """What is known of a plan; the report has the cost of the network before it, ``dense`` is that of the first one."""
+  """The facts about a plan; ``dense`` is the cost of the first network, ``dense_here`` of the one before the plan."""
   flags = jax.tree.unflatten(jax.tree.structure(plan.tree.variables), plan.tree.flags)
   first = VariableTree(originals, plan.tree.masks).mask_leaves
   counts = [math.prod(leaf.shape[:-1]) for leaf in plan.tree.mask_leaves]
@@ -76,7 +76,7 @@ def save(
   opt_state: optax.OptState,
   platforms: Sequence[str] | None,
 ) -> None:
-  """Writes ``function(variables, *args)`` for arguments of these shapes; ``fixed`` are the same without symbols."""
+  """Write ``function(variables, *args)`` for arguments of these shapes; ``fixed`` are the same without symbols."""
   files.check_installed()
   files.check_place(path)
   variables = as_arrays(variables)
@@ -88,19 +88,19 @@ def save(
 
 
 def as_arrays(tree: PyTree) -> PyTree:
-  """A tree of arrays as JAX has them: of NumPy's, and of numbers, with the precision that is turned on."""
+  """A tree with JAX arrays in place of NumPy arrays and numbers, in JAX's precision."""
   return jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf), tree)
 
 
 def stored(name: str, leaf: Any) -> tuple[np.ndarray, str | None]:
-  """A variable as it is written: its values, and of a random key the name of its implementation."""
+  """A variable to write: its values, and for a random key its implementation."""
   if is_traced(leaf):
     raise ValueError(f"save needs concrete variables, got {describe(leaf)} at {name}. Call it outside jit.")
   return files.on_host(name, leaf), str(jax.random.key_impl(leaf)) if files.is_key(leaf) else None
 
 
 def _variable_arrays(variables: PyTree, known: Known) -> tuple[Arrays, list[dict[str, Any]]]:
-  """Arrays by name, and a line of the header for each variable."""
+  """Arrays by name, and an entry of the header for each variable."""
   how = "Pass small.variables as training has made them, in compact shapes."
   require_same_tree(variables, known.originals, "variables", "small.variables", how)
   arrays: Arrays = {}
@@ -141,7 +141,7 @@ def _named(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def _unused(name: str, names: Mapping[str, Any]) -> str:
-  """A name that no other array has: keys may hold slashes."""
+  """An unused name of an array: keys may hold slashes."""
   count, found = 1, name
   while found in names:
     count += 1
@@ -156,9 +156,9 @@ def _program(
   fixed: Sequence[PyTree],
   platforms: Sequence[str] | None,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-  """The function of the leaves of plain trees, serialized with its derivative; and what the header says of it."""
+  """The function of the leaves of plain trees, serialized with its derivative; and its entries of the header."""
   leaves, order = jax.tree.flatten((abstract(variables), tuple(shapes)))
-  # In a plain tree leaves may be in another order.
+  # A plain tree may order its leaves differently.
   places: list[int] = jax.tree.leaves(plain(jax.tree.unflatten(order, range(len(leaves)))))
 
   def flat(fixed_args: bool, *given: Any) -> list[Any]:
@@ -185,13 +185,13 @@ def _program(
 
 
 def _serialized(exported_with: Callable[[str], export.Exported]) -> tuple[export.Exported, bytearray, str]:
-  """A program as bytes, with as much of its derivative as there is."""
+  """A program as bytes, with as much of its derivative as possible."""
   reason = ""
   for derivative in DERIVATIVES:
     exported = exported_with(derivative)
     try:
       program = exported.serialize(vjp_order=int(derivative != NONE))
-    except Exception as error:  # whatever a derivative rule raises
+    except Exception as error:  # derivative rules may raise anything
       reason = reason or f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
       continue
     if derivative != ALL:
@@ -205,7 +205,7 @@ def _serialized(exported_with: Callable[[str], export.Exported]) -> tuple[export
 
 
 def _history(opt_state: optax.OptState) -> tuple[list[str], Arrays]:
-  """The names of masks, and when their features went."""
+  """The names of masks, and the steps at which their features were pruned."""
   if opt_state is None:
     return [], {}
   if not jax.tree.leaves(get_state(opt_state).pruned_at):

@@ -1,4 +1,4 @@
-"""What the header of a file must look like, so that a file that anybody wrote is refused before anything is done with it."""
+"""The schema of a file's header: any other file is refused before it is used."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -9,16 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 MOST_IMPLIED = 10_000_000
-"""Positions that are only counted in a file, along axes of arrays that hold nothing; more are refused."""
+"""The most positions that a file may imply, along axes of arrays without entries."""
 
 
 DEEPEST = 100
-"""Nodes inside of each other in a tree of a file."""
+"""The deepest nesting of a tree in a file."""
 
 
 @dataclass(frozen=True)
 class Kind:
-  """A requirement on one value of JSON: in words, and as a predicate."""
+  """A requirement on a JSON value, in words and as a predicate."""
 
   words: str
   holds: Callable[[Any], bool]
@@ -26,14 +26,14 @@ class Kind:
 
 @dataclass(frozen=True)
 class Maybe:
-  """An entry of a dictionary that may be missing."""
+  """An optional entry of a dictionary."""
 
   schema: Any
 
 
 @dataclass(frozen=True)
 class ByName:
-  """A dictionary of any names, with one schema for all values."""
+  """A dictionary with any names, and one schema for all values."""
 
   schema: Any
 
@@ -61,7 +61,7 @@ def _is_dtype(x: Any) -> bool:
 
 
 def _is_tree(spec: Any, depth: int = 0) -> bool:
-  """Whether a value is what ``plain.to_json`` gives."""
+  """Whether a value is an output of ``plain.to_json``."""
   if depth > DEEPEST:
     return False
   if spec is None or spec == "*":
@@ -113,7 +113,7 @@ HEADER = {
   "stays": [TEXT],
   "derivative": Maybe(Kind("all, variables or none", lambda x: x in ("all", "variables", "none"))),
 }
-"""The header: a list is one of any length, a tuple one of that length, a dictionary one with these entries."""
+"""The header: lists have any length, tuples a fixed one, dictionaries these entries."""
 
 
 def misfits(value: Any, schema: Any = HEADER, where: str = "the header") -> Iterator[str]:
@@ -144,7 +144,7 @@ def misfits(value: Any, schema: Any = HEADER, where: str = "the header") -> Iter
 
 
 def contradictions(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
-  """Where the parts of a header that looks right do not fit each other or the arrays."""
+  """Where parts of a valid header contradict each other or the arrays."""
   leaves = header["leaves"]
   names = [name for line in leaves for name in (line["array"], *line["kept"].values())]
   if len({*names}) < len(names):
@@ -174,13 +174,13 @@ def contradictions(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) 
 
 
 def _of_leaf(line: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Iterator[str]:
-  """Where one variable and what is said of its origin do not fit."""
+  """Where a variable contradicts its original shape and positions."""
   name, original = line["array"], line["original"]
   if max([*original, math.prod(original) >> 32]) >= 2**31:
     yield f"{_short(name)} must have axes below 2^31 and entries below 2^63, got the original shape {_short(original)}"
     return
   shape = arrays[name].shape
-  if line["key"] is not None:  # the data of random keys have one more axis
+  if line["key"] is not None:  # key data have one more axis
     shape = shape[:-1]
   if len(shape) != len(original) or not {*line["kept"]} <= {str(at) for at in range(len(original))}:
     yield f"{_short(name)} must have the axes of its original shape {_short(original)}, got shape {shape}"
@@ -208,7 +208,6 @@ def _of_history(masks: list[str], rows: np.ndarray | None) -> Iterator[str]:
 
 
 def count_leaves(spec: Any) -> int:
-  """How many leaves a tree has."""
   if not isinstance(spec, dict):
     return int(spec is not None)
   ((kind, children),) = spec.items()
@@ -216,7 +215,7 @@ def count_leaves(spec: Any) -> int:
 
 
 def _short(value: Any) -> str:
-  """A value for an error of one line."""
+  """A value on one line of an error."""
   if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 128:
     return "a number with too many digits"
   text = repr(value)

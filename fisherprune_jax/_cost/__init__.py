@@ -1,1 +1,1 @@
-"""What a masked network costs."""
+"""The cost of masked networks."""

@@ -1,4 +1,4 @@
-"""Whether a cost is above a target, decided on whole numbers."""
+"""Exact comparison of a cost with a target, in whole numbers."""
 
 import math
 from collections.abc import Callable
@@ -13,17 +13,17 @@ from fisherprune_jax._graph import exact
 from fisherprune_jax._types import Array
 
 BEHIND = 2
-"""Digits behind the point of a target that is an array: its last one is 2 ** -32 FLOPs; more of smaller units."""
+"""Digits after the point of a target in an array: its last one is 2 ** -32 FLOPs; more for smaller units."""
 
 
 class ExactCost(NamedTuple):
   """A cost in whole numbers.
 
   Attributes:
-    digits: ``digits(features)``, the cost in units of ``per``, in as many digits as ``dense`` needs; features are those
-      of all masks, end to end.
-    dense: that of all-ones masks, the largest there is.
-    per: what one unit is per example, as a third of a FLOP where three examples were traced.
+    digits: ``digits(features)``, the cost in units of ``per``, in as many digits as ``dense`` has; features are those
+      of all masks, concatenated.
+    dense: the cost of all-ones masks, the largest.
+    per: the size of a unit per example, such as a third of a FLOP for three traced examples.
   """
 
   digits: Callable[[jax.Array], exact.Digits]
@@ -31,34 +31,35 @@ class ExactCost(NamedTuple):
   per: Fraction
 
   def exceeds(self, features: jax.Array, limit: exact.Digits) -> jax.Array:
-    """Whether the cost is above a limit."""
     return exact.above(self.digits(features), limit)
 
   def limit(self, target: float | Array) -> exact.Digits:
-    """The largest cost per example that is not above ``target``, or ``dense``: nothing costs more."""
+    """The largest cost up to ``target`` per example, at most ``dense``."""
     if isinstance(target, jax.Array):
       return self._limit_of_array(target)
     return exact.constant(min(limit_of(target, 1 / self.per), self.dense), exact.digits_for(self.dense))
 
   def _limit_of_array(self, target: jax.Array) -> exact.Digits:
     digits = exact.digits_for(self.dense)
-    near = target <= 1.5 * float(self.dense * self.per)  # or it is above any cost, and might have more digits
+    near = target <= 1.5 * float(
+      self.dense * self.per
+    )  # larger targets exceed any cost, and may have more digits
     target = jnp.where(near, target, 0)
     units = 1 / self.per
     if units.denominator == 1:
-      # The more units there are in one, the more of what is behind the point matters.
+      # Larger units need more digits after the point.
       behind = max(BEHIND, exact.digits_for(int(units)) + 1)
       limit = exact.times(exact.of_array(target, digits, behind), exact.constant(int(units), behind + digits))
-    else:  # of seconds, say: then an array is as exact as its product with a number is
+    else:  # seconds, for example: the array is multiplied by a number, with rounding
       behind, limit = BEHIND, exact.of_array(target * float(units), digits, BEHIND)
     dense = exact.constant(self.dense, digits)
     return [jnp.where(near, x, y) for x, y in zip(limit[behind:], dense, strict=True)]
 
 
 def limit_of(target: float | Array, units: Fraction | int) -> int:
-  """The largest number of units that is not above a target, of which one is so many.
+  """The largest number of units that is not above a target.
 
-  A float is taken with its rounding: a quotient of whole numbers that it is the nearest float to is not above it.
+  A float is read with its rounding: it admits a quotient of whole numbers whose nearest float it is.
 
   >>> limit_of(100 / 7, 7), limit_of(50_000_001, 2)
   (100, 100000002)
@@ -67,5 +68,5 @@ def limit_of(target: float | Array, units: Fraction | int) -> int:
   if isinstance(number, float):
     number = math.nextafter(number, math.inf)
     if not math.isfinite(number):
-      return 1 << 4096  # above anything
+      return 1 << 4096  # above any cost
   return math.floor(Fraction(number) * units)

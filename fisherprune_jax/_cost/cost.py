@@ -1,4 +1,4 @@
-"""The cost of a masked network, and what each feature contributes to it."""
+"""The cost of a masked network, and the marginal cost of each feature."""
 
 import functools
 import math
@@ -26,17 +26,16 @@ from fisherprune_jax._types import Array, Masks, Shape
 
 
 class CostModel(Shown):
-  """What a network costs under given masks.
+  """The cost of a network as a function of its masks.
 
-  Made by :func:`cost_model`, or by :meth:`from_functions` for a cost of your own (latency, bytes, energy).
+  Made by :func:`cost_model`, or by :meth:`from_functions` for a user-defined cost (energy, a lookup table). For cost
+  models of the same masks, ``a + b``, ``sum([a, b])`` and ``2.0 * a`` are cost models.
 
   Attributes:
     masks: the tree of all-ones masks.
-    dense: the cost per example with every feature alive.
-    unit: what it is measured in, such as ``"FLOPs"``.
-    flat: the cost of the features of all masks, end to end.
-
-  ``a + b``, ``sum([a, b])`` and ``2.0 * a`` of cost models on the same masks are cost models.
+    dense: the cost per example without masked features.
+    unit: the unit, such as ``"FLOPs"``.
+    flat: the cost of the features of all masks, concatenated.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -60,7 +59,7 @@ class CostModel(Shown):
     examples: int = 1,
     owned: Sequence[Owned] | None = None,
   ) -> None:
-    with jax.ensure_compile_time_eval():  # it may be made inside a function that is traced
+    with jax.ensure_compile_time_eval():  # also inside of a traced function
       self.masks = jax.tree.map(lambda m: jnp.ones(m.shape, jnp.float32), masks)
       self.dense = float(flat.total(flatten(self.masks))) if counted is None else counted.worth(counted.dense)
     self.unit = unit
@@ -74,13 +73,12 @@ class CostModel(Shown):
 
   @classmethod
   def of(cls, counted: Counted, unit: str, owned: Sequence[Owned] | None = None) -> "CostModel":
-    """The cost model of a sum of terms."""
     flat = FlatCost(counted.total, counted.drops, counted.exact_cost)
     return cls(counted.masks, flat, unit, counted, owned=owned)
 
   @functools.cached_property
   def ownership(self) -> Ownership | None:
-    """What of the variables goes with each feature; None for a cost of your own."""
+    """The parameters of each feature; None for user-defined costs."""
     return None if self._owned is None else Ownership(self._owned, self.masks)
 
   @classmethod
@@ -91,17 +89,16 @@ class CostModel(Shown):
     per_feature: Callable[[Masks], Masks],
     unit: str = "",
   ) -> "CostModel":
-    """A cost model of your own.
+    """A user-defined cost model, from jit-able functions.
 
     Args:
       masks: a tree of masks; only shapes matter.
-      total: ``total(masks)``, a scalar: the cost per example. Must be jit-able.
-      per_feature: ``per_feature(masks)``, a tree like ``masks``: the drop in cost if that one feature also
-        went. Must be jit-able.
-      unit: what it is measured in, for tables.
+      total: ``total(masks)``, the cost per example, a scalar.
+      per_feature: ``per_feature(masks)``, the marginal cost of each feature, a tree like ``masks``.
+      unit: the unit, for tables.
 
     Returns:
-      A cost model with no breakdown, whose ``exact`` is ``total``.
+      A cost model without breakdown, whose ``exact`` is ``total``.
 
     >>> import jax, jax.numpy as jnp
     >>> import fisherprune_jax as fp
@@ -122,7 +119,7 @@ class CostModel(Shown):
     return cls(masks, FlatCost(of_features, drops), unit)
 
   def __add__(self, other: Any) -> "CostModel":
-    """The sum of two costs on the same masks, exact where both are."""
+    """The sum of two costs on the same masks, exact if both are."""
     if not isinstance(other, CostModel):
       return NotImplemented
     _check_same(self.masks, other.masks)
@@ -146,15 +143,15 @@ class CostModel(Shown):
     )
 
   def __radd__(self, other: Any) -> "CostModel":
-    """The same cost for ``0 + cost``, which is how ``sum`` begins."""
+    """The same cost for ``0 + cost``, with which ``sum`` begins."""
     return self if is_number(other) and is_known(other) and other == 0 else NotImplemented
 
   def __mul__(self, factor: Any) -> "CostModel":
-    """A cost so many times as large, for sums of costs in different units."""
+    """A multiple of the cost, for sums of costs in different units."""
     if not is_number(factor):
       return NotImplemented
     require(0 < factor < math.inf, "A cost model can be multiplied by a positive number", factor)
-    number = as_written(factor)  # 0.1 is a tenth
+    number = as_written(factor)  # 0.1 is exactly a tenth
     unit = f"{float(factor):g} {self.unit or 'cost'}"
     if self._counted is not None:
       return CostModel.of(self._counted.times(number), unit, self._owned)
@@ -182,12 +179,12 @@ class CostModel(Shown):
     return self._total(masks)
 
   def per_feature(self, masks: Masks) -> Masks:
-    """The drop in cost per example if one feature also went: a float32 tree like ``masks``; jit-able."""
+    """The marginal cost of each feature per example: a float32 tree like ``masks``; jit-able."""
     self._check(masks)
     return unflatten(self._drops(masks), masks)
 
   def exact(self, masks: Masks) -> int | float:
-    """The cost of one traced batch, computed on the host: an integer, unless a unit (seconds) is divided."""
+    """The cost of one traced batch, computed on the host: an integer, except for divided units (seconds)."""
     self._check(masks)
     if self._counted is not None:
       return self._counted.exact(masks)
@@ -197,12 +194,12 @@ class CostModel(Shown):
   def exceeds(self, masks: Masks, target: float | Array) -> jax.Array:
     """Whether the cost is above a target per example, a boolean scalar; jit-able.
 
-    It is decided on whole numbers, the FLOPs of the traced batch and the target times its examples, which
-    ``cost(masks) > target`` cannot be: float32 is off by 3 at 50 million. A cost of your own is compared as it is.
+    The comparison is exact, in whole FLOPs of the traced batch. ``cost(masks) > target`` is not: float32 is off by 3 at
+    50 million. User-defined costs are compared in float32.
 
     Args:
       masks: a tree of masks.
-      target: a number, of a Python float the nearest quotient, or an array, of which every bit counts.
+      target: a number. A Python float also admits the quotient that it rounds; an array is exact.
 
     >>> import jax, jax.numpy as jnp
     >>> import fisherprune_jax as fp
@@ -218,12 +215,12 @@ class CostModel(Shown):
     return self.flat.exceeds(flatten(masks), self.flat.limit(target))
 
   def breakdown(self, masks: Masks) -> list[Row]:
-    """Where the cost is: one row per source line and primitive (per parameter), dense and under ``masks``."""
+    """One row per source line and primitive (or per parameter), with the dense cost and the cost under ``masks``."""
     self._check(masks)
     return [] if self._rows is None else self._rows(masks)
 
   def tables(self) -> list[Table | str]:
-    """The cost, the masks, and the source lines that cost most."""
+    """The cost, the masks, and the most expensive source lines."""
     marginal = named_rows(jax.tree.map(np.asarray, self.per_feature(self.masks)))
     rows = [(name, str(row.size), as_number(float(np.mean(row)))) for name, row in marginal]
     lines = sorted(self.breakdown(self.masks), key=lambda row: -row.dense)
@@ -259,7 +256,6 @@ def _shape_of_a_mask(shape: Shape, path: str) -> str:
 
 
 def _check_same(a: Masks, b: Masks) -> None:
-  """Raises unless two cost models are of the same masks."""
   how = "Build both for the same model and variables."
   require_same_tree(b, a, "The masks of a cost to add", "the masks of the other", how)
   require_shapes(b, a, lambda shape, path: f"Costs to add must have masks of one shape, {shape}", how)

@@ -1,4 +1,4 @@
-"""Costs that are sums of terms, in whole numbers of some unit: evaluated, priced, multiplied and added up."""
+"""Costs that are sums of terms, in whole numbers of a unit."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ from fisherprune_jax._types import Masks
 
 
 class NotCounted(float):
-  """What nobody knows the cost of: nothing in a sum, and shown as ``not counted``, not as a zero."""
+  """An unknown cost: zero in sums, shown as ``not counted``."""
 
   def __repr__(self) -> str:
     return "not counted"
@@ -35,11 +35,11 @@ class Row(NamedTuple):
   """One line of a cost breakdown, per example.
 
   Attributes:
-    where: the user's source line; of parameters, their path.
-    primitive: its name; with ``(not counted)`` behind it if no rule says what it costs.
-    dense: with every feature alive.
-    now: under the masks; as ``dense``, zero in a sum and shown as ``not counted`` if that is so.
-    unit: of both, such as ``"FLOPs"``.
+    where: the source line; for parameters, the path.
+    primitive: its name; followed by ``(not counted)`` if no rule gives its cost.
+    dense: the cost without masked features.
+    now: the cost under the masks. Unknown costs are zero in sums, and shown as ``not counted``.
+    unit: the unit of both, such as ``"FLOPs"``.
   """
 
   where: str
@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
 
 class Entry(NamedTuple):
-  """A part of a cost, with what a breakdown says of it."""
+  """A part of a cost, with its labels in a breakdown."""
 
   where: str
   label: str
@@ -65,9 +65,9 @@ class Counted:
 
   Attributes:
     entries: its parts.
-    masks: the masks, of which shapes alone matter.
-    per: what one unit of the terms is per example.
-    batch: how many examples ``exact`` is of.
+    masks: the masks; only shapes matter.
+    per: the size of one unit per example.
+    batch: the number of examples of ``exact``.
   """
 
   entries: tuple[Entry, ...]
@@ -77,43 +77,41 @@ class Counted:
 
   @functools.cached_property
   def terms(self) -> list[Term | Dearest]:
-    """All of them, those that are alike added up."""
+    """All terms, with equal ones added up."""
     return collect(entry.term for entry in self.entries)
 
   @functools.cached_property
   def dense(self) -> int:
-    """The sum with every feature alive, the largest that there is."""
+    """The cost without masked features, the largest."""
     return total(self.terms, self._ones)
 
   @functools.cached_property
   def prices(self) -> Prices:
-    """The same on the device; made when asked for: who wants the sum under given masks alone can do without."""
+    """The cost on the device; lazy, as costs of given masks do not need it."""
     return Prices(self.terms, sizes_of(jax.tree.leaves(self.masks)))
 
   @property
   def exact_cost(self) -> ExactCost:
-    """For comparisons without rounding."""
     return ExactCost(jax.jit(self._digits), self.dense, self.per)
 
   def worth(self, number: int) -> float:
-    """What a sum of terms is per example."""
     return float(number * self.per)
 
   def total(self, features: jax.Array) -> jax.Array:
-    """The cost per example, in float32, from which features of all masks, end to end, are alive; jit-able."""
+    """The cost per example, in float32, for the features of all masks, concatenated; jit-able."""
     return self.prices.total(features != 0) / self._divisor
 
   def drops(self, features: jax.Array) -> jax.Array:
-    """What it drops by with each feature; jit-able."""
+    """The marginal cost of each feature; jit-able."""
     return self.prices.drops(features != 0) / self._divisor
 
   def exact(self, masks: Masks) -> int | float:
-    """The cost of a batch on the host: an integer, unless the cost of one is none."""
+    """The cost of a batch on the host: an integer if it is whole."""
     found = total(self.terms, _evaluation(masks)) * self.per * self.batch
     return int(found) if found.denominator == 1 else float(found)
 
   def breakdown(self, masks: Masks) -> list[Row]:
-    """Dense and under masks, summed over the parts of one name."""
+    """Dense and masked cost, summed over entries of equal labels."""
     states = [self._ones, _evaluation(masks)]
     sums: dict[tuple[str, str, str], list[float]] = {}
     for entry in self.entries:
@@ -126,11 +124,10 @@ class Counted:
     return [Row(where, label, dense, now, unit) for (where, label, unit), (dense, now) in sums.items()]
 
   def times(self, factor: Fraction) -> "Counted":
-    """The same cost, multiplied."""
     return replace(self, per=self.per * factor)
 
   def plus(self, other: "Counted") -> "Counted":
-    """The sum of two costs under the same masks, in the largest unit that both are whole numbers of."""
+    """The sum of two costs of the same masks, in the largest common unit."""
     a, b = self.per, other.per
     bottom = a.denominator * b.denominator
     per = Fraction(math.gcd(a.numerator * b.denominator, b.numerator * a.denominator), bottom)

@@ -1,4 +1,4 @@
-"""A cost of the features of all masks, end to end: what is computed on many masks is then as small a program as on one."""
+"""Costs of the features of all masks, concatenated: one vector keeps programs small for any number of masks."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -15,13 +15,7 @@ Limit: TypeAlias = Any
 
 
 class Priced(NamedTuple):
-  """What features cost.
-
-  Attributes:
-    total: the cost.
-    too_much: whether it is above a limit.
-    drops: the drop in cost with each feature.
-  """
+  """The total cost, whether it is above a limit, and the marginal cost of each feature."""
 
   total: jax.Array
   too_much: jax.Array
@@ -29,17 +23,17 @@ class Priced(NamedTuple):
 
 
 class FlatCost:
-  """What features cost, given as a vector that is not zero where they are alive; every method is jit-able.
+  """The cost of a vector of features that is non-zero where they are live; every method is jit-able.
 
   Args:
     total: the cost per example, a float32 scalar.
-    drops: the drop in cost if one feature also went, a float32 vector.
-    exact: the cost in whole numbers, for comparisons without rounding; None for a cost of your own.
+    drops: the marginal costs, a float32 vector.
+    exact: the cost in whole numbers, for exact comparisons; None for user-defined costs.
 
   Attributes:
-    total: as given, compiled.
-    drops: likewise.
-    programs: what callers have compiled for this cost, by what they chose; kept as long as the cost is.
+    total: compiled.
+    drops: compiled.
+    programs: compiled programs of callers, by their options.
   """
 
   def __init__(
@@ -59,12 +53,11 @@ class FlatCost:
     return target if isinstance(target, jax.Array) else np.float32(min(target, np.finfo(np.float32).max))
 
   def exceeds(self, features: jax.Array, limit: Limit) -> jax.Array:
-    """Whether the cost is above a limit."""
     if self._exact is None:
       return jnp.asarray(self.total(features) > limit)
     return self._exact.exceeds(features, limit)
 
   def price(self, features: jax.Array, limit: Limit | None) -> Priced:
-    """All of it; None for no limit, which any cost is above."""
+    """All costs of some features; any cost is above a limit of None."""
     above = jnp.bool_(True) if limit is None else self.exceeds(features, limit)
     return Priced(self.total(features), above, self.drops(features))

@@ -1,4 +1,4 @@
-"""What is measured of an apply function: FLOPs, multiply-accumulates, parameters, bytes."""
+"""Measures of the cost of an apply function: FLOPs, multiply-accumulates, parameters, bytes."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -25,9 +25,9 @@ METERS: dict[str, Callable[[frozenset[str] | None], Meter]] = {
   "macs": MacsMeter,
   "bytes": BytesMeter,
 }
-"""What is counted node by node."""
+"""Counters of nodes."""
 MEASURES = ("flops", "macs", "params", "bytes")
-"""All that has a name."""
+"""All named measures."""
 
 
 def cost_model(
@@ -40,35 +40,33 @@ def cost_model(
   primitives: Sequence[str] | None = None,
   strict: bool = False,
 ) -> CostModel:
-  r"""Measures what ``apply_fn(variables, *args)`` costs as a function of its masks: by default, its FLOPs.
+  r"""Measure the cost of ``apply_fn(variables, *args)`` as a function of its masks; by default, its FLOPs.
 
-  The function is traced once. An inner product of ``K`` terms costs ``2 K - 1``, elementwise arithmetic and
-  comparisons 1 per element, reductions 1 per element read, data movement 0; see the page on counting. Only
-  live entries count: the cost is that of the program that :func:`compact` builds for the same masks, so it is
+  The function is traced once. An inner product of ``K`` terms costs ``2 K - 1``, elementwise arithmetic and comparisons
+  1 per element, reductions 1 per element read, data movement 0; see the page on counting. Only live entries count, as
+  in the program that :func:`compact` builds for the same masks:
 
   .. math:: cost(m) = \sum_{primitives} c \prod_{axes} |\text{live}_{axis}(m)|
 
   Args:
     apply_fn: ``apply_fn(variables, *args)``, such as ``model.apply``.
-    variables: the variables, arrays or ``jax.ShapeDtypeStruct``, with the masks among them.
+    variables: the variables, arrays or ``jax.ShapeDtypeStruct``, including the masks.
     *args: the other arguments, likewise.
-    masks: the collection that holds the masks, or a predicate on tree paths.
-    batch_axes: where the example axes of ``args`` are, like ``jax.vmap``'s ``in_axes``: ``(None, 0)`` for a key
-      before the batch, 1 for time-major input. With None alone (graphs padded to one size) FLOPs are per call.
-    measure: ``"flops"``; ``"macs"``, the terms of inner products alone; ``"params"``, live entries of the variables
-      that are not masks (in all, not per example); ``"bytes"``, what the nodes of the program read and write, each its
-      operands and its results; or a :class:`Roofline`, for seconds.
-    primitives: names of the primitives to count, such as ``("dot_general", "conv_general_dilated")``; None counts all. A
-      name that is neither known to the library nor in the network is an error.
-    strict: raise where a dead feature cannot be removed, instead of keeping it.
+    masks: the collection of the masks, or a predicate on tree paths.
+    batch_axes: the example axes of ``args``, like ``jax.vmap``'s ``in_axes``: ``(None, 0)`` for a key before the batch,
+      1 for time-major input. If all are None (graphs padded to one size), the cost is per call.
+    measure: ``"flops"``; ``"macs"``, multiply-accumulates; ``"params"``, live entries of all variables except masks, in
+      total; ``"bytes"``, operands and results of every node; or a :class:`Roofline`, for seconds.
+    primitives: names of the primitives to count, such as ``("dot_general", "conv_general_dilated")``; None for all.
+    strict: raise if a masked feature cannot be removed.
 
   Returns:
     The cost model: ``cost(masks)`` is per example.
 
   Raises:
     TypeError: for ``primitives`` that are no list of names.
-    ValueError: for an unknown measure or primitive, without masks, without an example axis where ``batch_axes`` says that there is one, or, if
-      ``strict``, where something cannot be removed.
+    ValueError: for an unknown measure or primitive, without masks, without the example axes of ``batch_axes``, or, if
+      ``strict``, for features that cannot be removed.
 
   >>> import jax, jax.numpy as jnp
   >>> import flax.linen as nn
@@ -103,7 +101,7 @@ def cost_model(
 
 
 def _names(primitives: Iterable[str] | None) -> frozenset[str] | None:
-  """The names of primitives to count; None for all."""
+  """A checked set of names; None for all primitives."""
   if primitives is None:
     return None
   names = () if isinstance(primitives, str) or not isinstance(primitives, Iterable) else tuple(primitives)
@@ -115,7 +113,7 @@ def _names(primitives: Iterable[str] | None) -> frozenset[str] | None:
 
 
 def _check_names(names: Iterable[str], here: Set[str]) -> None:
-  """Raises for the name of a primitive that can count nowhere: it is not in the network, and no rule knows it."""
+  """Raise for a primitive that runs a program, or that is unknown: not in the network, and without a rule."""
   for name in sorted(names):
     if name in STRUCTURED or name in INLINED:
       raise ValueError(
@@ -138,7 +136,7 @@ def analysed(
   batch_axes: BatchAxes,
   strict: bool = False,
 ) -> tuple[Analysis, VariableTree, int]:
-  """What is known of a function under its masks, its variables, and how many examples ``args`` hold."""
+  """The analysis of a function under its masks, its variables, and the number of examples in ``args``."""
   tree = VariableTree(variables, masks)
   examples = batch_size(args, batch_axes)
   analysis = trace_apply(apply_fn, tree, args).analyse()
@@ -149,7 +147,7 @@ def analysed(
 def cost_of(
   analysis: Analysis, tree: VariableTree, examples: int, meter: Meter, one: Fraction = Fraction(1)
 ) -> CostModel:
-  """The cost model of an analysed function, node by node; ``one`` is what the meter's unit is in that of the cost."""
+  """The cost model of an analysed function; ``one`` converts the counter's unit to that of the cost."""
   costs = costs_of(analysis.program, analysis.live, meter)
   entries = (Entry(cost.node.source, cost.label, meter.unit, cost.term, cost.counted) for cost in costs)
   counted = Counted(tuple(entries), tree.mask_tree, one / examples, examples)
@@ -157,13 +155,13 @@ def cost_of(
 
 
 def parameters_of(analysis: Analysis, tree: VariableTree) -> CostModel:
-  """The cost model of what is kept of the variables, in all."""
+  """The cost model of the number of parameters, in total."""
   counted = Counted(tuple(parameters(analysis, tree)), tree.mask_tree, Fraction(1), 1)
   return CostModel.of(counted, "parameters", owned(analysis, tree))
 
 
 def parameters(analysis: Analysis, tree: VariableTree) -> Iterator[Entry]:
-  """How many entries of each variable are kept; all of one that nobody asks for."""
+  """The number of kept entries of each variable; all, if it is not needed."""
   live = analysis.live
   for value, (path, _), is_mask in zip(analysis.variables, tree.paths, tree.flags, strict=True):
     if is_mask:

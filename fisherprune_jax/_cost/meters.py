@@ -1,7 +1,7 @@
-"""What one node costs: a meter says it in terms of what is live, for one unit.
+"""Cost counters: what one node costs in terms of live entries, in one unit.
 
-A meter is called on every node that runs no program and depends on the arguments; loops, branches and calls add up what
-it says of the nodes inside.
+A counter is called for nodes that run no program and depend on the arguments. Loops, branches and calls add up the
+nodes inside.
 """
 
 import math
@@ -20,21 +20,20 @@ from fisherprune_jax._graph.terms import Dearest, Term, collect, sized, term
 
 @dataclass(frozen=True)
 class FlopsMeter:
-  """Floating-point operations, as the rules count them (``Spec.flops``).
+  """Counts floating-point operations by the rules (``Spec.flops``).
 
   Attributes:
-    primitives: names of the primitives to count; None counts all.
+    primitives: names of the primitives to count; None for all.
   """
 
   primitives: frozenset[str] | None = None
 
   @property
   def unit(self) -> str:
-    """What it counts, for tables."""
     return "FLOPs"
 
   def __call__(self, node: Node, live: Liveness) -> Iterable[Term] | None:
-    """What a node costs; None where no rule says so."""
+    """The cost of a node; None without a rule for it."""
     if not _is_named(node.name, self.primitives):
       return ()
     spec, factors = live.specs[node], live.factors[node]
@@ -43,52 +42,47 @@ class FlopsMeter:
     return [found for flops in spec.flops for found in self.terms(flops, factors)]
 
   def terms(self, flops: Flops, factors: Factors) -> list[Term]:
-    """Of a rule's count, what is counted."""
     return [term(flops, factors)]
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:
-    """What a primitive costs on one number, which the compact program has beside those that were traced."""
+    """The cost of a primitive on scalars, which the compact program adds."""
     return [Term(1, ())] if _is_named(primitive, self.primitives) else []
 
 
 class MacsMeter(FlopsMeter):
-  """Multiply-accumulates: ``K`` for each inner product of ``K`` terms; everything else is free."""
+  """Counts multiply-accumulates: ``K`` for each inner product of ``K`` terms, nothing else."""
 
   @property
   def unit(self) -> str:
-    """What it counts, for tables."""
     return "MACs"
 
   def terms(self, flops: Flops, factors: Factors) -> list[Term]:
-    """Of a rule's count, what is counted."""
     if flops.inner is None:
       return []
     return [sized(flops.scale * flops.taps, [factors[f] for f in (*flops.outer, *flops.inner)])]
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:
-    """Nothing: a number has no inner product."""
+    """Nothing: scalars have no inner product."""
     return ()
 
 
 class BytesMeter(NamedTuple):
-  """Bytes that nodes read and write, each its operands and its results, as if none were fused.
+  """Counts the bytes of all operands and results of nodes, as if none were fused.
 
-  What a node is in the compact program alone counts: a product with a mask is none there. Constants that are written
-  into the program are free, and so is what merely gives an array another shape.
+  Nodes that the compact program lacks are free, such as products with masks. So are constants in the program, and nodes
+  that only change shapes.
 
   Attributes:
-    primitives: names of the primitives to count; None counts all.
+    primitives: names of the primitives to count; None for all.
   """
 
   primitives: frozenset[str] | None = None
 
   @property
   def unit(self) -> str:
-    """What it counts, for tables."""
     return "bytes"
 
   def __call__(self, node: Node, live: Liveness) -> Iterable[Term] | None:
-    """What a node reads and writes."""
     spec, factors = live.specs[node], live.factors[node]
     leaves_out = spec.same_as is not None and not live.keep_masks
     if leaves_out or node.name in SHAPES_ALONE or not _is_named(node.name, self.primitives):
@@ -101,22 +95,22 @@ class BytesMeter(NamedTuple):
     ]
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:
-    """Nothing that would be worth counting."""
+    """Nothing: negligible."""
     return ()
 
 
 @dataclass(frozen=True)
 class Roofline:
-  r"""Time as a machine's two limits have it: of each node the larger of what its arithmetic and its bytes take.
+  r"""Estimates time by the two limits of a machine: each node takes the larger of its arithmetic and its memory time.
 
   .. math:: seconds = \sum_{nodes} \max(FLOPs / rate_{arithmetic}, bytes / rate_{memory})
 
-  For ``fp.cost_model(..., measure=fp.Roofline(...))``: what is bound by memory, as a language model that decodes one token
-  at a time, is pruned where bytes go; what is bound by arithmetic, where FLOPs do.
+  With ``fp.cost_model(..., measure=fp.Roofline(...))``, parts bound by memory, as in a language model that decodes one
+  token at a time, are pruned to save bytes; parts bound by arithmetic, to save FLOPs.
 
   Attributes:
-    flops_per_second: of the machine, as it is reached in products.
-    bytes_per_second: of its memory.
+    flops_per_second: the arithmetic rate that products reach.
+    bytes_per_second: the memory rate.
 
   Raises:
     ValueError: for rates that are not positive.
@@ -149,18 +143,18 @@ class Roofline:
 
   @property
   def weights(self) -> tuple[int, int]:
-    """What a FLOP and a byte weigh, as whole numbers."""
+    """The weights of a FLOP and a byte, as whole numbers."""
     ratio = Fraction(repr(float(self.flops_per_second))) / Fraction(repr(float(self.bytes_per_second)))
     return ratio.denominator, ratio.numerator
 
   @property
   def seconds(self) -> Fraction:
-    """What one such unit takes."""
+    """The seconds of one unit of weight."""
     return 1 / (Fraction(repr(float(self.flops_per_second))) * self.weights[0])
 
 
 class RooflineMeter(NamedTuple):
-  """Of each node the larger of weighted FLOPs and weighted bytes.
+  """Counts for each node the larger of weighted FLOPs and weighted bytes.
 
   Attributes:
     flops: counts FLOPs.
@@ -174,11 +168,10 @@ class RooflineMeter(NamedTuple):
 
   @property
   def unit(self) -> str:
-    """What it counts, for tables."""
     return "seconds"
 
   def __call__(self, node: Node, live: Liveness) -> Iterable[Term | Dearest] | None:
-    """One term; None where no rule says what a node computes."""
+    """One term; None without a rule for the node."""
     found = [self.flops(node, live), self.moved(node, live)]
     if found[0] is None:
       return None
@@ -191,12 +184,12 @@ class RooflineMeter(NamedTuple):
     return [Term(max(sum(t.scale for t in terms) for terms in sums), ())]
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:
-    """Nothing that would be worth counting."""
+    """Nothing: negligible."""
     return ()
 
 
 SHAPES_ALONE = frozenset({"reshape", "squeeze", "expand_dims", "broadcast_in_dim"})
-"""Primitives that move nothing: readers see the same bytes under another shape, or the same ones several times."""
+"""Primitives that move nothing: readers see the same bytes in another shape, or repeatedly."""
 
 
 def _is_named(primitive: str, names: frozenset[str] | None) -> bool:

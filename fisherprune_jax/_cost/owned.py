@@ -1,8 +1,8 @@
-"""What of the variables goes with each feature: entry by entry, so that whatever they hold can be added up.
+"""The entries of variables that are removed with each feature, to add up values over them.
 
-A variable is kept where all of its axes are, and gone where any is. Axes that hang on different masks never lose an
-entry to the same feature: what each loses adds up. Where several hang on one mask, as both sides of a recurrent kernel,
-they are merged into one axis, of which every entry is a position of its own.
+An entry is kept if all axes of its variable keep it. Axes that depend on different masks never lose an entry to the
+same feature, so their losses add up. Axes that depend on a common mask, as both sides of a recurrent kernel, are merged
+into one axis.
 """
 
 import math
@@ -29,13 +29,13 @@ Keys = tuple[str, ...]
 
 
 class Owned(NamedTuple):
-  """Where a variable, or one layer of it, is kept.
+  """The kept entries of a variable, or of one layer of it.
 
   Attributes:
-    path: of the variable.
-    shape: of all of it.
-    layer: which entry along its leading axis this is of; None for all of it.
-    where: what is kept.
+    path: the path of the variable.
+    shape: its full shape.
+    layer: an index of its leading axis; None for the whole variable.
+    where: the kept entries.
   """
 
   path: Keys
@@ -45,7 +45,7 @@ class Owned(NamedTuple):
 
 
 def owned(analysis: Analysis, tree: VariableTree) -> list[Owned]:
-  """What is kept of each variable that somebody asks for."""
+  """The kept entries of each variable that is needed."""
   live, found = analysis.live, []
   for value, (path, _), is_mask in zip(analysis.variables, tree.paths, tree.flags, strict=True):
     if not is_mask and value in live.asked:
@@ -56,26 +56,25 @@ def owned(analysis: Analysis, tree: VariableTree) -> list[Owned]:
 
 
 def keys_of(path: Path) -> Keys:
-  """A path as names."""
   return tuple(path_name((key,)) for key in path)
 
 
 class Part(NamedTuple):
-  """Some axes of a variable (of one layer of it) merged into one, row by row, and where that is kept."""
+  """Axes of a variable or a layer, merged row by row, and the kept positions."""
 
   axes: tuple[int, ...]
   kept: Set
 
 
 class Ownership:
-  """Adds up, for every feature, what the entries hold that go with it; jit-able.
+  """Sums values over the entries that are removed with each feature; jit-able.
 
   Args:
-    parts: what is kept of each variable.
+    parts: the kept entries of each variable.
     masks: the tree of masks.
 
   Attributes:
-    shapes: of the variables, by path.
+    shapes: the shapes of the variables, by path.
   """
 
   def __init__(self, parts: Sequence[Owned], masks: Masks) -> None:
@@ -90,11 +89,11 @@ class Ownership:
     return {key for s in found for key in sets.keys_of(s.support)}
 
   def add_up(self, values: Mapping[Keys, jax.Array], alive: jax.Array) -> jax.Array:
-    """Of each feature, the sum of the values of all entries that go with it.
+    """For each live feature, the sum of the values of all entries that are removed with it.
 
     Args:
-      values: by path, a number for each entry; variables without one own nothing.
-      alive: which features are live, of all masks end to end. Those that are not own nothing.
+      values: arrays of the variables' shapes, by path; other variables do not count.
+      alive: the live features, of all masks concatenated. Other features own nothing.
     """
     live = self._circuit.live(alive, jnp)
     given = [(part, found) for part, found in self._owned if part.path in values]
@@ -114,7 +113,7 @@ class Ownership:
     return self._circuit.drops(live, lost[None], jnp)[0]
 
   def _bits(self, live: jax.Array, axes: Sequence[Set]) -> list[jax.Array]:
-    """Which positions of some axes are live, as numbers; few kernels however many axes there are."""
+    """The live positions of axes, as numbers; a few kernels for any number of axes."""
     gates = np.concatenate([np.zeros(0, int), *(self._circuit.gates[s] for s in axes)])
     return unflatten(
       live[gates].astype(jnp.float32), [jax.ShapeDtypeStruct((s.size,), jnp.float32) for s in axes]
@@ -122,7 +121,7 @@ class Ownership:
 
 
 def _parts(where: Where) -> Iterator[Part]:
-  """Axes that hang on masks, and the condition; those that hang on one mask together."""
+  """The axes and the condition that depend on masks, merged where they share one."""
   axes: list[tuple[tuple[int, ...], Set]] = [((at,), s) for at, s in enumerate(where.box) if s.support]
   when = sets.beyond(where.when, where.box)
   for group in _sharing([*axes, *([((), when)] if when.support else [])]):
@@ -130,7 +129,7 @@ def _parts(where: Where) -> Iterator[Part]:
 
 
 def _sharing(found: Iterable[tuple[tuple[int, ...], Set]]) -> list[list[tuple[tuple[int, ...], Set]]]:
-  """Groups of what hangs on common masks, directly or through others."""
+  """Groups that share masks, directly or through others."""
   groups: list[list[tuple[tuple[int, ...], Set]]] = []
   for item in found:
     mine = [group for group in groups if any(s.support & item[1].support for _, s in group)]

@@ -1,1 +1,1 @@
-"""Costs that are times, measured on the machine at hand."""
+"""Costs as times, measured on this machine."""

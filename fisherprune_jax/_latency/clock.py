@@ -1,4 +1,4 @@
-"""Timing programs on the machine at hand, and remembering what they took."""
+"""Timing programs on this machine, and storing the times."""
 
 import json
 import os
@@ -15,15 +15,15 @@ import numpy as np
 from fisherprune_jax._files import PathLike, replacing, target_of
 
 SHORTEST, LONGEST = 1e-12, 1e9
-"""Seconds: less is what a clock cannot tell from nothing, more is what nothing takes."""
+"""Seconds: the range of valid times."""
 VISIT = 2e-3
-"""Seconds that a program runs for, over and over, each time that its turn comes: far more than a clock's tick."""
+"""Seconds of repeated runs per visit, far above the resolution of the clock."""
 Run = Callable[[], Any]
 
 
 def machine() -> str:
-  """What a time hangs on beside the program: the device, what compiles for it, and of a processor how many cores."""
-  (device,) = jnp.zeros(()).devices()  # where arrays go by default
+  """What times depend on beside the program: the device, its compiler, and for a CPU its cores."""
+  (device,) = jnp.zeros(()).devices()  # the default device
   parts = [device.platform, device.device_kind, f"jax {jax.__version__}"]
   if device.platform == "cpu":
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -32,7 +32,6 @@ def machine() -> str:
 
 
 def _processor() -> str:
-  """The name of the processor."""
   try:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
   except OSError:
@@ -42,7 +41,7 @@ def _processor() -> str:
 
 
 def medians(runs: Sequence[Run], repeats: int, visit: float = VISIT) -> np.ndarray:
-  """The median seconds of a call of each of some programs, which take turns of ``visit`` seconds or of one call."""
+  """The median seconds per call of some programs, which alternate in visits of ``visit`` seconds or one call."""
   first = [once(run, 1) for run in (*runs, *runs)][len(runs) :]  # the first call compiles
   counts = [max(1, int(visit / max(seconds, 1e-7))) for seconds in first]
   rounds = [[once(run, count) for run, count in zip(runs, counts, strict=True)] for _ in range(repeats)]
@@ -50,7 +49,7 @@ def medians(runs: Sequence[Run], repeats: int, visit: float = VISIT) -> np.ndarr
 
 
 def once(run: Run, count: int) -> float:
-  """The seconds that one of ``count`` calls in a row takes."""
+  """The mean seconds per call of ``count`` calls in a row."""
   start = time.perf_counter()
   for _ in range(count):
     out = run()
@@ -62,7 +61,7 @@ class Memory:
   """Times by name, in a JSON file if there is a path: ``{machine: {name: seconds}}``.
 
   Raises:
-    ValueError: for a file that holds something else.
+    ValueError: for a file with other content.
     IsADirectoryError: for a folder.
   """
 
@@ -72,7 +71,7 @@ class Memory:
     self.times: dict[str, float] = self._read().get(self._machine, {})
 
   def add(self, found: Mapping[str, float]) -> None:
-    """Remembers times; the file is written anew, with what others have added to it meanwhile, and put in its place."""
+    """Add times; the file is replaced by one that keeps what other processes added meanwhile."""
     self.times.update({name: max(seconds, SHORTEST) for name, seconds in found.items()})
     if self._path is None:
       return
@@ -100,7 +99,7 @@ class Memory:
     return found
 
   def check_place(self) -> None:
-    """Raises where no file can be written: to be asked before anything is timed."""
+    """Raise if no file can be written; call it before timing."""
     if self._path is None:
       return
     folder = next(folder for folder in self._path.parents if folder.exists())
@@ -127,5 +126,5 @@ def _is_time(t: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-  """A value of JSON for an error of one line."""
+  """A JSON value on one line of an error."""
   return "a huge number" if isinstance(value, int) and value.bit_length() > 99 else str(value)[:30]

@@ -1,4 +1,4 @@
-"""From times of parts to those of whole networks."""
+"""Fits times of parts to times of whole networks."""
 
 import itertools
 import math
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 TRUST = 1.0
-"""What it weighs if products take another time among others than alone, against relative errors of whole networks."""
+"""The weight of a product's own time, against relative errors of whole networks."""
 
 
 def fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[float]:
-  """Factors of some columns, none below zero, that come closest to what rows take; to the first one exactly.
+  """Non-negative factors of columns that fit the times of rows best, and the first row exactly.
 
-  Errors count relative to each row. The first column was timed, so its factor has to have a reason not to be one. With a few
-  columns all subsets can be tried: of those whose best factors are not below zero, the closest is the best of all.
+  Errors are relative to each row. The first column was measured, so its factor is drawn to one. All subsets of the few
+  columns are tried: the best fit without negative factors is optimal.
 
   >>> [round(factor, 6) for factor in fitted([[4.0, 2.0], [2.0, 1.5]], [8.0, 5.0])]
   [1.0, 2.0]
@@ -40,36 +40,32 @@ def fitted(rows: Sequence[Sequence[float]], seconds: Sequence[float]) -> list[fl
 
 
 class Curve(NamedTuple):
-  """A curve that rises, straight from point to point.
+  """A rising curve through points ``x`` and ``y``, from zero, linear between them."""
 
-  Attributes:
-    x: where the points are, from zero on.
-    y: what it is there, from zero on.
-  """
-
-  x: tuple[float, ...]  # of Python: numbers of NumPy would make a float32 more precise under 64 bits
+  x: tuple[float, ...]  # Python floats: NumPy's would widen a float32 under 64 bits
   y: tuple[float, ...]
 
   @classmethod
   def of(cls, x: Sequence[float], y: Sequence[float]) -> "Curve":
-    """Through points of any order; what is above the next is level with it, and of several in one place the highest counts.
+    """A curve through unordered points.
+
+    Points above a later one are lowered to it; the highest counts at one place.
 
     >>> curve = Curve.of([8.0, 4.0, 4.0], [6.0, 1.0, 2.0])
     >>> float(curve(2.0)), float(curve(6.0)), float(curve.fall(6.0, 4.0))
     (1.0, 4.0, 3.0)
     """
     points, lowest = dict(sorted(zip(x, y, strict=True))), math.inf
-    for at in reversed(points):  # from the dense network on, which keeps its time
+    for at in reversed(points):  # starts at the dense network, which keeps its time
       points[at] = lowest = min(lowest, points[at])
     points = {0.0: 0.0} | points | {0.0: 0.0}
     return cls(tuple(points), tuple(points.values()))
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """What it is somewhere."""
     return self.fall(x, x)
 
   def fall(self, x: jax.Array, by: jax.Array) -> jax.Array:
-    """By how much it falls from somewhere to somewhere before that: exact however little that is."""
+    """How much it falls from ``x`` to ``x - by``; exact for small ``by``."""
     total = 0.0 * by
     for (low, high), (start, end) in zip(itertools.pairwise(self.x), itertools.pairwise(self.y), strict=True):
       within = jnp.minimum(by, jnp.maximum(x - low, 0)) - jnp.minimum(by, jnp.maximum(x - high, 0))
@@ -77,5 +73,5 @@ class Curve(NamedTuple):
     return total
 
   def over(self, x: float) -> float:
-    """What it is somewhere, over where that is."""
+    """The ratio of the curve to ``x``."""
     return float(self(jnp.asarray(x))) / x if x > 0 else 1.0

@@ -1,4 +1,4 @@
-"""What is timed of a network's kernels: each alone, at a grid of widths."""
+"""Times of kernels, alone, at a grid of widths."""
 
 import itertools
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from fisherprune_jax._latency.tables import Table, monotone
 from fisherprune_jax._types import Shape
 
 POINTS = 64
-"""At most so many widths of one kernel are timed: with three free axes, four of each."""
+"""The most widths to time of one kernel: with three free axes, four of each."""
 
 
 def some_of(fractions: Sequence[float], axes: int) -> list[float]:
-  """As many of some fractions as can be combined along so many axes, the last one among them."""
+  """As many fractions as can be combined along some axes, including the last."""
   count = min(len(fractions), int(POINTS ** (1 / max(axes, 1)) + 1e-9))
   return [fractions[at] for at in np.linspace(len(fractions) - 1, 0, count).round().astype(int)]
 
 
 def grid_of(size: int, fractions: Sequence[float], multiple_of: int) -> list[int]:
-  """Widths to time, in order: odd multiples of a number, and the whole size.
+  """Widths to time, in order: odd multiples of a number, and the full size.
 
   >>> fractions = 0.125, 0.25, 0.5, 1.0
   >>> grid_of(64, fractions, 1), grid_of(64, fractions, 8)
@@ -37,7 +37,7 @@ def grid_of(size: int, fractions: Sequence[float], multiple_of: int) -> list[int
 
 
 def table_of(kernel: Kernel, grid: Sequence[Sequence[int]], repeats: int, memory: Memory) -> Table:
-  """What a kernel takes at a grid of widths."""
+  """The times of a kernel at a grid of widths."""
   points = list(itertools.product(*grid))
   names = [kernel.name(widths) for widths in points]
   new = {name: w for name, w in zip(names, points, strict=True) if name not in memory.times}
@@ -51,7 +51,7 @@ def table_of(kernel: Kernel, grid: Sequence[Sequence[int]], repeats: int, memory
 
 
 def _seconds(kernel: Kernel, points: Sequence[Widths], repeats: int) -> list[float]:
-  """What a kernel takes at some widths, without what any call takes."""
+  """The times of a kernel at some widths, without that of a call."""
   dtypes = [value.aval.dtype for value in kernel.node.ins]
   given = [[some(s, d) for s, d in zip(kernel.shapes(w), dtypes, strict=True)] for w in points]
   runs = [partial(jax.jit(partial(_run, kernel, w)), arrays) for w, arrays in zip(points, given, strict=True)]
@@ -65,7 +65,7 @@ def _run(kernel: Kernel, widths: Widths, arrays: Sequence[jax.Array]) -> Sequenc
 
 
 def some(shape: Shape, dtype: Any) -> jax.Array:
-  """Numbers that are like those of a network."""
+  """Random numbers, like those of a network; zeros for integers."""
   if not jnp.issubdtype(dtype, jnp.inexact):
     return jnp.zeros(shape, dtype)
   return jax.device_put(np.random.default_rng(0).standard_normal(shape, np.float32)).astype(dtype)

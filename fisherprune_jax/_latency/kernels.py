@@ -1,4 +1,4 @@
-"""What is timed: products and convolutions, each at any widths of the axes that masks can cut."""
+"""Kernels to time: products and convolutions, at any widths of the axes that masks can cut."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -22,15 +22,15 @@ Widths = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Kernel:
-  """One product or convolution, of which some axes may be cut.
+  """One product or convolution, with axes that may be cut.
 
   Attributes:
     primitive: its name.
-    text: its parameters, shapes and types; what says the same takes the same time.
-    free: the factors that may be cut; those of one entry have one size at any time, as both sides of a square.
-    full: the whole size of each entry.
-    node: one that does it.
-    spec: what its axes are.
+    text: its parameters, shapes and types; equal texts take equal times.
+    free: the factors that may be cut; factors of one entry have equal sizes, as both sides of a square.
+    full: the full size of each entry.
+    node: a node that computes it.
+    spec: the spec of the node.
   """
 
   primitive: str
@@ -41,12 +41,10 @@ class Kernel:
   spec: Spec = field(compare=False, repr=False)
 
   def sizes(self, widths: Widths) -> Sizes:
-    """Every factor's size."""
     cut = {f: n for factors, n in zip(self.free, widths, strict=True) for f in factors}
     return {**self.spec.sizes, **cut}
 
   def shapes(self, widths: Widths) -> list[Shape]:
-    """The shapes of the operands."""
     sizes = self.sizes(widths)
     return [
       tuple(_size(axis, n, sizes) for axis, n in zip(axes, value.shape, strict=True))
@@ -54,11 +52,10 @@ class Kernel:
     ]
 
   def name(self, widths: Widths) -> str:
-    """What a time is kept under: all that it hangs on but the machine."""
+    """The name of a time: all that it depends on beside the machine."""
     return f"{self.primitive} {self.text} at {' '.join(map(str, self.shapes(widths)))}"
 
   def run(self, widths: Widths, arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
-    """Computes it."""
     if self.spec.bind is None:
       return compat.bind(self.node.eqn, arrays)
     return self.spec.bind(self.node, arrays, self.sizes(widths))
@@ -76,13 +73,13 @@ def _size(axis: Axis, whole: int, sizes: Sizes) -> int:
 
 
 class Timed(NamedTuple):
-  """What a kernel takes at the sizes of live sets: a term of a sum, beside those that are counted (``terms.py``).
+  """The time of a kernel at the sizes of live sets: a term, like those of ``terms.py``.
 
   Attributes:
-    kernel: what runs.
-    widths: the size of each of its free axes.
-    outer: sets of which it runs once for every position; conditions, mostly.
-    scale: how many times all that.
+    kernel: the kernel.
+    widths: the sizes of its free axes.
+    outer: sets; it runs once for each of their positions. Mostly conditions.
+    scale: a factor.
   """
 
   kernel: Kernel
@@ -92,27 +89,26 @@ class Timed(NamedTuple):
 
   @property
   def key(self) -> object:
-    """Terms with equal keys differ by their scale alone."""
+    """Equal for terms that differ by their scale alone."""
     return self[:3]
 
   @property
   def sets(self) -> tuple[Set, ...]:
-    """All sets whose sizes it has; where one is empty it takes no time."""
+    """All sets of its sizes; it takes no time if one is empty."""
     return (*(s for width in self.widths for s in width.sets), *self.outer)
 
   def under(self, when: Set) -> "Timed":
-    """The same under a condition, and nothing without it."""
+    """The same under a condition; zero if that fails."""
     when = beyond(when, self.sets)
     return self if when.is_all else self._replace(outer=(*self.outer, when))
 
 
 class ProductsMeter(NamedTuple):
-  """Products and convolutions as what is to be timed; everything else is free."""
+  """Returns products and convolutions as kernels to time; other nodes are free."""
 
   unit: str = "seconds"
 
   def __call__(self, node: Node, live: Liveness) -> list[Timed]:
-    """One term for a product."""
     if node.name not in PRODUCTS:
       return []
     spec, factors = live.specs[node], live.factors[node]
@@ -127,5 +123,5 @@ class ProductsMeter(NamedTuple):
     return [Timed(Kernel(node.name, f"{shapes} {params}", free, full, node, spec), tuple(tied))]
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:
-    """Nothing that would be worth timing."""
+    """Nothing: negligible."""
     return ()

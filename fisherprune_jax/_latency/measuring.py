@@ -1,4 +1,4 @@
-"""What a network takes on the machine at hand, as a cost model: every product timed at a grid of widths, and a few whole."""
+"""Measured latency as a cost model: every product timed at a grid of widths, and a few whole networks."""
 
 import operator
 import os
@@ -46,40 +46,39 @@ def measure_latency(
   cache: str | os.PathLike[str] | None = None,
   track: Progress = iter,
 ) -> CostModel:
-  r"""Measures how long ``apply_fn(variables, *args)`` takes on this machine, as a function of its masks.
+  r"""Measure how long ``apply_fn(variables, *args)`` takes on this machine, as a function of its masks.
 
-  Each distinct product and convolution of the program is timed alone at a grid of the widths that masks can cut it to,
-  the programs of one grid taking turns; the median counts. Between the grid's widths, times are interpolated, and made
-  monotone. Then whole networks are timed: the dense one, and compact ones of which all masks are cut alike, to a half,
-  a third or so, and a quarter. What products come to among others, what a byte takes that everything else moves, and
-  what reading an entry of the variables takes, are the factors that fit them best, none of them below zero. What is off
-  then is mended by a curve ``g`` that rises from point to point: the networks that were timed whole have their own times,
-  but for one that took longer than a larger one.
+  Each distinct product and convolution is timed alone, at a grid of the widths that masks can cut it to. Its programs
+  alternate, and the median counts. Times are made monotone, and interpolated between widths. Then four networks are
+  timed whole: the dense one, and compact ones with all masks cut to about a half, a third and a quarter. Three
+  non-negative factors are fitted to these: of product times, of bytes that other nodes move, and of parameters read. A
+  rising piecewise linear curve ``g`` corrects the rest, so that the whole networks get their measured times. A network
+  slower than a larger one gets the time of the larger one.
 
   .. math:: cost(m) = \frac1B \Bigl(t_{call} + g\bigl(\alpha \sum_{products} t(widths(m)) + \beta \sum_{others} bytes(m)
     + \gamma \, params(m)\bigr)\Bigr)
 
   Args:
     apply_fn: ``apply_fn(variables, *args)``, such as ``model.apply``.
-    variables: the variables, with the masks among them.
-    *args: the other arguments, of the batch size that is to be fast: arrays, or ``jax.ShapeDtypeStruct``.
-    masks: as of :func:`cost_model`.
+    variables: the variables, including the masks.
+    *args: the other arguments, arrays or ``jax.ShapeDtypeStruct``, at the batch size to optimise.
+    masks: as in :func:`cost_model`.
     batch_axes: likewise.
-    fractions: of each axis that masks can cut, the widths to time, from small to 1; where masks cut a product along
-      several axes, as many of them as make up a grid of 64 points.
-    multiple_of: what widths will be multiples of, as of :func:`fisher_prune`; those timed are odd multiples of it, since
-      some hardware is faster at multiples of 8 or 128 than at any between.
-    repeats: how many turns each program gets.
-    cache: a JSON file that remembers times by machine and shapes; what it holds is not timed again.
-    track: shows progress, as ``rich.progress.track`` or ``tqdm.tqdm``: it is given a list and hands on its items.
+    fractions: the widths to time along each axis that masks can cut, from small to 1; fewer for several axes, for at
+      most 64 points in all.
+    multiple_of: as in :func:`fisher_prune`. Widths to time are odd multiples of it, since some hardware is faster at
+      multiples of 8 or 128.
+    repeats: how often each program is visited.
+    cache: a JSON file of times by machine and shapes; known times are not measured again.
+    track: shows progress, such as ``rich.progress.track`` or ``tqdm.tqdm``.
 
   Returns:
-    A cost model in seconds per example, of which the drop of a feature is that of the interpolated times.
+    A cost model in seconds per example; marginal costs are differences of interpolated times.
 
   Raises:
-    ValueError: for fractions that do not rise to 1, fewer than one repeat, a file that holds something else, and as
+    ValueError: for fractions that do not rise to 1, fewer than one repeat, a file with other content, and as in
       :func:`cost_model`.
-    OSError: if something must be timed, and the file cannot be written.
+    OSError: if something must be timed and the file cannot be written.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -138,17 +137,17 @@ def measure_latency(
 
 @dataclass(frozen=True, eq=False)
 class Latency:
-  """Times of products, and what everything else takes.
+  """The fitted times of a network.
 
   Attributes:
     masks: the tree of masks.
-    products: where they are.
-    parts: what each of them takes alone, from which features are alive; jit-able.
-    times: what of that goes with each feature; likewise.
-    per_second: what a second of a product alone is in the whole network, per example.
-    rest: the bytes that everything else moves, entries of variables: costs, and what a unit of them takes.
-    curve: from the sum of all that to what whole networks take.
-    calling: what a call takes before anything is computed, per example.
+    products: the products.
+    parts: ``parts(features)``, the time of each alone; jit-able.
+    times: ``times(features)``, the marginal times of features; jit-able.
+    per_second: the fitted factor of these, per example.
+    rest: the costs of other bytes and of parameters, with the time of a unit.
+    curve: corrects the sum.
+    calling: the time of a call, per example.
   """
 
   masks: Masks
@@ -161,7 +160,6 @@ class Latency:
   calling: float
 
   def total(self, features: jax.Array) -> jax.Array:
-    """Seconds per example."""
     return self.calling + self.curve(self._sum(features))
 
   def _sum(self, features: jax.Array) -> jax.Array:
@@ -169,14 +167,12 @@ class Latency:
     return sum((scale * cost.flat.total(features) for cost, scale in self.rest), start=products)
 
   def drops(self, features: jax.Array) -> jax.Array:
-    """What goes with each feature."""
     found = self.per_second * self.times(features != 0)
     for cost, scale in self.rest:
       found = found + scale * cost.flat.drops(features)
     return self.curve.fall(self._sum(features), found)
 
   def rows(self, masks: Masks) -> list[Row]:
-    """Where the time goes."""
     features = [flatten(m) != 0 for m in (self.masks, masks)]
     dense, now = (np.asarray(self.parts(each)) * self.per_second for each in features)
     sums: dict[tuple[str, str], np.ndarray] = {}
@@ -196,17 +192,15 @@ class Latency:
 
 @dataclass(frozen=True)
 class OthersMeter:
-  """Bytes of all that is no product."""
+  """Counts the bytes of all nodes except products."""
 
   moved: BytesMeter
   unit: str = "bytes"
 
   def __call__(self, node: Node, live: Liveness) -> Iterable[Term] | None:
-    """What a node moves."""
     return () if node.name in PRODUCTS else self.moved(node, live)
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:
-    """Nothing."""
     return ()
 
 
@@ -218,7 +212,6 @@ def _tables(
   memory: Memory,
   track: Progress,
 ) -> dict[Kernel, Table]:
-  """What each distinct kernel of some costs takes."""
   tables: dict[Kernel, Table] = {}
   for kernel in track(list(dict.fromkeys(kernel for cost in costs for kernel in _kernels(cost.term)))):
     some = some_of(fractions, len(kernel.free))
@@ -235,7 +228,7 @@ def _kernels(term: Any) -> Iterator[Kernel]:
 
 
 def _without_branches(cost: Cost, tables: dict[Kernel, Table]) -> Iterator[Cost]:
-  """The terms of a cost; of branches, those of the one that takes longest when nothing is cut."""
+  """The terms of a cost; of branches, those of the slowest without masks."""
 
   def seconds(term: Any) -> float:
     if isinstance(term, Dearest):

@@ -1,7 +1,7 @@
-"""Times at some widths, made monotone, and all widths between: evaluated and priced under ``jit``, all kernels at once.
+"""Times of kernels at all widths, interpolated from measured ones, for all kernels simultaneously.
 
-Between the widths of its grid a kernel's time is interpolated, linearly along each free axis, and from nothing at
-width zero on. What a feature takes with it is the difference of two such times, node by node.
+A kernel's time is linear between the widths of its grid, along each free axis, and zero at width zero. The marginal
+cost of a feature is a difference of two such times, summed over nodes. All is evaluated under ``jit``.
 """
 
 import itertools
@@ -25,8 +25,8 @@ class Table(NamedTuple):
   """Times of one kernel.
 
   Attributes:
-    grid: of each free axis, the widths at which it was timed, from zero on.
-    seconds: what it takes there, ``(len(grid[0]), len(grid[1]), ...)``.
+    grid: the measured widths of each free axis, from zero.
+    seconds: the times, ``(len(grid[0]), len(grid[1]), ...)``.
   """
 
   grid: tuple[tuple[int, ...], ...]
@@ -34,7 +34,7 @@ class Table(NamedTuple):
 
 
 def monotone(seconds: np.ndarray) -> np.ndarray:
-  """Times that never fall with a width: midway between the smallest such above the given ones and the largest below.
+  """Times that never fall with a width: midway between the smallest monotone bound above and the largest below.
 
   >>> import numpy as np
   >>> monotone(np.array([0.0, 2.0, 1.0, 3.0]))
@@ -48,12 +48,12 @@ def monotone(seconds: np.ndarray) -> np.ndarray:
 
 
 class Times:
-  """A sum of what kernels take, over masks of known sizes, given by key. Features are those of all masks, end to end.
+  """A sum of kernel times, as a function of the features of all masks, concatenated.
 
   Args:
     terms: the parts of the sum.
-    tables: by kernel, its times.
-    masks: the sizes of the masks.
+    tables: the times of each kernel.
+    masks: the sizes of the masks by key.
   """
 
   def __init__(
@@ -63,7 +63,7 @@ class Times:
     roots = {s: at for at, s in enumerate(dict.fromkeys(s for t in terms for s in t.sets))}
     self._circuit = Circuit(roots, masks)
     self._positions = self._circuit.positions(roots)
-    self._one = len(roots)  # the place of a one behind all sizes
+    self._one = len(roots)  # the index of a one after all sizes
     lanes = Lanes()
     self._lane = np.array([lanes.new(s.support) for s in roots], int)
     self._own = np.arange(lanes.count)[:, None] == self._lane
@@ -74,7 +74,7 @@ class Times:
     self._pair(roots, [*masks.values()])
 
   def _lay_out(self, tables: Mapping[Kernel, Table]) -> None:
-    """All tables in one array, each with as many axes as the largest has: those that it lacks are of width one."""
+    """Lay all tables out in one array; missing axes have width one."""
     self._axes = max((len(table.grid) for table in tables.values()), default=0)
     points = max((len(g) for table in tables.values() for g in table.grid), default=2)
     self._grid = np.full((len(tables), self._axes, points), np.inf, np.float32)
@@ -87,7 +87,7 @@ class Times:
       self._seconds[(*places, *[1] * (self._axes - len(table.grid)))] = table.seconds
 
   def _place(self, roots: Mapping[Set, int]) -> None:
-    """Of every term and axis, where among the sizes those are of which the width is the product, and the rest of it."""
+    """For every term and axis, the indices of the sizes whose product is its width; and other factors."""
     terms, one = self._terms, Term(1, ())
     columns = [[t.widths[axis] if axis < len(t.widths) else one for t in terms] for axis in range(self._axes)]
     self._whole = [np.array([w.scale for w in column], np.float32) for column in columns]
@@ -96,7 +96,7 @@ class Times:
     self._scale = np.array([t.scale for t in terms], np.float32)
 
   def _pair(self, roots: Mapping[Set, int], sizes: list[int]) -> None:
-    """Every term with every feature that it hangs on; and of every root and mask whether it does."""
+    """Pair every term with the features it depends on; note which root depends on which mask."""
     below = [self._circuit.features_of(bits(s.support for s in t.sets)) for t in self._terms]
     self._term = np.repeat(np.arange(len(below)), [f.size for f in below])
     self._feature = np.concatenate([np.zeros(0, int), *below])
@@ -107,12 +107,12 @@ class Times:
       self._hangs[at, mask[self._circuit.features_of(s.support)]] = True
 
   def parts(self, features: jax.Array) -> jax.Array:
-    """What each term takes, in float32."""
+    """The time of each term, in float32."""
     counts = self._counts(self._circuit.live(features, jnp))
     return self._taken(np.arange(len(self._terms)), counts.__getitem__)
 
   def drops(self, features: jax.Array) -> jax.Array:
-    """For each feature: how much the sum drops if it goes too."""
+    """The marginal time of each feature."""
     live = self._circuit.live(features, jnp)
     counts, falls = self._counts(live), self._falls(live)
     lane = np.append(self._lane, 0)
@@ -126,17 +126,17 @@ class Times:
     return out.at[self._feature].add(jnp.where(features[self._feature], before - after, 0))
 
   def _counts(self, live: jax.Array) -> jax.Array:
-    """The size of every root, and behind them a one."""
+    """The size of every root, and a one."""
     sizes = self._positions.counts(live[: self._circuit.size], jnp)
     return jnp.append(sizes.astype(jnp.float32), 1.0)
 
   def _falls(self, live: jax.Array) -> jax.Array:
-    """``(lanes, features)``: by how much roots get smaller with each feature."""
+    """``(lanes, features)``: how much smaller roots get without each feature."""
     weights = self._positions.spread(jnp.asarray(self._own, jnp.float32), jnp)
     return self._circuit.drops(live, weights, jnp)
 
   def _taken(self, terms: np.ndarray, sizes: Any) -> jax.Array:
-    """What some terms take; ``sizes`` of the roots at some places, a row for each term."""
+    """The times of some terms; ``sizes`` gives the sizes at indices of roots, a row per term."""
     kernel = self._kernel[terms]
     index, share = [], []
     for axis, places in enumerate(self._places):
@@ -153,7 +153,7 @@ class Times:
 
 
 def _between(grid: np.ndarray, width: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """The last point of each row's grid below a width, but for the last of all, and how far on towards the next it is."""
+  """For each row, the last grid point up to a width (except the very last), and the relative distance to the next."""
   points = np.sum(np.isfinite(grid), axis=1)
   at = jnp.clip(jnp.sum(width[:, None] >= grid, axis=1) - 1, 0, points - 2)
   low, high = (jnp.take_along_axis(jnp.asarray(grid), at[:, None] + up, axis=1)[:, 0] for up in (0, 1))

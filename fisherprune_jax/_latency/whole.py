@@ -1,4 +1,4 @@
-"""What whole networks take: the dense one, and some that all masks are cut in alike."""
+"""Times of whole networks: the dense one, and networks with all masks cut alike."""
 
 import hashlib
 import re
@@ -18,20 +18,20 @@ from fisherprune_jax._latency.grids import some
 from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
 
 CUTS = (1.0, 0.5, 0.35, 0.25)
-"""What is left of each mask of the networks that are timed whole."""
+"""The share of each mask that is kept in each network."""
 MOST = 0.95
-"""Of what the fastest of them takes, what any call takes at most: timed apart, it may come to more."""
+"""The largest share of a call in the time of the fastest network; timed alone, calls may seem slower."""
 LONG_VISIT = 50e-3
-"""Seconds of their turns: of one that takes microseconds, a moment says what that moment was like, and what ran before it."""
+"""Seconds per visit: short visits of fast programs measure noise, and the cache of the previous program."""
 
 
 class Wholes(NamedTuple):
   """Networks that were timed.
 
   Attributes:
-    masks: of each, a tree of masks.
-    seconds: what each takes, what any call takes left out.
-    calling: what any call takes.
+    masks: the masks of each.
+    seconds: the time of each, without that of a call.
+    calling: the time of a call.
   """
 
   masks: list[Masks]
@@ -40,7 +40,7 @@ class Wholes(NamedTuple):
 
 
 def cut(leaf: Any, share: float, multiple_of: int) -> np.ndarray:
-  """A mask that keeps the first features of each row: a multiple of them, but at least one and at most all.
+  """A mask that keeps the first features of each row: a multiple of a number, at least one and at most all.
 
   >>> import numpy as np
   >>> cut(np.ones(6), 0.5, 1), cut(np.ones(6), 0.5, 4)
@@ -61,7 +61,7 @@ def wholes(
   repeats: int,
   memory: Memory,
 ) -> Wholes:
-  """Times compact networks of some widths, which take turns."""
+  """The times of compact networks of some widths, which alternate."""
   leaves = [[cut(leaf, share, multiple_of) for leaf in tree.mask_leaves] for share in CUTS]
   alike = [jax.tree.unflatten(jax.tree.structure(tree.mask_tree), each) for each in leaves]
   program_name = _name(program, tree)
@@ -75,7 +75,7 @@ def wholes(
 
 
 def _name(program: Program, tree: VariableTree) -> str:
-  """What tells programs apart, in this process and the next: what is computed of what, and which variables are masks."""
+  """A name of a program that is the same in other processes: a hash of computation, inputs and which are masks."""
   numbers = {value: at for at, value in enumerate((*program.inputs, *(value for value, _ in program.consts)))}
   said = [str(tree.flags)]
   for node in program.nodes:
@@ -83,7 +83,7 @@ def _name(program: Program, tree: VariableTree) -> str:
     numbers |= {v: len(numbers) + at for at, v in enumerate(node.outs)}
     said.append(f"{node.name} {node.params} {ins} {[v.aval for v in node.outs]}")
   said.append(f"{[numbers.get(value) for value in program.outputs]}")
-  # Functions among the parameters are elsewhere in every process.
+  # Addresses of functions differ between processes.
   text = re.sub(r" at 0x[0-9a-f]+", "", "".join(said))
   return hashlib.sha256(text.encode()).hexdigest()
 
@@ -96,7 +96,7 @@ def _seconds(
   masks: Sequence[Sequence[np.ndarray]],
   repeats: int,
 ) -> list[float]:
-  """What networks of some masks take without what any call takes, and that."""
+  """The times of networks without that of a call, and the latter."""
   variables, args = jax.tree.map(_concrete, (tree.variables, args))
   full = VariableTree(variables, tree.masks)
   runs = []

@@ -1,1 +1,1 @@
-"""Pruning while training: gradients, importance, choices, the transformation and its state."""
+"""Pruning during training: mask gradients, importance, selection, the Optax transformation and its state."""

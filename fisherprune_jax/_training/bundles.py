@@ -1,4 +1,4 @@
-"""Features that go together: in multiples, and one from each of several masks."""
+"""Bundles: features that are masked together, for widths in multiples and tied masks."""
 
 import functools
 import math
@@ -15,19 +15,19 @@ from fisherprune_jax._training.floors import BLOCKS, Widths, first_that_fits, fi
 from fisherprune_jax._types import Masks
 
 Multiple = int | Mapping[str, int]
-"""One for all masks, or by glob patterns of their names; 1 where no pattern fits."""
+"""A number for all masks, or by glob patterns of their names; 1 for other masks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-  """How the features of all masks, end to end, lie in rows (vectors), and which rows lose features together.
+  """The rows (vectors) of all masks, concatenated, and the rows that lose features together.
 
   Attributes:
-    starts: where each row begins, and where the last one ends.
-    floors: per row, how many features it keeps.
-    multiples: per row, of what its width is a multiple while it is above the floor.
-    together: per row, a number that is the same for rows that lose features together.
-    exact: per row, whether it comes down to its floor whatever the cost.
+    starts: the start of each row, and the end of the last.
+    floors: features that each row keeps.
+    multiples: the divisor of each row's width above the floor.
+    together: a number for each row, shared by tied rows.
+    exact: whether each row shrinks to its floor whatever the cost.
   """
 
   starts: np.ndarray
@@ -38,23 +38,23 @@ class Rows:
 
   @property
   def key(self) -> tuple[bytes, ...]:
-    """The same for rows that are alike."""
+    """Equal for equal rows."""
     parts = (self.starts, self.floors, self.multiples, self.together, self.exact)
     return tuple(part.tobytes() for part in parts)
 
   @property
   def are_single(self) -> bool:
-    """Whether features go one by one."""
+    """Whether features are masked one by one."""
     return bool((self.multiples == 1).all() and len({*self.together}) == len(self.together))
 
   @property
   def units(self) -> int:
-    """How many bundles there are at a time."""
+    """The number of groups of tied rows; each has one next bundle."""
     return int(self.together.max()) + 1
 
   @functools.cached_property
   def unit(self) -> np.ndarray:
-    """Per feature, the bundle that it may be in."""
+    """Per feature, the index of its group."""
     return self.together[self._row]
 
   @functools.cached_property
@@ -62,20 +62,20 @@ class Rows:
     return np.repeat(np.arange(len(self.floors)), np.diff(self.starts))
 
   def places(self, scores: jax.Array) -> jax.Array:
-    """Per feature, how many of its row come before it, by score; the first of equals first."""
+    """Per feature, its rank by score within its row; ties by index."""
     order = jnp.lexsort((scores, self._row))
     rank = jnp.zeros(scores.size, jnp.int32).at[order].set(jnp.arange(scores.size, dtype=jnp.int32))
     return rank - self.starts[:-1].astype(np.int32)[self._row]
 
   def earlier(self, at: jax.Array) -> jax.Array:
-    """Of some features in order, how many before each are of its row."""
+    """For features in order, the number of earlier ones in the same row."""
     row = jnp.asarray(self._row)[at]
     order = jnp.argsort(row, stable=True)
     first = jnp.searchsorted(row[order], row[order])
     return jnp.zeros(at.size, jnp.int32).at[order].set(jnp.arange(at.size, dtype=jnp.int32) - first)
 
   def add_up(self, values: jax.Array) -> jax.Array:
-    """Per bundle, the sum over the features that may be in it."""
+    """Per group, the sum over its features."""
     return jax.ops.segment_sum(values, jnp.asarray(self.unit), self.units)
 
   def sums(self, values: jax.Array) -> jax.Array:
@@ -83,34 +83,34 @@ class Rows:
     return jax.ops.segment_sum(values, jnp.asarray(self._row), len(self.floors), indices_are_sorted=True)
 
   def widths(self, alive: jax.Array) -> jax.Array:
-    """Per row, how many features it has."""
+    """Per row, the number of live features."""
     return self.sums(alive.astype(jnp.int32))
 
   def spare(self, alive: jax.Array) -> jax.Array:
-    """Per feature, how many its row could lose."""
+    """Per feature, the number that its row could lose."""
     return (self.widths(alive) - self.floors)[self._row]
 
   def owed(self, alive: jax.Array) -> jax.Array:
-    """Per feature, whether its row is wider than the exact width that it comes down to."""
+    """Per feature, whether its row is above its exact width."""
     return (self.exact & (self.widths(alive) > self.floors))[self._row]
 
   def next_bundle(self, alive: jax.Array) -> jax.Array:
-    """Per feature, how many its row loses at a time; 0 where the floor is reached."""
+    """Per feature, the number that its row loses next; 0 at the floor."""
     return self._losses(alive)[self._row]
 
   def all_ready(self, alive: jax.Array) -> jax.Array:
-    """Per bundle, whether its rows have something to lose."""
+    """Per group, whether its rows can lose features."""
     return jax.ops.segment_max(self._losses(alive), jnp.asarray(self.together), self.units) > 0
 
   def all_of(self, holds: jax.Array) -> jax.Array:
-    """Per bundle, whether something holds of all features that may be in it."""
+    """Per group, whether ``holds`` is true of all its features."""
     return self._every(holds, self.unit)
 
   def _losses(self, alive: jax.Array) -> jax.Array:
-    """Per row, how many features it loses at a time: wider rows first come down to the width of the narrowest beside them."""
+    """Per row, the number of features it loses next; wider rows first shrink to the narrowest tied row."""
     width = self.widths(alive)
     together = jnp.asarray(self.together)
-    among = jnp.where(width > 0, width, jnp.iinfo(jnp.int32).max)  # rows that are gone stay so
+    among = jnp.where(width > 0, width, jnp.iinfo(jnp.int32).max)  # empty rows stay empty
     low = jax.ops.segment_min(among, together, self.units)[together]
     differ = jax.ops.segment_max(width, together, self.units)[together] > low
     goal = jnp.where(differ, low, (low - 1) // self.multiples * self.multiples)
@@ -121,10 +121,10 @@ class Rows:
 
 
 def rows_of(masks: Masks, floors: Masks, multiple_of: Multiple, tie: Sequence[str], widths: Widths) -> Rows:
-  """The rows of a tree of masks, whose floors are known.
+  """The rows of a tree of masks with known floors.
 
   Raises:
-    ValueError: for a multiple that is not positive or larger than its mask, or a pattern that fits no mask.
+    ValueError: for an invalid multiple, or a pattern that matches no mask.
 
   >>> import jax.numpy as jnp
   >>> masks, floors = {"conv": jnp.ones(8), "layers": jnp.ones((2, 4))}, {"conv": [1], "layers": [[1], [1]]}
@@ -158,7 +158,7 @@ def rows_of(masks: Masks, floors: Masks, multiple_of: Multiple, tie: Sequence[st
 
 
 def _together(names: Sequence[str], sizes: Sequence[int], tie: Sequence[str]) -> np.ndarray:
-  """Per row, a number that is the same for rows that a pattern fits, or patterns that have a row in common."""
+  """Per row, a number shared by rows whose patterns overlap."""
   require_used("tie", tie, names)
   unit = np.arange(len(names))
   for pattern in tie:

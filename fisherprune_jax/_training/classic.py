@@ -1,4 +1,4 @@
-"""The classic optimizer as one call."""
+"""The classic Fisher-pruning optimizer as one call."""
 
 from typing import Any
 
@@ -33,13 +33,13 @@ def pruning_sgd(
     cost: the cost model, in FLOPs per example.
     momentum: of the SGD.
     nesterov: whether the momentum is Nesterov's.
-    update_params: any transformation to use in place of the SGD.
-    prune_every: as in :func:`fisher_prune`, like the other options.
+    update_params: a transformation in place of the SGD.
+    prune_every: as in :func:`fisher_prune`.
     burn_in: likewise.
     decay: likewise.
-    flops_weight: its ``cost_weight``, under the classic name.
-    flops_target: its ``target``, under the classic name.
-    method: the importance criterion; Fisher's, as in the classic optimizer.
+    flops_weight: the classic name of ``cost_weight``.
+    flops_target: the classic name of ``target``.
+    method: the importance criterion, by default the classic one.
     **options: other options of :func:`fisher_prune`.
 
   Returns:

@@ -1,4 +1,4 @@
-"""The criteria that have names."""
+"""The built-in importance criteria."""
 
 import math
 from collections.abc import Callable, Collection
@@ -21,17 +21,17 @@ from fisherprune_jax._types import AxisNames, MaskGrads, Masks, PyTree
 def fisher_importance(
   mask_grads: MaskGrads, example_weights: jax.Array | None = None, axis_name: AxisNames = None
 ) -> PyTree:
-  r"""The Fisher estimate, in nats, of what removing each feature costs (Theis et al. 2018, eq. 9).
+  r"""The Fisher estimate, in nats, of the loss without each feature (Theis et al. 2018, eq. 9).
 
   .. math:: importance_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
 
   Args:
     mask_grads: a tree of per-example gradients ``(..., B, C)``.
-    example_weights: ``(B,)``, the weight of each row in the mean; a row of weight 0 may hold anything.
+    example_weights: weights of the mean, ``(B,)``; rows of weight 0 may hold anything.
     axis_name: a mapped axis, or a tuple of axes, to average over as well.
 
   Returns:
-    A float32 tree with leaves ``(..., C)``; NaN where weights are negative, not finite, or all zero.
+    A float32 tree with leaves ``(..., C)``; NaN for weights that are negative, not finite, or all zero.
 
   >>> import jax.numpy as jnp
   >>> fisher_importance(jnp.array([[1.0, 2.0], [3.0, 4.0]]))
@@ -43,11 +43,11 @@ def fisher_importance(
 def taylor_importance(
   mask_grads: MaskGrads, example_weights: jax.Array | None = None, axis_name: AxisNames = None
 ) -> PyTree:
-  r"""The first-order estimate, in nats, of what removing each feature changes (Molchanov et al. 2017).
+  r"""The first-order estimate, in nats, of the loss without each feature (Molchanov et al. 2017).
 
   .. math:: importance_k = \mathrm{mean}_n \, |g_{nk}|
 
-  Args and result are those of :func:`fisher_importance`.
+  Arguments and result: see :func:`fisher_importance`.
 
   >>> import jax.numpy as jnp
   >>> taylor_importance(jnp.array([[1.0, -2.0], [-3.0, 4.0]]))
@@ -66,7 +66,7 @@ def _mean(
   examples = jax.tree.leaves(mask_grads)[0].shape[-2]
   weights = _weights(example_weights, examples)
   require(weights.shape == (examples,), f"example_weights must have shape ({examples},)", weights.shape)
-  # With a negative weight among them it would be no mean: NaN, so that the batch is left out.
+  # A negative weight makes the count NaN: the batch is skipped.
   count = jnp.sum(jnp.where(weights >= 0, weights, jnp.nan))
 
   def total(g: jax.Array) -> jax.Array:
@@ -81,33 +81,32 @@ def _mean(
 
 
 def _weights(example_weights: jax.Array | None, examples: int) -> jax.Array:
-  """Those of all examples, in float32."""
   if example_weights is None:
     return jnp.ones(examples, jnp.float32)
   return jnp.asarray(example_weights, jnp.float32)
 
 
 def _sum_over(tree: PyTree, axis_name: AxisNames) -> PyTree:
-  """The sum over a mapped axis, if there is one."""
   return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def random_importance(masks: Masks) -> PyTree:
-  """A number for each feature, the same at every step: between 0 and 1, of a random stream of its own."""
+  """A fixed random number in [0, 1) for each feature."""
   return unflatten(jax.random.uniform(jax.random.key(0), flatten(masks).shape), masks)
 
 
 def magnitude(cost: CostModel | None) -> Criterion:
-  r"""The norm of all weights that go with a feature, over the mean of its mask's.
+  r"""The norm of all parameters of a feature, over the mean of the live features of its mask.
 
   .. math:: importance_k = \frac{\|w_k\|_2}{\mathrm{mean}_{j \, alive} \|w_j\|_2}
 
-  ``w_k`` are the entries of the variables that are gone from the compact network if feature k also goes.
+  ``w_k`` are the parameters that compaction removes if feature k is masked too.
 
   References:
     Li et al., `Pruning filters for efficient convnets <https://arxiv.org/abs/1608.08710>`_, 2017
 
-    Fang et al., `DepGraph: towards any structural pruning <https://arxiv.org/abs/2301.12900>`_, 2023, for the norm of a group
+    Fang et al., `DepGraph: towards any structural pruning <https://arxiv.org/abs/2301.12900>`_, 2023, for the norm of a
+    group
   """
   norms = _norms(_ownership(cost, "magnitude"), "magnitude")
 
@@ -118,30 +117,28 @@ def magnitude(cost: CostModel | None) -> Criterion:
 
 
 def fisher_magnitude(cost: CostModel | None) -> Criterion:
-  r"""Fisher's importance, reassigned within each mask: in the order of magnitude too, as far as few examples have gradients.
+  r"""Fisher importance, reassigned within each mask by combined Fisher and magnitude rank.
 
   .. math:: score_k = fisher_{(r_k)}, \qquad r_k = rank of \bigl(rank_{fisher}(k) + (1 - \rho)^2 rank_{\|w\|}(k)\bigr)
 
   .. math:: \rho = \frac{N\bigl(w_n \sum_k g_{nk}^2\bigr) - 1}{N(w_n) - 1}, \qquad
     N(x_n) = \frac{\bigl(\sum_n x_n\bigr)^2}{\sum_n x_n^2}
 
-  Ranks are those among the features of the mask that are alive; of equals Fisher's decides. Importance in nats can be held
-  against each other and against costs whatever the layer, so they say how much goes from each mask. Which of its features
-  go, gradients say well where all examples have some. Those of examples that are learnt by heart are next to nothing, which
-  says nothing of what these examples need; ``rho`` is the share of a batch (of weights ``w``) that does have gradients: 1 where
-  all examples have equal ones, 0 where one of several has them all.
+  Ranks count the live features of one mask; the Fisher rank breaks ties. Importance in nats is comparable between masks
+  and with costs, so Fisher importance decides how many features each mask loses. But memorised examples have next to no
+  gradients, so it underestimates the features that they need. The share ``rho`` of a batch with weights ``w`` is 1 if
+  all examples have equal gradients, and 0 if one of several has them all.
 
-  The running mean is that of Fisher's importance, so a step costs what Fisher's does. Scores are reassigned at the steps that
-  prune, with the parameters and the share ``rho`` of that step.
+  The running mean is that of Fisher importance. Scores are reassigned at pruning steps only, with the parameters and
+  the share ``rho`` of that step.
 
-  The order is Fisher's alone where the parameters of a feature are not known: without ``params`` in ``update``, without a
-  cost, or with one of ``CostModel.from_functions``.
+  The order is Fisher's without ``params`` in ``update``, without a cost, or with one of ``CostModel.from_functions``.
 
   References:
-    Dwork et al., `Rank aggregation methods for the web <https://dl.acm.org/doi/10.1145/371920.372165>`_, 2001, for the sum of
-    ranks (Borda's count)
+    Dwork et al., `Rank aggregation methods for the web <https://dl.acm.org/doi/10.1145/371920.372165>`_, 2001, for the
+    sum of ranks (Borda's count)
 
-    Kish, *Survey sampling*, 1965, for the size that a weighted sample comes to
+    Kish, *Survey sampling*, 1965, for the effective sample size
   """
   if cost is None or cost.ownership is None:
     return Criterion(fisher_importance, "fisher_magnitude", unit="nats")
@@ -168,7 +165,7 @@ def fisher_magnitude(cost: CostModel | None) -> Criterion:
 def _shares(
   mask_grads: MaskGrads, masks: Masks, weights: jax.Array | None, axis_name: AxisNames
 ) -> jax.Array:
-  """Per row of the masks, the share of examples that have gradients; that of a single example is 1."""
+  """Per row of the masks, the share of examples with gradients; 1 for a single example."""
 
   def squares(grads: jax.Array, mask: jax.Array) -> jax.Array:
     found = jnp.sum(jnp.where(mask[..., None, :] != 0, jnp.square(grads.astype(jnp.float32)), 0), -1)
@@ -181,9 +178,9 @@ def _shares(
 
 
 def _size(weights: jax.Array, axis_name: AxisNames) -> jax.Array:
-  """How many examples of equal weight each of some samples ``(..., B)`` comes to; ``(..., 1)``."""
+  """The effective size of weighted samples, ``(..., B)`` to ``(..., 1)``."""
   total = _sum_over(jnp.sum(weights, -1, keepdims=True), axis_name)
-  parts = weights / jnp.where(total > 0, total, 1)  # so that squares are of any size that numbers have
+  parts = weights / jnp.where(total > 0, total, 1)  # raw squares could overflow
   squares = _sum_over(jnp.sum(jnp.square(parts), -1, keepdims=True), axis_name)
   return 1 / jnp.where(total > 0, squares, 1)
 
@@ -191,30 +188,30 @@ def _size(weights: jax.Array, axis_name: AxisNames) -> jax.Array:
 def _by_both(
   losses: jax.Array, norms: jax.Array, share: jax.Array, mask: jax.Array, row: np.ndarray
 ) -> jax.Array:
-  """The losses of what is alive in the order of both ranks, row by row; what is dead keeps its own.
+  """The losses of live features, reordered by both ranks within each row; masked features keep theirs.
 
-  Rows lie end to end, so that one program sorts all of them; ``row`` is the row of each feature.
+  One program sorts all rows, concatenated; ``row`` is the row of each feature.
   """
   alive = mask != 0
-  rising, order, by_loss = _ranked(jnp.where(alive, losses, -jnp.inf), row)  # what is dead comes first,
+  rising, order, by_loss = _ranked(jnp.where(alive, losses, -jnp.inf), row)  # masked features first
   _, _, by_norm = _ranked(jnp.where(alive, norms, -jnp.inf), row)
   sums = jnp.where(alive, by_loss + jnp.square(1 - share) * by_norm, -1)  # here too
-  # Laid in Fisher's order, equals stay in it when they are sorted.
+  # The sort is stable: Fisher's order breaks ties.
   both = jnp.lexsort((sums[order], row))
   handed_out = jnp.zeros_like(rising).at[order[both]].set(rising)
-  # NaN has no rank: nothing is pruned by it.
+  # NaN scores prevent pruning.
   return jnp.where(jnp.isfinite(norms), jnp.where(alive, handed_out, losses), jnp.nan)
 
 
 def _rows(masks: Masks) -> np.ndarray:
-  """The row of each feature, of all masks end to end."""
+  """The row of each feature, of all masks concatenated."""
   shapes = [mask.shape for mask in jax.tree.leaves(masks)]
   widths = np.repeat([shape[-1] for shape in shapes], [math.prod(shape[:-1]) for shape in shapes])
   return np.repeat(np.arange(widths.size), widths)
 
 
 def _ranked(x: jax.Array, row: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Row by row in rising order, where each was, and how many are smaller than each: equals have one rank."""
+  """Row by row: sorted values, their positions, and each feature's rank; equal values share one."""
   order = jnp.lexsort((x, row))
   rising = x[order]
   begins = np.diff(row, prepend=-1) != 0
@@ -224,7 +221,7 @@ def _ranked(x: jax.Array, row: np.ndarray) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def _ownership(cost: CostModel | None, method: str) -> Ownership | None:
-  """Which parameters belong to each feature; None without a cost, for a criterion that is only looked at."""
+  """The parameters of each feature; None without a cost, for a criterion that is only inspected."""
   if cost is not None and cost.ownership is None:
     raise ValueError(
       f"method={method!r} needs a cost that knows which variables go with each feature, got one of "
@@ -234,7 +231,7 @@ def _ownership(cost: CostModel | None, method: str) -> Ownership | None:
 
 
 def _norms(ownership: Ownership | None, method: str) -> Callable[..., jax.Array]:
-  """The norm of what goes with each feature over the mean of its mask's: of parameters and masks, end to end."""
+  """A function of parameters and masks: the relative norm of every feature, concatenated."""
 
   def norms(params: PyTree, masks: Masks, name: str | None = None) -> jax.Array:
     if ownership is None:
@@ -251,7 +248,7 @@ def _norms(ownership: Ownership | None, method: str) -> Callable[..., jax.Array]
 
 
 def _check_owners(ownership: Ownership, found: Collection[Keys], masks: Masks, method: str) -> None:
-  """Raises for a mask whose features have parameters in the network, but none among those that are given."""
+  """Raise if features of a mask have parameters in the network, but none among ``found``."""
   if missing := ownership.owners(ownership.shapes) - ownership.owners(found):
     names = [
       row
@@ -266,18 +263,18 @@ def _check_owners(ownership: Ownership, found: Collection[Keys], masks: Masks, m
 
 
 def _over_mean(squares: jax.Array, alive: jax.Array, row: np.ndarray) -> jax.Array:
-  """Norms over the mean of those in their row that are alive."""
+  """Norms over the mean norm of the live features in their row."""
   rows, norms = int(row[-1]) + 1, jnp.sqrt(squares)
   total, count = (
     jax.ops.segment_sum(x, row, rows, indices_are_sorted=True)
     for x in (jnp.where(alive, norms, 0), alive.astype(jnp.float32))
   )
   mean = total / jnp.maximum(count, 1)
-  return norms / jnp.where(mean == 0, 1, mean)[row]  # NaN stays NaN: such a batch is left out
+  return norms / jnp.where(mean == 0, 1, mean)[row]  # NaN stays NaN: the batch is skipped
 
 
 DEFAULT = "fisher_magnitude"
-"""The criterion that is used if none is named: the one that the tables in the guide on criteria support."""
+"""The default of ``method``, chosen by the tables in the guide on criteria."""
 FISHER = Criterion(fisher_importance, "fisher", unit="nats")
 TAYLOR = Criterion(taylor_importance, "taylor", unit="nats")
 RANDOM = Criterion(random_importance, "random", averaged=False, unit="at random")
@@ -288,7 +285,7 @@ CRITERIA: dict[str, Callable[[CostModel | None], Criterion]] = {
   "fisher_magnitude": fisher_magnitude,
   "random": lambda cost: RANDOM,
 }
-"""Those that ``method`` may name, for the cost of a network; without one they can be looked at alone."""
+"""The criteria that ``method`` may name, as functions of the cost; without one they can only be inspected."""
 
 
 def criterion_of(method: Any, name: str = "method", cost: CostModel | None = None) -> Criterion:

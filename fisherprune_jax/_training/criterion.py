@@ -1,4 +1,4 @@
-"""Importance criteria: functions whose parameters name what they need."""
+"""Custom importance criteria."""
 
 import dataclasses
 import functools
@@ -14,40 +14,39 @@ CHECKS: dict[str, Callable[[Any, Masks, AxisNames], None]] = {
   "mask_grads": check_gradients,
   "example_weights": lambda weights, masks, axis_name: check_weights(weights),
 }
-"""What is required of an argument of ``update``, whichever criterion it is for: ``check(value, masks, axis_name)``."""
+"""Checks of arguments of ``update``: ``check(value, masks, axis_name)``."""
 NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 Required: TypeAlias = dict[str, bool]
-"""The names of parameters, in order, and whether they have no default."""
+"""Parameter names in order; true without a default."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Criterion:
-  r"""An importance criterion of your own, for ``fp.fisher_prune(cost, method=criterion)``.
+  r"""A custom importance criterion, for ``fp.fisher_prune(cost, method=criterion)``.
 
-  At every update ``importance`` estimates what the loss would lose without each feature, from what it finds in that
-  batch. The score is the bias-corrected running mean,
+  At every update ``importance`` estimates from one batch how much the loss grows without each feature. The score is the
+  bias-corrected running mean,
 
   .. math:: s_t \leftarrow decay_t \, s_{t-1} + (1 - decay_t) \, importance_t, \qquad
     score_t = \frac{s_t}{1 - \prod_{i \le t} decay_i}
 
-  and the feature with the lowest score per cost is masked. Importance that is not finite changes no score. Any other
-  weighted mean is a schedule of ``decay``: that of all batches alike is ``decay=lambda n: (n - 1) / n``.
+  The feature with the lowest score per cost is masked. A batch with importance that is not finite changes no score. A
+  schedule of ``decay`` gives other means: ``decay=lambda n: (n - 1) / n`` weights all batches equally.
 
   Attributes:
-    importance: a jit-able function that returns a tree like the masks, one number per feature. **The names of its
-      parameters say what it needs.** It is called by keyword, with arguments of ``tx.update``: ``updates``, ``params``
-      and whatever is passed by keyword, such as ``mask_grads`` or ``example_weights``; and with ``masks`` (as they are),
-      ``step`` (from 1), ``axis_name`` and ``name`` (the options). Where an argument is missing, a parameter with a
-      default keeps its default; without a default it is an error.
+    importance: a jit-able function that returns one number per feature, a tree like the masks. **Its parameter names
+      select its arguments**, which are passed by keyword. Arguments of ``tx.update`` are available (``updates``,
+      ``params``, ``mask_grads``, ``example_weights`` and others). So are the current ``masks``, ``step`` (from 1), and
+      the options ``axis_name`` and ``name``. A missing argument is an error, unless the parameter has a default.
     name: its name in errors.
-    averaged: whether the score is the running mean. If not, the score is the latest importance, whatever the ``decay``.
+    averaged: whether the score is the running mean; if not, it is the latest importance, whatever the ``decay``.
     unit: the unit of the importance, for tables.
-    rank: ``rank(scores, ...)``, called with the scores and further arguments as above, at pruning steps only: the place
-      for slow work, such as sorting. It returns the scores to prune by, a tree like the masks. If one of them is not
-      finite, nothing is pruned. None to prune by the scores as they are.
+    rank: ``rank(scores, ...)`` returns the scores to prune by; further parameters are like those of ``importance``. It
+      runs at pruning steps only, so it may be slow. Scores that are not finite prevent pruning. None: the scores as
+      they are.
 
   Raises:
-    TypeError: for a function that cannot be called, or whose parameters have no names.
+    TypeError: unless the functions are callable and name their parameters.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -75,11 +74,11 @@ class Criterion:
   rank: Callable[..., PyTree] | None = None
 
   def __post_init__(self) -> None:
-    _ = self._of_importance, self._of_rank  # raise where parameters cannot be read
+    _ = self._of_importance, self._of_rank  # raise now
 
   @property
   def uses(self) -> frozenset[str]:
-    """The names of the arguments that it may be called with."""
+    """The names of all arguments that it uses."""
     return frozenset({**self._of_importance, **self._of_rank})
 
   @functools.cached_property
@@ -88,13 +87,13 @@ class Criterion:
 
   @functools.cached_property
   def _of_rank(self) -> Required:
-    """The parameters of ``rank`` after the scores."""
+    """The parameters of ``rank``, except the scores."""
     if self.rank is None:
       return {}
     return dict(list(_parameters_of(self.rank, "rank").items())[1:])
 
   def importance_of(self, given: Mapping[str, Any]) -> PyTree:
-    """The importance of one update, of which ``given`` has all arguments; the masks among them."""
+    """The importance, from the arguments of one update and its masks; checks both."""
     masks = given["masks"]
     for name, required in {**self._of_rank, **self._of_importance}.items():
       if required and given.get(name) is None:
@@ -107,7 +106,7 @@ class Criterion:
     return importance
 
   def ranked(self, scores: Masks, given: Mapping[str, Any]) -> PyTree:
-    """The scores to prune by, from those of the criterion and the arguments that ``importance_of`` has checked."""
+    """The scores to prune by; ``importance_of`` has checked the arguments."""
     if self.rank is None:
       return scores
     found = self.rank(scores, **_chosen(self._of_rank, given))
@@ -130,7 +129,6 @@ class Criterion:
     return f"The criterion {self.name!r} needs {name}, got {name}=None. Pass it: {how}. {wrappers}"
 
   def _check(self, importance: PyTree, masks: Masks, field: str) -> None:
-    """Raises unless there is one number per feature."""
     how = "It is one number per feature."
     require_same_tree(importance, masks, f"The {field} of the criterion {self.name!r}", "the masks", how)
     what = f"The {field} of the criterion {self.name!r} must have the shape"
@@ -138,7 +136,7 @@ class Criterion:
 
 
 def _parameters_of(function: Any, field: str) -> Required:
-  """The names of a function's parameters; those that ``functools.partial`` has bound are no longer parameters."""
+  """The parameters of a function, except keywords bound by ``functools.partial``."""
   if not callable(function):
     raise TypeError(f"{field} of a Criterion must be a function, got {describe(function)}.")
   bound = function.keywords if isinstance(function, functools.partial) else {}

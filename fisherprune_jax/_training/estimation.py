@@ -16,7 +16,7 @@ from fisherprune_jax._training.once import require_finite
 from fisherprune_jax._types import Masks, PyTree
 
 OUTPUTS = "outputs"
-"""The method that needs no loss."""
+"""The ``method`` that needs no loss."""
 
 
 def estimate_importance(
@@ -37,35 +37,34 @@ def estimate_importance(
 
   .. math:: importance_k = \tfrac12 \, \mathrm{mean}_n \, g_{nk}^2
 
-  Of a network that has learnt its labels, losses have next to no gradients and say little. ``method="outputs"`` needs no
-  labels: g is the gradient of the outputs' projection on a random direction (Gauss-Newton), so that the importance
-  estimates half the squared change of the outputs.
+  For a network that has learnt its labels the loss has almost no gradients. ``method="outputs"`` needs no labels: g is
+  the gradient of a random projection of the outputs (Gauss-Newton), and the importance estimates half their squared
+  change.
 
   Args:
-    loss_fn: ``loss_fn(params, masks, batch)``, as of :func:`value_and_mask_grads`. With ``method="outputs"`` it returns the
-      outputs, one row for each example, instead.
+    loss_fn: as in :func:`value_and_mask_grads`; with ``method="outputs"``, a function that returns the outputs, one row
+      per example.
     params: the parameters.
-    masks: the masks as they are, such as ``cost.masks``.
-    batches: any iterable of batches; each example counts as much, so batches may be of several sizes. A batch without
-      examples, or with a gradient that is not finite, is skipped, with a warning at the end. None are looked at for a
-      criterion that needs no gradients.
-    method: ``"outputs"``, or the importance criterion as in :func:`fisher_prune`; a :class:`Criterion` may need ``mask_grads``, ``params`` and
+    masks: the current masks, such as ``cost.masks``.
+    batches: an iterable of batches of any sizes; every example has the same weight. Batches that are empty or have
+      gradients that are not finite are skipped. Criteria without gradients ignore the batches.
+    method: ``"outputs"``, or as in :func:`fisher_prune`. A :class:`Criterion` may use ``mask_grads``, ``params`` and
       ``masks``.
-    cost: the cost model, for magnitudes: it knows which parameters belong to each feature. Without it,
-      ``"fisher_magnitude"`` is ``"fisher"``.
-    has_aux: as of :func:`value_and_mask_grads`.
+    cost: the cost model, for magnitudes: it knows the parameters of each feature. Without it, ``"fisher_magnitude"`` is
+      ``"fisher"``.
+    has_aux: as in :func:`value_and_mask_grads`.
     reduction: likewise.
-    key: for the random directions of ``method="outputs"``; None for ``jax.random.key(0)``.
+    key: for the projections; None for ``jax.random.key(0)``.
 
   Returns:
-    A float32 tree like the masks, in the unit of the criterion: nats; of ``"outputs"`` their own unit, squared.
+    A float32 tree like the masks, in nats or the criterion's unit; for ``"outputs"``, their unit squared.
 
   Raises:
-    ValueError: without batches, or if all of them were skipped; for magnitudes that are not finite.
+    ValueError: without batches, if all were skipped, or for magnitudes that are not finite.
     TypeError: if ``batches`` is one batch.
 
   Warns:
-    UserWarning: if batches were skipped, or if no gradient can reach a mask (see :func:`value_and_mask_grads`).
+    UserWarning: if batches were skipped, or no gradient can reach a mask (see :func:`value_and_mask_grads`).
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -91,7 +90,7 @@ def estimate_importance(
 
   @jax.jit
   def add(sums: _Sums, own: dict[str, Any], batch: PyTree) -> _Sums:
-    number = (own["step"],) if projects else ()  # directions differ from batch to batch
+    number = (own["step"],) if projects else ()  # a new direction for each batch
     _, (_, mask_grads) = grads_of(own["params"], own["masks"], batch, *number)
     given = {**own, "axis_name": None, "mask_grads": mask_grads}
     importance = criterion.ranked(criterion.importance_of(given), given)
@@ -117,7 +116,7 @@ def estimate_importance(
 
 
 def _projected(outputs_fn: Callable[..., Any], key: jax.Array | None, has_aux: bool) -> Callable[..., Any]:
-  """The projection of a network's outputs on a random direction of each batch, as a loss to be summed."""
+  """The projection of the outputs on a random direction per batch, as a loss with the reduction "sum"."""
   start = jax.random.key(0) if key is None else key
 
   def loss(params: PyTree, masks: Masks, batch: PyTree, number: jax.Array) -> Any:
@@ -132,7 +131,6 @@ def _projected(outputs_fn: Callable[..., Any], key: jax.Array | None, has_aux: b
 
 
 def floating(outputs: PyTree) -> list[jax.Array]:
-  """The floating-point arrays of a tree."""
   return [x for x in jax.tree.leaves(outputs) if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
@@ -145,7 +143,7 @@ def random_projection(outputs: Sequence[jax.Array], key: jax.Array) -> jax.Array
 
 
 class _Sums(NamedTuple):
-  """Sums over the examples of batches whose importance is finite, how many they are, and how many batches are not."""
+  """Sums over the examples of finite batches, their number, and the number of other batches."""
 
   total: Masks
   examples: jax.Array
@@ -153,7 +151,7 @@ class _Sums(NamedTuple):
 
 
 def iterated(batches: Iterable[PyTree]) -> Iterable[PyTree]:
-  """The batches, if they are seen not to be one batch: a mapping, an array, a named tuple, arrays of different ranks."""
+  """The batches; raises for what looks like one batch: a mapping, an array, a named tuple, arrays of several ranks."""
   is_one = isinstance(batches, Mapping | str) or hasattr(batches, "dtype")
   if isinstance(batches, list | tuple):
     is_one |= type(batches) not in (list, tuple)  # a named tuple
@@ -166,7 +164,7 @@ def iterated(batches: Iterable[PyTree]) -> Iterable[PyTree]:
 
 
 def _check_skipped(sums: _Sums, empty: int, given: int) -> None:
-  """Warns of batches that were left out, and raises if nothing is left; under ``jit`` nobody can tell."""
+  """Warn of skipped batches, and raise if none is left; under ``jit`` the numbers are unknown."""
   if is_traced(sums.bad):
     return
   bad = int(sums.bad)

@@ -1,4 +1,4 @@
-"""Finding the pruning state inside any Optax state, and putting other masks into it."""
+"""Access to the pruning state inside any Optax state."""
 
 import sys
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ def get_state(opt_state: optax.OptState, name: str | None = None) -> FisherPrune
   """The pruning state inside a chained, wrapped or injected Optax state.
 
   Args:
-    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
-    name: which one, where there are several: a key on the way to it that leads to no other, such as the ``name`` of
-      its ``fisher_prune``, its label in ``optax.partition``, its name in ``optax.named_chain``, its position in a
-      chain; or several keys in a row, joined by ``"/"``.
+    opt_state: an Optax state that contains the state of :func:`fisher_prune`.
+    name: which pruning, if there are several: a unique key on the path to it, or consecutive keys joined by ``"/"``.
+      Keys are the ``name`` of its ``fisher_prune``, labels of ``optax.partition``, names of ``optax.named_chain`` and
+      positions in chains.
 
   Raises:
-    ValueError: if there is none, or more than one; it lists the names to choose from.
+    ValueError: unless there is exactly one; the message lists the names.
 
   >>> import jax.numpy as jnp, optax
   >>> import fisherprune_jax as fp
@@ -48,26 +48,22 @@ def get_state(opt_state: optax.OptState, name: str | None = None) -> FisherPrune
 def set_masks(
   opt_state: optax.OptState, masks: Masks, name: str | None = None, *, cost: CostModel | None = None
 ) -> optax.OptState:
-  """An Optax state with other masks in its pruning state, from which pruning goes on; jit-able.
+  """An Optax state with other masks in its pruning state; jit-able.
 
-  Features that come back are alive in the history too (``pruned_at`` is -1 again), and those that go went at the
-  current step. The scores stay as they are: the running mean follows the gradients of dead features as well, so it
-  knows those that come back. ``exhausted`` is taken back, the step goes on.
+  In ``pruned_at``, features that come back are live (-1), and removed ones are pruned at the current step. Scores stay:
+  the running mean covers masked features too. ``exhausted`` is reset.
 
   Args:
-    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
-    masks: the masks to put in, a tree like :func:`get_masks` returns, of 0 and 1.
-    name: which pruning, where there are several; see :func:`get_state`.
-    cost: the cost model, to have ``cost`` and ``shares`` of the new masks at once. Without it they are NaN until
-      the next update takes them anew, before it decides on anything.
+    opt_state: see :func:`get_state`.
+    masks: the new 0/1 masks, a tree like that of :func:`get_masks`.
+    name: see :func:`get_state`.
+    cost: the cost model, to set ``cost`` and ``shares``. Without it they are NaN until the next update.
 
   Returns:
-    The state, of the same structure and types; where the masks were a model's variables too (``flax.nnx``), set
-    them there as well.
+    The state, of the same structure and types. If a ``flax.nnx`` model holds the masks too, set them there as well.
 
   Raises:
-    ValueError: for masks of another tree or shape, or with entries other than 0 and 1 where that can be seen; or
-      if the network was compacted and holds no masks any more.
+    ValueError: for masks of another tree or shape, entries other than 0 and 1, or a compact network without masks.
 
   >>> import jax.numpy as jnp, optax
   >>> import fisherprune_jax as fp
@@ -104,7 +100,7 @@ def set_masks(
 
 
 def _where(opt_state: optax.OptState, name: str | None) -> Keys:
-  """The path of the pruning state that is meant."""
+  """The path of the selected pruning state."""
   paths = [keys for keys, _ in _states(opt_state)]
   found = paths if name is None else [keys for keys in paths if "/".join(keys) == name]
   found = found or [keys for keys in paths if f"/{name}/" in f"/{'/'.join(keys)}/"]
@@ -121,13 +117,12 @@ def _where(opt_state: optax.OptState, name: str | None) -> Keys:
 
 
 def _label(keys: Keys, paths: Sequence[Keys]) -> str:
-  """The shortest name of a path among others: a key of its own, a word rather than a number, or all of it."""
+  """The shortest name of a path: a unique key, preferably a word, or the whole path."""
   own = [key for key in keys if sum(key in other for other in paths) == 1]
   return min(own, key=str.isdigit) if own else "/".join(keys)
 
 
 def _states(opt_state: optax.OptState) -> list[tuple[Keys, FisherPruneState]]:
-  """All pruning states, with their paths."""
   leaves = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=_is_state)
   return [(_keys(path), leaf) for path, leaf in leaves if _is_state(leaf)]
 
@@ -141,7 +136,7 @@ def _is_state(x: Any) -> bool:
 
 
 def _is_variable(x: Any) -> bool:
-  nnx = sys.modules.get("flax.nnx")  # where nobody has imported it there are none
+  nnx = sys.modules.get("flax.nnx")  # no import, no variables
   return nnx is not None and isinstance(x, nnx.Variable)
 
 
@@ -151,11 +146,11 @@ def _value(x: Any) -> Any:
 
 
 def get_masks(opt_state: optax.OptState, name: str | None = None) -> Masks:
-  """The masks inside any Optax state; see :func:`get_state`.
+  """The masks inside any Optax state.
 
   Args:
-    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
-    name: which pruning, where there are several.
+    opt_state: see :func:`get_state`.
+    name: likewise.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -168,13 +163,13 @@ def get_masks(opt_state: optax.OptState, name: str | None = None) -> Masks:
 
 
 def get_importance(opt_state: optax.OptState, name: str | None = None) -> Masks:
-  """The bias-corrected importance inside any Optax state, in nats (or the criterion's unit): a tree like the masks.
+  """The bias-corrected importance inside any Optax state: a tree like the masks, in nats or the criterion's unit.
 
-  With ``method="fisher_magnitude"`` they are Fisher's: they are ranked with the parameters, at the steps that prune.
+  With ``method="fisher_magnitude"`` this is Fisher importance, before it is reassigned for a pruning step.
 
   Args:
-    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
-    name: which pruning, where there are several; see :func:`get_state`.
+    opt_state: see :func:`get_state`.
+    name: likewise.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -190,6 +185,6 @@ def get_importance(opt_state: optax.OptState, name: str | None = None) -> Masks:
     <https://arxiv.org/abs/1801.05787>`_, 2018
 
     Kingma and Ba, `Adam: A method for stochastic optimization <https://arxiv.org/abs/1412.6980>`_, 2015, section 3:
-    the correction of the bias
+    bias correction
   """
   return corrected(get_state(opt_state, name))

@@ -1,4 +1,4 @@
-"""How many features each mask keeps."""
+"""Floors: the number of features that each mask keeps."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,15 +14,15 @@ from fisherprune_jax._types import Masks
 
 Floor = int | float
 Widths = Mapping[str, int]
-"""Exact numbers of features by glob patterns of the masks' names."""
+"""Exact numbers of features, by glob patterns of mask names."""
 MinFeatures = Floor | Mapping[str, Any] | Masks
-"""A number for all masks, numbers by glob patterns of their names, or a tree like the masks."""
+"""A number for all masks, numbers by glob patterns, or a tree like the masks."""
 BLOCKS = "*.block"
-"""Masks of whole residual branches, as ``auto_mask`` names them: they may always go, unless a pattern says otherwise."""
+"""Masks of residual branches, as named by ``auto_mask``; their default floor is 0."""
 
 
 def fits(name: str, pattern: str) -> bool:
-  """Whether a glob pattern fits the name of a mask, or that of the stack that it is a row of.
+  """Whether a glob pattern matches the name of a mask or of its stack.
 
   >>> fits("layers[0]", "layers"), fits("layers[0]", "layers[0]"), fits("layers[0]", "conv*")
   (True, True, False)
@@ -32,12 +32,10 @@ def fits(name: str, pattern: str) -> bool:
 
 
 def first_that_fits(name: str, by_pattern: Mapping[str, Any], default: Any) -> Any:
-  """What the first pattern says that fits a name."""
   return next((value for pattern, value in by_pattern.items() if fits(name, pattern)), default)
 
 
 def require_used(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
-  """Raises where a pattern fits no mask."""
   unused = [pattern for pattern in patterns if not any(fits(name, pattern) for name in names)]
   require(
     not unused, f"{option} must name masks ({', '.join(names)})", unused, "Patterns are those of a shell."
@@ -47,17 +45,16 @@ def require_used(option: str, patterns: Iterable[str], names: Sequence[str]) -> 
 def floors_of(
   masks: Masks, min_features: MinFeatures, exclude: Sequence[str] = (), widths: Widths | None = None
 ) -> Masks:
-  """The least number of features of every mask, ``(..., 1)`` for one ``(..., C)``.
+  """The floor of every mask, ``(..., 1)`` for a mask ``(..., C)``.
 
   Args:
     masks: a tree of masks.
-    min_features: a number of features, or a fraction below 1 of the mask's size (rounded up); a mapping from glob
-      patterns of names, as ``fp.summary`` shows them, of which the first that fits counts; or a tree like the masks.
-    exclude: patterns of masks that keep everything.
-    widths: exact numbers of features, by patterns; they come before the others.
+    min_features: as in ``fisher_prune``; fractions are rounded up.
+    exclude: patterns of masks that keep all features.
+    widths: exact numbers by pattern; they override the others.
 
   Raises:
-    ValueError: if a number is negative or larger than its mask, or a pattern fits no mask.
+    ValueError: for a number that is negative or above its mask's size, or an unused pattern.
 
   >>> import jax.numpy as jnp
   >>> floors_of({"conv": jnp.ones(8), "head": jnp.ones(4)}, {"conv": 0.2, "*": 3})["conv"]
@@ -89,7 +86,7 @@ def floors_of(
 
 
 def _exact(sizes: Sequence[tuple[str, int]], widths: Any) -> list[int | None]:
-  """The exact width of every row of this name and size; None where no pattern fits."""
+  """The exact width of every row; None without a pattern."""
   if not isinstance(widths, Mapping):
     raise TypeError(
       f"widths must map patterns of mask names to numbers of features, such as {{'conv*': 16}}, got {widths!r}."
@@ -108,7 +105,6 @@ def _by_pattern(names: list[str], floors: Mapping[str, Any]) -> list[Any]:
 
 
 def _spread(floors: Masks, masks: Masks) -> list[Any]:
-  """One number for each row."""
   found: list[Any] = []
   for (path, mask), floor in zip(
     jax.tree_util.tree_leaves_with_path(masks), map(np.asarray, jax.tree.leaves(floors)), strict=True
@@ -138,19 +134,19 @@ def _number(name: str, size: int, floor: Any) -> int:
 
 
 def _part(fraction: Any, size: int) -> int:
-  """A fraction of a size, rounded up: of the fraction as written, or of the quotient that it is the nearest number to.
+  """A fraction of a size, rounded up; it may be a rounded quotient of whole numbers.
 
   >>> _part(0.07, 100), _part(5 / 7, 7), _part(0.2, 8)
   (7, 5, 2)
   """
   least = math.ceil(as_written(fraction) * size)
-  # 5 / 7 is written as a little more than five sevenths. Half precision is too coarse to tell quotients apart.
+  # The float 5 / 7 is slightly above five sevenths. Half precision cannot tell quotients apart.
   kind = np.asarray(fraction).dtype
   return least - int(kind.itemsize >= 4 and kind.type((least - 1) / size) == fraction)
 
 
 def check_floors(masks: Masks, floors: Masks) -> None:
-  """Raises where a mask has fewer features than it has to keep, but some; values of tracers pass."""
+  """Raise if a mask has fewer features than its floor, but some; tracers pass."""
   least = [floor for leaf in jax.tree.leaves(floors) for floor in np.reshape(leaf, -1)]
   for (name, mask), floor in zip(named_rows(masks), least, strict=True):
     if is_known(mask):

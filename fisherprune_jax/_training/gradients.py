@@ -1,4 +1,4 @@
-"""Per-example gradients of the masks, and what is required of them."""
+"""Per-example gradients of the masks, and checks of them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,30 +27,28 @@ Reduction = str | float | Callable[[PyTree], Any]
 def value_and_mask_grads(
   loss_fn: Callable[..., Any], *, has_aux: bool = False, reduction: Reduction = "mean"
 ) -> Callable[..., Any]:
-  r"""Gradients of the parameters, and of every example's own mask, in one backward pass.
+  r"""Gradients of the parameters and per-example gradients of the masks, in one backward pass.
 
-  Masks enter the loss broadcast over the batch, so its gradient with respect to them is per example; there is
-  no second backward pass and no ``vmap`` over examples. A mask that is applied several times sums before
-  anyone squares. The gradient is that of the *summed* loss:
+  Masks enter the loss broadcast over the batch, so there is no ``vmap`` over examples. If a mask is applied several
+  times, its gradients are summed before they are squared. The loss is the *summed* one:
 
   .. math:: g_{nk} = scale \cdot \partial loss / \partial mask_{nk}
 
   Args:
-    loss_fn: ``loss_fn(params, masks, batch, *rest)``, called on per-example masks ``(..., B, C)``.
+    loss_fn: ``loss_fn(params, masks, batch, *rest)``, called with per-example masks ``(..., B, C)``.
     has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
-    reduction: how ``loss_fn`` adds up examples: ``"mean"`` is undone, ``"sum"`` left alone; a number or a
-      function of ``batch`` is the factor to multiply by (padded batches, a dynamic loss scale).
+    reduction: how ``loss_fn`` reduces over examples: ``"mean"`` (scale B), ``"sum"`` (scale 1). A number or a
+      function of ``batch`` is the scale itself (padded batches, dynamic loss scales).
 
   Returns:
-    ``f(params, masks, batch, *rest) -> (value, (grads, mask_grads))``, as
-    ``jax.value_and_grad(..., argnums=(0, 1))``. ``batch`` is a tree whose leaves lead with the example axis.
+    ``f(params, masks, batch, *rest) -> (value, (grads, mask_grads))``, like ``jax.value_and_grad``. Every array of
+    ``batch`` must lead with the example axis.
 
   Raises:
     ValueError: for an unknown ``reduction``; when called, for a batch without an example axis.
 
   Warns:
-    UserWarning: if no gradient can reach a mask, whatever the data. Features of such a mask would be pruned first, in the
-      order of their index. JAX knows this while it differentiates, so the check costs nothing.
+    UserWarning: if no gradient can reach a mask; its features would be pruned first, by index. The check is free.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -95,7 +93,7 @@ def value_and_mask_grads(
 
 
 def _tapped(masks: MaskGrads, reached: set[int]) -> MaskGrads:
-  """The masks as they are; notes in ``reached`` whose gradient is not zero by construction, when it comes back."""
+  """The masks unchanged; differentiation adds those with gradients, other than symbolic zeros, to ``reached``."""
   leaves, tree = jax.tree.flatten(masks)
   tap = jax.custom_vjp(lambda *leaves: leaves)
 
@@ -109,7 +107,7 @@ def _tapped(masks: MaskGrads, reached: set[int]) -> MaskGrads:
 
 
 def _warn_of_unreached(masks: Masks, reached: set[int], warned: set[str]) -> None:
-  """Warns of masks that no gradient can reach, once each: outside ``jit`` every call comes here."""
+  """Warn of masks that no gradient can reach, once each: outside ``jit`` every call gets here."""
   paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(masks)]
   names = [path_name(path).removesuffix("/mask") for at, path in enumerate(paths) if at not in reached]
   if names := [name for name in names if name not in warned]:
@@ -123,7 +121,6 @@ def _warn_of_unreached(masks: Masks, reached: set[int], warned: set[str]) -> Non
 
 
 def examples_of(batch: PyTree) -> int:
-  """How many examples a batch holds."""
   leaves = jax.tree.leaves(batch)
   sizes = {leaf.shape[0] for leaf in leaves if jnp.ndim(leaf)}
   if len(sizes) != 1 or not all(map(jnp.ndim, leaves)):
@@ -135,7 +132,7 @@ def examples_of(batch: PyTree) -> int:
 
 
 def _vary(masks: MaskGrads, batch: PyTree) -> MaskGrads:
-  """Under ``shard_map``: masks that belong to each device's examples, so that nothing adds up their gradients."""
+  """Under ``shard_map``, masks that vary over devices: the gradients of others would be summed over devices."""
   axes = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(batch)))
 
   def vary(mask: jax.Array) -> jax.Array:
@@ -156,7 +153,7 @@ def _wide(g: jax.Array) -> jax.typing.DTypeLike:
 
 
 def check_gradients(mask_grads: MaskGrads, masks: Masks, axis_name: AxisNames) -> None:
-  """Raises unless ``mask_grads`` has one row per example for every mask, each device its own where it is mapped."""
+  """Raise unless ``mask_grads`` has one row per example for every mask, and is not reduced over mapped axes."""
   how = (
     "Pass mask_grads from fp.value_and_mask_grads: tx.update(grads, state, params, mask_grads=mask_grads)."
   )
@@ -176,12 +173,12 @@ def check_gradients(mask_grads: MaskGrads, masks: Masks, axis_name: AxisNames) -
 
 
 def _check_axes(mask_grads: MaskGrads, axis_name: AxisNames) -> None:
-  """Raises, where ``shard_map`` keeps account of what differs between devices, unless ``axis_name`` averages it."""
+  """Raise unless ``axis_name`` covers the axes over which gradients vary, where ``shard_map`` tracks them."""
   names = () if axis_name is None else axis_name if isinstance(axis_name, tuple) else (axis_name,)
   varying = frozenset[str]().union(*map(varying_axes, jax.tree.leaves(mask_grads)))
   unaccounted = unaccounted_axes() if axis_name is None else []
   if unaccounted:
-    given = [name for name in unaccounted if not str(name).startswith("_")]  # JAX names pmap's axis by itself
+    given = [name for name in unaccounted if not str(name).startswith("_")]  # JAX's own name for pmap's axis
     raise ValueError(
       "Where a mapped axis has a name (pmap, vmap, shard_map), fisher_prune must be told of it, got axis_name=None "
       f"under {', '.join(map(repr, given)) or 'pmap'}: replicas of one network would prune different features. Pass "
@@ -202,7 +199,7 @@ def _check_axes(mask_grads: MaskGrads, axis_name: AxisNames) -> None:
 
 
 def check_weights(weights: jax.typing.ArrayLike | None) -> None:
-  """Raises if a weight of an example is negative or not finite; values of tracers pass."""
+  """Raise if an example weight is negative or not finite; tracers pass."""
   if weights is None or not is_known(weights):
     return
   values = np.asarray(weights, np.float32)
@@ -214,8 +211,8 @@ def check_weights(weights: jax.typing.ArrayLike | None) -> None:
 
 
 def own_gradients(mask_grads: Any, masks: Masks, name: str) -> MaskGrads | None:
-  """The gradients of one of several prunings, out of a mapping from their names."""
-  if mask_grads is None or not jax.tree.leaves(masks):  # there, or else nothing left to prune
+  """The gradients of one of several prunings, from a mapping by name."""
+  if mask_grads is None or not jax.tree.leaves(masks):  # reported later, or nothing left to prune
     return None
   if not isinstance(mask_grads, Mapping) or name not in mask_grads:
     keys = list(mask_grads) if isinstance(mask_grads, Mapping) else describe(mask_grads)

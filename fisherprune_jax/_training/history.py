@@ -1,4 +1,4 @@
-"""When each feature went: the state remembers it, and everything over time derives from it."""
+"""The pruning history, from the steps in the state."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from fisherprune_jax._types import Masks
 
 
 class Pruned(NamedTuple):
-  """A feature that went: the step (from 1), the name of its mask, its index."""
+  """A pruned feature: the step (from 1), the name of its mask, its index."""
 
   step: int
   mask: str
@@ -21,15 +21,14 @@ class Pruned(NamedTuple):
 
 
 def history(opt_state: optax.OptState, name: str | None = None) -> list[Pruned]:
-  """What was pruned, in order: ``(step, mask, feature)``.
+  """All pruned features in order, as ``(step, mask, feature)``; call it outside ``jit``.
 
-  Features that went at the same step are in the order of the masks; one that was put back with :func:`set_masks` is
-  not among them, one that was never there went at step 0. It is read from the state on the device, so
-  it survives checkpoints; call it outside ``jit``.
+  Within a step they are in the order of the masks. Features that :func:`set_masks` put back are left out; features
+  masked from the start have step 0. The history is part of the state, so checkpoints keep it.
 
   Args:
-    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
-    name: which pruning, where there are several; see :func:`get_state`.
+    opt_state: see :func:`get_state`.
+    name: likewise.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -46,18 +45,18 @@ def history(opt_state: optax.OptState, name: str | None = None) -> list[Pruned]:
   found = [
     Pruned(int(at[feature]), mask, int(feature)) for mask, at in rows for feature in np.flatnonzero(at >= 0)
   ]
-  return sorted(found, key=lambda pruned: pruned.step)  # stable: the order of the masks within a step
+  return sorted(found, key=lambda pruned: pruned.step)  # stable: ordered by mask within a step
 
 
 def masks_at(opt_state: optax.OptState, step: int, name: str | None = None) -> Masks:
-  """The masks as they were after a step: a replay of the past; jit-able.
+  """The masks after a given step; jit-able.
 
-  A feature that was put back with :func:`set_masks` counts as alive all the time.
+  Features that :func:`set_masks` put back count as never pruned.
 
   Args:
-    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
-    step: a step from 0 (the masks at the start) on.
-    name: which pruning, where there are several; see :func:`get_state`.
+    opt_state: see :func:`get_state`.
+    step: the step; 0 is the start.
+    name: see :func:`get_state`.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp

@@ -14,16 +14,15 @@ from fisherprune_jax._training.transform import fisher_prune
 def inject_hyperparams(
   inner_factory: Callable[..., Any] = fisher_prune, static_args: Any = (), **options: Any
 ) -> Callable[..., Any]:
-  """``optax.inject_hyperparams`` for :func:`fisher_prune`, with the right arguments held static.
+  """``optax.inject_hyperparams`` for :func:`fisher_prune`, with the right static arguments.
 
-  Optax takes any callable argument for a schedule (the cost model too), makes integers tracers and gives numbers
-  the updates' dtype, in which a target of 250,123 FLOPs can be infinite. This wrapper names the static
-  arguments and keeps hyperparameters in float32.
+  Optax takes any callable, also the cost model, for a schedule, and makes integers tracers. In the dtype of the updates
+  a target of 250,123 FLOPs can be infinite. This wrapper names the static arguments and keeps numbers in float32.
 
   Args:
     inner_factory: :func:`fisher_prune`, or a factory with the same arguments.
-    static_args: names of more arguments that are not hyperparameters.
-    **options: those of ``optax.inject_hyperparams``.
+    static_args: names of further static arguments.
+    **options: options of ``optax.inject_hyperparams``.
 
   Returns:
     A factory whose state has ``hyperparams`` that can be set between steps.
@@ -49,7 +48,7 @@ def inject_hyperparams(
       *extra,
     )
     wrapped = optax.inject_hyperparams(inner_factory, static_args=static, **options)
-    # Optax would make an integer an int32, which cannot hold three billion FLOPs.
+    # An integer would become an int32, which cannot hold three billion FLOPs.
     return wrapped(*args, **{k: v if k in static else _float(v) for k, v in kwargs.items()})
 
   return factory

@@ -1,4 +1,4 @@
-"""Pruning once, without training: masks at the target, by the importance of every feature."""
+"""One-shot pruning without training."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +27,7 @@ from fisherprune_jax._types import Masks
 ALLOWED = ("cost_weight", "min_features", "exclude", "multiple_of", "tie", "recost_every", "masks")
 """Options of ``fisher_prune`` that ``select_masks`` takes."""
 MOST_KEPT = 8
-"""Programs that are kept for one cost."""
+"""The number of compiled programs that are kept for one cost."""
 
 
 def select_masks(
@@ -37,24 +37,27 @@ def select_masks(
   widths: Widths | None = None,
   **options: Any,
 ) -> Any:
-  """Select masks that meet a target: the ones that :func:`fisher_prune` would choose, feature by feature.
+  """Select masks that meet a target, without training; features go in the order of :func:`fisher_prune`.
 
   Args:
     cost: the cost model.
     importance: one number per feature, a tree like the masks, such as :func:`estimate_importance` returns.
-    target: the cost per example to come down to, in the unit of the cost. A sequence of targets gives a list of masks from
-      one descent. None together with ``widths``.
-    widths: a mapping from glob patterns of mask names to exact numbers of features, such as ``{"conv*": 16, "head": 10}``.
-      Without a target, masks that match no pattern stay whole.
-    **options: other options of :func:`fisher_prune`: ``cost_weight``, ``min_features``, ``exclude``, ``multiple_of``,
+    target: the cost per example to come down to, in the unit of the cost. A sequence gives nested masks, one set per
+      target. None with ``widths`` alone.
+    widths: a mapping from glob patterns of mask names to exact numbers of features, such as
+      ``{"conv*": 16, "head": 10}``. Without a target, other masks keep all features.
+    **options: options of :func:`fisher_prune`: ``cost_weight``, ``min_features``, ``exclude``, ``multiple_of``,
       ``tie``, ``recost_every``, and ``masks`` to start from.
 
   Returns:
-    0/1 masks, float32; a list of them for a sequence of targets. A target that cannot be met is a warning.
+    0/1 masks, float32; a list for a sequence of targets.
 
   Raises:
-    ValueError, TypeError: for a target that is not positive, importance of another tree or that is not finite, options out
-      of their range.
+    ValueError, TypeError: for a target that is not positive, importance that is not finite or not like the masks, or
+      options out of range.
+
+  Warns:
+    UserWarning: if the target cannot be met.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -112,7 +115,7 @@ def select_masks(
 def _family(
   cost: CostModel, importance: Masks, targets: Sequence[float], widths: Widths | None, options: dict[str, Any]
 ) -> list[Masks]:
-  """Masks for each of several targets, in their order: each descent goes on where that to the next larger one ended."""
+  """Masks for several targets, in their order; each selection continues from that of the next larger target."""
   found: dict[int, Masks] = {}
   for at in sorted(range(len(targets)), key=lambda at: -targets[at]):
     found[at] = select_masks(cost, importance, targets[at], widths, **options)
@@ -121,7 +124,7 @@ def _family(
 
 
 def _program(options: Options, weight: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
-  """What prunes at once, compiled once for a cost and what is chosen; targets, weights and importance are its arguments."""
+  """The compiled selection for a cost and options; targets, weights and importance are its arguments."""
   flat, word = options.cost.flat, weight if isinstance(weight, str) else None
   key = (word, options.at_once, options.widths is None, *options.rows.key)
 
@@ -136,14 +139,14 @@ def _program(options: Options, weight: Any) -> Callable[..., tuple[jax.Array, ja
     return left.alive.astype(jnp.float32), left.exhausted
 
   if key not in flat.programs:
-    if len(flat.programs) == MOST_KEPT:  # a search over widths must not keep all that it compiled
+    if len(flat.programs) == MOST_KEPT:  # a search over widths must not keep all programs
       flat.programs.pop(next(iter(flat.programs)))
     flat.programs[key] = jax.jit(run)
   return flat.programs[key]
 
 
 def require_finite(importance: Masks, what: str) -> None:
-  """Raises if the importance of a feature is NaN or infinite; values of tracers pass."""
+  """Raise if the importance of a feature is NaN or infinite; tracers pass."""
   if not all(map(is_known, jax.tree.leaves(importance))):
     return
   for name, row in named_rows(jax.tree.map(np.asarray, importance)):

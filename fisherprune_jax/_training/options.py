@@ -1,9 +1,4 @@
-"""The options of ``fisher_prune``.
-
-Each is a line of the table that ``Options`` is: its default, whether it is fixed when the transformation is made or a
-number that may change (a schedule of the step, an injected hyperparameter), and what is required of it. Checks,
-schedules and ``fp.inject_hyperparams`` follow from that; what an option means is said by ``fisher_prune``.
-"""
+"""The options of ``fisher_prune``: defaults, kinds (``Fixed`` or ``Number``) and checks, in the table ``Options``."""
 
 import dataclasses
 import functools
@@ -31,24 +26,20 @@ INJECTED = "or use fp.inject_hyperparams."
 
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-  """An option that is a Python value, known when the transformation is made.
-
-  Attributes:
-    check: ``check(name, value)`` raises unless the value will do.
-  """
+  """A Python value, known when the transformation is made; ``check(name, value)`` raises if it is invalid."""
 
   check: Callable[[str, Any], Any] = lambda name, value: None
 
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-  """An option that is a number, a schedule of the step, or a hyperparameter that is set between steps.
+  """A number, a schedule of the step, or a hyperparameter that is set between steps.
 
   Attributes:
-    allows: whether a number is in its range, which holds of arrays too.
+    allows: whether a number or array is in range.
     range: the range in words.
-    word: what it may be in place of a number; then it is as fixed as any other word.
-    remedy: what errors add.
+    word: a valid string; it is fixed.
+    remedy: advice in errors.
   """
 
   allows: Callable[[Any], Any]
@@ -57,7 +48,7 @@ class Number:
   remedy: str = ""
 
   def check(self, name: str, value: Any) -> None:
-    """Raises unless a value is in the range; tracers pass, schedules are asked for step 1."""
+    """Raise unless a value is in range; tracers pass, schedules are tried at step 1."""
     if getattr(value, "dtype", None) in (jnp.float16, jnp.bfloat16):
       raise TypeError(
         f"{name} must have at least the precision of float32, got {describe(value)}. Under "
@@ -73,7 +64,7 @@ class Number:
       require(bool(self.allows(value)), f"{name} must be {self.range}", value, self.remedy)
 
   def check_scheduled(self, name: str, value: Any, when: str) -> None:
-    """Raises unless what a schedule gave is a number in the range; values of tracers pass."""
+    """Raise unless a schedule's value is a number in range; tracers pass."""
     what = f"{name} as a schedule must be {self.range} at every step"
     if jnp.shape(value) != ():
       raise ValueError(f"{what}, got {describe(value)} at {when}.")
@@ -83,7 +74,7 @@ class Number:
 
 
 def _is_decay(decay: Any) -> Any:
-  """Whether a decay is in its range in the precision of the running mean."""
+  """Whether a decay is in range in float32, like the running mean."""
   single = decay.astype(jnp.float32) if is_traced(decay) else np.asarray(decay, np.float32)
   return (single >= 0) & (single < 1)
 
@@ -124,7 +115,7 @@ def _patterns(name: str, value: Any) -> None:
 
 
 def _warn_of_fraction(cost: CostModel, target: Any) -> None:
-  """A target below one of a cost of millions is meant as a fraction, mostly."""
+  """Warn of a target below 1 for a large cost, probably a fraction."""
   if is_number(target) and not is_traced(target) and 0 < target < 1 and cost.dense > 1000:
     warn(
       f"A target of {float(target):g} {cost.unit} is below anything that a network of {cost.dense:,.0f} comes to. Of a "
@@ -142,14 +133,14 @@ def _flag(name: str, value: Any) -> None:
 
 
 def _name(name: str, value: Any) -> None:
-  """It has to stand in a path."""
+  """Names become parts of a path."""
   if value is not None and (not isinstance(value, str) or not value or "/" in value):
     raise ValueError(f"{name} must be a string without '/', such as 'generator', or None, got {value!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The table, and the values of one transformation, checked."""
+  """The checked options of one transformation."""
 
   cost: Annotated[CostModel, Fixed(_cost)]
   prune_every: Annotated[int, Fixed(_integer(least=1))] = 100
@@ -162,7 +153,7 @@ class Options:
   features_per_prune: Annotated[int, Fixed(_integer(least=1))] = 1
   min_features: Annotated[MinFeatures, Fixed()] = 1
   exclude: Annotated[Sequence[str], Fixed(_patterns)] = ()
-  # None rather than 1: Optax would take a number for a hyperparameter that is set between steps.
+  # None rather than 1: Optax would treat a number as a hyperparameter.
   multiple_of: Annotated[Multiple | None, Fixed()] = None
   tie: Annotated[Sequence[str], Fixed(_patterns)] = ()
   widths: Annotated[Widths | None, Fixed()] = None
@@ -178,34 +169,31 @@ class Options:
     _ = (
       self.rows,
       self.criterion,
-    )  # raise where what goes together does not fit the masks, or a criterion the cost
+    )  # raise if rows do not fit the masks, or the criterion the cost
     if self.masks is not None:
       check_masks(self.masks, self.cost.masks, "the cost model")
       check_floors(self.masks, floors_of(self.cost.masks, self.min_features, widths=self.widths))
 
   @functools.cached_property
   def floors(self) -> Masks:
-    """How many features each mask keeps."""
     return floors_of(self.cost.masks, self.min_features, self.exclude, self.widths)
 
   @functools.cached_property
   def rows(self) -> Rows:
-    """Which features go together."""
     multiple_of = 1 if self.multiple_of is None else self.multiple_of
     return rows_of(self.cost.masks, self.floors, multiple_of, self.tie, self.widths or {})
 
   def selection(self, price: Callable[[jax.Array], Priced], weight: Any) -> Selection:
-    """How features are selected, by their cost and a weight of it."""
     score = scorer(self.cost.dense, weight)
     return Selection(self.rows, price, score, self.features_per_prune, self.at_once)
 
   @property
   def at_once(self) -> int:
-    """After how many features of one pruning step the cost is recomputed."""
+    """How many features are masked before the cost is recomputed."""
     return 1 if self.recost_every is None else self.recost_every
 
   def is_settled(self, target: Any, step: jax.Array) -> Any:
-    """Whether the target does not fall any more after a step; exact widths wait for that."""
+    """Whether the target has stopped falling; exact widths wait for that."""
     waits = self.widths is not None and callable(self.target)
     return self.at("target", step + 1) >= target if waits else True
 
@@ -213,10 +201,10 @@ class Options:
     """Whether more features have to be masked.
 
     Args:
-      alive: which features are live, of all masks end to end.
+      alive: the live features, of all masks concatenated.
       above: whether the cost is above the target.
-      has_target: whether there is a target. Without one every feature may go, or, with ``widths``, theirs alone.
-      settled: whether the target does not fall any more (``is_settled``).
+      has_target: without a target, all features may be masked, or only those of ``widths``.
+      settled: see ``is_settled``.
     """
     if self.widths is None:
       return above | jnp.logical_not(has_target)
@@ -224,11 +212,10 @@ class Options:
 
   @functools.cached_property
   def criterion(self) -> Criterion:
-    """What ``method`` stands for."""
     return criterion_of(self.method, cost=self.cost)
 
   def at(self, name: str, step: jax.Array) -> Any:
-    """The value of an option at a step: if it is a schedule, what that gives."""
+    """The value of an option, or of its schedule at a step."""
     value, kind = getattr(self, name), KINDS[name]
     if isinstance(kind, Number) and callable(value):
       value = value(step)
@@ -242,5 +229,5 @@ KINDS: dict[str, Fixed | Number] = {
 
 
 def is_static(name: str, value: Any) -> bool:
-  """Whether an option cannot be a hyperparameter that is set between steps: it is fixed, or its value is a word."""
+  """Whether an option cannot be set between steps."""
   return isinstance(KINDS.get(name), Fixed) or (name in KINDS and (value is None or isinstance(value, str)))

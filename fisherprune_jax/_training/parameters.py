@@ -1,7 +1,7 @@
-"""Which variable of the network each trained parameter is: found by the ends of their paths.
+"""Matches trained parameters with the variables of a network, by the ends of their paths.
 
-The cost model knows the network's variables by their paths. An optimizer sees a tree of parameters: one collection of the
-variables, a part of it, or the parameters of several networks.
+The cost model knows variables by path. An optimizer sees one collection of them, a part of it, or the parameters of
+several networks.
 """
 
 from collections import Counter
@@ -18,23 +18,23 @@ from fisherprune_jax._types import PyTree, Shape
 Shapes = Mapping[Keys, Shape]
 """The shapes of the network's variables, by path."""
 Leaves = Sequence[tuple[Keys, Any]]
-"""Trained parameters with their paths; ``optax.MaskedNode`` in place of those that are left to another optimizer."""
+"""Trained parameters by path; ``optax.MaskedNode`` marks those of another optimizer."""
 
 
 def variables_among(params: PyTree, shapes: Shapes, method: str, name: str | None) -> dict[Keys, jax.Array]:
-  """The trained parameters by the paths that they have among the variables of a network.
+  """The trained parameters by their paths among a network's variables.
 
-  All paths are extended by one common prefix: the one that fits most leaves. A part of the network that is given alone is
-  found this way where its leaves are called like those of another part.
+  One common prefix extends all paths: the one that fits most leaves. So a part of the network is found even if another
+  part has leaves of the same names.
 
   Args:
-    params: the tree that is trained.
-    shapes: of the network's variables.
-    method: that needs them, for errors.
-    name: of the pruning; among the parameters of several networks, those under this key are meant.
+    params: the trained tree.
+    shapes: the shapes of the network's variables.
+    method: the criterion, for errors.
+    name: the name of the pruning; it selects one of several networks.
 
   Raises:
-    ValueError: if no parameter is a variable of the network, or if one may be several, or has another shape.
+    ValueError: if no parameter is a variable of the network, or one is ambiguous or has another shape.
   """
   leaves: Leaves = [(keys_of(path), leaf) for path, leaf in _leaves_of(params)]
   ends = _by_end(shapes)
@@ -57,7 +57,7 @@ def _is_masked(leaf: Any) -> bool:
 
 
 def _placed(leaves: Leaves, shapes: Shapes, method: str) -> dict[Keys, Any]:
-  """The leaves by variable; those that are no variable are left out."""
+  """The leaves by variable, without those that are none."""
   ends = _by_end(shapes)
   fitting = _fitting(leaves, shapes, ends)
   votes = _votes(leaves, fitting)
@@ -83,7 +83,7 @@ def _placed(leaves: Leaves, shapes: Shapes, method: str) -> dict[Keys, Any]:
 
 
 def _fitting(leaves: Leaves, shapes: Shapes, ends: Mapping[Keys, list[Keys]]) -> list[list[Keys]]:
-  """The variables that each leaf may be, by the end of the path and the shape."""
+  """The variables that each leaf may be, by path end and shape."""
   return [
     [path for path in _named(keys, ends) if _is_masked(leaf) or shapes[path] == jnp.shape(leaf)]
     for keys, leaf in leaves
@@ -91,7 +91,7 @@ def _fitting(leaves: Leaves, shapes: Shapes, ends: Mapping[Keys, list[Keys]]) ->
 
 
 def _votes(leaves: Leaves, fitting: Sequence[Sequence[Keys]]) -> Counter[Keys]:
-  """How many leaves are variables under each prefix."""
+  """The number of leaves that are variables under each prefix."""
   pairs = zip(leaves, fitting, strict=True)
   return Counter(_prefix(path, keys) for (keys, _), paths in pairs for path in paths)
 
@@ -106,19 +106,19 @@ def _by_end(shapes: Shapes) -> dict[Keys, list[Keys]]:
 
 
 def _named(keys: Keys, ends: Mapping[Keys, list[Keys]]) -> list[Keys]:
-  """The variables that a path may mean; NNX adds a last key to that of a variable."""
+  """The variables that a path may mean; NNX appends a key to a variable's path."""
   in_nnx = len(keys) > 1 and keys[-1] == "value"
   return ends.get(keys, []) or (ends.get(keys[:-1], []) if in_nnx else [])
 
 
 def _prefix(path: Keys, keys: Keys) -> Keys:
-  """What stands before the path of a leaf in that of a variable."""
+  """The part of a variable's path before a leaf's path."""
   end = keys if path[len(path) - len(keys) :] == keys else keys[:-1]
   return path[: len(path) - len(end)]
 
 
 def _one_network(leaves: Leaves, shapes: Shapes, method: str, name: str | None) -> Leaves:
-  """The leaves of one of several networks: those under the name of the pruning, or in the only sub-tree that fits."""
+  """The leaves of one of several networks: under the name of the pruning, or the only sub-tree that fits."""
   ends = _by_end(shapes)
   parts: dict[Keys, Leaves] = {}
   votes: dict[Keys, int] = {}

@@ -1,4 +1,4 @@
-"""Pictures of what happened; needs matplotlib, which is an extra."""
+"""Plots of the pruning history."""
 
 from typing import TYPE_CHECKING
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 def plot_history(
   opt_state: optax.OptState, cost: CostModel, target: float | None = None, name: str | None = None
 ) -> "Figure":
-  """Cost and widths over the steps, one above the other.
+  """Plot cost and widths over the steps.
 
   Args:
-    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
-    cost: the cost model that it was pruned by.
-    target: what it was pruned to, in the unit of the cost, drawn as a line.
-    name: which pruning, where there are several; see :func:`get_state`.
+    opt_state: see :func:`get_state`.
+    cost: the cost model of the pruning.
+    target: drawn as a line, in the unit of the cost; None for no line.
+    name: see :func:`get_state`.
 
   Returns:
     A ``matplotlib.figure.Figure``; ``figure.savefig("history.png")`` writes it.
@@ -63,7 +63,7 @@ def plot_history(
     bottom.plot(steps, [shares[mask] for shares in alive], drawstyle="steps-post", label=mask)
   bottom.set(xlabel="step", ylabel="features alive", ylim=(0, 1.02))
   bottom.yaxis.set_major_formatter(lambda y, _: f"{100 * y:.0f} %")
-  if len(alive[0]) <= 12:  # a legend of every layer of a deep network would hide the picture
+  if len(alive[0]) <= 12:  # longer legends would hide the plot
     bottom.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
   for ax in (top, bottom):
     ax.spines[["top", "right"]].set_visible(False)

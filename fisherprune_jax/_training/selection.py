@@ -1,4 +1,4 @@
-"""Which features go next."""
+"""Selection of the features to mask next."""
 
 import math
 from collections.abc import Callable
@@ -11,16 +11,16 @@ from fisherprune_jax._cost.flat import Priced
 from fisherprune_jax._training.bundles import Rows
 
 Score = Callable[[jax.Array, jax.Array], jax.Array]
-"""``score(importance, costs)``; the smallest goes first."""
+"""``score(importance, costs)``; the smallest is masked first."""
 
 EPSILON = 1e-6
-"""Added to a feature's cost before dividing by it, as the classic optimizer does."""
+"""Added to a feature's cost before division, as in the classic optimizer."""
 LARGE = 64
-"""The power of two up to which importance is taken as it is."""
+"""Importance above 2**LARGE is scaled down."""
 
 
 def epsilon_for(dense: float) -> float:
-  """What is added to a feature's cost, next to nothing of it: less than ``EPSILON`` where a whole network costs less than one.
+  """The number added to a feature's cost: ``EPSILON``, or less if the dense network costs less than 1.
 
   >>> epsilon_for(1e9), epsilon_for(0.0)
   (1e-06, 1e-06)
@@ -31,16 +31,16 @@ def epsilon_for(dense: float) -> float:
 
 
 def scorer(dense: float, cost_weight: str | float | jax.Array) -> Score:
-  r"""The score by which features are ranked; the smallest goes first.
+  r"""The score that ranks features; the smallest is masked first.
 
   .. math:: importance / (cost + \epsilon) \quad\text{or}\quad importance - w \cdot cost
 
-  Costs are divided by the power of two next to ``dense``. That changes no digit of a score, but a small importance over a
-  large cost is not lost. What is too large for a float32 is the largest one.
+  Costs are first divided by a power of two near ``dense``, so that small quotients do not underflow; scores are clipped
+  to float32.
 
   Args:
-    dense: the cost of the whole network.
-    cost_weight: ``"auto"`` for the ratio, or w in nats (or the unit of another criterion) per FLOP (or another unit).
+    dense: the cost of the dense network.
+    cost_weight: ``"auto"`` for the ratio, or w, such as nats per FLOP.
 
   >>> import jax.numpy as jnp
   >>> scorer(4e15, "auto")(jnp.array([1e-24, 2e-24]), jnp.array([1e15, 1e15])) > 0
@@ -61,19 +61,13 @@ def scorer(dense: float, cost_weight: str | float | jax.Array) -> Score:
 
 
 def tamed(importance: jax.Array) -> jax.Array:
-  """Importance as they are; those of which sums and quotients would be too large for a float32, over a power of two."""
+  """Importance, scaled by a power of two if sums and quotients could overflow float32."""
   largest = jnp.max(jnp.where(jnp.isfinite(importance), jnp.abs(importance), 0))
   return jnp.ldexp(importance, -jnp.maximum(jnp.frexp(largest)[1] - LARGE, 0))
 
 
 class Left(NamedTuple):
-  """What a selection leaves.
-
-  Attributes:
-    alive: which features are.
-    cost: what they cost.
-    exhausted: whether nothing was left that may go.
-  """
+  """The result of a selection: the live features, their cost, and whether no feature was left that may be masked."""
 
   alive: jax.Array
   cost: Priced
@@ -81,15 +75,15 @@ class Left(NamedTuple):
 
 
 class Selection(NamedTuple):
-  """How features are selected, from start to end of one prune.
+  """How features are selected in one pruning step.
 
   Attributes:
-    rows: how the features lie in rows, and which go together.
-    price: ``price(alive)``, what features cost, and whether that is too much.
-    score: of features, and of what goes together.
-    times: how many may go.
-    at_once: how many to try at once. Where that leads so far that none would have to go any more, it is halved, so that
-      the last bundle goes alone.
+    rows: the rows of the masks.
+    price: ``price(alive)``: the total cost, whether it is too high, and marginal costs.
+    score: ranks features and bundles.
+    times: how many features may be masked.
+    at_once: features masked before the cost is recomputed; halved when the target would be passed, so that the last
+      bundle is masked alone.
   """
 
   rows: Rows
@@ -99,13 +93,13 @@ class Selection(NamedTuple):
   at_once: int
 
   def run(self, alive: jax.Array, importance: jax.Array, due: jax.Array, exhausted: jax.Array) -> Left:
-    """Selects for as long as features cost too much. Programs hold what prices them once: it is most of them.
+    """Mask features while the cost is too high; the loop has one call of ``price``, as that is most of the program.
 
     Args:
-      alive: which features are, of all masks end to end.
-      importance: of each; where one is not finite its feature stays.
-      due: whether features may go at all.
-      exhausted: whether nothing was left that may go when that was last tried; so it stays if nothing is tried.
+      alive: the live features, of all masks concatenated.
+      importance: of each feature; if it is not finite, the feature is kept.
+      due: whether features may be masked.
+      exhausted: the value to keep if no feature is tried.
     """
     times, at_once = (min(n, importance.size) for n in (self.times, self.at_once))
 
@@ -114,7 +108,7 @@ class Selection(NamedTuple):
 
     def body(turn: _Turn) -> _Turn:
       cost = self.price(turn.tried)
-      # At first, what is tried is what there is, which is too much or not.
+      # The first iteration only prices the initial masks.
       fits = turn.first | (turn.size <= 1) | cost.too_much
       left = Left(
         turn.tried, cost, jnp.where(turn.first, exhausted & ~(due & cost.too_much), turn.going == 0)
@@ -135,16 +129,16 @@ class Selection(NamedTuple):
   def _next(
     self, alive: jax.Array, importance: jax.Array, cost: jax.Array, count: jax.Array, most: int
   ) -> jax.Array:
-    """Which features go next: at least one bundle, and further ones as long as they come to no more than ``count``.
+    """The next features to mask: at least one bundle, and more up to ``count`` features.
 
-    A *bundle* is what goes together: the features that bring a mask to the next smaller width that it may have, of all rows
-    that keep equal widths. Its score is that of its importance and costs added up. A mask loses one bundle at most, or as
-    many single features as it can spare. Ties go to the first mask in tree order, then to the lowest index.
+    A *bundle* brings all rows of a tied group to the next smaller width; its score is that of its summed importance and
+    costs. A mask loses one bundle, or as many single features as it can spare. Ties go to the first mask in tree order,
+    then to the lowest index.
     """
     rows, score = self.rows, self.score
     scores = score(importance, cost)
     can_go = alive & jnp.isfinite(importance) & jnp.isfinite(scores)
-    if rows.exact.any():  # what has to go in any case goes first, so that others stay
+    if rows.exact.any():  # exact widths come first, so that other masks keep more
       owed = rows.owed(alive)
       can_go &= owed | ~jnp.any(owed)
     scores = jnp.where(can_go, scores, jnp.inf)
@@ -162,16 +156,16 @@ class Selection(NamedTuple):
 
 
 class _Turn(NamedTuple):
-  """Between two choices.
+  """The state between two iterations.
 
   Attributes:
-    left: what fits so far.
-    gone: how many features went.
-    size: how many to try at once.
-    tried: what to try next.
-    going: how many features go for it.
-    first: whether that is where it began.
-    more: whether to go on.
+    left: the last accepted result.
+    gone: number of features masked.
+    size: number of features to try next.
+    tried: the next trial: its live features.
+    going: number of features that it masks.
+    first: whether it is the first iteration.
+    more: whether to continue.
   """
 
   left: Left
@@ -184,11 +178,11 @@ class _Turn(NamedTuple):
 
 
 def _singles(scores: jax.Array, alive: jax.Array, rows: Rows, count: jax.Array, most: int) -> jax.Array:
-  """The features of the smallest scores, without those that their rows cannot spare; no more than ``most`` are looked at."""
+  """The lowest-scored features that their rows can spare, among the ``most`` lowest."""
   spare = rows.spare(alive)
   if most == 1:
     scores = jnp.where(spare > 0, scores, jnp.inf)
-    first = jnp.argmin(scores)  # of equals
+    first = jnp.argmin(scores)  # of ties
     return (jnp.arange(scores.size) == first) & jnp.isfinite(scores[first])
   lowest, at = jax.lax.top_k(-jnp.where(spare > 0, scores, jnp.inf), min(most, scores.size))
   goes = jnp.isfinite(lowest) & (rows.earlier(at) < spare[at])
@@ -197,5 +191,5 @@ def _singles(scores: jax.Array, alive: jax.Array, rows: Rows, count: jax.Array, 
 
 
 def _as_many_as(sizes: jax.Array, count: jax.Array) -> jax.Array:
-  """Which of some bundles, in this order, come to no more than a number of features; the first does in any case."""
+  """Whether each bundle, in order, fits into ``count`` features in total; the first always does."""
   return (jnp.arange(sizes.size) == 0) | (jnp.cumsum(sizes) <= count)

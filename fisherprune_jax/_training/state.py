@@ -1,4 +1,4 @@
-"""The pruning state: what it holds, how it begins, how it follows masks that somebody else puts in, what it must be."""
+"""The pruning state, edits of its masks, and its checks."""
 
 from typing import Any, NamedTuple
 
@@ -16,17 +16,17 @@ class FisherPruneState(NamedTuple):
   """State of :func:`fisher_prune`.
 
   Attributes:
-    step: how many updates there were, int32.
-    scores: running mean of the importance, in nats (or the unit of another :class:`Criterion`), not bias-corrected
-      (``fp.get_importance`` is), float32.
+    step: number of updates, int32.
+    scores: running mean of the importance, float32, in nats or the criterion's unit; not bias-corrected
+      (``fp.get_importance`` is).
     masks: the masks, float32 0/1.
-    pruned_at: the step at which each feature went, -1 while alive, int32; 0 if it was never there.
-    cost: the cost of the masks, float32; NaN from ``fp.set_masks`` to the next update, which takes it anew.
-    shares: for every mask, what its live features cost if each were the only one to go, over ``cost``; float32.
+    pruned_at: the step at which each feature was pruned, int32; -1 if live, 0 if masked from the start.
+    cost: the cost of the masks, float32; NaN between ``fp.set_masks`` and the next update.
+    shares: for every mask, the summed marginal costs of its live features over ``cost``; float32.
     decay_product: product of the decays applied so far, float32; 1 before the first counted batch.
-    counted: how many batches changed the scores, int32.
-    skipped: how many batches did not, because a gradient was not finite, or a weight or decay out of range; int32.
-    exhausted: whether the last attempt to prune found nothing left that may go.
+    counted: number of batches that changed the scores, int32.
+    skipped: number of batches with a gradient that was not finite, or a weight or decay out of range, int32.
+    exhausted: whether the last pruning step found no feature that may be masked.
   """
 
   step: jax.Array
@@ -61,19 +61,19 @@ def start(cost: CostModel, masks: Masks | None) -> FisherPruneState:
 
 
 def corrected(state: FisherPruneState) -> Masks:
-  """The running mean over what its weights add up to; zero before the first counted batch."""
+  """The bias-corrected running mean; zero before the first counted batch."""
   weight = 1 - state.decay_product
   return jax.tree.map(lambda s: s / jnp.where(weight > 0, weight, 1), state.scores)
 
 
 def was_edited(pruned_at: jax.Array, masks: jax.Array, cost: jax.Array) -> jax.Array:
-  """Whether masks were put into a state by hand, which its history does not know of."""
+  """Whether masks were edited, so that the history does not match."""
   changed = jnp.any((pruned_at < 0) != (masks > 0))
-  return changed | jnp.isnan(cost)  # as fp.set_masks leaves it
+  return changed | jnp.isnan(cost)  # set by fp.set_masks
 
 
 def with_masks(state: FisherPruneState, masks: Masks, cost: CostModel | None) -> FisherPruneState:
-  """The state with other masks; without ``cost``, what it costs is unknown (NaN) until the next update."""
+  """The state with other masks; without ``cost``, their cost is NaN until the next update."""
   masks = jax.tree.map(lambda m: jnp.array(m, jnp.float32), masks)
   total = jnp.float32(jnp.nan) if cost is None else jnp.asarray(cost(masks), jnp.float32)
   unknown = jax.tree.map(lambda s: jnp.full_like(s, jnp.nan), state.shares)
@@ -87,22 +87,22 @@ def with_masks(state: FisherPruneState, masks: Masks, cost: CostModel | None) ->
 
 
 def make_inert(state: FisherPruneState, path: Any = ()) -> FisherPruneState:
-  """The state of a network without masks: nothing is left to prune."""
+  """The state of a network without masks."""
   return state._replace(scores={}, masks={}, pruned_at={}, shares={})
 
 
 def shares_of(drops: Masks, total: float | jax.Array) -> PyTree:
-  """For every mask, the drops in cost of its features, over the cost; 0 where there is no cost."""
+  """For every mask, the summed marginal costs of its features, over the total."""
   return jax.tree.map(lambda drop: share_of(jnp.sum(drop, axis=-1), total), drops)
 
 
 def share_of(cost: jax.Array, total: float | jax.Array) -> jax.Array:
-  """Costs over that of the network; 0 where there is none."""
+  """Costs over the total; 0 if that is 0."""
   return cost * jnp.where(total > 0, 1 / jnp.where(total > 0, total, 1), 0)
 
 
 def check_types(opt_state: optax.OptState) -> None:
-  """Raises if an Optax state holds a pruning state as a checkpoint has it: dictionaries in place of named tuples."""
+  """Raise if an Optax state holds dictionaries in place of the pruning state, as in a raw checkpoint."""
   leaves = jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=lambda x: isinstance(x, FisherPruneState))
   if any("decay_product" in path_name(path) for path, _ in leaves):
     raise ValueError(
@@ -113,7 +113,7 @@ def check_types(opt_state: optax.OptState) -> None:
 
 
 def check_state(state: FisherPruneState, expected: Masks) -> None:
-  """Raises unless a pruning state is one of the masks that the cost model was built for, whole on every device."""
+  """Raise unless a pruning state fits the cost model and is replicated."""
   how = "Make the state with tx.init, or restore one that was saved for this model and these widths."
   require_same_tree(state.masks, expected, "the masks of the optimizer state", "the cost model's masks", how)
   for mask, ours in zip(jax.tree.leaves(state.masks), jax.tree.leaves(expected), strict=True):
@@ -134,7 +134,7 @@ def check_state(state: FisherPruneState, expected: Masks) -> None:
 
 
 def _check_beside(name: str, tree: PyTree, masks: Masks, how: str) -> None:
-  """Raises unless what a state holds beside its masks fits them: one entry per feature, or one per mask."""
+  """Raise unless a field has one entry per feature, or per mask."""
   require_same_tree(tree, masks, f"{name} of the optimizer state", "its masks", how)
   for leaf, mask in zip(jax.tree.leaves(tree), jax.tree.leaves(masks), strict=True):
     shape = mask.shape[:-1] if name == "shares" else mask.shape
@@ -146,7 +146,7 @@ def _check_beside(name: str, tree: PyTree, masks: Masks, how: str) -> None:
 
 
 def _splits_features(mask: Any) -> bool:
-  """Whether an array is known to be split over devices; under ``jit`` only explicit meshes tell."""
+  """Whether an array is known to be sharded; under ``jit`` only explicit meshes show it."""
   if not is_traced(mask):
     sharding = getattr(mask, "sharding", None)
     return sharding is not None and sharding.shard_shape(mask.shape) != mask.shape

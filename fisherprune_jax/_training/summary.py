@@ -1,4 +1,4 @@
-"""The pruning state for people and for loggers."""
+"""The pruning state as a table and as metrics."""
 
 import math
 from collections.abc import Callable
@@ -18,15 +18,14 @@ Stats = dict[str, jax.Array]
 
 
 def summary(opt_state: optax.OptState, name: str | None = None, *, method: str | Criterion = "fisher") -> str:
-  """A table: every mask's live features, the range of their importance, and its share of the cost.
+  """A table of every mask's live features, the range of their importance, and their share of the cost.
 
-  The share is what the live features would save if each were the only one to go, over the cost: shares of masks
-  that feed each other overlap, and need not add up to one.
+  The share sums the marginal costs of live features. Consecutive layers share costs, so shares need not add up to one.
 
   Args:
-    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
-    name: which pruning, where there are several; see :func:`get_state`.
-    method: that of the pruning: its unit heads the importance.
+    opt_state: see :func:`get_state`.
+    name: likewise.
+    method: the criterion, for the unit of the importance.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -63,22 +62,22 @@ def summary(opt_state: optax.OptState, name: str | None = None, *, method: str |
 
 
 def _number(cost: float) -> str:
-  """A cost for people: whole, unless it is a part of one, as of seconds."""
+  """A cost as text: whole, unless it is below 1."""
   return f"{cost:.3g}" if 0 < cost < 1 else f"{cost:,.0f}"
 
 
 def metrics(opt_state: optax.OptState, name: str | None = None) -> Stats:
-  """A flat dictionary for any logger; jit-able, so a train step can return it among its metrics.
+  """A flat dictionary of metrics for any logger; jit-able, so a train step can return it.
 
-  ``jax.device_get(fp.metrics(opt_state))`` fetches all of them at once.
+  ``jax.device_get(fp.metrics(opt_state))`` fetches all metrics with one transfer.
 
   Args:
-    opt_state: the state of any transformation that :func:`fisher_prune` is a part of.
-    name: which pruning, where there are several; see :func:`get_state`.
+    opt_state: see :func:`get_state`.
+    name: likewise.
 
   Returns:
-    Scalar arrays: ``pruning/step``, ``cost``, ``alive``, ``skipped``, ``exhausted``, and for every mask
-    ``pruning/<mask>/alive``, ``importance_min``, ``importance_max`` (of what is alive, in nats) and ``cost_share``. With a
+    Scalar arrays. For the network: ``pruning/step``, ``cost``, ``alive``, ``skipped``, ``exhausted``. For every mask:
+    ``pruning/<mask>/alive``, ``importance_min``, ``importance_max`` (of live features, in nats), ``cost_share``. With a
     ``name``, ``pruning/<name>/...``.
 
   >>> import jax.numpy as jnp

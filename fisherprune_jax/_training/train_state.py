@@ -1,4 +1,4 @@
-"""Flax's train state, forwarding mask gradients."""
+"""Flax's train state for mask gradients."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from fisherprune_jax._types import MaskGrads, Masks, PyTree
 
 
 class TrainState(train_state.TrainState):
-  """``flax.training.train_state.TrainState`` for a ``tx`` that :func:`fisher_prune` is a part of.
+  """``flax.training.train_state.TrainState`` for a ``tx`` that contains :func:`fisher_prune`.
 
   Attributes:
     batch_stats: the batch statistics, if the model has any.
@@ -49,16 +49,16 @@ class TrainState(train_state.TrainState):
     tx: optax.GradientTransformation,
     **fields: Any,
   ) -> "TrainState":
-    """A train state with a fresh optimizer state; see ``flax.training.train_state.TrainState.create``.
+    """A train state with a new optimizer state, like ``flax.training.train_state.TrainState.create``.
 
     Args:
-      apply_fn: what is called with ``variables``, such as ``model.apply``.
+      apply_fn: a function of ``variables``, such as ``model.apply``.
       params: the parameters.
       tx: the transformation.
       **fields: other fields, such as ``batch_stats``.
 
     Raises:
-      ValueError: for masks among the ``collections``: they live in the optimizer state.
+      ValueError: for masks among ``collections``; they live in the optimizer state.
     """
     if COLLECTION in (fields.get("collections") or {}):
       raise ValueError(
@@ -69,24 +69,24 @@ class TrainState(train_state.TrainState):
 
   @property
   def masks(self) -> Masks:
-    """The masks as they stand."""
+    """The current masks."""
     return get_masks(self.opt_state)
 
   @property
   def variables(self) -> dict[str, PyTree]:
-    """What ``apply_fn`` takes: parameters, masks and, where there are any, other collections."""
+    """The argument of ``apply_fn``: parameters, masks and other collections."""
     stats = {} if self.batch_stats is None else {"batch_stats": self.batch_stats}
     return {"params": self.params, COLLECTION: self.masks, **stats, **self.collections}
 
   def apply_gradients(
     self, *, grads: optax.Updates, mask_grads: MaskGrads | None = None, **kwargs: Any
   ) -> "TrainState":
-    """One step of ``tx``; ``example_weights`` is forwarded to it too, other keywords replace fields.
+    """One step of ``tx``.
 
     Args:
       grads: gradients of the parameters.
-      mask_grads: per-example gradients of the masks, from :func:`value_and_mask_grads`.
-      **kwargs: new values of other fields, such as ``batch_stats``.
+      mask_grads: as from :func:`value_and_mask_grads`.
+      **kwargs: ``example_weights`` for ``tx``, and new values of other fields, such as ``batch_stats``.
     """
     weights = {key: kwargs.pop(key) for key in ("example_weights",) if key in kwargs}
     updates, opt_state = self.tx.update(grads, self.opt_state, self.params, mask_grads=mask_grads, **weights)

@@ -1,4 +1,4 @@
-"""Fisher pruning as an Optax gradient transformation with a purely functional state."""
+"""Fisher pruning as an Optax gradient transformation."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -50,59 +50,57 @@ def fisher_prune(
   masks: Masks | None = None,
   name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-  r"""Prunes features while the network trains, until it costs no more than ``target``.
+  r"""Prune features while the network trains, until it costs no more than ``target``.
 
-  Updates pass through unchanged. Each call of ``update`` first updates the running mean of the importance; with Fisher's,
+  Updates pass through unchanged. Each call of ``update`` first updates the running mean of the importance. For Fisher
+  importance,
 
   .. math:: s \leftarrow decay \cdot s + (1 - decay) \cdot \tfrac12 \mathrm{mean}_n g_n^2
 
   Every ``prune_every`` steps past ``burn_in``, while the cost is above the target, the feature with the lowest score is
-  masked. The score is the importance over the marginal cost (``"auto"``), or the importance minus ``cost_weight`` times the
-  marginal cost.
+  masked. The score is importance over marginal cost (``"auto"``), or importance minus ``cost_weight`` times marginal
+  cost.
 
   Args:
     cost: the cost model, from :func:`cost_model` or ``CostModel.from_functions``.
     prune_every: steps between two pruning steps.
-    burn_in: no pruning up to and including this step; the next multiple of ``prune_every`` is the first pruning step.
+    burn_in: no pruning up to and including this step. Pruning steps are multiples of ``prune_every``.
     decay: of the running mean, in [0, 1); a number or a schedule of the step.
     cost_weight: ``"auto"``, or importance per unit of cost, such as nats per FLOP: a number or a schedule. 0 ranks by
       importance alone.
     target: the cost per example to come down to, in the unit of the cost; a number or a schedule. 0 means no target.
-    method: the importance criterion. ``"fisher_magnitude"``: Fisher importance, reassigned within each mask by combined
-      Fisher and magnitude rank, if ``update`` gets ``params`` and the cost is of :func:`cost_model`. ``"fisher"``: half the mean squared gradient
-      of the mask. ``"taylor"``: the mean absolute gradient of the mask. ``"magnitude"``: the norm of all parameters of a
-      feature over the mean of its mask's; ``update`` needs ``params`` and no ``mask_grads``. ``"random"``. Or a
-      :class:`Criterion` of your own.
-    debias: divide the running mean by one minus the product of the decays applied so far.
+    method: the importance criterion, or a :class:`Criterion`. ``"fisher"``: half the mean squared gradient of the mask.
+      ``"fisher_magnitude"``: Fisher importance, reassigned within each mask by combined Fisher and magnitude rank; it
+      is ``"fisher"`` without ``params`` in ``update``, or with a cost of ``CostModel.from_functions``. ``"taylor"``: the
+      mean absolute gradient. ``"magnitude"``: the norm of all parameters of a feature, over its mask's mean; it needs
+      ``params``, but no ``mask_grads``. ``"random"``.
+    debias: correct the running mean for its start at zero.
     features_per_prune: features masked per pruning step; the cost is recomputed after each (see ``recost_every``).
-    min_features: how many features every mask keeps: a number, or a fraction below 1 of its size; a mapping from glob
-      patterns of mask names (those of :func:`summary`; the first that fits counts) to either; or a tree like the masks.
-      0 allows whole masks to be pruned. Blocks (masks named ``*.block``, see :func:`auto_mask`) may be pruned unless a
-      pattern says otherwise.
-    exclude: glob patterns of masks that are left alone.
-    multiple_of: prune features in such numbers that the width of a mask is a multiple of this (or at the floor) from the
-      first time on; a number, or a mapping from glob patterns to numbers. Importance and costs of features that are pruned
-      together are added up. None prunes one by one.
-    tie: glob patterns. All masks that match one pattern, rows of a stack ``(L, C)`` and separate masks alike, keep equal
-      widths: each loses one feature (or one multiple) at a time. The largest of their floors holds for all of them.
-    widths: a mapping from glob patterns to exact numbers of features. Masks that match come down to that width, before
-      others lose anything. If the target is a schedule, they wait until it does not fall any more. Without a target only
-      they are pruned.
-    recost_every: after how many features of one pruning step the cost is recomputed: more is faster for very many features.
-      The target is met as exactly: the last features are pruned one by one. None recomputes it after each.
-    axis_name: a mapped axis (``pmap``, ``shard_map``), or a tuple of axes, to average the importance over; ``()`` where
-      an axis has a name and the networks along it prune each on its own.
+    min_features: features that each mask keeps: a number, or a fraction below 1 of its size; a mapping from glob
+      patterns of mask names (as in :func:`summary`; the first match counts) to either; or a tree like the masks. 0
+      allows whole masks to be pruned. Blocks (masks named ``*.block``, see :func:`auto_mask`) default to 0.
+    exclude: glob patterns of masks that are not pruned.
+    multiple_of: keep widths at multiples of this number, or at the floor, from the first pruning on; or a mapping from
+      glob patterns to numbers. Features masked together are scored by their summed importance and cost. None is 1.
+    tie: glob patterns. All masks, and rows of a stack ``(L, C)``, that match one pattern keep equal widths. They lose
+      features together, and their largest floor holds for all.
+    widths: a mapping from glob patterns to exact numbers of features. Matching masks are pruned first, down to that
+      width. Under a scheduled target they wait until it stops falling. Without a target only they are pruned.
+    recost_every: features masked before the cost is recomputed; larger is faster, and the target is met as exactly.
+      None is 1.
+    axis_name: a mapped axis (``pmap``, ``shard_map``), or a tuple of axes, to average the importance over; ``()`` if
+      each network along a named axis prunes on its own.
     masks: the 0/1 masks to start from, a tree like ``cost.masks``; None for all ones.
-    name: what this pruning is called where one optimizer holds several: the state then lies under it (see
+    name: the name of this pruning, if one optimizer holds several. Its state lies under the name (see
       :func:`get_state`), and ``mask_grads`` is a mapping from names.
 
   Returns:
-    A transformation; call ``update(updates, state, params, mask_grads=..., example_weights=None)`` with the
-    ``mask_grads`` of :func:`value_and_mask_grads`, leaves ``(..., B, C)``. ``example_weights``, ``(B,)``, are the weights
-    of the rows (0 for padding; under a ``name`` maybe a mapping too).
+    A transformation; call ``update(updates, state, params, mask_grads=..., example_weights=None)``. ``mask_grads`` are
+    those of :func:`value_and_mask_grads`, with leaves ``(..., B, C)``. ``example_weights``, ``(B,)``, weights the
+    examples (0 for padding); under a ``name`` it may be a mapping too.
 
   Raises:
-    ValueError, TypeError: for an argument out of its range; by ``update``, for ``mask_grads`` that do not fit.
+    ValueError, TypeError: for an argument out of range; in ``update``, for ``mask_grads`` of wrong shapes.
 
   >>> import jax, jax.numpy as jnp, optax
   >>> import fisherprune_jax as fp
@@ -119,7 +117,7 @@ def fisher_prune(
     Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
     <https://arxiv.org/abs/1801.05787>`_, 2018
   """
-  # The arguments are the options, name by name, with nothing else among the locals yet.
+  # The only locals so far are the arguments: the options by name.
   options = Options(**locals())
 
   def init_fn(params: PyTree) -> FisherPruneState:
@@ -131,7 +129,7 @@ def fisher_prune(
   ) -> tuple[PyTree, FisherPruneState]:
     check_types(state)
     step = optax.safe_increment(state.step)
-    if not jax.tree.leaves(state.masks):  # the network was compacted: nothing left to prune
+    if not jax.tree.leaves(state.masks):  # a compacted network: nothing left to prune
       return updates, state._replace(step=step)
     check_state(state, options.cost.masks)
     state = state._replace(masks=jax.tree.map(lambda m: jnp.asarray(m, jnp.float32), state.masks))
@@ -148,7 +146,7 @@ def fisher_prune(
 def _under_name(
   tx: optax.GradientTransformationExtraArgs, name: str, criterion: Criterion
 ) -> optax.GradientTransformationExtraArgs:
-  """The same transformation with its state, and what it takes, under a name."""
+  """The same transformation with its state and arguments under a name."""
 
   def init_fn(params: PyTree) -> dict[str, FisherPruneState]:
     return {name: tx.init(params)}
@@ -169,12 +167,7 @@ def _under_name(
 
 
 class _Batch(NamedTuple):
-  """What a batch has changed.
-
-  Attributes:
-    scores: those of the state, end to end.
-    counts: whether it did.
-  """
+  """The scores of the state, concatenated, and whether the batch changed them."""
 
   scores: jax.Array
   counts: jax.Array
@@ -183,7 +176,7 @@ class _Batch(NamedTuple):
 def _accumulate(
   state: FisherPruneState, importance: jax.Array, options: Options
 ) -> tuple[FisherPruneState, _Batch]:
-  """Takes the importance of a batch into the scores if all of it is finite and the decay is one."""
+  """Update the scores with the importance of a batch, if importance and decay are valid."""
   decay = jnp.asarray(options.at("decay", state.step) if options.criterion.averaged else 0.0, jnp.float32)
   finite = jnp.all(jnp.isfinite(importance))
   counts = finite & DECAY.allows(decay)
@@ -201,10 +194,10 @@ def _accumulate(
 def _prune_if_due(
   state: FisherPruneState, batch: _Batch, options: Options, given: Mapping[str, Any]
 ) -> FisherPruneState:
-  """Switches features off if this is a step to do so; takes the cost anew then, and when masks were edited."""
+  """Mask features at pruning steps; recompute the cost then, and after masks were edited."""
   target, weight = options.at("target", state.step), options.at("cost_weight", state.step)
-  # Vectors are made here, where each is one kernel: in a conditional they would be part of all that reads them.
-  # Whatever enters or leaves a conditional is compiled several times: vectors do, not one array for each mask.
+  # Concatenate outside of the conditional, where each vector is one kernel: inside, every reader would repeat the work.
+  # Inputs and outputs of a conditional are compiled several times, so it gets few vectors, not an array per mask.
   masks, pruned_at, shares = map(flatten, (state.masks, state.pruned_at, state.shares))
   flat = _Flat(masks, pruned_at, shares, state.cost, state.exhausted)
   edited = was_edited(flat.pruned_at, flat.masks, state.cost)
@@ -222,9 +215,9 @@ def _prune_if_due(
 
     select = options.selection(price, weight)
     left = select.run(alive, tamed(current), due & valid, state.exhausted & ~edited)
-    # Masks that were put in by hand since the last step went with that.
+    # Edits since the last step date from that step.
     at = redate(redate(flat.pruned_at, flat.masks, state.step - 1), left.alive, state.step)
-    # The state's own cost is not trusted: whoever edits masks and history by hand may leave it as it was.
+    # Recompute the cost: manual edits of masks and history may leave a wrong one in the state.
     total, _, drops = left.cost
     shares = share_of(options.rows.sums(drops), total)
     return _Flat(left.alive.astype(jnp.float32), at, shares, total, left.exhausted)
@@ -240,7 +233,7 @@ def _prune_if_due(
 def _ranked(
   state: FisherPruneState, scores: jax.Array, options: Options, given: Mapping[str, Any]
 ) -> tuple[jax.Array, jax.Array]:
-  """The scores to prune by, end to end, and whether they are valid; ``scores`` are those of the state, end to end."""
+  """The scores to prune by, concatenated, and whether all are finite; ``scores`` are the state's, concatenated."""
   scores = corrected(state._replace(scores=scores)) if options.debias else scores
   if options.criterion.rank is None:
     return scores, jnp.bool_(True)
@@ -249,7 +242,7 @@ def _ranked(
 
 
 class _Flat(NamedTuple):
-  """What pruning changes in a state: of all features, end to end, of all rows, and of the network."""
+  """The fields of a state that pruning changes, concatenated."""
 
   masks: jax.Array
   pruned_at: jax.Array
@@ -259,7 +252,7 @@ class _Flat(NamedTuple):
 
 
 def _is_due(step: jax.Array, options: Options) -> jax.Array:
-  """Whether a step is one to prune at; numbers beyond those that a step comes to are never reached."""
+  """Whether a step is a pruning step; values beyond the largest step are never reached."""
   last = jnp.iinfo(step.dtype).max
   if max(options.prune_every, options.burn_in) >= last:
     return jnp.bool_(False)

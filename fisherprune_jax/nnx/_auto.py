@@ -1,4 +1,4 @@
-"""Masks for modules that hold none."""
+"""Masks for modules without masks."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,14 +19,14 @@ Form = Callable[..., tuple[PyTree, PyTree]]
 
 
 class AutoMasked(nnx.Module):
-  """A module with masks in front of what sums over its features; made by :func:`auto_mask`.
+  """A module with masks before the sums over its features; made by :func:`auto_mask`.
 
-  It is called as the model is, and changes the model's state (batch statistics, random streams, caches) as the model
-  does; ``train()`` and ``eval()`` reach the model. ``print`` shows its groups as a table.
+  It is called like the model and updates the model's state (batch statistics, random streams, caches). ``train()`` and
+  ``eval()`` reach the model. ``print`` shows its groups as a table.
 
   Attributes:
-    model: the model; it is no copy.
-    masks: of each group its :class:`MaskVariable`.
+    model: the model itself, not a copy.
+    masks: the :class:`MaskVariable` of each group.
   """
 
   def __init__(self, model: nnx.Module, found: AutoMask, call: Call | None, batch_axes: BatchAxes) -> None:
@@ -36,17 +36,17 @@ class AutoMasked(nnx.Module):
 
   @property
   def groups(self) -> tuple[Group, ...]:
-    """What can be pruned."""
+    """The groups: what can be pruned."""
     return self._found.groups
 
   @property
   def call(self) -> Call | None:
-    """``call(model, *args)``, if that was said."""
+    """``call(model, *args)``, or None."""
     return self._call
 
   @property
   def skipped(self) -> tuple[Skipped, ...]:
-    """What cannot, each axis of a variable with the reason."""
+    """Other axes of variables, each with the reason."""
     return self._found.skipped
 
   def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,20 +65,20 @@ class AutoMasked(nnx.Module):
 def auto_mask(
   model: nnx.Module, *args: Any, call: Call | None = None, batch_axes: BatchAxes = 0, **options: Any
 ) -> AutoMasked:
-  """``fp.auto_mask`` for a module: finds what can be pruned in it, and puts masks beside it.
+  """``fp.auto_mask`` for a module: find what can be pruned, and put masks beside it.
 
   Args:
-    model: the module, without masks. It may be analysed in either mode, and be called in both.
-    *args: what it is called with, arrays or ``jax.ShapeDtypeStruct``.
-    call: ``call(model, *args)`` instead of ``model(*args)``, here and whenever the result is called.
-    batch_axes: where examples lie in ``args``, like ``jax.vmap``'s ``in_axes``.
-    **options: those of ``fp.auto_mask``.
+    model: the module, without masks. It is analysed in its current mode, and can be called in both.
+    *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
+    call: ``call(model, *args)`` instead of ``model(*args)``, here and in later calls.
+    batch_axes: the example axes of ``args``, like ``jax.vmap``'s ``in_axes``.
+    **options: options of ``fp.auto_mask``.
 
   Returns:
-    A module that is called as ``model`` is. All of ``fp.nnx`` works on it; what changes in it, changes in ``model``.
+    A module that is called like ``model`` and shares its variables. It works with all of ``fp.nnx``.
 
   Raises:
-    ValueError: if there is nothing to prune, or if ``model`` holds masks.
+    ValueError: if there is no group, or ``model`` holds masks.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -106,7 +106,7 @@ def auto_mask(
 
 
 def _split_variables(model: nnx.Module) -> tuple[Any, dict[str, PyTree]]:
-  """The graph of a module without masks, and its variables."""
+  """The graph and the variables of a module without masks."""
   graph, masks, params, state = split(model, nnx.Param)
   if masks:
     raise ValueError(

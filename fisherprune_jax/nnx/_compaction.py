@@ -1,4 +1,4 @@
-"""What a module costs, and the same module physically smaller."""
+"""The cost of a module, and the module as a smaller one."""
 
 from typing import Any
 
@@ -18,11 +18,10 @@ def cost_model(model: nnx.Module, *args: Any, call: Call | None = None, **option
   """``fp.cost_model`` for a module.
 
   Args:
-    model: the module; its masks are found by their type. Call ``model.eval()`` first for the cost of the network
-      that is served.
-    *args: what it is called with; the first array leads with the example axis, unless ``batch_axes=`` says otherwise.
+    model: the module; its masks are found by type. For the cost at inference, call ``model.eval()`` first.
+    *args: example arguments; the first axis of each array is the example axis, unless ``batch_axes=`` is given.
     call: ``call(model, *args)`` instead of ``model(*args)``.
-    **options: those of ``fp.cost_model``.
+    **options: options of ``fp.cost_model``.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -38,18 +37,18 @@ def cost_model(model: nnx.Module, *args: Any, call: Call | None = None, **option
 def compact(
   model: nnx.Module, *args: Any, call: Call | None = None, mutable: bool = False, **options: Any
 ) -> compaction.Compact:
-  """``fp.compact`` for a module; to train it on as a module, see :func:`module`.
+  """``fp.compact`` for a module; for further training as a module, see :func:`module`.
 
   Args:
-    model: the module, with masks switched; call ``model.eval()`` first for the network to serve.
+    model: the pruned module; for inference, call ``model.eval()`` first.
     *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
     call: ``call(model, *args)`` instead of ``model(*args)``.
-    mutable: return ``(output, {"state": ...})``: what the call changes in the model (batch statistics).
-    **options: those of ``fp.compact``.
+    mutable: return ``(output, {"state": ...})``, with the state that the call changes (batch statistics).
+    **options: options of ``fp.compact``.
 
   Returns:
-    The compact network: ``small(small.variables, *args)``, with ``small.variables`` a nested dictionary of
-    ``"params"`` and ``"state"``.
+    The compact network: ``small(small.variables, *args)``. Its variables are nested dictionaries under ``"params"`` and
+    ``"state"``.
 
   >>> import jax, jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -72,8 +71,8 @@ def compact(
 class CompactModule(nnx.Module):
   """A compact network as a module; made by :func:`module`.
 
-  It has the attributes of the module that it came from, so that optimizers and checkpoints find its variables under
-  the same paths; its call is the compact program.
+  It has the attributes of the original module, so optimizers and checkpoints find variables under the same paths. Its
+  call runs the compact program.
   """
 
   def __init__(self, small: compaction.Compact, model: nnx.Module) -> None:
@@ -84,11 +83,11 @@ class CompactModule(nnx.Module):
 
   @property
   def small(self) -> compaction.Compact:
-    """The compact network; its own variables are those from before it was trained on."""
+    """The compact network; its ``variables`` are those before further training."""
     return self._small
 
   def __call__(self, *args: Any) -> Any:
-    """The outputs of the module that it came from."""
+    """The outputs of the original module."""
     output = self._small(self._own_variables(), *args)
     if self._small.state_from is None:
       return output
@@ -97,12 +96,12 @@ class CompactModule(nnx.Module):
     return output
 
   def save(self, path: PathLike, *args: Any, **options: Any) -> None:
-    """Writes the network with the variables as they stand; see ``fp.Compact.save``.
+    """Write the network with the current variables; see ``fp.Compact.save``.
 
     Args:
       path: the file.
-      *args: example arguments; without any, those that the network was compacted with.
-      **options: those of ``fp.Compact.save``.
+      *args: example arguments; by default those of :func:`compact`.
+      **options: options of ``fp.Compact.save``.
     """
     self._small.save(path, *args, variables=self._own_variables(), **options)
 
@@ -112,10 +111,10 @@ class CompactModule(nnx.Module):
 
 
 def module(small: compaction.Compact, model: nnx.Module) -> CompactModule:
-  """A compact network as a module with smaller variables, which can be trained on.
+  """A compact network as a module with smaller variables, for further training.
 
   Args:
-    small: the compact network, from :func:`compact`. For batch statistics it must be made with ``mutable=True``.
+    small: the compact network, from :func:`compact`, with ``mutable=True`` if the model has batch statistics.
     model: the module that it was made of.
 
   >>> import jax.numpy as jnp
@@ -131,7 +130,7 @@ def module(small: compaction.Compact, model: nnx.Module) -> CompactModule:
 
 
 def rebuilt(small: compaction.Compact, model: nnx.Module) -> nnx.Module:
-  """A module of the same classes with the compact variables in it, whether these can compute with them or not."""
+  """A module of the same classes with the compact variables; its call may fail or differ."""
   graph, masks, _, _ = split(model, nnx.Param)
   variables = {COLLECTION: masks, **small.variables}
   thin: nnx.Module = nnx.merge(graph, variables[COLLECTION], variables["params"], variables["state"])

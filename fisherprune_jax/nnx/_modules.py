@@ -1,4 +1,4 @@
-"""The mask layer, and a module as a function of its variables."""
+"""The mask layer, and modules as functions of their variables."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,11 +28,11 @@ class MaskVariable(nnx.Variable[jax.Array]):
 
 
 class Mask(nnx.Module):
-  r"""Multiplies an array by a 0/1 vector over one axis, which pruning can switch entries of.
+  r"""Multiply an array by a prunable 0/1 vector along one axis.
 
   .. math:: y_{n \ldots c \ldots} = mask_c \, x_{n \ldots c \ldots}
 
-  The product is taken in float32 (or wider) and cast back.
+  The product is computed in float32 (or wider) and cast back.
 
   Args:
     features: the size C of the feature axis.
@@ -40,7 +40,7 @@ class Mask(nnx.Module):
     batch_axis: the example axis of the input, such as 1 for ``(T, B, C)``; see ``fp.Mask``.
 
   Raises:
-    ValueError: when called, if the input lacks the axis, or its sizes differ from the mask's.
+    ValueError: when called, if the input lacks the axis, or sizes differ from the mask's.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -55,7 +55,7 @@ class Mask(nnx.Module):
     self.axis, self.batch_axis = axis, batch_axis
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Returns ``x`` with the entries of dead features set to zero."""
+    """The input with masked features set to zero."""
     return apply_mask(x, self.mask[...], self.axis, self.batch_axis)
 
 
@@ -80,7 +80,7 @@ def functional(model: nnx.Module, *, call: Call | None = None, mutable: bool = F
 
 
 def split(model: nnx.Module, wrt: Filter) -> tuple[Any, Masks, Any, Any]:
-  """A module's graph, its masks as a nested dictionary of arrays, its parameters, and everything else."""
+  """A module's graph, masks as a nested dictionary of arrays, parameters, and other variables."""
   if not isinstance(model, nnx.Module):
     raise TypeError(f"model must be an nnx.Module, got {describe(model)}.")
   graph, *states = nnx.split(model, MaskVariable, wrt, ...)

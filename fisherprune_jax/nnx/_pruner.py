@@ -17,18 +17,18 @@ from fisherprune_jax.nnx._training import value_and_mask_grads
 
 
 class Pruner(pruner.Pruner):
-  """``fp.Pruner`` for a ``flax.nnx`` module, with ``nnx.Optimizer``; model, loss function and optimizer stay as they are.
+  """``fp.Pruner`` for a ``flax.nnx`` module and ``nnx.Optimizer``; model, loss function and optimizer stay unchanged.
 
   Args:
-    model: the module. If it holds :class:`Mask` layers, their masks are used; otherwise automatic ones are. Call
-      ``model.eval()`` first for the cost of the network that is served.
+    model: the module. Its :class:`Mask` layers are used, or else automatic masks. For the cost at inference, call
+      ``model.eval()`` first.
     *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
     call: ``call(model, *args)`` instead of ``model(*args)``.
-    **options: those of ``fp.Pruner``.
+    **options: options of ``fp.Pruner``.
 
-  Where ``fp.Pruner`` takes variables, give the module; where it takes the optimizer state, give the ``nnx.Optimizer``.
-  ``apply`` and ``compact`` run the module in the mode (``train()``, ``eval()``) that it is in.
-  ``fp.nnx.module(small, model)`` makes a module of the compact network.
+  Methods of ``fp.Pruner`` take the module in place of variables, and the ``nnx.Optimizer`` in place of its state.
+  ``apply`` and ``compact`` run the module in its current mode (``train()``, ``eval()``). For the compact network as a
+  module, use ``fp.nnx.module(small, model)``.
 
   >>> import jax, jax.numpy as jnp, optax
   >>> import fisherprune_jax as fp
@@ -56,13 +56,12 @@ class Pruner(pruner.Pruner):
     """Replaces ``nnx.value_and_grad``: ``f(model, optimizer, *rest) -> (value, grads)``.
 
     Args:
-      loss_fn: ``loss_fn(model, *rest)``. What it changes in the model (batch statistics, random counters) is changed in
-        the model that is passed.
+      loss_fn: ``loss_fn(model, *rest)``; its changes of state (batch statistics, random counters) reach the model.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       reduction: as in ``fp.Pruner.value_and_grad``.
 
     Returns:
-      A function whose ``grads`` go to ``optimizer.update(model, grads)``.
+      A function; pass its ``grads`` to ``optimizer.update(model, grads)``.
     """
 
     def pure(graph: Any) -> Callable[..., Any]:
@@ -101,10 +100,10 @@ class Pruner(pruner.Pruner):
     score_fn: Callable[[nnx.Module, Masks], float] | None = None,
     progress: Progress | None = None,
   ) -> Any:
-    """``fp.Pruner.one_shot`` of a module: ``(module, masks)``, where the module is a new one with refitted parameters.
+    """``fp.Pruner.one_shot`` for a module: returns a new module with refitted parameters, and its masks.
 
     Args:
-      params: the module, which is left as it is.
+      params: the module; it is not changed.
       batches: as in ``fp.Pruner.one_shot``.
       loss_fn: ``loss_fn(model, batch)``.
       reconstruct: as in ``fp.Pruner.one_shot``.
@@ -135,13 +134,13 @@ class Pruner(pruner.Pruner):
     return opt_state.opt_state if isinstance(opt_state, nnx.Optimizer) else opt_state
 
   def _now(self, variables: nnx.Module, opt_state: Any) -> tuple[Callable[..., Any], dict[str, PyTree]]:
-    # As the module is now: train() or eval() may have been called since.
+    # In the current mode: train() or eval() may have been called since.
     apply_fn, own = functional(variables, call=self._call)
     own[COLLECTION] = self.masks(opt_state)
     return self.auto.wrap(apply_fn, self._batch_axes) if self.auto else apply_fn, own
 
 
 def _joined(grads: nnx.State, rows: Gradients) -> nnx.State:
-  """Gradients as ``nnx.Optimizer`` takes them: a state of parameters, with the rows of masks as one of them."""
+  """Gradients for ``nnx.Optimizer``: a state of parameters that includes the per-example mask gradients."""
   sealed = jax.tree.map(nnx.Param, rows.sealed)
   return nnx.State({**grads.raw_mapping, MASK_GRADS: sealed})

@@ -1,4 +1,4 @@
-"""What belongs to a compact module: the user's own module with smaller arrays, and the optimizer that goes on."""
+"""The user's module with smaller arrays, and its optimizer."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,27 +16,26 @@ from fisherprune_jax.nnx._compaction import rebuilt
 from fisherprune_jax.nnx._modules import functional
 
 INSIDE = "model"
-"""Where an ``AutoMasked`` has the user's module."""
+"""The attribute of ``AutoMasked`` for the user's module."""
 
 
 def shrink_module(small: Compact, model: nnx.Module, *args: Any) -> nnx.Module:
-  """The user's own module with smaller arrays, if its class computes with them what the compact network computes.
+  """The user's own module with smaller arrays, if it computes the same as the compact network.
 
-  Linear layers, convolutions, embeddings and batch norm compute by the shapes of their arrays. Others hold sizes as
-  attributes of their own: the heads of attention, the groups of a depthwise convolution, the width that a layer norm
-  divides by. So both are called, with these variables and with others like them, and compared. (Attributes that name
-  a size, as ``in_features``, still say what they said.)
+  Linear layers, convolutions, embeddings and batch norm compute by the shapes of their arrays. Others store sizes: the
+  heads of attention, the groups of a depthwise convolution, the width of a layer norm. So both networks are compared,
+  with these variables and with similar random ones. Attributes such as ``in_features`` keep their old values.
 
   Args:
     small: the compact network, from :func:`compact` after ``model.eval()``.
-    model: the module that it was made of: from :func:`auto_mask`, or one that holds masks, compact with ``keep_masks=True``.
-    *args: arguments to compare the outputs for.
+    model: the module that it was made of: from :func:`auto_mask`, or with mask layers and ``keep_masks=True``.
+    *args: arguments of the comparison.
 
   Returns:
-    A module of the class of ``model``, or of the module that ``auto_mask`` was given, with arrays of its own.
+    A new module of the class of ``model``, or of the module inside of :func:`auto_mask`.
 
   Raises:
-    ValueError: if it cannot be called so, or computes something else. Then :func:`module` is the module to take.
+    ValueError: if it cannot be called, or computes something else. Then use :func:`module`.
 
   >>> import jax, jax.numpy as jnp
   >>> import fisherprune_jax as fp
@@ -74,12 +73,12 @@ def shrink_module(small: Compact, model: nnx.Module, *args: Any) -> nnx.Module:
 
 
 def shrink_optimizer(small: Compact, thin: nnx.Module, optimizer: nnx.Optimizer) -> nnx.Optimizer:
-  """An optimizer for ``thin`` that goes on where ``optimizer`` was; see ``Compact.shrink_opt_state``.
+  """An optimizer for ``thin`` that continues from ``optimizer``; see ``Compact.shrink_opt_state``.
 
   Args:
     small: the compact network.
-    thin: the same as a module, from :func:`module` or :func:`shrink_module`.
-    optimizer: that of the module it came from, for all its parameters or some of them (``wrt=nnx.LoRAParam``).
+    thin: the compact module, from :func:`module` or :func:`shrink_module`.
+    optimizer: the optimizer of the original module, for all its parameters or some (``wrt=nnx.LoRAParam``).
   """
   known = {path for tree in small.variables.values() for path in flatten_mapping(tree)}
   paths = [path for path, _ in nnx.to_flat_state(nnx.state(thin, optimizer.wrt))]
@@ -94,7 +93,7 @@ def shrink_optimizer(small: Compact, thin: nnx.Module, optimizer: nnx.Optimizer)
 
 
 def _taken_out(state: PyTree) -> PyTree:
-  """What an optimizer remembers of ``{"model": parameters}`` as of the parameters."""
+  """An optimizer state with ``{"model": parameters}`` replaced by the parameters."""
 
   def holds_model(node: PyTree) -> bool:
     return isinstance(node, Mapping) and set(node) == {INSIDE}

@@ -1,4 +1,4 @@
-"""Training a module whose masks are pruned: gradients, and an optimizer that switches them."""
+"""Training a module with masks: gradients, and an optimizer that updates the masks."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from fisherprune_jax.nnx._modules import Call, Filter, MaskVariable, split
 
 
 class Optimizer(nnx.Optimizer):
-  """``nnx.Optimizer`` for a ``tx`` that prunes: ``update`` also switches the model's masks.
+  """``nnx.Optimizer`` for a ``tx`` that prunes: ``update`` also updates the model's masks.
 
-  With a plain ``nnx.Optimizer``, do that yourself after each ``update``:
+  With a plain ``nnx.Optimizer``, call this after each ``update``:
   ``nnx.update(model, fp.get_masks(optimizer.opt_state))``.
 
   >>> import jax.numpy as jnp, optax
@@ -36,24 +36,24 @@ class Optimizer(nnx.Optimizer):
   """
 
   def __init__(self, model: nnx.Module, tx: optax.GradientTransformation, **options: Any) -> None:
-    """Raises ``ValueError`` if the model's masks are seen to be others than those that ``tx`` starts from."""
+    """Raise ``ValueError`` if the model's masks are known to differ from the initial masks of ``tx``."""
     super().__init__(model, tx, **options)
     check_same_masks(nnx.to_pure_dict(nnx.state(model, MaskVariable)), get_masks(self.opt_state))
 
   def set_masks(self, model: nnx.Module, masks: Masks, *, cost: CostModel | None = None) -> None:
-    """Puts other masks into the pruning state and into ``model``; see :func:`fisherprune_jax.set_masks`.
+    """Set the masks of the pruning state and of ``model``; see :func:`fisherprune_jax.set_masks`.
 
     Args:
-      model: the module that is trained.
+      model: the module in training.
       masks: a tree like ``fp.get_masks(optimizer.opt_state)``.
-      cost: the cost model, to have the new cost at once.
+      cost: the cost model, to set the new cost now.
     """
     state = set_masks(nnx.as_pure(self.opt_state), masks, cost=cost)
     nnx.update(self.opt_state, nnx.state(state))
     nnx.update(model, get_masks(state))
 
   def update(self, model: nnx.Module, grads: PyTree, /, **kwargs: Any) -> PyTree:
-    """One step: parameters and masks of ``model``; ``mask_grads=`` and ``example_weights=`` go to ``tx``."""
+    """One step of parameters and masks of ``model``; ``tx`` gets ``mask_grads=`` and ``example_weights=``."""
     updates = super().update(model, grads, **kwargs)
     nnx.update(model, get_masks(self.opt_state))
     return updates
@@ -62,18 +62,17 @@ class Optimizer(nnx.Optimizer):
 def value_and_mask_grads(
   loss_fn: Call, *, wrt: Filter = nnx.Param, has_aux: bool = False, reduction: gradients.Reduction = "mean"
 ) -> Call:
-  """``fp.value_and_mask_grads`` for a module: gradients of parameters and of every example's own mask, in one pass.
+  """``fp.value_and_mask_grads`` for a module: gradients of parameters and per-example gradients of masks, in one pass.
 
   Args:
-    loss_fn: ``loss_fn(model, batch, *rest)``. What it changes in the model (batch statistics, random counters)
-      is changed in the model that is passed.
+    loss_fn: ``loss_fn(model, batch, *rest)``; its changes of state (batch statistics, random counters) reach the model.
     wrt: which variables are parameters.
     has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
-    reduction: as for ``fp.value_and_mask_grads``.
+    reduction: as in ``fp.value_and_mask_grads``.
 
   Returns:
-    ``f(model, batch, *rest) -> (value, (grads, mask_grads))``: ``grads`` as from ``nnx.grad``, ``mask_grads`` a
-    nested dictionary with leaves ``(..., B, C)``.
+    ``f(model, batch, *rest) -> (value, (grads, mask_grads))``: ``grads`` as from ``nnx.grad``, ``mask_grads`` a nested
+    dictionary with leaves ``(..., B, C)``.
 
   >>> import jax.numpy as jnp
   >>> import fisherprune_jax as fp

@@ -1,1 +1,1 @@
-"""The engine: a traced program, which entries of its arrays can matter, what it costs, how it runs without the rest."""
+"""The engine: finds which entries of a traced program can matter, counts costs, and runs it without the rest."""

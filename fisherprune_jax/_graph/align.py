@@ -1,4 +1,4 @@
-"""Bringing an array from the entries that it holds to the entries that are wanted."""
+"""Brings an array from the entries that it holds to those wanted."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from fisherprune_jax._types import Size
 
 
 def align(array: jax.Array, held: Box, wanted: Box, ev: Evaluation) -> jax.Array:
-  """Selects what is wanted of what is held, axis by axis, and shows zeros for the rest."""
+  """Selects wanted entries axis by axis; missing ones become zeros."""
   for axis, (have, want) in enumerate(zip(held, wanted, strict=True)):
     if have is not want:
       array = _along(array, axis, have, want, ev)
@@ -22,11 +22,10 @@ def align(array: jax.Array, held: Box, wanted: Box, ev: Evaluation) -> jax.Array
 
 
 def _along(array: jax.Array, axis: int, have: Set, want: Set, ev: Evaluation) -> jax.Array:
-  """Selects what is wanted along one axis."""
   if compat.is_static_size(have.size):
     source = sources(ev.index(have), ev.index(want), have.size)
     return array if source is None else select(array, axis, source)
-  # Positions along a symbolic axis cannot be listed: those of its factors can.
+  # Positions along a symbolic axis cannot be listed, but those of its factors can.
   pairs = _factors(have, want)
   outer, inner = array.shape[:axis], array.shape[axis + 1 :]
   array = array.reshape(*outer, *(ev.width(a) for a, _ in pairs), *inner)
@@ -37,7 +36,7 @@ def _along(array: jax.Array, axis: int, have: Set, want: Set, ev: Evaluation) ->
 
 
 def _factors(have: Set, want: Set) -> list[tuple[Set, Set]]:
-  """The factors of two sets of one symbolic size, side by side."""
+  """The factors of two sets of one symbolic size, in pairs."""
   found = runs([f.size for f in have.factors], [f.size for f in want.factors])
   if len(found) > 1:
     return [(sets.outer(have.factors[i]), sets.outer(want.factors[j])) for i, j in found]
@@ -51,7 +50,7 @@ def _factors(have: Set, want: Set) -> list[tuple[Set, Set]]:
 
 
 def sources(have: np.ndarray | None, want: np.ndarray | None, size: Size) -> np.ndarray | None:
-  """For each wanted position where it lies among the held ones, -1 if nowhere; None if they are the same."""
+  """Where wanted positions lie among held ones, or -1; None if both are the same."""
   if have is None and want is None:
     return None
   have = np.arange(size) if have is None else have
@@ -64,11 +63,10 @@ def sources(have: np.ndarray | None, want: np.ndarray | None, size: Size) -> np.
 
 
 def select(array: jax.Array, axis: int, source: np.ndarray, fill: jax.Array | None = None) -> jax.Array:
-  """The entries at ``source``, -1 giving ``fill`` (zero): a slice or a pad where the pattern is even, else a gather.
+  """The entries at ``source``, where -1 gives ``fill`` (zero): a slice or pad if even, else a gather.
 
-  XLA makes one window of a pad on both sides of a single entry and of a cumulative sum behind it, and is wrong about it
-  then. So a single entry is gathered, not padded; and sliced in two steps, of which the gradient is a pad on one side at a
-  time.
+  XLA merges a pad on both sides of one entry with a later cumulative sum, and gets it wrong. So one entry is gathered,
+  not padded. It is sliced in two steps, whose gradients pad one side at a time.
   """
   there = np.flatnonzero(source >= 0)
   if there.size == source.size and (stride := _even(source)):
@@ -86,13 +84,13 @@ def select(array: jax.Array, axis: int, source: np.ndarray, fill: jax.Array | No
       (*array.shape[:axis], source.size, *array.shape[axis + 1 :]), 0 if fill is None else fill, array.dtype
     )
   last = array.shape[axis]
-  if fill is not None:  # one more entry, to be taken where there is none
+  if fill is not None:  # one more entry, for missing ones
     array = lax.pad(array, fill, [(0, int(at == axis), 0) for at in range(array.ndim)])
   return _gather(array, axis, np.where(source >= 0, source, last))
 
 
 def _gather(array: jax.Array, axis: int, index: np.ndarray) -> jax.Array:
-  """Entries by static positions; those beyond the end are zero."""
+  """Entries at static positions; zero beyond the end."""
   others = tuple(at for at in range(array.ndim) if at != axis)
   return lax.gather(
     array,
@@ -105,7 +103,7 @@ def _gather(array: jax.Array, axis: int, index: np.ndarray) -> jax.Array:
 
 
 def _even(positions: np.ndarray) -> int:
-  """The step of evenly spaced, ascending positions; 0 if they are not."""
+  """The step of even, ascending positions; else 0."""
   steps = np.diff(positions)
   if not positions.size or (steps.size and (steps[0] <= 0 or (steps != steps[0]).any())):
     return 0

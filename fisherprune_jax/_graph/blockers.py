@@ -1,4 +1,4 @@
-"""Where dead entries have to stay, why, and what that costs."""
+"""Which uses keep dead entries, why, and what that costs."""
 
 import functools
 import threading
@@ -27,13 +27,13 @@ OUTPUTS = "the outputs of the function"
 
 
 class Held(NamedTuple):
-  """An axis of a variable that keeps more than its masks would allow if nothing were in the way.
+  """An axis of a variable that keeps more entries than its masks need.
 
   Attributes:
     path: the variable, as ``params/Dense_0/kernel``.
-    axis: which of its axes.
-    kept: how many entries stay along it.
-    allowed: how many the masks would allow.
+    axis: the axis.
+    kept: the kept entries.
+    allowed: the entries that masks allow.
   """
 
   path: str
@@ -46,14 +46,13 @@ class Blocker(NamedTuple):
   """A use that keeps dead entries of variables.
 
   Attributes:
-    primitive: the primitive's name; ``output`` where what it keeps is an output of the function.
+    primitive: its name; ``output`` for outputs of the function.
     reason: what it does.
-    where: the user's source line.
-    flops: FLOPs per example that would go too if no use on this line kept anything (0 where others would still
-      keep it).
-    layer: the names that it was traced under, such as Flax modules: ``Net/LayerNorm_0``.
-    holds: the axes of variables of which it is the nearest cause.
-    parameters: how many entries of variables it keeps along these axes.
+    where: the source line.
+    flops: FLOPs per example saved if nothing on this line kept entries (0 if others still would).
+    layer: its scope: ``Net/LayerNorm_0``.
+    holds: the axes that it keeps, as the nearest cause.
+    parameters: the entries of variables that it keeps.
   """
 
   primitive: str
@@ -66,11 +65,11 @@ class Blocker(NamedTuple):
 
 
 class Stays(NamedTuple):
-  """All that stays although masks would let it go.
+  """All that is kept although masks would remove it.
 
   Attributes:
     blockers: the uses that keep it.
-    flops: FLOPs per example that would go too if none of them kept anything.
+    flops: FLOPs per example saved without them.
   """
 
   blockers: list[Blocker]
@@ -78,7 +77,7 @@ class Stays(NamedTuple):
 
 
 def what_stays(analysis: Analysis, tree: VariableTree, ev: Evaluation, examples: int, meter: Meter) -> Stays:
-  """Every use that keeps entries of a variable, or FLOPs, which masks would let go."""
+  """The uses that keep entries of variables, or FLOPs, that masks would remove."""
   found = _causes(analysis, tree, ev)
   lines = {cause[2] for cause in found}
   left = {where: _left_by(analysis, {where}, ev, examples, meter) for where in lines}
@@ -96,20 +95,19 @@ def what_stays(analysis: Analysis, tree: VariableTree, ev: Evaluation, examples:
 def _left_by(
   analysis: Analysis, lines: AbstractSet[str], ev: Evaluation, examples: int, meter: Meter
 ) -> float:
-  """FLOPs per example that would go too if no use on these source lines kept anything."""
   free = without(analysis, lambda node: node.source in lines, OUTPUTS in lines)
   return max(_cost(analysis, analysis.live, ev, meter) - _cost(analysis, free, ev, meter), 0) / examples
 
 
 class _Kept(NamedTuple):
-  """An axis of a variable that keeps too much, and how many entries the variable has."""
+  """An axis that keeps too much, and its variable's number of entries."""
 
   held: Held
   entries: int
 
 
 def _parameters(kept: Sequence[_Kept]) -> int:
-  """How many entries of variables go if all these axes are as small as masks allow."""
+  """The entries saved if all axes were as small as masks allow."""
   left: dict[str, float] = {}
   for (path, _, stays, allowed), entries in kept:
     left[path] = left.get(path, entries) * allowed / stays
@@ -119,7 +117,7 @@ def _parameters(kept: Sequence[_Kept]) -> int:
 def _causes(
   analysis: Analysis, tree: VariableTree, ev: Evaluation
 ) -> dict[tuple[str, str, str, str], list[_Kept]]:
-  """Uses that work on dead entries or are the nearest cause of some, with the axes of variables that these keep."""
+  """Uses that work on dead entries or are their nearest cause, with the axes that they keep."""
   found_in = [Causes(analysis.program, analysis.live, free, ev) for free in ideals(analysis)]
   working = [node for node in analysis.live.specs if found_in[0].works_on_dead(node)]
   found: dict[tuple[str, str, str, str], list[_Kept]] = {_describe(analysis, node): [] for node in working}
@@ -133,7 +131,7 @@ def _causes(
 
 
 def _describe(analysis: Analysis, node: Node | None) -> tuple[str, str, str, str]:
-  """A cause as the fields of a blocker: primitive, reason, where, layer."""
+  """Primitive, reason, where, layer."""
   if node is None:
     return "output", "an output is made of it, or several uses together keep it", OUTPUTS, ""
   spec = analysis.live.specs[node]
@@ -151,7 +149,7 @@ def _cost(analysis: Analysis, live: Liveness, ev: Evaluation, meter: Meter) -> i
 def check(
   analysis: Analysis, tree: VariableTree, examples: int, meter: Meter, strict: Sequence[Evaluation] = ()
 ) -> None:
-  """Says what is unknown of a function; raises if nothing reads a mask, or if dead entries stay under ``strict`` ones."""
+  """Warns of unknown primitives; raises if a mask is not read, or strict masks leave dead entries."""
   _check_read(analysis, tree)
   _warn_of_unknown(analysis, tree.mask_leaves, examples, meter)
   _check_strict(analysis, tree, strict, examples, meter)
@@ -160,7 +158,6 @@ def check(
 def _check_strict(
   analysis: Analysis, tree: VariableTree, states: Sequence[Evaluation], examples: int, meter: Meter
 ) -> None:
-  """Raises if dead entries stay under any of these masks."""
   found = next(
     filter(None, (what_stays(analysis, tree, ev, examples, meter).blockers for ev in states)), None
   )
@@ -173,14 +170,12 @@ def _check_strict(
 
 
 def _check_read(analysis: Analysis, tree: VariableTree) -> None:
-  """Raises if nothing reads a mask: it was made for another function than the one that is called."""
+  """Raises if nothing reads a mask: it was made for another function."""
   read = {value for node in analysis.program.nodes for value in node.ins} | {*analysis.program.outputs}
   unread = [
     path_name(path)
     for (path, _), value in zip(tree.paths, analysis.variables, strict=True)
-    if tree.is_mask(path)
-    and value not in read
-    and 0 not in value.shape  # a compact network may have such a one
+    if tree.is_mask(path) and value not in read and 0 not in value.shape  # possible in a compact network
   ]
   if unread:
     raise ValueError(
@@ -190,7 +185,7 @@ def _check_read(analysis: Analysis, tree: VariableTree) -> None:
 
 
 def lines(blocker: Blocker) -> list[str]:
-  """A cause, the FLOPs that it leaves (parameters if there are none), and what it keeps, for people."""
+  """A blocker as text."""
   layer = f", in {blocker.layer}" if blocker.layer else ""
   cost = f": {blocker.flops:,.0f} FLOPs per example" if blocker.flops else ""
   if blocker.parameters and not blocker.flops:
@@ -200,7 +195,7 @@ def lines(blocker: Blocker) -> list[str]:
 
 
 def _warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, meter: Meter) -> None:
-  """Says once per primitive that no rule knows it: it is not counted, and may keep others from going."""
+  """Warns once per primitive without a rule: it is not counted, and may keep entries."""
   live = analysis.live
   for node in live.factors:
     name = node.name
@@ -209,7 +204,7 @@ def _warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, 
     free, ev = without(analysis, functools.partial(_is_called, name), False), sample_masks(masks)[0]
     left = (_cost(analysis, live, ev, meter) - _cost(analysis, free, ev, meter)) / examples
     if left <= 0 and not any(live.info(out).varies for out in node.outs):
-      continue  # it is in nobody's way, and there is nothing to count
+      continue  # it keeps nothing, and costs nothing
     if not _is_news(name):
       continue
     warn(
@@ -220,7 +215,7 @@ def _warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, 
 
 
 def not_covered(path: Path, analysis: Analysis, first: Analysis) -> str:
-  """What is wrong with a program, for other arguments, that needs more of a variable than the first one did."""
+  """The error if other arguments need more of a variable."""
   need = (
     "A compact network must need no more of its variables for these arguments than for those it was built with, got "
     f"a use of removed entries of {path_name(path)}."
@@ -241,7 +236,6 @@ def _without_rule(analysis: Analysis) -> frozenset[str]:
 
 
 def _is_news(primitive: str) -> bool:
-  """Whether nobody was told of a primitive so far; two threads may ask at once."""
   with _lock:
     told = primitive in _announced
     _announced.add(primitive)
@@ -253,7 +247,7 @@ def _is_called(name: str, node: Node) -> bool:
 
 
 def sample_masks(masks: Sequence[Array]) -> list[Evaluation]:
-  """Some masks: of one feature each, as small as a network gets, of all but that one, and two at random."""
+  """Masks of one feature each (the smallest network), of all others, and two at random."""
   rng = np.random.default_rng(0)
   first = [np.ones(m.shape) * (np.arange(m.shape[-1]) == 0) for m in masks]
   states = [first, [1 - m for m in first], *([rng.random(m.shape) < 0.5 for m in masks] for _ in range(2))]

@@ -1,4 +1,4 @@
-"""Entries of arrays: one set for each axis, what is known of several axes merged, and whether there are any at all."""
+"""Entries of an array: a set per axis, sets of joint axes, and a condition."""
 
 import contextlib
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
@@ -14,14 +14,14 @@ from fisherprune_jax._types import Shape
 Box = tuple[Set, ...]
 F = TypeVar("F", bound=Hashable)
 FEW_MASKS = 4
-"""A condition on so few masks may stand beside sets that hang on them too: prices (``overlaps.py``) bear that."""
+"""Conditions on at most so many masks may stand beside sets that depend on them: overlaps.py prices these."""
 
 _exact: ContextVar[bool] = ContextVar("exact", default=False)
 
 
 @contextlib.contextmanager
 def exact_conditions() -> Iterator[None]:
-  """Here conditions are not made simple: for what is only evaluated, and not priced."""
+  """Keeps conditions exact, for sets that are not priced."""
   token = _exact.set(True)
   try:
     yield
@@ -33,9 +33,9 @@ class Where(NamedTuple):
   """Some entries of an array.
 
   Attributes:
-    box: per axis, where they are.
-    together: the same of several axes merged, where that is less.
-    when: a condition; where it does not hold there are none, whatever the box says. An array without axes has it too.
+    box: a set per axis.
+    together: sets of joint axes, if smaller than the box.
+    when: the condition that there are any entries; for scalars, too.
   """
 
   box: Box
@@ -44,58 +44,54 @@ class Where(NamedTuple):
 
   @property
   def some(self) -> Set:
-    """The condition that there are any."""
+    """That there are any, under all conditions."""
     return sets.every(self.when, *map(sets.nonempty, self.box))
 
   def in_a_turn(self) -> "Where":
-    """The same of one entry along the leading axis."""
+    """The same for one entry along the leading axis."""
     first, *rest = self.box
     when = sets.every(self.when, sets.nonempty(first))
     return Where(tuple(rest), together.in_a_turn(self.together), when)
 
   def in_all_turns(self, shape: Shape) -> "Where":
-    """The same of an array of this shape, which has one more axis in front."""
+    """The same with a leading axis, for an array of this shape."""
     box = (*whole_box(shape[:1]), *self.box)
     return Where(box, together.in_all_turns(self.together), self.when)
 
 
 def whole_box(shape: Shape) -> Box:
-  """The box that holds everything."""
   return tuple(sets.everything(n) for n in shape)
 
 
 def weak_box(shape: Shape) -> Box:
-  """The box of what could do without."""
+  """The demand of a use that could do without."""
   return tuple(map(sets.weak, shape))
 
 
 def empty_box(shape: Shape) -> Box:
-  """The box that holds nothing (along an axis of symbolic size, everything)."""
+  """Empty; but along symbolic axes, everything."""
   return tuple(sets.nothing(n) if compat.is_static_size(n) else sets.everything(n) for n in shape)
 
 
 def whole(shape: Shape) -> Where:
-  """All entries."""
   return Where(whole_box(shape))
 
 
 def nowhere(shape: Shape) -> Where:
-  """No entry."""
   return Where(empty_box(shape), when=sets.NEVER)
 
 
 def hull(*boxes: Box) -> Box:
-  """The smallest box that contains all of ``boxes``, whenever these hold."""
+  """The smallest box that contains all, whatever their conditions."""
   return tuple(sets.union(*column) for column in zip(*boxes, strict=True))
 
 
 def meet(a: Box, b: Box) -> Box:
-  """What two boxes share."""
   return tuple(map(sets.intersection, a, b))
 
 
 def join(a: Where, b: Where, within: Box = ()) -> Where:
-  """The smallest box that contains both, and when there is either; of use is only what is in the box ``within``."""
+  """The smallest that contains both; only what is within the box matters."""
   if a == b:
     return a
   parts = [(w.when, dict(enumerate(w.box))) for w in (a, b)]
@@ -112,15 +108,15 @@ def _is_nothing(when: Set, found: Mapping[F, Set]) -> bool:
 def united(
   parts: Sequence[tuple[Set, Mapping[F, Set]]], within: Mapping[F, Set] = MappingProxyType({})
 ) -> tuple[dict[F, Set], Set]:
-  """The smallest product of sets that contains several, each of which is there under a condition.
+  """The smallest product of sets that contains several products, each under a condition.
 
   Args:
-    parts: of each its condition, and its sets by what they are of (axes, factors).
-    within: what of the sets is of use.
+    parts: per product, its condition, and its sets by axis or factor.
+    within: what of the sets matters.
 
   Returns:
-    The sets, and the condition that any of the parts is there. A set is gated where it is the part's own, by what else
-    has to hold for the part to be there: with ``x`` alone of ``(x, y)``, ``(z, y)`` gone there is nothing of ``x``.
+    The sets, and the condition that there is any product. Sets that the products do not share are gated: by the
+    condition of their product, and by its other such sets not being empty.
   """
   parts = [part for part in parts if not _is_nothing(*part)] or parts[:1]
   columns: dict[F, list[Set]] = {}
@@ -139,7 +135,7 @@ def united(
       found[f].append(sets.gated(s, simple))
       left_out = left_out or simple is not gate
   joined = {f: sets.union(*column) for f, column in found.items()}
-  if left_out:  # then sets no longer say when there is nothing: of that, too, what is simple
+  if left_out:  # sets no longer show when there is nothing: conditions must, if simple
     kept = [sets.intersection(s, within.get(f, s)) for f, s in joined.items()]
     for at, own in enumerate(owns):
       some = sets.every(*map(sets.nonempty, own.values()))
@@ -149,14 +145,13 @@ def united(
 
 
 def _simple(when: Set, beside: Iterable[Set]) -> Set:
-  """What follows from a condition and keeps an expression of some sets under it simple: larger, if need be.
+  """What follows from a condition without the masks of ``beside``.
 
-  It must not hang on masks that the sets hang on, too: features on several sides are looked at one by one
-  (``sharing.py``), and in a stream under masks all later ones would be.
+  Features on several sides are looked at one by one (sharing.py): in a masked stream, all later ones.
   """
   support = 0
   for s in beside:
     if s.is_weak:
-      return sets.ALWAYS  # others have the say beside it, and have it in any case
+      return sets.ALWAYS  # others take precedence over it
     support |= s.support
   return when if _exact.get() else sets.free_of(when, support)

@@ -1,10 +1,9 @@
-"""Why entries stay: what is live, held against what would be if nothing were in the way.
+"""Why entries are kept: compares the liveness with that of ideal.py.
 
-In the way are uses that cannot do without dead entries (``Spec.opaque``), sums of their own along an axis (the
-statistics of a norm, not the products of a layer), and outputs. ``ideal.in_nobodys_way`` gives their specs without
-that: they keep zeros zero, and ask *weakly*, for an axis of which nobody else asks more precisely.
-Where an axis of a variable then holds less, the way from there to the nearest node where the two analyses part
-is followed: forwards as long as more is asked for, backwards where more is possible.
+Entries are kept by uses that need dead ones (``Spec.opaque``), by a node's sums along an axis (a norm's statistics, not
+a layer's products), and by outputs. ideal.py frees them: they keep zeros zero and demand *weakly*, so that other
+demands take precedence. If an axis of a variable then holds less, the nearest node where the analyses differ is
+searched: forwards while more is demanded, backwards while more may be non-zero.
 """
 
 import math
@@ -21,16 +20,15 @@ from fisherprune_jax._graph.structured import links
 from fisherprune_jax._graph.windows import linked
 
 Place = tuple[Value, int]
-"""One axis of one value."""
 
 
 class Stay(NamedTuple):
-  """What stays along one axis of a value although masks would allow less.
+  """What an axis of a value keeps although masks allow less.
 
   Attributes:
-    kept: how many entries there are, in all layers of a stack.
-    allowed: how many there would be.
-    cause: the nearest node that keeps them; None if it is that an output is made of them.
+    kept: the entries, in all layers of a stack.
+    allowed: those that masks allow.
+    cause: the nearest node that keeps them; None for outputs.
   """
 
   kept: int
@@ -39,14 +37,7 @@ class Stay(NamedTuple):
 
 
 class Causes:
-  """Compares two analyses of one program, under given masks.
-
-  Args:
-    program: the program.
-    live: what is live in it.
-    free: what would be live if nothing were in the way, of the same values.
-    ev: the masks.
-  """
+  """Compares a liveness with a free one, of the same values, where no use keeps dead entries."""
 
   def __init__(self, program: Program, live: Liveness, free: Liveness, ev: Evaluation) -> None:
     self._live, self._free, self._ev = live, free, ev
@@ -69,7 +60,7 @@ class Causes:
           self._back.setdefault(taker, []).append(giver)
 
   def of(self, value: Value, axis: int) -> Stay | None:
-    """What stays along an axis of a variable; None if nothing does that need not."""
+    """What an axis of a variable keeps needlessly, or None."""
     if value not in self._live.asked or value not in self._free.asked:
       return None
     pairs = self._layers(value, axis)
@@ -79,13 +70,12 @@ class Causes:
     return Stay(kept, allowed, self._seer(self._forwards((value, axis))))
 
   def entries(self, value: Value) -> int:
-    """How many entries of a variable are kept."""
     layers = self._live.layers(value)
     wheres = [self._live.stored(value)] if layers is None else layers
     return sum(math.prod(int(self._ev.count(s)) for s in self._ev.box(where)) for where in wheres)
 
   def _seer(self, cause: Node | None) -> Node | None:
-    """Of a node that is computed as it was, for the signs of its zeros, the nearest one that sees them."""
+    """For a node that keeps signs of zeros, the nearest sign-sensitive one."""
     pending = deque([v for v in (cause.outs if cause else ()) if v in self._live.signed])
     seen = set(pending)
     while pending:
@@ -100,7 +90,7 @@ class Causes:
     return cause
 
   def _layers(self, value: Value, axis: int) -> list[tuple[Set, Set]]:
-    """What is stored along an axis in both analyses, of each layer if it is a stack of them."""
+    """What both analyses store along an axis, per layer."""
     both = (self._live, self._free)
     layers = [live.layers(value) for live in both]
     if not axis or layers == [None, None]:
@@ -113,7 +103,7 @@ class Causes:
     return [(kept[axis - 1], allowed[axis - 1]) for kept, allowed in boxes]
 
   def works_on_dead(self, node: Node) -> bool:
-    """Whether a node that is in the way works on entries that are zero, or that nobody asks for."""
+    """Whether a node that keeps entries works on zeros, or on undemanded entries."""
     spec, factors = self._live.specs.get(node), self._live.factors.get(node)
     if spec is None or factors is None or not spec.opaque:
       return False
@@ -130,7 +120,6 @@ class Causes:
     )
 
   def _more(self, big: Set, small: Set) -> bool:
-    """Whether one set holds what another does not, under the masks."""
     if big is small:
       return False
     return bool((self._ev.bits(big) & ~self._ev.bits(small)).any())
@@ -149,7 +138,7 @@ class Causes:
     return self._more(*(self._ev.box(live.info(value).where)[axis] for live in (self._live, self._free)))
 
   def _forwards(self, start: Place) -> Node | None:
-    """The nearest node behind a place that asks for more of it than it need."""
+    """The nearest later node that demands too much."""
     pending, seen = deque([start]), {start}
     while pending:
       value, axis = pending.popleft()
@@ -164,14 +153,14 @@ class Causes:
     return None
 
   def _along(self, ways: dict[Value, list[Value]], value: Value, axis: int) -> Iterator[Place]:
-    """The same axis on the other side of a call or a loop, whose turns are an axis in front."""
+    """The same axis across a call or loop, whose iterations are a leading axis."""
     for other in ways.get(value, []):
       there = axis + len(other.shape) - len(value.shape)
       if there >= 0:
         yield other, there
 
   def _through(self, node: Node, value: Value, axis: int) -> tuple[Node | None, list[Place]]:
-    """The node, if it is here that more is asked of an operand, or what it makes of it that more is asked of."""
+    """The cause, if excess demand on an operand starts here; else the results with excess demand."""
     spec, further = self._live.specs[node], []
     for operand, axes in zip(node.ins, spec.ins, strict=True):
       if operand is not value or not self._asks_more(node, axes[axis], (value, axis)):
@@ -186,7 +175,7 @@ class Causes:
     return None, further
 
   def _asks_more(self, node: Node, axis: Axis, place: Place) -> bool:
-    """Whether a node itself works on more of an operand than need be."""
+    """Whether a node itself works on too much of an operand."""
     value, at = place
     if node not in self._live.factors:
       return False
@@ -197,7 +186,7 @@ class Causes:
     return enough.is_weak or self._more(used, enough)
 
   def _backwards(self, place: Place) -> Node | None:
-    """The node in front of a place that makes more of it possible than need be."""
+    """The earlier node where too much becomes non-zero."""
     nearest, seen, ahead = None, set(), [place]
     while ahead:
       value, axis = ahead[0]
@@ -212,7 +201,6 @@ class Causes:
 
 
 def _with(linked: set[Factor], values: Sequence[Value], all_axes: Sequence[Axes]) -> Iterator[Place]:
-  """The axes that hold any of these factors."""
   for value, axes in zip(values, all_axes, strict=True):
     for at, axis in enumerate(axes):
       if linked & {*factors_of(axis)}:

@@ -1,7 +1,7 @@
-"""Rules are asked here, and what they say is held against the node that they say it of.
+"""Calls rules, and checks each spec against its node.
 
-A wrong ``Spec`` would come out as a wrong network, or as an error far from its cause. So every factor, axis and
-operand that one names is looked up once, when it is made; the error names the rule, the primitive and the line.
+A wrong spec would give a wrong network, or an error far from its cause. So factors, axes and operands are checked, and
+the error names the rule.
 """
 
 import functools
@@ -22,19 +22,19 @@ from fisherprune_jax._graph.spec import Axes, Axis, Factor, Flops, Pick, Prod, S
 from fisherprune_jax._types import Size
 
 OF_OPERANDS = ("kills", "neutral", "sees", "blind")
-"""What a ``Spec`` says of operands, by their numbers."""
+"""Fields that hold operand numbers."""
 OF_FACTORS = ("alive", "whole", "weak")
-"""What it says of factors."""
+"""Fields that hold factors."""
 
 
 class Said(str):
-  """A value in words, that is not to be quoted."""
+  """Text that is not quoted in messages."""
 
   __slots__ = ()
 
 
 class Fault(NamedTuple):
-  """What a rule must do, what it did, and what to do about it."""
+  """A requirement, the value that breaks it, and a remedy."""
 
   requirement: str
   value: Any
@@ -42,11 +42,11 @@ class Fault(NamedTuple):
 
 
 def ask(rule: SpecRule, node: Node, infos: Sequence[Info]) -> Spec | None:
-  """What a rule says of a node; raises if that cannot be, with the name of the rule."""
+  """A rule's spec (or None); errors name the rule."""
   try:
     spec = rule(node, infos)
   except compat.UndecidedSize:
-    raise  # the fault of a symbol, not of the rule: an export says so
+    raise  # the symbol's fault, not the rule's: an export reports it
   except Exception as error:
     said = Said(f"{type(error).__name__}: {error}, which it raised")
     raise _refusal(rule, node, Fault("must return a Spec or None", said)) from error
@@ -64,7 +64,7 @@ def _refusal(rule: SpecRule, node: Node, fault: Fault) -> ValueError:
 
 
 def _name_of(rule: Any) -> str:
-  """A function as ``module.function``; of an object that is called, its class."""
+  """A function as ``module.function``; a callable object by its class."""
   while isinstance(rule, functools.partial):
     rule = rule.func
   named = rule if hasattr(rule, "__qualname__") else type(rule)
@@ -72,7 +72,7 @@ def _name_of(rule: Any) -> str:
 
 
 def _fault(spec: Any, node: Node) -> Fault | None:
-  """What is wrong with a ``Spec`` first of all; this runs for every node of a network, so the usual comes first."""
+  """The first fault; common cases come first, as this runs for every node."""
   if not isinstance(spec, Spec):
     return Fault(
       "must return a Spec or None", spec, "fp.rules.Spec makes one; None says that no rule is known."
@@ -103,7 +103,6 @@ def _in_sizes(sizes: Any) -> Fault | None:
 
 
 def _in_arrays(field: str, what: str, all_axes: Any, values: Sequence[Value], sizes: Sizes) -> Fault | None:
-  """A fault of the axes of some operand, or of some result."""
   if type(all_axes) is not tuple or len(all_axes) != len(values):
     remedy = "A tuple of one is written with a comma: (axes,)." if len(values) == 1 else ""
     return Fault(
@@ -175,7 +174,7 @@ def _size(axis: Axis, sizes: Sizes) -> Size:
 
 
 def _in_factors(spec: Spec) -> Fault | None:
-  """What is said of factors that there are not, and factors that no axis has."""
+  """Factors that do not exist, or that no axis has."""
   known = spec.sizes.keys()
   for field in OF_FACTORS:
     found = getattr(spec, field)
@@ -185,7 +184,7 @@ def _in_factors(spec: Spec) -> Fault | None:
       )
   axes = {axis for axes in (*spec.ins, *spec.outs) for axis in axes if axis is not None}
   if axes == known:
-    return None  # every axis is one factor, and every factor is an axis
+    return None  # every axis is one factor, and every factor an axis
   on_axes = {f for axis in axes for f in factors_of(axis)}
   if strays := [f for f in known if f not in on_axes and f not in spec.whole]:
     return Fault(
@@ -195,7 +194,7 @@ def _in_factors(spec: Spec) -> Fault | None:
 
 
 def _in_picks(spec: Spec) -> Fault | None:
-  """A result that is picked is taken from operand 0 along its axes, whatever the primitive does."""
+  """A picked result is taken from operand 0 along its axes, whatever the primitive does."""
   if any(isinstance(axis, Pick) for axes in spec.ins for axis in axes):
     return Fault(
       "must use Pick in a result alone", spec.ins, "The operand has the factor, the result picks from it."
@@ -215,7 +214,6 @@ def _in_picks(spec: Spec) -> Fault | None:
 
 
 def _in_numbers(spec: Spec) -> Fault | None:
-  """What is said of operands that there are not."""
   count = len(spec.ins)
   for field in OF_OPERANDS:
     found = getattr(spec, field)
@@ -265,7 +263,7 @@ def _in_words(spec: Spec) -> Fault | None:
 
 
 def _guarded(rule: SpecRule, spec: Spec) -> Spec:
-  """A user's ``Spec`` whose results are held against what it says of their shapes, when they are computed."""
+  """Checks the shapes of results when they are computed."""
   bind = spec.bind or (lambda node, arrays, sizes: compat.bind(node.eqn, arrays))
 
   def guarded(node: Node, arrays: Sequence[jax.Array], sizes: Sizes) -> Sequence[jax.Array]:

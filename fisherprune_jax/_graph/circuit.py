@@ -1,46 +1,40 @@
-"""Many sets at once as one circuit: a flat list of gates, evaluated layer by layer.
+"""All sets of a program as one circuit, evaluated layer by layer.
 
-Every position of every set is a gate: false, true, a feature, the *or* of some features (a wide gate), or the *and* or
-*or* of two earlier gates. Where sets take, lay out or repeat the positions of others, gates are shared and nothing is
-added. What is computed from it takes time in proportion to the gates, and its program is of one size whatever the
-network is.
+Every position of a set is a gate: false, true, a feature, the *or* of features (a wide gate), or the *and* or *or* of
+two earlier gates. Sets that select, lay out or repeat positions share gates. Time is proportional to the gates; the
+compiled program has one size for all networks.
 
-**What features take with them.** A gate is a monotone function of the features: switching one off never brings
-a gate to life. A feature is *critical* to a gate if the gate is alive and would not be without that feature:
-a critical variable of a monotone function, at the point that the masks are (in the theory of reliability, a
-critical component of a coherent system: Birnbaum 1969). Write C(g) for the features critical to a live gate g.
-Then
+**Marginal costs.** A gate is a monotone function of features: masking one never brings a gate to life. A feature is
+*critical* to a live gate that would be dead without it (a critical component of a coherent system: Birnbaum 1969).
+Write C(g) for the features critical to a live gate g:
 
-    C(feature)  =  the feature itself
-    C(a and b)  =  C(a) | C(b)         both are alive, and either's going is enough
-    C(a or b)   =  C(a)                if a alone is alive; C(b) if b alone is
-    C(a or b)   =  C(a) & C(b)         if both are: both have to go
+    C(feature)  =  the feature itself;
+    C(a and b)  =  C(a) | C(b)         losing either is enough;
+    C(a or b)   =  C(a)                if only a is live; C(b) if only b is;
+    C(a or b)   =  C(a) & C(b)         if both are live.
 
-Let every gate have a weight: what is lost if it goes. What a feature takes with it is the sum of the weights of
-all gates that it is critical to. It is found without looking at pairs of a gate and a feature where no feature
-lies below both a and b, since then C(a) and C(b) have nothing in common. From the last gate to the first, the
-weight of ``a and b`` goes to a and to b; that of ``a or b`` goes to the one that alone is alive, and nowhere if
-both are, and that of a wide gate to the last feature that is alive; what arrives at a feature is the answer. It is
-back-propagation, and all sets' weights go down together.
+A gate's weight is the cost lost with it. A feature's marginal cost is the weight of all gates that it is critical to.
+If no feature is below both a and b, C(a) and C(b) are disjoint. Then one reverse pass gives all marginal costs, like
+back-propagation, for all sets together. The weight of an *and* goes to both inputs; that of an *or* to the only live
+one, or nowhere; that of a wide gate to its last live feature.
 
-Take features p, q, r, s, all alive but q, and gates of weight one:
+Take features p, q, r, s, all live but q, and weights of one:
 
-    x = p or q      C(x) = {p}         its weight goes to p
-    y = r or s      C(y) = {}          either keeps it alive: its weight goes nowhere
-    z = x and y     C(z) = {p}         its weight goes to x, and on to p; and to y, and no further
+    x = p or q      C(x) = {p}         goes to p;
+    y = r or s      C(y) = {}          goes nowhere;
+    z = x and y     C(z) = {p}         goes to x, then p; and to y, no further.
 
-So p takes x and z with it, two in all; r and s take nothing. Where a feature lies below both inputs, this fails:
+So p gets two, and r and s nothing. This fails with a feature below both inputs:
 
-    u = (p and r) and (p and s)        C(u) = {p, r} | {p, s}: the weight would arrive at p twice
-    v = (p and r) or (p and s)         C(v) = {p, r} & {p, s} = {p}: it would arrive nowhere
+    u = (p and r) and (p and s)        C(u) = {p, r} | {p, s}: p would get it twice;
+    v = (p and r) or (p and s)         C(v) = {p, r} & {p, s} = {p}: p would get nothing.
 
-There (``sharing.py``) what handing weights on would miss or count twice is added feature by feature, without any
-subtraction:
+There, sharing.py corrects single features, without subtraction:
 
-- ``a and b``: the weight goes to a alone, and to every feature critical to b but not to a (of u: s);
-- ``a or b``: a feature critical to both, which are both alive, takes the gate with it too (of v: p).
+- *and*: the weight goes to a alone, and to features critical to b but not to a (of u: s);
+- *or*: features critical to both live inputs get it, too (of v: p).
 
-The first three in code, each mask of one feature:
+The first three in code, with masks of one feature:
 
 >>> from fisherprune_jax._graph import sets
 >>> p, q, r, s = (sets.leaf(name, 1) for name in "pqrs")
@@ -69,17 +63,13 @@ from fisherprune_jax._types import Array
 
 
 class Circuit:
-  """Some sets as gates.
-
-  Args:
-    roots: the sets.
-    masks: the sizes of all masks, by key.
+  """Sets as gates, over masks of given sizes.
 
   Attributes:
-    first: by key, where the features of a mask begin among all features.
-    features: how many features there are.
-    gates: by set, the gate of each of its positions.
-    size: how many gates there are.
+    first: by key, where a mask's features begin among all.
+    features: the number of features.
+    gates: by set, the gate of each position.
+    size: the number of gates.
   """
 
   def __init__(self, roots: Iterable[Set], masks: Mapping[Any, int]) -> None:
@@ -101,19 +91,18 @@ class Circuit:
     self._layers = Layers(wiring.bounds, *sides, wiring.every, self._sharing.cut)
 
   def features_of(self, support: int) -> np.ndarray:
-    """The features of some masks, given as bits."""
+    """The features of masks given as bits."""
     keys = keys_of(support)
     return np.concatenate([np.zeros(0, int), *(self.first[k] + np.arange(self._masks[k]) for k in keys)])
 
   def positions(self, roots: Iterable[Set]) -> Kinds:
-    """Which gates are the positions of which of some of the sets."""
     roots = list(roots)
     gates = np.concatenate([np.zeros(0, int), *(self.gates[s] for s in roots)])
     of_root = np.repeat(np.arange(len(roots)), [s.size for s in roots])
     return Kinds(of_root, gates, len(roots), self.size)
 
   def live(self, features: Same, xp: ModuleType) -> Same:
-    """Which gates are alive, from which features are."""
+    """Which gates are live, from which features are."""
     room = xp.zeros(self.size - self._start + self._layers.padding, bool)
     wide = self._wide.counts(features, xp) > 0
     state = xp.concatenate([xp.asarray([False, True]), features, wide, room])
@@ -125,15 +114,9 @@ class Circuit:
     return self._layers.run(step, state, self._start)
 
   def drops(self, live: Same, weights: Same, xp: ModuleType) -> Same:
-    """What each feature takes with it.
+    """The marginal costs of features, ``(lanes, features)``; zero for dead ones.
 
-    Args:
-      live: which gates are alive.
-      weights: ``(lanes, gates)``, what is lost with each gate; lanes are independent of each other.
-      xp: the module that computes.
-
-    Returns:
-      ``(lanes, features)``: what is lost with each feature; nothing with those already gone.
+    The weights of gates are ``(lanes, gates)``; lanes are independent.
     """
     room = xp.zeros((weights.shape[0], self._layers.padding), weights.dtype)
     state = xp.concatenate([weights * live[: self.size], room], axis=1)

@@ -1,8 +1,7 @@
-"""Counts without rounding on the device, where float32 is exact to 16 million and wider integers need a global switch.
+"""Exact counts on the device: float32 is exact to 16 million, and wider integers need a global switch.
 
-A number is a list of digits in base 65536, the lowest first, each a ``uint32`` array, so that the digits of many numbers
-are worked on at once. What lies above the last digit falls away, as with any machine's integers: a result that fits is
-right, whatever came in between.
+A number is a list of digits in base 65536, lowest first, each a uint32 array for many numbers. Overflow falls away, as
+in machine integers: a result that fits is right.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,26 +17,25 @@ from fisherprune_jax._graph.terms import Dearest, Term
 from fisherprune_jax._types import Array
 
 BITS = 16
-BASE = 1 << BITS  # also how many digits add up to less than 2 ** 32
+BASE = 1 << BITS  # so many digits add up to less than 2 ** 32
 
 Digits = Sequence[Array]
-"""Of one number, or of many side by side."""
+"""One number, or many side by side."""
 Terms = Sequence[Term | Dearest]
 Counts = Callable[[Sequence[Set]], jax.Array]
 
 
 def digits_for(largest: int) -> int:
-  """How many digits hold every number up to ``largest``, and one more bit."""
+  """The digits for numbers up to the largest, and a spare bit."""
   return largest.bit_length() // BITS + 1
 
 
 def constant(number: int, digits: int) -> Digits:
-  """The digits of a Python integer."""
   return [np.asarray(number >> BITS * place & BASE - 1, np.uint32) for place in range(digits)]
 
 
 def carried(columns: Digits) -> Digits:
-  """Digits from columns that may hold more than a digit (with the carry less than 2 ** 32)."""
+  """Digits from columns that hold more, but with the carry less than 2 ** 32."""
   out, carry = [], jnp.uint32(0)
   for column in columns:
     column = column + carry
@@ -47,36 +45,34 @@ def carried(columns: Digits) -> Digits:
 
 
 def add(a: Digits, b: Digits) -> Digits:
-  """The sum of two numbers of as many digits."""
   return carried([x + y for x, y in zip(a, b, strict=True)])
 
 
 def times(a: Digits, b: Digits) -> Digits:
-  """The product of two numbers, in as many digits as ``a`` has."""
+  """The product, with as many digits as the first number."""
   out = constant(0, len(a))
   for place, digit in enumerate(b[: len(a)]):
-    # A product of two digits leaves room for a carry, but not for another product: so one after the other.
+    # One after the other: a product of digits leaves room for a carry, not for another product.
     product = carried([x * digit for x in a[: len(a) - place]])
     out = add(out, [*constant(0, place), *product])
   return out
 
 
 def above(a: Digits, b: Digits) -> jax.Array:
-  """Whether the first number is larger."""
   out: Any = jnp.bool_(False)
-  for x, y in zip(a, b, strict=True):  # from the lowest digit: the highest one that differs has the last word
+  for x, y in zip(a, b, strict=True):  # from the lowest: the highest digit that differs decides
     out = (x > y) | ((x == y) & out)
   return out
 
 
 def of_array(x: jax.Array, digits: int, behind: int) -> Digits:
-  """A non-negative number of any type, as ``behind`` digits behind the point and ``digits`` before it."""
+  """A non-negative number, with ``behind`` digits behind the point and ``digits`` before."""
   if not jnp.issubdtype(x.dtype, jnp.floating):
     places = range(0, jnp.iinfo(x.dtype).bits, BITS)
     found = [(x >> place & BASE - 1).astype(jnp.uint32) for place in places]
     return [*constant(0, behind), *found, *constant(0, digits)][: behind + digits]
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  x = jnp.ldexp(x, BITS * behind)  # exact, as is all that follows: powers of two, and parts of one number
+  x = jnp.ldexp(x, BITS * behind)  # exact, as are the powers of two and parts below
   out = []
   for _ in range(behind + digits):
     rest = jnp.floor(x / BASE)
@@ -86,7 +82,7 @@ def of_array(x: jax.Array, digits: int, behind: int) -> Digits:
 
 
 def total(terms: Terms, counts: Counts, digits: int) -> Digits:
-  """The sum of terms, as ``terms.total`` gives it on the host; ``counts`` of sets gives a vector of their sizes."""
+  """The exact sum of terms; ``counts`` gives the sizes of sets as a vector."""
   sums = Sums(terms)
   values = _values(sums.all_terms, counts, digits) if sums.all_terms else [jnp.zeros(0, jnp.uint32)] * digits
   main, own = constant(0, digits), len(sums.terms[MAIN])
@@ -104,12 +100,12 @@ def total(terms: Terms, counts: Counts, digits: int) -> Digits:
 
 
 def _with_groups(totals: Digits, level: list[Group]) -> Digits:
-  """Adds to sums the largest of those that stand in them."""
+  """Adds the largest of nested sums."""
   largest = _largest([[column[places] for column in totals] for places in choices(level).T])
   scales = [group.scale for group in level]
   largest = times(largest, _column(scales, digits_for(max(scales))))
   parents = np.array([group.parent for group in level])
-  # Of fewer groups than a digit has values, so that columns hold what they add up to.
+  # Columns do not overflow: there are fewer groups than digit values.
   return carried([jnp.asarray(x).at[parents].add(y) for x, y in zip(totals, largest, strict=True)])
 
 
@@ -122,7 +118,6 @@ def _largest(numbers: Sequence[Digits]) -> Digits:
 
 
 def _values(terms: Sequence[Term], counts: Counts, digits: int) -> Digits:
-  """The values of the terms, as vectors of digits."""
   sets = list(dict.fromkeys(s for t in terms for s in (*t.outer, *(t.inner or ()))))
   found = jnp.concatenate(
     [jnp.ones(1, jnp.uint32), *([jnp.asarray(counts(sets), jnp.uint32)] if sets else ())]
@@ -149,5 +144,4 @@ def _values(terms: Sequence[Term], counts: Counts, digits: int) -> Digits:
 
 
 def _column(numbers: Sequence[int], digits: int) -> Digits:
-  """Python integers as vectors of digits."""
   return [np.asarray(column) for column in zip(*(constant(n, digits) for n in numbers), strict=True)]

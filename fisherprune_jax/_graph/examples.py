@@ -1,4 +1,4 @@
-"""Which axis of each argument leads over examples."""
+"""The example axis of each argument."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from fisherprune_jax._types import BatchAxes, PyTree, Shape, Size
 
 
 def map_with_axes(function: Callable[[Any, int | None], Any], args: PyTree, batch_axes: BatchAxes) -> PyTree:
-  """Maps ``function(array, axis)`` over ``args``, with ``batch_axes`` like ``jax.vmap``'s ``in_axes``."""
+  """Maps ``function(array, axis)``; the axes are like vmap's in_axes."""
   axes = tuple(batch_axes) if isinstance(batch_axes, list) else batch_axes
   try:
     full = jax.tree.broadcast(axes, args, is_leaf=_is_axis)
@@ -26,7 +26,6 @@ def map_with_axes(function: Callable[[Any, int | None], Any], args: PyTree, batc
 
 
 def example_axes(args: Sequence[PyTree], batch_axes: BatchAxes) -> list[int | None]:
-  """Of each leaf of ``args`` where examples lie; None where it has no such axis."""
   found: list[int | None] = []
 
   def note(x: Any, axis: int | None) -> None:
@@ -45,7 +44,7 @@ def _from_front(axis: int | None, x: Any) -> int | None:
 
 
 def batch_size(args: Sequence[PyTree], batch_axes: BatchAxes) -> int:
-  """The number of examples, by the first argument that has an example axis; 1 if ``batch_axes`` gives none any."""
+  """The number of examples, by the first argument with an example axis; 1 without any."""
   found: list[tuple[Size, int]] = []
 
   def note(x: Any, axis: int | None) -> None:
@@ -68,7 +67,7 @@ def batch_size(args: Sequence[PyTree], batch_axes: BatchAxes) -> int:
 
 
 def _check(first: Any, sizes: Shape, batch_axes: BatchAxes) -> None:
-  """Raises where the first array is none of examples, as far as that can be seen."""
+  """Raises if the first array visibly has no example axis."""
   require(sizes[0] != 0, "The batch must hold at least one example", 0)
   if len(set(sizes)) > 1 and not _is_axis(batch_axes):
     raise ValueError(

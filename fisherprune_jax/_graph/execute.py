@@ -1,7 +1,7 @@
-"""Running a program on live entries alone.
+"""Runs a program on live entries alone.
 
-Every primitive is applied as it was traced, to smaller arrays. Operands come from what is stored of them: a
-static selection, or zeros put in where an entry is needed that nobody computes because it is zero.
+Primitives run as traced, on smaller arrays. Operands are selected from stored entries, with zeros for entries that are
+not computed because they are zero.
 """
 
 from collections.abc import Sequence
@@ -26,27 +26,26 @@ from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec
 from fisherprune_jax._graph.structured import STRUCTURED
 
 Arrays = dict[Value, Any]
-"""What is stored of each value: an array, or a ``Stack``."""
+"""The stored entries of each value: an array or stack."""
 
 
 Held = Box | list[Box]
-"""What an array holds: one box, or one for each entry along its leading axis, padded to the widest."""
+"""The entries of an array: one box, or one per layer, padded to the widest."""
 
 
 @dataclass
 class Stack:
-  """Layers of different widths in one array: each holds its entries in front, and zeros behind."""
+  """Layers of different widths in one array, each padded with zeros at the end."""
 
   array: jax.Array
   boxes: list[Box]
 
   def layer(self, layer: int, ev: Evaluation) -> jax.Array:
-    """One layer, without its padding."""
+    """One layer, without padding."""
     sizes = [ev.width(s) for s in self.boxes[layer]]
     return lax.slice(_entry(self.array, layer), (0,) * len(sizes), sizes)
 
   def read(self, box: Box, ev: Evaluation) -> jax.Array:
-    """All layers at the entries of ``box``."""
     layers = [align(self.layer(layer, ev), held, box[1:], ev) for layer, held in enumerate(self.boxes)]
     return align(jnp.stack(layers), (*whole_box((len(layers),)), *box[1:]), box, ev)
 
@@ -61,19 +60,13 @@ class Run:
   _found: dict[Value, tuple[bool, Box]] = field(default_factory=dict, repr=False)
 
   def __call__(self, inputs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Box]) -> list[Any]:
-    """Executes the program.
-
-    Args:
-      inputs: the inputs, of which
-      held: says per input what entries they hold.
-      wanted: which entries of every output to return.
-    """
+    """Executes the program on inputs with held entries; returns wanted entries of outputs."""
     return self.call(self.program, inputs, held, wanted)
 
   def call(
     self, program: Program, xs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Box]
   ) -> list[Any]:
-    """Executes a program that this one runs, on inputs that hold what ``held`` says."""
+    """Executes an inner program."""
     inputs = [
       self._given(x, box, value) if self.needs(value) else None
       for x, box, value in zip(xs, held, program.inputs, strict=True)
@@ -81,11 +74,10 @@ class Run:
     return self.run(program, inputs, wanted)
 
   def needs(self, value: Value) -> bool:
-    """Whether anything is stored of an array."""
     return self._stored(value)[0]
 
   def box(self, value: Value) -> Box:
-    """What is stored of an array; an empty box if it is nothing along any axis."""
+    """What is stored; empty along every axis if nothing is."""
     return self._stored(value)[1]
 
   def _stored(self, value: Value) -> tuple[bool, Box]:
@@ -95,7 +87,6 @@ class Run:
     return self._found[value]
 
   def runs(self, node: Node) -> bool:
-    """Whether a node has to run."""
     also = self.live.also.get(node, sets.NEVER)
     return node.acts or any(map(self.needs, node.outs)) or self.ev.is_so(also)
 
@@ -106,7 +97,7 @@ class Run:
     return align(x, held, self.box(value), self.ev)
 
   def run(self, program: Program, inputs: Sequence[Any], wanted: Sequence[Box]) -> list[Any]:
-    """Executes this program, or one that it calls, on what is stored of its inputs."""
+    """Executes this program or an inner one, on stored inputs."""
     arrays = {value: x for value, x in zip(program.inputs, inputs, strict=True) if self.needs(value)}
     for value, const in program.consts:
       if self.needs(value):
@@ -120,7 +111,7 @@ class Run:
     return _tied(outputs, loose)
 
   def read(self, arrays: Arrays, value: Value, box: Box) -> jax.Array:
-    """An array at the entries of ``box``; zeros (none, mostly) of one of which nothing is stored."""
+    """Entries of an array; zeros (mostly none) if nothing is stored."""
     if value.literal is not None:
       return align(jnp.asarray(value.literal, value.aval.dtype), whole_box(value.shape), box, self.ev)
     if value not in arrays:
@@ -128,7 +119,7 @@ class Run:
     return align(arrays[value], self.box(value), box, self.ev)
 
   def read_layer(self, arrays: Arrays, value: Value, layer: int, box: Box) -> jax.Array:
-    """One entry of an array along its leading axis, at the entries of ``box``."""
+    """One layer, at the entries of a box."""
     if value not in arrays:
       return jnp.zeros([self.ev.width(s) for s in box], value.aval.dtype)
     array = arrays[value]
@@ -139,7 +130,7 @@ class Run:
   def stacks(
     self, arrays: Arrays, values: Sequence[Value], layers: Sequence[Sequence[Box]]
   ) -> list[jax.Array] | None:
-    """Stacks as they are, if each layer holds just what ``layers`` says, and as much as the others; else None."""
+    """Stacks as they are, if all layers hold just these, of one width; else None."""
     found = []
     for place, value in enumerate(values):
       boxes = [boxes[place] for boxes in layers]
@@ -157,14 +148,13 @@ class Run:
     return found
 
   def is_same(self, a: Box, b: Box) -> bool:
-    """Whether two boxes hold the same under these masks."""
+    """Whether two boxes are equal under these masks."""
     return all(x is y or np.array_equal(self.ev.bits(x), self.ev.bits(y)) for x, y in zip(a, b, strict=True))
 
   def _widths(self, box: Box) -> tuple[int, ...]:
     return tuple(self.ev.width(s) for s in box)
 
   def again(self, program: Program, inputs: Sequence[Info], asked: Sequence[Box]) -> "Run":
-    """A run of another program, under the same masks."""
     wanted = [Where(box) for box in asked]
     return Run(program, analyse(program, inputs, wanted, spec_of, self.live.keep_masks), self.ev)
 
@@ -185,7 +175,7 @@ def _execute(run: Run, node: Node, arrays: Arrays) -> Sequence[Any]:
 
 
 def _tied(outputs: list[Any], loose: Sequence[Any]) -> list[Any]:
-  """Outputs that hang on other arrays though they hold nothing of these: or no derivative rule of theirs is called."""
+  """Ties outputs to unused arrays: otherwise JAX does not call their derivative rules."""
   at = next((at for at, out in enumerate(outputs) if jnp.issubdtype(out.dtype, jnp.inexact)), None)
   if not loose or at is None:
     return outputs
@@ -217,7 +207,7 @@ def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequenc
 def _pick(
   run: Run, spec: Spec, factors: dict[Factor, Set], operands: Sequence[jax.Array], box: Box
 ) -> jax.Array:
-  """Selects along the picked axes, from the live entries of the factor to those of the result."""
+  """Selects along picked axes, from live entries of factors."""
   array = operands[0]
   for axis, (picked, wanted) in enumerate(zip(spec.outs[0], box, strict=True)):
     if isinstance(picked, Pick):

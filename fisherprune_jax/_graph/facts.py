@@ -1,4 +1,4 @@
-"""What is known of one array, and what one application of a primitive makes of it by its ``Spec``."""
+"""What is known of an array, and what a node makes of it by its spec."""
 
 import math
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ from fisherprune_jax._types import Shape
 
 Factors = dict[Factor, Set]
 LARGEST_KNOWN = 65_536
-"""Arrays of integers and booleans up to this size are followed by value."""
+"""The largest arrays of integers and booleans that are tracked by value."""
 
 
 class Info(NamedTuple):
   """What is known of an array before it is computed.
 
   Attributes:
-    possible: per axis, where it can be non-zero.
-    const: the value of all its entries, where they are one known number.
-    mask: whether its entries are one wherever ``possible`` and ``when`` allow them to be non-zero.
-    varies: whether it depends on the arguments, not on the variables alone.
-    known: its value, if it is a small array of integers or booleans that no input decides.
-    layers: what is known of each entry along the leading axis, where they differ: a stack of masks.
-    together: where it can be non-zero by several axes merged, where that is less than ``possible`` says.
-    when: the condition that it can be non-zero at all.
+    possible: per axis, where it may be non-zero.
+    const: its value, if all entries are one known number.
+    mask: whether it is one wherever ``possible`` and ``when`` allow non-zeros.
+    varies: whether it depends on arguments, not only on variables.
+    known: the value of a small integer or boolean array, if no input decides it.
+    layers: what is known of each layer of a stack of masks.
+    together: where it may be non-zero along joint axes, if less than ``possible``.
+    when: the condition that it may be non-zero at all.
   """
 
   possible: Box
@@ -46,29 +46,27 @@ class Info(NamedTuple):
 
   @property
   def is_zero(self) -> bool:
-    """Whether it is a constant zero."""
     return self.const is not None and not self.const
 
   @property
   def is_masked(self) -> bool:
-    """Whether masks decide where it can be non-zero."""
+    """Whether masks decide where it may be non-zero."""
     return any(s.support for s in (*self.possible, self.when))
 
   @property
   def where(self) -> Where:
-    """Where it can be non-zero; of a constant, what the box says."""
+    """Where it may be non-zero; for constants, the box."""
     return Where(self.possible, self.together, self.when)
 
   @property
   def nonzero(self) -> Where:
-    """Where it can be non-zero: nowhere if it is a constant zero."""
+    """Where it may be non-zero; nowhere for a constant zero."""
     if not self.is_zero:
       return self.where
     return Where(empty_box([s.size for s in self.possible]), when=sets.NEVER)
 
 
 def info_of(where: Where, varies: bool) -> Info:
-  """What is known of an array of which only that is."""
   return Info(where.box, varies=varies, together=where.together, when=where.when)
 
 
@@ -78,17 +76,16 @@ def either(a: Info, b: Info) -> Info:
 
 
 def box_of(axes: Axes, factors: Factors, shape: Shape) -> Box:
-  """The box of an array from the sets of its factors."""
   return tuple(compose(axis, factors, n) for axis, n in zip(axes, shape, strict=True))
 
 
 def constant(value: Any, shape: tuple[Any, ...]) -> Info:
-  """What is known of an array that is written into the program."""
+  """What is known of an array written into the program."""
   return Info(whole_box(shape), compat.number(value) if shape == () else None, known=_known(value))
 
 
 def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
-  """The forward pass of one node: what is known of its results."""
+  """The forward pass of one node."""
   factors, sums = _can_be_nonzero(spec, infos)
   varies = any(info.varies for info in infos)
   tied = together.forward(spec, [(info.possible, info.together) for info in infos])
@@ -113,7 +110,7 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
 
 
 def _are_masks_end_to_end(spec: Spec, infos: Sequence[Info]) -> bool:
-  """Whether a node lays masks, and ones, end to end: each is one wherever its own box says, along one axis."""
+  """Whether a node lays masks and ones end to end, each one wherever its box allows."""
   parts = [axes[0] for axes in spec.ins if len(axes) == 1 and isinstance(axes[0], str)]
   ends = len(parts) == len(infos) and spec.outs == ((Sum(tuple(parts)),),)
   return ends and all(info.mask or _is_one(info.const) for info in infos)
@@ -124,7 +121,7 @@ def _is_one(const: Any) -> bool:
 
 
 def _layer_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
-  """What is known of one entry of a stack, where a slice takes just that."""
+  """What is known of a layer, if a slice takes just that."""
   layers = infos[0].layers if infos else None
   if layers is None or not spec.outs or spec.alive or len(spec.outs[0]) != len(infos[0].possible):
     return None
@@ -136,19 +133,18 @@ def _layer_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
 
 
 def _known(x: Any) -> np.ndarray | None:
-  """A small concrete array of integers, such as indices, or of booleans, such as which of these are negative."""
+  """A small known array of integers (indices) or booleans."""
   if not compat.is_concrete(x) or np.size(x) > LARGEST_KNOWN:
     return None
   return np.asarray(x) if _is_followed(compat.dtype_of(x)) else None
 
 
 def _is_followed(dtype: Any) -> bool:
-  """Whether arrays of a type are followed by value."""
   return bool(jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.bool_))
 
 
 def fold(node: Node, known: Sequence[np.ndarray | None]) -> np.ndarray | None:
-  """The value of a node that computes small integers from known ones, as indexing does."""
+  """The value of a node that computes small integers from known ones."""
   if node.acts or len(node.outs) != 1:
     return None
   (out,) = node.outs
@@ -162,22 +158,21 @@ def fold(node: Node, known: Sequence[np.ndarray | None]) -> np.ndarray | None:
 
 
 def _is_exact(spec: Spec, factors: Factors, info: Info) -> bool:
-  """Whether an array moved by ``spec`` is non-zero exactly where its new box says, as its old one did."""
+  """Whether a moved array is still non-zero exactly where its box allows."""
   return all(
     compose(axis, factors, s.size) is s or (axis is None and 0 in spec.kills)
     for axis, s in zip(spec.ins[0], info.possible, strict=True)
   )
 
 
-# The soundness lemma, first half: outside of the boxes that follow from this, an array is zero, whatever the variables
-# and the arguments are. By induction along the program, as a rule promises of every factor that is neither `alive`
-# nor `whole`: where all operands that have it are zero, but for `neutral` ones, so is the result; and where one that
-# `kills` is zero, whatever the others are. An array that is a constant zero adds nothing to what others make possible.
-# Whether a result can be anything at all follows from the same (`Roles`, presence.py): not if an operand that decides
-# it alone is nothing, along whichever axis, or no term of a sum is left, or all operands are nothing that are added.
-# docs/design.md has the whole argument, and where it ends: rules for derivatives, signs of zero, NaN and infinity.
+# Soundness, first half: outside of the boxes found here, arrays are zero for all variables and arguments. By induction,
+# as rules promise for factors neither `alive` nor `whole`: results are zero where all operands with the factor are (but
+# for `neutral` ones), and where one in `kills` is. A constant zero adds nothing to other operands. Conditions follow
+# likewise (`Roles`, presence.py): a result is empty if an operand that decides it is empty along any axis, if a sum has
+# no term left, or if all added operands are empty. The whole argument and its limits (derivative rules, signs of zeros,
+# NaN and infinity) are in docs/design.md.
 def _can_be_nonzero(spec: Spec, infos: Sequence[Info]) -> tuple[Factors, Set]:
-  """Per factor where results can be non-zero (of one that is summed over: which terms can), and when a sum can."""
+  """Per factor, where results (if summed, terms) may be non-zero; and when a sum may."""
   roles = spec.roles
   shown = [
     _of_factors(spec, axes, info.possible) if at not in spec.neutral else {}
@@ -201,7 +196,6 @@ def _can_be_nonzero(spec: Spec, infos: Sequence[Info]) -> tuple[Factors, Set]:
 
 
 def _seen_through(spec: Spec, shown: Sequence[Factors]) -> Factors:
-  """The places of windows that look at anything that can be non-zero."""
   found = {}
   for window in spec.windows:
     entries = [one[window.entries] for one in shown if window.entries in one]
@@ -211,7 +205,6 @@ def _seen_through(spec: Spec, shown: Sequence[Factors]) -> Factors:
 
 
 def _of_factors(spec: Spec, axes: Axes, box: Box) -> Factors:
-  """The smallest sets of the factors of an array that its box allows."""
   found: Factors = {}
   for axis, s in zip(axes, box, strict=True):
     for f in factors_of(axis):
@@ -221,7 +214,7 @@ def _of_factors(spec: Spec, axes: Axes, box: Box) -> Factors:
 
 
 def _added(spec: Spec, infos: Sequence[Info], shown: Sequence[Factors]) -> tuple[Factors, Set]:
-  """Where and when the operands that results are like sums of can be non-zero, those that are zero left out."""
+  """Where and when added operands may be non-zero, without constant zeros."""
   roles, parts = spec.roles, []
   for i in [i for i in sorted(roles.adding) if not infos[i].is_zero] or sorted(roles.adding):
     own = {f: s for f, s in shown[i].items() if f in roles.keeping and f not in roles.summed}
@@ -231,19 +224,15 @@ def _added(spec: Spec, infos: Sequence[Info], shown: Sequence[Factors]) -> tuple
   return united(parts)
 
 
-# The second half: what is stored of the results hangs on the operands at the entries that follow from this alone. A
-# factor of a result is needed where the result is stored. One that no result has is summed over: there a term is zero
-# unless all operands that have the factor can be non-zero, so those entries are enough. An entry that is not stored is
-# then outside of the first half's box, and zero, or nobody asks for it: shown as zero, an array is what it was for
-# everyone who reads it. Where nothing is stored of the results the node does not run, and asks for nothing. A window
-# works on all of its axis, but what it shows where nobody looks is of no matter: of the entries there it asks for less.
+# Soundness, second half: stored results depend only on the entries of operands found here. A factor of a result is
+# needed where the result is stored. A factor that no result has is summed over: terms are zero unless all operands with
+# the factor may be non-zero. An entry that is not stored is zero by the first half, or not demanded; so readers may see
+# it as zero. A node with nothing stored does not run, and demands nothing. A window works on its full axis, but needs
+# no entries that only undemanded places read.
 def needed(spec: Spec, infos: Sequence[Info], results: Sequence[Where | None]) -> Factors:
-  """The backward pass of one node: the entries of its factors that it has to work on, if it has to run at all.
+  """The backward pass of one node: the entries of its factors that it works on, if it runs.
 
-  Args:
-    spec: how it relates axes.
-    infos: what is known of its operands.
-    results: what is stored of its results, None if nothing asks for one.
+  ``results`` has what is stored of each; None if not demanded.
   """
   asked = [
     (where.when, _of_factors(spec, axes, where.box))
@@ -265,12 +254,12 @@ def _needed(factor: Factor, spec: Spec, asked: Factors, offered: Sequence[Factor
     return sets.everything(size)
   if factor not in spec.roles.summed:
     return asked[factor] if factor in asked else sets.nothing(size)
-  terms = sets.intersection(*(s[factor] for s in offered if factor in s))  # what all operands offer
+  terms = sets.intersection(*(s[factor] for s in offered if factor in s))
   return sets.intersection(sets.weak(size), terms) if factor in spec.weak else terms
 
 
 def asked_of_operands(spec: Spec, factors: Factors, results: Sequence[Where | None]) -> Factors:
-  """The entries of its factors that a node asks of its operands: of those along windows, what its results hang on."""
+  """What a node demands of operands, by factor; along windows, only what results depend on."""
   if not spec.windows:
     return factors
   pairs = zip(spec.outs, results, strict=True)

@@ -1,4 +1,4 @@
-"""What would be live in a function if nothing were in the way: what masks allow."""
+"""What masks would allow, if no use kept dead entries."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,14 +16,14 @@ from fisherprune_jax._graph.traced import Analysis
 A = TypeVar("A", Axis, Factor)
 
 MOST_ROUNDS = 4
-"""Of finding it: of a chain of variables that only other variables meet, each round finds one more."""
+"""In a chain of variables that only meet variables, each round finds one more."""
 
 
 def ideals(analysis: Analysis) -> Iterator[Liveness]:
-  """What would be live if nothing were in the way; then, where variables meet variables, what follows from that.
+  """The liveness if no use kept dead entries; then with fewer variables, round by round.
 
-  A variable that is only multiplied with others, as a learned query's projection is, may be as small as these may be.
-  So in each further round variables are zero where the last one found no need of them.
+  A variable that is only multiplied with others, such as a learned query's projection, may be as small as these. So in
+  further rounds, variables are zero where the last one did not need them.
   """
   known: dict[Value, Box] = {}
   meet_alone = any(_is_of_variables(spec, node, analysis.live) for node, spec in analysis.live.specs.items())
@@ -36,12 +36,10 @@ def ideals(analysis: Analysis) -> Iterator[Liveness]:
 
 
 def _is_of_variables(spec: Spec, node: Node, live: Liveness) -> bool:
-  """Whether a node sums over variables alone, or needs them whole."""
   return bool(spec.roles.summed or spec.whole) and not any(live.info(value).varies for value in node.ins)
 
 
 def _needed_of_variables(analysis: Analysis, found: Liveness) -> dict[Value, Box]:
-  """Where the variables that are no masks are needed."""
   return {
     value: meet(found.info(value).possible, found.asked[value].box)
     for value in analysis.variables
@@ -55,13 +53,9 @@ def without(
   outputs: bool,
   known: Mapping[Value, Box] = MappingProxyType({}),
 ) -> Liveness:
-  """What would be live if these nodes, and outputs if so said, were in nobody's way.
+  """The liveness if chosen nodes, and outputs, kept no dead entries.
 
-  Args:
-    analysis: what is live.
-    chosen: whether a node is meant.
-    outputs: whether outputs are meant, too.
-    known: where some variables can be non-zero.
+  ``known`` tells where some variables may be non-zero.
   """
 
   def rules(node: Node, infos: Sequence[Info]) -> Spec:
@@ -82,8 +76,8 @@ def is_in_the_way(spec: Spec, infos: Sequence[Info]) -> bool:
 def _own_sums(spec: Spec, infos: Sequence[Info]) -> frozenset[Factor]:
   """The factors that a node sums over by itself.
 
-  Not those of a product with something that depends on the arguments: these are what a layer is there for. A product
-  of variables alone, as in a spectral norm, is a statistic of them like any other sum.
+  A layer's product with something that depends on arguments does not count. A product of variables alone, as in a
+  spectral norm, is a statistic and does.
   """
   if len(spec.kills) > 1 and any(info.varies for info in infos):
     return frozenset()
@@ -91,16 +85,10 @@ def _own_sums(spec: Spec, infos: Sequence[Info]) -> frozenset[Factor]:
 
 
 def in_nobodys_way(node: Node, spec: Spec, live: Liveness, now: Sequence[Info]) -> Spec:
-  """The spec of a node, as it would be if it could do without dead entries.
+  """The spec of a node, if it could do without dead entries.
 
-  Where a later mask decides what is asked of it, it may bring to life what that mask keeps. What it makes of nothing
-  at all, as a bias behind a mask that was emptied, is not in the way: that is there for good.
-
-  Args:
-    node: the node.
-    spec: its spec.
-    live: what is live.
-    now: what is known of the operands where this spec is needed.
+  Where a later mask decides the demand, it may densify what that mask keeps. What it makes of empty arrays stays, such
+  as a bias behind an emptied mask. ``live`` is the actual liveness; ``now`` describes operands in this one.
   """
   written = _written(spec, now)
   shape = node.outs[0].shape if node.outs else None
@@ -133,7 +121,7 @@ def in_nobodys_way(node: Node, spec: Spec, live: Liveness, now: Sequence[Info]) 
 
 
 def _written(spec: Spec, now: Sequence[Info]) -> frozenset[Factor]:
-  """The factors along which nothing is there but what is written to places that are not known, as into an empty cache."""
+  """The factors along which only writes to unknown positions exist, as into an empty cache."""
   empty = {i for i, info in enumerate(now) if info.where.some.is_empty}
   others = [i for i, info in enumerate(now) if i not in empty and i not in spec.neutral and info.varies]
   inside = {f for i in others for axis in spec.ins[i] for f in factors_of(axis)}

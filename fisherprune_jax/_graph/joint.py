@@ -1,4 +1,4 @@
-"""Joint sets: what is known of several axes merged, taken apart by their factors and put together again."""
+"""Joint sets: sets of merged axes, split into factors and put together again."""
 
 import itertools
 import math
@@ -13,17 +13,16 @@ from fisherprune_jax._graph.spec import Axes, Axis, Factor, Pick, Prod, Sizes, S
 from fisherprune_jax._types import Size
 
 Together = Mapping[tuple[int, ...], Set]
-"""For some axes of an array, in an order, what is known of them merged in that order."""
+"""The set of some axes merged in an order."""
 Tied = dict[tuple[Factor, ...], Set]
-"""The same of factors."""
+"""The same for factors."""
 Singles = Mapping[Factor, Set]
-"""What is known of factors one by one."""
+"""Sets of single factors."""
 LARGEST = 1 << 20
-"""Joint sets of more positions than this are not followed."""
+"""Joint sets with more positions are not tracked."""
 
 
 def of_array(axes: Axes, box: Sequence[Set], together: Together, sizes: Sizes) -> Tied:
-  """What one array says of factors together."""
   found: Tied = {}
   for at, axis in enumerate(axes):
     if isinstance(axis, Prod):
@@ -35,7 +34,7 @@ def of_array(axes: Axes, box: Sequence[Set], together: Together, sizes: Sizes) -
 
 
 def _told(factors: Sequence[Factor], s: Set, sizes: Sizes) -> Iterator[tuple[tuple[Factor, ...], Set]]:
-  """The factors of which a set of merged ones may say more than one set for each does, and what it says of them."""
+  """Joint sets that may imply more than one set per factor."""
   if not s.support:
     return
   for i, j in runs([part.size for part in s.factors], [sizes[f] for f in factors]):
@@ -52,7 +51,7 @@ def is_followed(factors: Sequence[Factor], sizes: Sizes) -> bool:
 def _by_factors(
   axes: Sequence[tuple[Axis, Size]], s: Set, sizes: Sizes
 ) -> Iterator[tuple[tuple[Factor, ...], Set]]:
-  """A joint set of axes, by the factors that these are made of: of axes laid end to end, for each part."""
+  """A joint set of axes, by their factors; one for each part of axes laid end to end."""
   shape = [n for _, n in axes]
   if not are_static(shape) or any(axis is None and n != 1 for axis, n in axes):
     return
@@ -69,7 +68,7 @@ def _by_factors(
 def _parts_of(
   axis: Axis, n: int, sizes: Sizes
 ) -> list[tuple[tuple[Factor, ...], np.ndarray, np.ndarray, int]]:
-  """The parts of an axis: factors, positions on the axis, the positions of the factors there, and how many these have."""
+  """The parts of an axis: factors, positions on the axis and on the factors, and the latter's size."""
   everywhere = np.arange(n)
   if isinstance(axis, Pick):
     return [((axis.factor,), everywhere, axis.index, sizes[axis.factor])]
@@ -83,7 +82,7 @@ def _parts_of(
 
 
 def _crossed(indices: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
-  """Positions of merged axes, from positions along each; -1 where any of these is."""
+  """Positions along merged axes; -1 if any is."""
   found = np.zeros(1, int)
   for index, n in zip(indices, shape, strict=True):
     a, b = found[:, None], index[None, :]
@@ -92,7 +91,7 @@ def _crossed(indices: Sequence[np.ndarray], shape: Sequence[int]) -> np.ndarray:
 
 
 def known(factors: Sequence[Factor], tied: Tied, ones: Singles, sizes: Sizes) -> Set:
-  """What is known of factors merged in an order: of those that are tied, together, and of the others one by one."""
+  """The set of factors merged in an order, from joint sets and single ones."""
   parts, place = [], 0
   for start, end, said in _spans(factors, tied, sizes):
     parts += [_one(f, ones, sizes) for f in factors[place:start]]
@@ -112,7 +111,7 @@ def _one(factor: Factor, ones: Singles, sizes: Sizes) -> Set:
 def _spans(
   factors: Sequence[Factor], tied: Tied, sizes: Sizes
 ) -> list[tuple[int, int, list[tuple[tuple[Factor, ...], Set]]]]:
-  """The shortest stretches of factors that hold all of those that are tied, from where to where, with what ties them."""
+  """The shortest spans of factors that cover joint sets: start, end, sets."""
   found: list[tuple[int, int, list[tuple[tuple[Factor, ...], Set]]]] = []
   at = {f: place for place, f in enumerate(factors)}
   held = [
@@ -131,7 +130,7 @@ def _spans(
 
 
 def _told_alone(tied: Sequence[tuple[tuple[Factor, ...], Set]], sizes: Sizes) -> dict[Factor, list[Set]]:
-  """What joint sets say of each factor alone: they lie within their hulls, and within those of their parts."""
+  """Factors lie within the hulls of joint sets, and of their conjuncts."""
   found: dict[Factor, list[Set]] = {}
   for names, s in tied:
     for part in dict.fromkeys((s, *sets.conjuncts(s))):
@@ -141,7 +140,7 @@ def _told_alone(tied: Sequence[tuple[tuple[Factor, ...], Set]], sizes: Sizes) ->
 
 
 def _extended(s: Set, before: Sequence[Factor], after: Sequence[Factor], sizes: Sizes) -> Set:
-  """A set of factors merged in one order, as they are merged in another, with others among them."""
+  """A set of merged factors in another order, with others among them."""
   if tuple(before) == tuple(after):
     return s
   places = np.arange(s.size).reshape([sizes[f] for f in before])
@@ -152,7 +151,6 @@ def _extended(s: Set, before: Sequence[Factor], after: Sequence[Factor], sizes: 
 
 
 def merged(axes: Sequence[Axis], tied: Tied, ones: Singles, sizes: Sizes) -> Set:
-  """What is known of axes merged in their order."""
   for at, axis in enumerate(axes):
     if isinstance(axis, Sum):
       parts = [[*axes[:at], part, *axes[at + 1 :]] for part in axis.parts]
@@ -180,7 +178,6 @@ def _size(axis: Axis, sizes: Sizes) -> int:
 
 
 def _end_to_end(parts: Sequence[Set], shapes: Sequence[Sequence[int]], axis: int) -> Set:
-  """Joint sets of some axes, laid end to end along one of these."""
   ends = np.cumsum([s.size for s in parts])
   places = [
     np.arange(end - s.size, end).reshape(shape) for s, end, shape in zip(parts, ends, shapes, strict=True)

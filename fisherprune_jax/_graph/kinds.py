@@ -1,7 +1,6 @@
-"""Sums over groups of members, fast where most members are alike.
+"""Sums over groups of members, fast if most members are alike.
 
-Pairs of a group and a member are the entries of a sparse matrix of zeros and ones. Members of the same groups form one
-*kind*, such as all features of a mask. Sums are computed once per kind, and there are few of them.
+Members of the same groups are one *kind*, such as a mask's features. Sums are computed per kind.
 """
 
 from types import ModuleType
@@ -15,13 +14,7 @@ from fisherprune_jax._types import Array
 
 
 class Kinds:
-  """Which members belong to which groups.
-
-  Args:
-    groups: the group of each pair.
-    members: the member of each pair; one may belong to a group several times.
-    count: how many groups there are.
-    size: how many members.
+  """Which members belong to which groups, by pairs (which may repeat).
 
   >>> kinds = Kinds(np.array([0, 0, 0, 1, 1]), np.array([0, 1, 2, 1, 2]), 2, 4)
   >>> kinds.of_member.tolist(), kinds.number
@@ -38,7 +31,7 @@ class Kinds:
     kind, made = np.zeros(size, np.int64), 1
     by_place = np.argsort(place, kind="stable")
     for here in np.split(by_place, np.cumsum(np.bincount(place))[:-1]):
-      # By the first group of each member, then by the second, ...
+      # By each member's first group, then by the second, ...
       key = kind[members[here]] * count + groups[here]
       found, number = np.unique(key, return_inverse=True)
       kind[members[here]] = made + number
@@ -49,18 +42,18 @@ class Kinds:
     self._kind, self._group = self.of_member[members[shown]], groups[shown]
 
   def counts(self, values: Same, xp: ModuleType) -> Same:
-    """How many members of each group are in a set: of booleans, int32."""
+    """How many members of each group are in a set of booleans, int32."""
     of_kinds = add_at(xp.zeros(self.number, np.int32), self.of_member, values.astype(np.int32))
     return add_at(xp.zeros(self.count, np.int32), self._group, of_kinds[self._kind])
 
   def spread(self, values: Same, xp: ModuleType) -> Same:
-    """``(lanes, groups)`` to ``(lanes, members)``: the sum of the groups that each belongs to."""
+    """``(lanes, groups)`` to ``(lanes, members)``: sums over each member's groups."""
     of_kinds = xp.zeros((values.shape[0], self.number), values.dtype)
     return add_at(of_kinds, (slice(None), self._kind), values[:, self._group])[:, self.of_member]
 
 
 def add_at(array: Any, places: Any, values: Array) -> Any:
-  """Adds at places, some of which may be named several times."""
+  """Adds at places, which may repeat."""
   if isinstance(array, jax.Array):
     return array.at[places].add(values)
   np.add.at(array, places, values)

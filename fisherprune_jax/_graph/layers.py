@@ -1,4 +1,4 @@
-"""Running a step over arrays that are cut into layers, each of which needs the ones before."""
+"""Runs a step over arrays cut into layers, each depending on earlier ones."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,31 +10,30 @@ from jax import lax
 from fisherprune_jax._types import Array
 
 Same = TypeVar("Same", np.ndarray, jax.Array)
-"""Arrays on the host, where steps may write in place, or on the device, under ``jit`` as a rule."""
+"""Arrays on the host, where steps may write in place, or on the device."""
 Step = Callable[..., Any]
-"""``step(state, at, *items) -> state``: ``items`` of some neighbours, the first of which is number ``at``."""
+"""``step(state, at, *items) -> state``: items are consecutive, from number ``at`` on."""
 
 
 class Layers:
   """Arrays of equal length, in layers.
 
-  Under ``jit`` the layers run in one loop, in chunks of one width, so that the program does not grow with their
-  number. The last chunk of a layer is padded with items of zero, and so reaches into the next layer: what is
-  written there is written again when that one's turn comes.
+  Under jit, one loop runs over chunks of equal width, so the program does not grow with the layers. A layer's last
+  chunk is padded with zero items that reach into the next layer, which overwrites them.
 
   Attributes:
     bounds: where layers begin, and the end.
-    padding: how far beyond the end a chunk may reach.
+    padding: how far chunks may reach beyond it.
   """
 
   def __init__(self, bounds: np.ndarray, *items: np.ndarray) -> None:
     self.bounds, self.items = bounds, items
     total, count = int(bounds[-1]), bounds.size - 1
-    # The mean width, rounded up: no more chunks than twice the layers, at most half of it padding.
+    # The mean width, rounded up: at most twice as many chunks as layers, half of it padding.
     self.padding = -(-total // max(count, 1))
 
   def run(self, step: Step, state: Same, first: int, reverse: bool = False) -> Same:
-    """Applies ``step`` to all layers, from the last one if ``reverse``; item 0 has number ``first``."""
+    """Applies a step to all layers, maybe in reverse; item 0 is number ``first``."""
     if not self.bounds[-1]:
       return state
     if isinstance(state, jax.Array):
@@ -63,7 +62,6 @@ class Layers:
 
 
 def put(state: Array, at: int | jax.Array, values: Array) -> Array:
-  """Writes neighbours into a vector, from number ``at`` on."""
   if isinstance(state, jax.Array):
     return lax.dynamic_update_slice(state, values, (at,))
   state[at : at + values.size] = values
@@ -71,7 +69,6 @@ def put(state: Array, at: int | jax.Array, values: Array) -> Array:
 
 
 def columns_at(state: Array, at: int | jax.Array, width: int) -> Array:
-  """The columns of some neighbours, from number ``at`` on."""
   if isinstance(state, jax.Array):
     return lax.dynamic_slice_in_dim(state, at, width, axis=1)
   return state[:, at : at + width]

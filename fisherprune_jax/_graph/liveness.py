@@ -1,9 +1,8 @@
-"""Which entries of every array in a program can matter: two passes, one forward and one backward.
+"""Which entries of a program can matter: a forward and a backward pass.
 
-Forward, *can be non-zero*: masks are inputs with known zeros, and every primitive's ``Spec`` says what its
-zeros come to. Backward, *is asked for*. What is stored of an array is the intersection of both, one set per
-axis. An entry that is not stored is zero, or nobody asks for it; so showing it as zero is always right, and
-that is all that execution relies on.
+Forward: where arrays may be non-zero. Masks are inputs with known zeros; specs tell what becomes of zeros. Backward:
+what is demanded. The *stored* entries of an array are the intersection, a set per axis. Other entries are zero or not
+demanded. So showing them as zero is always right, and execution relies on nothing else.
 """
 
 import functools
@@ -22,15 +21,15 @@ from fisherprune_jax._graph.structured import STRUCTURED, links
 
 Rules = Callable[[Node, Sequence[Info]], Spec]
 Condition = Callable[..., Set]
-"""``condition(held, operand)``: that a node has to run, beyond that sets are not empty (``presence.of_node``)."""
+"""``condition(held, operand)``: when a node must run, beyond that sets are not empty (``presence.of_node``)."""
 
 
 @dataclass
 class Liveness:
-  """The facts found about one program, and about the programs that it runs (``subs``).
+  """The facts about a program, and the programs that it runs (``subs``).
 
-  ``signed`` are the values of which the sign of a zero shows in some result: they are computed as they were. ``also``
-  has conditions under which nodes run though nothing is stored of their results.
+  ``signed`` are values with zeros whose sign shows; they are computed as traced. ``also`` has conditions under which
+  nodes run with nothing stored of their results.
   """
 
   rules: Rules
@@ -47,7 +46,7 @@ class Liveness:
   conditions: "dict[Node, Condition]" = field(default_factory=dict)
 
   def forward(self, program: Program, inputs: Sequence[Info]) -> list[Info]:
-    """Finds what is known of every value of a program; returns it for the outputs."""
+    """Finds what is known of every value, and returns it for outputs."""
     spell_out(program, inputs)
     self.infos.update(zip(program.inputs, inputs, strict=True))
     self.infos.update((value, constant(const, value.shape)) for value, const in program.consts)
@@ -63,7 +62,7 @@ class Liveness:
     return [self.info(value) for value in program.outputs]
 
   def spec(self, node: Node, infos: Sequence[Info]) -> Spec:
-    """How a node relates axes, by the rules; its zeros as they were where their sign shows."""
+    """The spec by the rules; zeros of signed results stay as traced."""
     spec = self.rules(node, infos)
     if not any(out in self.signed for out in node.outs):
       return spec
@@ -71,27 +70,26 @@ class Liveness:
     return replace(spec, alive=frozenset(spec.sizes), kills=frozenset(), same_as=None, opaque=reason)
 
   def programs(self, node: Node, *builders: Callable[[], Program]) -> list[Program]:
-    """The programs that a node runs, built when they are first asked for."""
+    """The programs that a node runs, built on first use."""
     if len(self.subs.get(node, [])) != len(builders):
       self.subs[node] = [build() for build in builders]
     return self.subs[node]
 
   def backward(self, program: Program, asked: Sequence[Where | None]) -> None:
-    """Asks for the outputs, and for everything that they need in turn."""
+    """Demands the outputs, and all that they need."""
     for value, where in zip(program.outputs, asked, strict=True):
       if where is not None:
         self.ask(value, where)
     for node in reversed(program.nodes):
       if not self.runs(node):
         continue
-      self.conditions.pop(node, None)  # more may be asked for than in an earlier pass of a loop
+      self.conditions.pop(node, None)  # an earlier pass of a loop may have demanded less
       if node in self.subs:
         STRUCTURED[node.name].backward(node, self)
       else:
         self.backward_spec(node)
 
   def backward_spec(self, node: Node) -> None:
-    """Asks for what a node needs of its operands, by how it relates axes."""
     spec, infos = self.specs[node], [self.info(value) for value in node.ins]
     stored = self.wheres(node.outs)
     factors = self.factors[node] = needed(spec, infos, stored)
@@ -107,25 +105,24 @@ class Liveness:
         self.ask(value, Where(box, merged, when(box, operand)))
 
   def asked_by(self, node: Node) -> Factors:
-    """What a node asks of its operands, by its factors."""
     return asked_of_operands(self.specs[node], self.factors[node], self.wheres(node.outs))
 
   def wheres(self, values: Iterable[Value]) -> list[Where | None]:
-    """What is stored of arrays; None of those that nobody asks for."""
+    """What is stored of arrays; None if not demanded."""
     return [self.stored(value) if value in self.asked else None for value in values]
 
   def pass_on(self, values: Sequence[Value], inputs: Sequence[Value]) -> None:
-    """Asks of some operands what a program asks of the inputs that they are."""
+    """Demands of values what a program demands of the inputs that they become."""
     for value, inner in zip(values, inputs, strict=False):
       if inner in self.asked:
         self.ask(value, self.stored(inner))
 
   def runs(self, node: Node) -> bool:
-    """Whether a node has to run under any masks: somebody asks for a result, or it acts on the world outside."""
+    """Whether a node may have to run: a result is demanded, or it has outside effects."""
     return node.acts or node in self.also or any(out in self.asked for out in node.outs)
 
   def when(self, node: Node, held: Iterable[Set] = ()) -> Set:
-    """The condition that a node has to run, beyond that some sets are not empty."""
+    """The condition that a node must run, beyond that held sets are not empty."""
     if node not in self.conditions:
       self.conditions[node] = self._condition(node)
     return self.conditions[node](held)
@@ -142,11 +139,9 @@ class Liveness:
     return functools.partial(presence.of_node, self.specs[node], infos, results, self.factors[node])
 
   def info(self, value: Value) -> Info:
-    """What is known of a value."""
     return self.infos[value] if value.literal is None else constant(value.literal, value.shape)
 
   def stored(self, value: Value) -> Where:
-    """The entries of an array that are kept."""
     info = self.info(value)
     if value.literal is not None:
       return info.where
@@ -157,19 +152,17 @@ class Liveness:
     return Where(meet(info.possible, box), merged, sets.every(info.when, when))
 
   def ask(self, value: Value, where: Where) -> None:
-    """Adds to what is asked of an array."""
     if value.literal is None:
       self.asked_whole.add(value)
       before = self.asked.get(value)
       self.asked[value] = where if before is None else join(before, where, self.infos[value].possible)
 
   def ask_layer(self, value: Value, layer: int, where: Where) -> None:
-    """Adds to what is asked of one entry along the leading axis of an array."""
     if value.literal is not None:
       return
     layers = self.asked_layers.setdefault(value, {})
     layers[layer] = join(layers[layer], where) if layer in layers else where
-    # All layers together are asked for what any of them is: what each is has the say.
+    # The array gets the hull of all layers' demands; the precise ones are in layers.
     box, when = (*whole_box(value.shape[:1]), *where.box), where.when
     if value in self.asked:
       before = self.asked[value]
@@ -177,7 +170,7 @@ class Liveness:
     self.asked[value] = Where(box, when=when)
 
   def layers(self, value: Value) -> list[Where] | None:
-    """What is stored of each entry along the leading axis, if entries are all that anybody asks for."""
+    """What is stored of each layer, if only layers are demanded."""
     if value not in self.asked_layers or value in self.asked_whole:
       return None
     info, asked = self.infos[value], self.asked_layers[value]
@@ -204,12 +197,12 @@ def analyse(
   """Runs both passes.
 
   Args:
-    program: what to analyse.
+    program: the program.
     inputs: what is known of each input.
-    asked: what is asked of each output; None if nothing is.
-    rules: ``rules(node, infos)`` gives the ``Spec`` of a node that runs no program.
-    keep_masks: whether the program multiplies by masks; otherwise they are one on all that is left.
-    subs: the programs that nodes run, where another analysis has built them: then both speak of the same values.
+    asked: the demand on each output, or None.
+    rules: gives specs of nodes that run no program.
+    keep_masks: whether masks are multiplied; otherwise they are one on stored entries.
+    subs: the programs of nodes by another analysis, so that values are the same.
   """
   live = Liveness(rules, keep_masks, subs=dict(subs or {}))
   live.forward(program, inputs)

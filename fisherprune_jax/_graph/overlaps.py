@@ -1,9 +1,8 @@
-"""Features that lie below several factors of one product, such as one mask on both sides of a layer.
+"""Features below several factors of a product, as with one mask on both sides of a layer.
 
-To the first order the product ``a b`` loses ``a db + da b`` with a feature; in truth ``a db + da b - da db``. The
-excess ``da db`` is computed from the drops of each factor alone, for the features in question, and without
-cancellation: with one factor more, ``c``, it is ``excess c + drop dc``. It is less than the number of factors
-times what remains when it is taken off, so that little is lost to rounding there.
+To first order, ``a b`` loses ``a db + da b`` with a feature; exactly, it loses ``a db + da b - da db``. The excess ``da
+db`` comes from the factors' drops, without cancellation. With a further factor ``c`` it is ``excess c + drop dc``. It
+is less than the number of factors times the exact drop, so subtracting it loses little precision.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,11 +16,11 @@ from fisherprune_jax._graph.circuit import Circuit
 from fisherprune_jax._graph.sets import Set
 
 Scalar: TypeAlias = np.floating | jax.Array
-"""A number, or a vector of them side by side."""
+"""A number, or a vector of numbers."""
 
 
 class Monomial(NamedTuple):
-  """``scale`` times the sizes of ``factors``, in a sum."""
+  """A term of a sum: a scale times the sizes of factors."""
 
   sum: int
   scale: int
@@ -29,18 +28,16 @@ class Monomial(NamedTuple):
 
 
 class Lanes:
-  """Lanes of weights that a circuit hands down side by side; what hangs on different masks can share one."""
+  """Lanes of weights that a circuit propagates side by side; shared if masks differ."""
 
   def __init__(self) -> None:
     self._supports: list[int] = []
 
   @property
   def count(self) -> int:
-    """How many there are."""
     return len(self._supports)
 
   def new(self, support: int) -> int:
-    """A lane for something that hangs on the masks of ``support``."""
     lane = next((lane for lane, taken in enumerate(self._supports) if not taken & support), self.count)
     if lane == self.count:
       self._supports.append(0)
@@ -49,10 +46,9 @@ class Lanes:
 
 
 class Overlaps:
-  """The features in question: of entry ``i``, feature ``feature[i]`` is below several factors of ``monomial[i]``.
+  """Entry ``i``: feature ``feature[i]`` is below several factors of ``monomial[i]``.
 
-  Attributes:
-    lanes: the factors whose own drops are needed, and in which lane of weights each one's are found.
+  ``lanes`` are those of factors whose drops are needed.
   """
 
   def __init__(self, monomials: Sequence[Monomial], circuit: Circuit, lanes: Lanes) -> None:
@@ -73,11 +69,9 @@ class Overlaps:
     self._scale = np.array([m.scale for m in monomials], np.float32)[self.monomial]
 
   def excess(self, drops: jax.Array, values: jax.Array) -> jax.Array:
-    """What first-order drops have too much, per entry.
+    """The excess of first-order ``drops``, ``(lanes, features)``, per entry.
 
-    Args:
-      drops: ``(lanes, features)``.
-      values: ``(monomials, factors)``, the sizes of the factors.
+    ``values`` are sizes of factors, ``(monomials, factors)``.
     """
     flat = jnp.concatenate([drops.reshape(-1), jnp.zeros(1, drops.dtype)])  # the last for place -1
     factors = zip(values[self.monomial].T, (flat[place] for place in self._places.T), strict=True)
@@ -85,12 +79,12 @@ class Overlaps:
 
 
 class ProductDrop(NamedTuple):
-  """A product whose factors drop all at once.
+  """A product whose factors all drop.
 
   Attributes:
     value: the product before.
-    drop: by how much it drops.
-    excess: by how much less than the sum over factors of what it would lose with that one alone.
+    drop: its drop.
+    excess: its drops by single factors, minus the drop.
   """
 
   value: Scalar
@@ -99,11 +93,7 @@ class ProductDrop(NamedTuple):
 
 
 def product_drop(factors: Iterable[tuple[Scalar, Scalar]]) -> ProductDrop:
-  """The product of some values, each of which drops by something; nothing is lost to cancellation.
-
-  Args:
-    factors: of each its value, and by how much it drops: at most by all of it.
-  """
+  """The drop of a product of values that drop (at most by all), without cancellation."""
   value: Scalar = np.float32(1)
   drop: Scalar = np.float32(0)
   excess: Scalar = np.float32(0)

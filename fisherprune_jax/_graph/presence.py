@@ -1,8 +1,7 @@
-"""Whether there is anything at all of an array: the conditions beside its box.
+"""Conditions: whether an array has any entries, beside its box.
 
-A result is nothing where an operand that it is a multiple of is (``Roles.deciding``), along whichever axis; and where all
-operands are that it is a sum of. A node of whose results nothing is stored asks for nothing. What sets say themselves
-is no part of a condition: an operand that has an axis of the result need not be told that it is empty.
+A result is empty if an operand that decides it (``Roles.deciding``) is empty along any axis, or if all added operands
+are. Conditions leave out what sets imply, such as an empty axis that the result has too.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,15 +24,9 @@ def of_operands(
   held: Collection[Set] = (),
   but: int | None = None,
 ) -> Iterator[Set]:
-  """What has to hold of the operands for a result to be anything, beyond that none of its axes is empty.
+  """Conditions on operands for a result to have entries, beyond that its axes are not empty.
 
-  Args:
-    spec: how the node relates axes.
-    infos: what is known of the operands.
-    result: which one.
-    factors: of those that are summed over, the terms that there are.
-    held: sets that are known not to be empty.
-    but: an operand of which nothing need be said.
+  ``factors`` has the terms of summed factors, and ``held`` sets that are not empty; ``but`` leaves out an operand.
   """
   roles = spec.roles
   told, deciding, summed = roles.told[result] - spec.whole, roles.deciding[result], roles.summed
@@ -50,7 +43,7 @@ def of_operands(
 
 
 def inhabited(found: Iterable[Set], held: Collection[Set] = ()) -> Iterator[Set]:
-  """The conditions that sets are not empty, but for those that follow from ``held`` not being so."""
+  """The conditions that sets are not empty, unless held ones imply them."""
   for part in (part for s in found for part in s.factors):
     if part in held or (part.is_all and part.size != 0):
       continue
@@ -60,7 +53,7 @@ def inhabited(found: Iterable[Set], held: Collection[Set] = ()) -> Iterator[Set]
 
 
 class Result(NamedTuple):
-  """A result that somebody asks for: which it is, what is stored of it, and the condition under which it is asked for."""
+  """A demanded result: its number, what is stored, and the demand's condition."""
 
   number: int
   stored: Where
@@ -75,15 +68,9 @@ def of_node(
   held: Iterable[Set] = (),
   but: int | None = None,
 ) -> Set:
-  """The condition that a node has anything to do, beyond that some sets are not empty.
+  """The condition that a node has anything to do, beyond that held sets are not empty.
 
-  Args:
-    spec: how it relates axes.
-    infos: what is known of its operands.
-    results: those that are asked for.
-    factors: the entries of its factors that it works on.
-    held: the sets.
-    but: the operand that wants to know; whether that is anything it sees for itself.
+  ``factors`` has the entries that it works on; ``but`` is the operand that needs this, and knows whether it is empty.
   """
   held = [part for s in held for part in s.factors]
   found = []

@@ -1,12 +1,11 @@
-"""What masks cost, and what each feature costs, under ``jit``: all terms and all features at once.
+"""Costs and marginal costs under jit, for all terms and features in one pass.
 
-A sum of terms is a polynomial in the sizes of live sets. The sets are one circuit (``circuit.py``). What a term
-loses with a feature is, where the feature lies below one of its sets alone, what that set loses times the sizes
-of the others; so every set hands to its positions a weight, the sum over terms of the products of the others,
-and the circuit hands all weights down to the features in one pass. Where a feature lies below several sets of
-one term, that counts too much (``overlaps.py``), and what is too much is taken off.
+A sum of terms is a polynomial in the sizes of live sets; these are one circuit (circuit.py). If a feature is below one
+set of a term, the term loses the set's drop times the other sizes. So positions of a set have a weight: the sum over
+terms of the products of other sizes. The circuit propagates weights to features in one pass. For features below several
+sets of a term, that is too much, by the excess of overlaps.py.
 
-Programs are of one size, whatever the network: they work on a few arrays of static indices.
+Programs have one size for all networks: they work on few arrays of static indices.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,7 +24,7 @@ from fisherprune_jax._graph.terms import Term, Terms
 
 
 class Prices:
-  """Terms over masks of known sizes, given by key. Features are those of all masks, end to end, as booleans."""
+  """Terms over masks of known sizes, by key. Features are booleans for all masks, end to end."""
 
   def __init__(self, terms: Terms, masks: Mapping[Any, int]) -> None:
     self._sums = Sums(terms)
@@ -46,15 +45,14 @@ class Prices:
       self._own[lane, self._roots[s]] = 1
 
   def total(self, features: jax.Array) -> jax.Array:
-    """The sum of all terms, in float32."""
     return self._totals(self._counts(self._circuit.live(features, jnp)))[MAIN]
 
   def sizes(self, features: jax.Array, found: Sequence[Set]) -> jax.Array:
-    """How many positions each of some sets of the terms has, int32."""
+    """The sizes of some sets of the terms, int32."""
     return self._sizes(self._circuit.live(features, jnp))[np.array([self._roots[s] for s in found], np.int32)]
 
   def drops(self, features: jax.Array) -> jax.Array:
-    """For each feature: how much the sum drops if it goes too, in float32; never a difference of two totals."""
+    """For each feature, the drop of the sum, in float32; never a difference of totals."""
     live = self._circuit.live(features, jnp)
     counts = self._counts(live)
     found = self._circuit.drops(live, self._weights(counts), jnp)
@@ -67,19 +65,17 @@ class Prices:
     return found[self._lane_of_sum[MAIN]]
 
   def _counts(self, live: jax.Array) -> jax.Array:
-    """The size of every root, and at the end a one, in float32."""
+    """The size of every root, then a one, in float32."""
     return jnp.concatenate([self._sizes(live).astype(jnp.float32), jnp.ones(1, jnp.float32)])
 
   def _sizes(self, live: jax.Array) -> jax.Array:
-    """The size of every root, int32."""
     return self._positions.counts(live[: self._circuit.size], jnp)
 
   def _places_of(self, found: Iterable[Sequence[Set]]) -> np.ndarray:
-    """Where among the counts some sets' sizes are, one row each, filled up with that of the one."""
+    """Where sets' sizes are among the counts, a row each, padded with that of the one."""
     return filled(([self._roots[s] for s in factors] for factors in found), len(self._roots))
 
   def _totals(self, counts: jax.Array) -> jax.Array:
-    """The value of every sum."""
     outer = jnp.prod(counts[self._places_of(t.outer for t in self._terms)], axis=1)
     inner = jnp.prod(counts[self._places_of(t.inner or () for t in self._terms)], axis=1)
     scales, taps = (np.array([t[i] for t in self._terms], np.float32) for i in (0, 3))
@@ -94,30 +90,27 @@ class Prices:
     return totals
 
   def _weights(self, counts: jax.Array) -> jax.Array:
-    """``(lanes, gates)``: what each sum loses with one position of each root, at the gates of the positions.
-
-    In the lanes of ``Overlaps`` it is one: there the roots' own counts are asked for.
-    """
+    """``(lanes, gates)``: what sums lose with one position of each root; for overlaps, one."""
     handed = self._scale[:, None] * _products_of_others(counts[self._places])
     of_roots = jnp.asarray(self._own).at[self._lane[:, None], self._places].add(handed)
     return self._positions.spread(of_roots[:, :-1], jnp)
 
   def _with_groups(self, found: jax.Array, level: list[Group], totals: jax.Array) -> jax.Array:
-    """The largest sum of a group drops to what the sum that is then the largest still has."""
+    """The largest sum drops to what is then the largest."""
     own = [self._circuit.features_of(group.support) for group in level]
     group, features = np.repeat(np.arange(len(level)), [f.size for f in own]), np.concatenate(own)
     sums, lanes = choices(level), np.array(self._lane_of_sum)
     falls = found[lanes[sums[group]], features[:, None]] * self._hangs(own, sums)
     values = totals[sums]
-    behind = jnp.max(values, axis=1, keepdims=True) - values  # exactly zero for the largest one
+    behind = jnp.max(values, axis=1, keepdims=True) - values  # zero for the largest
     drop = jnp.min(behind[group] + falls, axis=1)
     parents = np.array([lanes[g.parent] for g in level])
     return found.at[parents[group], features].add(_scales(level)[group] * drop)
 
   def _hangs(self, own: list[np.ndarray], sums: np.ndarray) -> np.ndarray:
-    """``(features, sums)``: of features of several groups, end to end, whether the sums of the group hang on each.
+    """``(features, sums)``: for features of groups, whether the group's sums depend on each.
 
-    Others may share the lane of a sum.
+    Others may share a sum's lane.
     """
     below = {at: self._circuit.features_of(self._sums.supports[at]) for at in {*sums.flat}}
     groups = zip(own, sums, strict=True)
@@ -129,7 +122,6 @@ def _scales(level: list[Group]) -> np.ndarray:
 
 
 def _products_of_others(values: jax.Array) -> jax.Array:
-  """For each value of a row the product of all the others."""
   before, after = jnp.ones_like(values), jnp.ones_like(values)
   for at in range(1, values.shape[1]):
     before = before.at[:, at].set(before[:, at - 1] * values[:, at - 1])

@@ -1,11 +1,10 @@
 """A traced function as plain data: values, and nodes that compute them.
 
-A ``Program`` is a jaxpr with calls to ``jit`` flattened away and **fresh values for every call**. The second
-point matters: JAX caches the jaxprs of jitted helpers, so two calls of ``nn.relu`` on one shape share the
-variables of their inner jaxpr, and facts about one call would overwrite facts about the other.
+A program is a jaxpr with calls to jit inlined, and **fresh values for every call**. JAX caches the jaxprs of jitted
+helpers. So two calls of ``nn.relu`` share inner variables, and facts about one would overwrite those about the other.
 
-Entries that are picked from a reshaped array are picked before it is reshaped: of ``x.reshape(n, 3, heads, depth)``, of
-which only ``[:, 0]``, ``[:, 1]`` and ``[:, 2]`` are read, every one has axes of its own then, as ``jnp.split`` would give.
+Single entries of a reshaped array are picked before the reshape. So the parts ``x.reshape(n, 3, heads, depth)[:, i]``
+have separate axes, as after ``jnp.split``.
 """
 
 import math
@@ -25,20 +24,19 @@ INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_cal
 
 @dataclass(eq=False, slots=True)
 class Value:
-  """One array of a program. ``literal`` holds the value where it is written into the program."""
+  """A literal is a value written into the program."""
 
   aval: Any
   literal: Any = None
 
   @property
   def shape(self) -> tuple[Size, ...]:
-    """Its full shape; sizes may be symbolic."""
     return getattr(self.aval, "shape", ())
 
 
 @dataclass(eq=False, slots=True)
 class Node:
-  """One application of a primitive; ``callers`` are the equations that it is inside of."""
+  """One application of a primitive, inside the calls ``callers``."""
 
   eqn: compat.Equation
   ins: list[Value]
@@ -47,34 +45,31 @@ class Node:
 
   @property
   def name(self) -> str:
-    """The primitive's name."""
     return self.eqn.primitive.name
 
   @property
   def params(self) -> compat.Params:
-    """The primitive's parameters."""
     return self.eqn.params
 
   @property
   def acts(self) -> bool:
-    """Whether it acts on the world outside, as an ``io_callback`` does, so that it has to run; printing does not."""
+    """Whether it must run for its outside effects (``io_callback``, but not printing)."""
     return compat.acts(self.eqn)
 
   @property
   def source(self) -> str:
-    """The user's line that it came from."""
     found = (compat.source_of(eqn) for eqn in (self.eqn, *reversed(self.callers)))
     return next(filter(None, found), "unknown source")
 
   @property
   def scope(self) -> str:
-    """The names that it was traced under, such as the Flax modules ``Net/Dense_0``; empty if there are none."""
+    """Its names, such as the Flax modules ``Net/Dense_0``."""
     return "/".join(filter(None, (compat.scope_of(eqn) for eqn in (*self.callers, self.eqn))))
 
 
 @dataclass(eq=False)
 class Program:
-  """Inputs, constants, nodes in order of execution, and outputs; whether known positions are spelled out (``spelled.py``)."""
+  """Inputs, constants, nodes in order, outputs; and whether spelled.py has rewritten it."""
 
   inputs: list[Value]
   consts: list[tuple[Value, Any]]
@@ -84,13 +79,13 @@ class Program:
 
 
 def trace(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Program, PyTree]:
-  """Traces ``fn`` at ``args`` (arrays or abstract); returns its program and the tree of its results."""
+  """Returns the program, and the tree of results."""
   jaxpr, out_tree = compat.trace(fn, *args)
   return build(jaxpr), out_tree
 
 
 def build(closed: Any, callers: tuple[compat.Equation, ...] = ()) -> Program:
-  """Turns an open or closed jaxpr, called from ``callers``, into a program of its own fresh values."""
+  """From an open or closed jaxpr, with fresh values."""
   jaxpr, consts = compat.open_jaxpr(closed)
   env = {var: Value(var.aval) for var in (*jaxpr.constvars, *jaxpr.invars)}
   constants = [(env[var], const) for var, const in zip(jaxpr.constvars, consts, strict=True)]
@@ -104,7 +99,6 @@ def build(closed: Any, callers: tuple[compat.Equation, ...] = ()) -> Program:
 def _append(
   program: Program, jaxpr: Any, env: dict[Any, Value], callers: tuple[compat.Equation, ...]
 ) -> list[Value]:
-  """Appends the equations of ``jaxpr`` to ``program``; returns its outputs."""
 
   def read(atom: Any) -> Value:
     return Value(atom.aval, atom.val) if isinstance(atom, compat.Literal) else env[atom]
@@ -134,7 +128,7 @@ def _inline(
 def nodes_of(
   program: Program, fn: Callable[..., jax.Array], ins: Sequence[Value], instead: Node
 ) -> list[Node]:
-  """Nodes that compute the one result of another node by ``fn``, for the same program; there is at least one."""
+  """Nodes that compute the result of another by ``fn``."""
   closed, _ = compat.trace(fn, *(jax.ShapeDtypeStruct(value.shape, value.aval.dtype) for value in ins))
   jaxpr, consts = compat.open_jaxpr(closed)
   held = [Value(var.aval) for var in jaxpr.constvars]
@@ -149,14 +143,14 @@ def nodes_of(
 
 
 class _Pick(NamedTuple):
-  """One entry along an axis of a reshaped array, which a node reads.
+  """One entry along an axis of a reshaped array, read by a node.
 
   Attributes:
     node: the node.
-    result: which of its results is the entry.
-    order: the axes of the reshaped array, in the order in which the node reads them.
-    axis: along which of them it picks.
-    at: the position of the entry.
+    result: which of its results it is.
+    order: the axes of the reshaped array, in the node's order.
+    axis: the picked axis.
+    at: the position.
     drops: whether the result lacks the axis.
   """
 
@@ -169,14 +163,14 @@ class _Pick(NamedTuple):
 
 
 class _Picks(NamedTuple):
-  """The nodes that only move a reshaped array or pick from it, the reshape first; and the picks."""
+  """Nodes that only move a reshaped array or pick from it, the reshape first."""
 
   moved: list[Node]
   picks: list[_Pick]
 
 
 def pick_first(program: Program) -> None:
-  """Picks entries before a reshape, wherever nothing else is read of it."""
+  """Picks before a reshape, if nothing else of its result is read."""
   readers: dict[Value, list[Node]] = defaultdict(list)
   for node in program.nodes:
     for value in node.ins:
@@ -198,7 +192,7 @@ def pick_first(program: Program) -> None:
 
 
 def _picks_of(reshape: Node, readers: dict[Value, list[Node]], outputs: set[Value]) -> _Picks | None:
-  """What is read of a reshaped array, if that is single entries along one axis and nothing else."""
+  """The reads of a reshaped array, if all are single entries along one axis."""
   if reshape.params.get("dimensions") is not None or reshape.params.get("sharding") is not None:
     return None
   moved, picks, ranged = [reshape], list[_Pick](), set[int]()
@@ -208,7 +202,7 @@ def _picks_of(reshape: Node, readers: dict[Value, list[Node]], outputs: set[Valu
     value,
     order,
     starts,
-  ) in waiting:  # what is moved, the axes in their order, and where its entries begin along each
+  ) in waiting:  # value, order of its axes, first entries
     if value in outputs:
       return None
     for node in readers[value]:
@@ -231,7 +225,7 @@ def _picks_of(reshape: Node, readers: dict[Value, list[Node]], outputs: set[Valu
 
 
 def _entries(node: Node, order: tuple[int, ...], starts: tuple[int, ...]) -> Iterator[_Pick]:
-  """The single entries along one axis that a node takes of its operand; nothing if it does anything else."""
+  """The single entries along one axis that a node takes, if it does nothing else."""
   if node.name == "unstack" or (node.name == "split" and set(node.params["sizes"]) == {1}):
     drops, axis = node.name == "unstack", node.params["axis"]
     for at in range(len(node.outs)):
@@ -241,14 +235,12 @@ def _entries(node: Node, order: tuple[int, ...], starts: tuple[int, ...]) -> Ite
 
 
 class _Range(NamedTuple):
-  """Some neighbours along one axis."""
-
   axis: int
   start: int
 
 
 def _range(node: Node) -> _Range | None:
-  """What a slice takes, if it takes neighbours along one axis, and all there is along the others."""
+  """What a slice takes, if it cuts one axis without strides."""
   if node.name != "slice":
     return None
   shapes = zip(node.ins[0].shape, node.outs[0].shape, strict=True)
@@ -259,7 +251,7 @@ def _range(node: Node) -> _Range | None:
 
 
 def _merged(reshape: Node, axis: int) -> tuple[int, int, int] | None:
-  """Of which axis an axis of the result was a part, and how many entries were before it and behind it; None if behind it none."""
+  """The operand axis that a result axis is part of, and the sizes before and behind it (if there are such)."""
   before, after = reshape.ins[0].shape, reshape.outs[0].shape
   if not all(map(compat.is_static_size, after[axis:])) or 0 in after[axis:]:
     return None
@@ -276,7 +268,7 @@ def _merged(reshape: Node, axis: int) -> tuple[int, int, int] | None:
 
 
 def _picked(reshape: Node, pick: _Pick) -> tuple[list[Node], Value]:
-  """Nodes that pick an entry before they reshape it, and what they give."""
+  """Nodes that pick and then reshape, and their result."""
   (source,), (whole,) = reshape.ins, reshape.outs
   merged = _merged(reshape, pick.axis)
   assert merged is not None

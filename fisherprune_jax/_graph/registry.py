@@ -1,4 +1,4 @@
-"""Which rule speaks for which primitive: the library's own rules, and those of its users."""
+"""The rules of the library and of users."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from fisherprune_jax._graph.spec import Spec
 from fisherprune_jax._graph.structured import STRUCTURED
 
 SpecRule = Callable[[Node, Sequence[Info]], Spec | None]
-"""``rule(node, infos) -> Spec``, or None for what it does not cover; ``infos`` are the operands' ``Info``."""
+"""``rule(node, infos)`` returns a spec, or None if not covered; ``infos`` describe operands."""
 
 _built_in: dict[str, SpecRule] = {}
 _taught: dict[str, SpecRule] = {}
@@ -22,23 +22,22 @@ _lock = threading.Lock()
 def register_rule(primitive: Primitive | str, rule: SpecRule, *, override: bool = False) -> None:
   """Teaches the engine a primitive: ``rule(node, infos)`` returns the ``Spec`` of one application.
 
-  Liveness, cost and execution follow from the ``Spec``; :mod:`fisherprune_jax.rules` has what rules are made of, and
-  two worked examples. What a rule returns is checked against the operands and results of each application.
+  Liveness, cost and execution follow from it. :mod:`fisherprune_jax.rules` has building blocks and two examples. Each
+  spec is checked against its application.
 
-  A rule speaks in what is traced after it was registered. Cost models and compact networks that exist already keep
-  the rules that they were made with (a compact network that is called with other shapes is traced anew): teach
-  first, then trace.
+  Register rules before you trace: existing cost models and compact networks keep theirs. (A compact network called with
+  other shapes is traced again.)
 
   Args:
     primitive: a JAX primitive, or its name.
-    rule: called for the applications found in a traced program, from several threads if there are several; may
-      return None for one that it does not cover. ``node`` has ``ins`` and ``outs`` (with ``shape``), ``params`` and
-      ``name``; ``infos`` tell what is known of each operand. It must say the same whenever it is asked the same.
-    override: whether it may replace a rule of the library's own. One's own rule can be registered anew without.
+    rule: called for each application in a traced program, maybe from several threads. It must be deterministic; it
+      returns None for what it does not cover. ``node`` has ``ins`` and ``outs`` (with ``shape``), ``params`` and
+      ``name``; ``infos`` describe operands.
+    override: whether to replace a rule of the library. Your rules can be replaced without it.
 
   Raises:
-    ValueError: if ``primitive`` is neither a primitive nor a name, if it runs programs of its own (``scan``, ``cond``,
-      ``jit``, ...), if the library has a rule for it and ``override`` is not set, or if ``rule`` cannot be called.
+    ValueError: if ``primitive`` is neither a primitive nor a name, or runs other programs (``scan``, ``cond``, ``jit``,
+      ...). Also if the library has a rule and ``override`` is not set, or if ``rule`` is not callable.
 
   >>> from jax.extend.core import Primitive
   >>> import fisherprune_jax as fp
@@ -46,8 +45,7 @@ def register_rule(primitive: Primitive | str, rule: SpecRule, *, override: bool 
   >>> fp.register_rule(softer_p, fp.rules.elementwise)
 
   References:
-    Shardy (https://openxla.org/shardy), whose sharding rules name the factors that the axes of operands and results
-    share in the same way.
+    Shardy (https://openxla.org/shardy): its sharding rules name factors in the same way.
   """
   name = _name_of(primitive)
   require(
@@ -73,14 +71,14 @@ def register_rule(primitive: Primitive | str, rule: SpecRule, *, override: bool 
 
 
 def built_in(primitive: str, rule: SpecRule) -> None:
-  """Registers a rule of the library's own."""
+  """Registers a rule of the library."""
   _built_in[primitive] = rule
 
 
 def rule_for(primitive: Primitive | str) -> SpecRule | None:
-  """The rule that speaks for a primitive, given by itself or by its name; None if there is none.
+  """The rule for a primitive or its name; None without one.
 
-  To replace a rule by one that builds on it: take it from here first, call it in one's own, and change what it says.
+  To extend a rule, get it before you register yours; yours calls it and changes the spec.
 
   >>> import dataclasses
   >>> import fisherprune_jax as fp
@@ -95,17 +93,16 @@ def rule_for(primitive: Primitive | str) -> SpecRule | None:
 
 
 def rule_named(name: str) -> SpecRule | None:
-  """The rule that speaks for the primitive of a name, a user's before the library's own; None if there is none."""
+  """The rule for a primitive's name, a user's before the library's."""
   return _taught.get(name) or _built_in.get(name)
 
 
 def is_taught(primitive: str) -> bool:
-  """Whether the rule for a primitive is a user's."""
+  """Whether it has a user's rule."""
   return primitive in _taught
 
 
 def known() -> frozenset[str]:
-  """The names of all primitives that there is a rule for."""
   return frozenset(_built_in) | frozenset(_taught)
 
 

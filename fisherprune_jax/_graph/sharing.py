@@ -1,8 +1,8 @@
-"""Gates of a circuit below both of whose inputs the same features lie, and what is critical to them.
+"""Gates with the same features below both inputs.
 
-Most circuits have none: then nothing here is computed. Else, for the gates in question, those features are
-looked at one by one: a *pair* is a gate and a feature that lies below it, and it is known to be critical or not
-from the pairs of that feature and the gate's two inputs. Pairs are found once, on the host.
+Most circuits have none, and then nothing is computed. Otherwise these features are looked at one by one. A *pair* is a
+gate and a feature below it. Whether it is critical follows from the feature's pairs with the gate's inputs. Pairs are
+found once, on the host.
 """
 
 from collections.abc import Sequence
@@ -15,21 +15,17 @@ from fisherprune_jax._graph.layers import Layers, put
 from fisherprune_jax._types import Array
 
 NONE = 0
-"""The pair that stands for "this feature does not lie below"; from 1 on come the features' own, then those of wide gates."""
+"""The pair for "not below". Then come the features' own, and those of wide gates."""
 
 
 class Sharing:
   """The pairs that a circuit needs.
 
-  Args:
-    features: how many there are.
-    wiring: the gates behind them.
-
   Attributes:
-    left: the inputs as given, but that of the two the right one has fewer features below where weights are cut.
-    right: likewise.
-    cut: the gates that hand no weight to their right input.
-    found: whether there are any such gates.
+    left: the left inputs; where weights are cut, the right has fewer features below.
+    right: the right inputs.
+    cut: the gates that pass no weight to the right.
+    found: whether any gate needs correction.
   """
 
   def __init__(self, features: int, wiring: Wiring) -> None:
@@ -47,7 +43,7 @@ class Sharing:
     shared = np.zeros(self.left.size, bool)
     shared[gate[twice]] = True
     self.cut = shared & self._every
-    # Cut the input with fewer features below, as each of them needs a pair.
+    # Cut the input with fewer features below, as each needs a pair.
     counts = np.stack([np.bincount(gate, side != NONE, self.left.size) for side in below])
     swap = self.cut & (counts[1] > counts[0])
     self.left, self.right = np.where(swap, self.right, self.left), np.where(swap, self.left, self.right)
@@ -58,8 +54,8 @@ class Sharing:
     self._keep_needed(pairs, below, wanted)
 
   def _keep_needed(self, pairs: "_Pairs", below: np.ndarray, wanted: np.ndarray) -> None:
-    """Drops the pairs that nothing hangs on, and numbers the others anew."""
-    own = self._own = pairs.own  # the number of the first pair of a gate of two inputs
+    """Drops pairs that are not needed, and renumbers the rest."""
+    own = self._own = pairs.own  # the first pair of a gate with two inputs
     self._wide, self._below = pairs.wide, pairs.below
     needed = np.zeros(own + pairs.gate.size, bool)
     needed[below[:, wanted]] = True
@@ -79,12 +75,9 @@ class Sharing:
     self._size = kept.size
 
   def extras(self, live: Array, last: Array, xp: ModuleType) -> tuple[np.ndarray, np.ndarray, Array]:
-    """Gates, features, and whether the feature takes the gate's weight beyond what is handed on.
+    """Gates, features, and whether the feature gets the gate's weight beyond the reverse pass.
 
-    Args:
-      live: which gates are alive.
-      last: of each wide gate, whether one of its features alone is.
-      xp: the module that computes.
+    ``last`` tells which wide gates have one live feature.
     """
     gates, features, every, left, right = self._extras
     alive = live[FEATURES : FEATURES + self._features]
@@ -104,16 +97,16 @@ class Sharing:
 
 
 class _Pairs:
-  """All pairs of some gates, and of what lies below them.
+  """The pairs of some gates, and of all below them.
 
   Attributes:
-    start: the first gate of two inputs.
+    start: the first gate with two inputs.
     own: the number of its first pair.
-    wide: for each pair of a wide gate before that, which of these it is of.
-    below: likewise, the feature.
-    gate: of each other pair.
-    feature: likewise.
-    left: the pair of the same feature and the gate's left input, ``NONE`` if it does not lie there.
+    wide: the gate of each pair of a wide gate.
+    below: its feature.
+    gate: the gate of each other pair.
+    feature: its feature.
+    left: the feature's pair with the left input, or NONE.
     right: likewise.
     spans: the layers of pairs.
   """
@@ -127,8 +120,8 @@ class _Pairs:
     asked = wanted[end + wiring.wide]
     self.wide, self.below = wiring.wide[asked], wiring.below[asked]
     self.own = self._known = 1 + features + self.wide.size
-    self._feature = np.concatenate([np.arange(-1, features), self.below])  # by pair, with room for more
-    self._first = np.zeros(wanted.size, np.int64)  # by gate, its first pair
+    self._feature = np.concatenate([np.arange(-1, features), self.below])  # by pair, with spare room
+    self._first = np.zeros(wanted.size, np.int64)  # by gate
     self._count = np.zeros(wanted.size, np.int64)
     self._first[FEATURES:end] = 1 + np.arange(features)
     self._count[FEATURES:end] = 1
@@ -140,7 +133,7 @@ class _Pairs:
     self.gate, self.feature, self.left, self.right = map(np.concatenate, zip(*found, strict=True))
 
   def _wanted(self, layers: Sequence[tuple[int, int]]) -> np.ndarray:
-    """The gates whose pairs are needed: those with features below both inputs, maybe, and all below them."""
+    """The gates that need pairs: those that may share features, and all below."""
     wanted = np.concatenate([np.zeros(self.start, bool), self._wiring.shared])
     for low, high in reversed(layers):
       there = wanted[self.start + low : self.start + high]
@@ -149,7 +142,7 @@ class _Pairs:
     return wanted
 
   def _layer(self, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The pairs of some gates of one layer: gate, feature, and what is left and right of it."""
+    """The pairs of a layer's gates: gate, feature, left and right."""
     gates = self.start + at
     codes, sides = [], []
     for inputs in (self._wiring.left[at], self._wiring.right[at]):

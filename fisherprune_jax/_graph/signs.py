@@ -1,9 +1,9 @@
-"""Values of which the sign of a zero shows.
+"""Values with zeros whose sign shows.
 
-A mask times a negative number is -0.0, and an entry that is not stored is shown as +0.0. Almost nothing can tell
-the two apart; ``atan2``, ``bitcast_convert_type``, ``top_k`` and a division by them can. From the operands of those
-this walks back through whatever hands the sign of a zero on, until something does not (a sum of several terms, an
-``exp``). What it finds has to be computed as it was, its masks multiplied.
+A mask times a negative number is -0.0, but entries that are not stored are shown as +0.0. Few primitives can tell:
+``atan2``, ``bitcast_convert_type``, ``top_k``, and division by them. This walks back from their operands, until a
+primitive does not pass the sign on (a sum of several terms, an exp). The values found are computed as traced, with
+masks multiplied.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -18,13 +18,7 @@ Links = Callable[[Node], Iterable[Any]]
 
 
 def shown(program: Program, specs: Mapping[Node, Spec], links: Links) -> set[Value]:
-  """The values of a program, and of those that it runs, of which the sign of a zero can show in a result.
-
-  Args:
-    program: the program.
-    specs: how its nodes relate axes, and which operands' signs they see or are blind to.
-    links: how the programs that a node runs are tied to it.
-  """
+  """The values of a program (and of those inside) with zeros whose sign shows in a result."""
   found: set[Value] = set()
   _walk(program, specs, links, found)
   return found
@@ -36,7 +30,7 @@ def _walk(program: Program, specs: Mapping[Node, Spec], links: Links, found: set
       _through(node, specs[node], found)
       continue
     before = -1
-    while before < len(found):  # a loop hands on what later turns see
+    while before < len(found):  # in loops, later iterations see the signs of earlier ones
       before = len(found)
       for link in links(node):
         found |= {inner for outer, inner in link.outs if outer in found}

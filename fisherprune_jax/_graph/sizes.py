@@ -1,4 +1,4 @@
-"""Arithmetic on the sizes of axes, which may be symbols of a shape-polymorphic trace."""
+"""Arithmetic on axis sizes, which may be symbols."""
 
 import itertools
 import operator
@@ -9,12 +9,11 @@ from fisherprune_jax._types import Size
 
 
 def are_static(sizes: Sequence[Size]) -> bool:
-  """Whether all sizes are numbers."""
   return all(map(compat.is_static_size, sizes))
 
 
 def quotient(a: Size, b: Size) -> Size | None:
-  """``a / b`` where that is a whole number, whatever value the symbols have; else None.
+  """``a / b`` if it is whole for all values of symbols; else None.
 
   >>> quotient(24, 8), quotient(24, 7)
   (3, None)
@@ -27,7 +26,7 @@ def quotient(a: Size, b: Size) -> Size | None:
 
 
 def runs(a: Sequence[Size], b: Sequence[Size]) -> list[tuple[slice, slice]]:
-  """The shortest runs of two shapes with equal products, in order. The last run takes what remains.
+  """The shortest runs of two shapes with equal products, in order; the last takes the rest.
 
   >>> runs([2, 3, 4], [6, 2, 2])
   [(slice(0, 2, None), slice(0, 1, None)), (slice(2, 3, None), slice(1, 3, None))]

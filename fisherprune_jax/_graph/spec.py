@@ -1,13 +1,13 @@
-"""One fact per primitive: how the axes of its operands relate to the axes of its results.
+"""How a primitive relates the axes of operands and results: one ``Spec`` per application.
 
-A ``Spec`` names the *factors* of one application, as in ``b m k, b k n -> b m n``. An axis is one factor, or
+A spec names *factors*, as in ``b m k, b k n -> b m n``. An axis is one factor, or
 
-- ``None``: unlinked to any other axis (a size-1 axis that broadcasts);
-- ``Prod(("h", "w", "c"))``: several factors merged, row-major (reshape, grouped convolution);
-- ``Sum(("a", "b"))``: several factors end to end (concatenate, split);
-- ``Pick("a", index)``: a static selection of a factor's entries (slice, pad, reverse).
+- ``None``: not linked to other axes (a size-1 axis that broadcasts);
+- ``Prod(("h", "w", "c"))``: factors merged, row-major (reshape, grouped convolution);
+- ``Sum(("a", "b"))``: factors end to end (concatenate, split);
+- ``Pick("a", index)``: a static selection of entries (slice, pad, reverse).
 
-From it liveness, cost and execution follow; no rule states any of them itself.
+Liveness, cost and execution follow from it.
 """
 
 import functools
@@ -43,7 +43,7 @@ class Sum:
 
 @dataclass(frozen=True, eq=False)
 class Pick:
-  """Entry ``index[i]`` of a factor at position ``i``; -1 is a zero of the primitive's own making, or operand 1 if ``filled``."""
+  """Entry ``index[i]`` of a factor at position ``i``; -1 puts in a zero, or operand 1 if ``filled``."""
 
   factor: Factor
   index: np.ndarray
@@ -54,11 +54,11 @@ Axis = Factor | Prod | Sum | Pick | None
 Axes = tuple[Axis, ...]
 Sizes = dict[Factor, Size]
 Bind = Callable[[Node, Sequence[jax.Array], Sizes], Sequence[jax.Array]]
-"""``bind(node, arrays, sizes)``: the results of a primitive, of live entries; ``sizes`` are those of its factors."""
+"""``bind(node, arrays, sizes)`` applies a primitive to live entries; ``sizes`` are the live sizes of its factors."""
 
 
 class Flops(NamedTuple):
-  """``scale * prod(outer) * max(2 K - 1, 0)``, ``K = taps * prod(inner)``; without ``inner`` no last factor."""
+  """A count ``scale * prod(outer) * max(2 K - 1, 0)``, ``K = taps * prod(inner)``; without ``inner``, the max is 1."""
 
   outer: tuple[Factor, ...]
   inner: tuple[Factor, ...] | None = None
@@ -71,24 +71,24 @@ class Spec:
   """How one application of a primitive relates axes.
 
   Attributes:
-    ins: per operand, its axes.
-    outs: per result, its axes.
-    sizes: the full size of every factor.
-    kills: operands of which a zero alone makes the result zero, as in a product.
-    neutral: operands whose zeros say nothing about the result (constants, predicates).
-    alive: factors along which the result is non-zero whatever the operands are.
-    whole: factors of which every entry must be there for the primitive to be right.
-    flops: what one application costs.
-    counted: whether ``flops`` says so; False where nobody knows what it costs.
-    moves: whether the result holds the values of operand 0, moved or cast but never computed with.
-    opaque: why a dead entry has to stay, for the report; empty where nothing has to.
-    same_as: the operand that the result equals on live entries (the other one is a mask of ones there).
-    sees: operands of which the sign of a zero shows in the result, in more than the sign of a zero.
-    blind: operands of which the sign of a zero does not show at all; of the others it becomes that of a zero.
-    weak: summed factors of which the node could do without (for a diagnosis alone; no rule says so).
-    lasts: whether results are there even if operands are not (likewise).
-    windows: how windows slide from factors of operands to factors of results, both of them whole.
-    bind: ``bind(node, arrays, sizes)`` applies the primitive to live entries; None applies it as traced.
+    ins: axes per operand.
+    outs: axes per result.
+    sizes: full size per factor.
+    kills: absorbing operands: a zero in one makes the result zero, as in a product.
+    neutral: operands whose zeros do not matter (constants, predicates).
+    alive: factors along which it densifies: zeros may become non-zero.
+    whole: indivisible factors: every entry is needed.
+    flops: the cost of one application.
+    counted: False if the cost is unknown.
+    moves: whether the result is operand 0, moved or cast but not computed with.
+    opaque: why dead entries must be kept, for the report; empty if none must.
+    same_as: the operand that the result equals on live entries, where the other is a mask of ones.
+    sees: sign-sensitive operands: the sign of a zero changes more than the sign of a zero.
+    blind: sign-insensitive operands: the sign of a zero never shows. (Otherwise it becomes that of a zero.)
+    weak: summed factors that it could do without; for diagnosis only.
+    lasts: whether results remain if operands are empty; for diagnosis only.
+    windows: windows from factors of operands to factors of results, both indivisible.
+    bind: applies the primitive to live entries; None applies it as traced.
   """
 
   ins: tuple[Axes, ...]
@@ -112,24 +112,24 @@ class Spec:
 
   @functools.cached_property
   def roles(self) -> "Roles":
-    """What follows from it for zeros; found once for all that are alike."""
+    """What it implies for zeros; cached."""
     picks = any(isinstance(axis, Pick) for axes in self.outs for axis in axes)
-    find = _roles.__wrapped__ if picks else _roles  # an index is of one application, and may be long
+    find = _roles.__wrapped__ if picks else _roles  # an index belongs to one application, and may be long
     factors = tuple(self.sizes)
     return find(self.ins, self.outs, factors, self.kills, self.neutral, self.alive, self.whole, self.lasts)
 
 
 class Roles(NamedTuple):
-  """What follows from a ``Spec`` for arrays that are zero along some factor, or altogether.
+  """What a spec implies for arrays that are zero along a factor, or everywhere.
 
   Attributes:
-    givers: of every factor that operands have, which do, without those whose zeros say nothing.
-    keeping: the factors at a position of which results are zero where all operands that have them are.
-    summed: the factors that no result has, of which entries may be left out.
-    told: per result, the factors that are not empty where its axes are not: these have no positions of others.
-    deciding: per result, the operands of which each alone makes all of it zero where all of that operand is.
-    adding: the operands that decide nothing alone: results are like sums of them.
-    vanishing: per result, whether all of it is zero where all operands are that are added.
+    givers: per factor, the operands that have it, without neutral ones.
+    keeping: factors along which results are zero where all givers are.
+    summed: factors that no result has, and that may lose entries.
+    told: per result, factors that are not empty if its axes are not, as they are alone on these.
+    deciding: per result, operands that make all of it zero if one of them is all zero.
+    adding: the other operands: results are like sums of them.
+    vanishing: per result, whether it is all zero if all added operands are.
   """
 
   givers: dict[Factor, tuple[int, ...]]
@@ -174,12 +174,12 @@ def _roles(
 
 
 def _has_others(axis: Axis) -> bool:
-  """Whether an axis has positions that are none of one factor's."""
+  """Whether an axis has positions outside of one factor."""
   return isinstance(axis, Sum) or (isinstance(axis, Pick) and axis.filled)
 
 
 def names_of(shape: Sequence[Size]) -> tuple[Factor, ...]:
-  """A factor for each axis of a shape: ``d0 d1 ...``.
+  """One factor per axis of a shape: ``d0 d1 ...``.
 
   >>> import fisherprune_jax as fp
   >>> fp.rules.names_of((5, 4))
@@ -189,7 +189,6 @@ def names_of(shape: Sequence[Size]) -> tuple[Factor, ...]:
 
 
 def factors_of(axis: Axis) -> tuple[Factor, ...]:
-  """The factors that an axis is made of."""
   if axis is None:
     return ()
   if isinstance(axis, Pick):
@@ -198,7 +197,7 @@ def factors_of(axis: Axis) -> tuple[Factor, ...]:
 
 
 def compose(axis: Axis, factors: dict[Factor, Set], size: Size) -> Set:
-  """The set of an axis from the sets of its factors."""
+  """The set of an axis from those of its factors."""
   if axis is None:
     return sets.everything(size)
   if isinstance(axis, str):
@@ -211,11 +210,11 @@ def compose(axis: Axis, factors: dict[Factor, Set], size: Size) -> Set:
 
 
 def project(axis: Axis, whole: Set, factor: Factor, sizes: Sizes) -> Set:
-  """The smallest set of one factor of an axis that the axis's set allows."""
+  """The smallest set of one factor that the axis's set allows."""
   if isinstance(axis, str):
     return whole
   if isinstance(axis, Pick):
-    return sets.any_of(whole, axis.index, sizes[factor])  # what any position shows
+    return sets.any_of(whole, axis.index, sizes[factor])  # shown at any position
   assert axis is not None
   at = axis.parts.index(factor)
   if isinstance(axis, Prod):

@@ -1,8 +1,7 @@
-"""Reads and writes at known positions, spelled out by simpler primitives.
+"""Rewrites reads and writes at known positions as simpler primitives.
 
-A gather by a table of positions is a gather by their list, and a reshape. An array with some entries replaced is what
-lies before these, the new entries, and what lies behind, end to end. So the rules of the simpler primitives say where
-results can be non-zero, for several axes together too.
+A gather by a table becomes a gather by a list, and a reshape. An array with replaced entries becomes a concatenation:
+what is before, the new entries, and what is behind. So the rules of simpler primitives apply, also to joint axes.
 """
 
 import threading
@@ -20,14 +19,14 @@ from fisherprune_jax._graph.registry import is_taught
 from fisherprune_jax._graph.sizes import are_static
 
 Known = Sequence[np.ndarray | None]
-"""The values of a node's operands, where they are known."""
+"""The values of operands, if known."""
 Plain = Callable[..., jax.Array]
-"""The result of a node, of its arrays."""
+"""Computes a node's result."""
 _lock = threading.Lock()
 
 
 def spell_out(program: Program, inputs: Sequence[Info]) -> None:
-  """Replaces the reads and writes at known positions in a program, once for all that analyse it."""
+  """Rewrites a program once."""
   with _lock:
     if program.is_spelled:
       return
@@ -53,7 +52,7 @@ def _spelled(program: Program, inputs: Sequence[Info]) -> list[Node]:
 
 
 def _simpler(program: Program, node: Node, known: Known) -> list[Node]:
-  """The nodes that take the place of one; itself if it is none of these, or positions are not known."""
+  """The nodes that replace one; itself if positions are unknown."""
   if node.name not in SPELLED or is_taught(node.name):
     return [node]
   arrays, find = SPELLED[node.name]
@@ -65,13 +64,13 @@ def _simpler(program: Program, node: Node, known: Known) -> list[Node]:
 
 
 def _sliced(node: Node, known: Known) -> Plain | None:
-  """``dynamic_slice``: one window, moved back where it would reach beyond the end."""
+  """One window, moved inside if it reaches beyond the end."""
   windows = _windows(node.ins[0].shape, node.outs[0].shape, known[1:], moves_back=True)
   return None if windows is None else lambda x: _window(x, windows)
 
 
 def _gathered(node: Node, known: Known) -> Plain | None:
-  """One window, or entries along some axes, each taken alone; not what its rule speaks of, a list along one axis."""
+  """One window, or single entries along some axes; its rule covers a list along one axis."""
   numbers, shape, indices = node.params["dimension_numbers"], node.ins[0].shape, known[1]
   axes, slices = numbers.start_index_map, node.params["slice_sizes"]
   others = [at for at in range(len(shape)) if at not in axes]
@@ -93,7 +92,7 @@ def _gathered(node: Node, known: Known) -> Plain | None:
   out = [at for at in range(len(node.outs[0].shape)) if at not in offsets]
   in_place = len(axes) == 1
   front = axes[0] if in_place else 0
-  came = [*offsets[:front], *out, *offsets[front:]]  # where each axis of what is made below has to go
+  came = [*offsets[:front], *out, *offsets[front:]]  # the new places of the axes that are made below
 
   def plain(x: jax.Array) -> jax.Array:
     if not in_place:
@@ -107,7 +106,7 @@ def _gathered(node: Node, known: Known) -> Plain | None:
 
 
 def _along(indices: np.ndarray, sizes: Sequence[int]) -> np.ndarray | None:
-  """Positions along axes that are merged; None where some are outside."""
+  """Positions along merged axes; None if any is outside."""
   if not are_static(sizes) or not ((indices >= 0) & (indices < np.array(sizes))).all():
     return None
   return np.asarray(np.ravel_multi_index(tuple(np.moveaxis(indices, -1, 0)), tuple(sizes)))
@@ -125,14 +124,14 @@ def _taken(x: jax.Array, places: np.ndarray, axis: int) -> jax.Array:
 
 
 def _updated(node: Node, known: Known) -> Plain | None:
-  """``dynamic_update_slice``: one window, moved back where it would reach beyond the end."""
+  """One window, moved inside likewise."""
   sizes, lengths, starts = node.ins[0].shape, node.ins[1].shape, known[2:]
   windows = _windows(sizes, lengths, starts, moves_back=True)
   return None if windows is None else lambda x, update: _with_window(x, update, windows)
 
 
 def _scattered(node: Node, known: Known) -> Plain | None:
-  """``scatter``, which replaces entries: one window, or single positions along one axis."""
+  """One window, or single positions along one axis, are replaced."""
   numbers, indices = node.params["dimension_numbers"], known[1]
   (sizes, _, update), axes = (value.shape for value in node.ins), numbers.scatter_dims_to_operand_dims
   if indices is None or numbers.operand_batching_dims:
@@ -171,14 +170,13 @@ def _but(sizes: Sequence[int], axis: int) -> list[int]:
 
 
 def _starts(indices: np.ndarray, axes: Sequence[int], rank: int) -> list[np.ndarray]:
-  """Where one window begins along every axis, by its index along some."""
   return [indices[axes.index(at)] if at in axes else np.zeros((), int) for at in range(rank)]
 
 
 def _windows(
   sizes: Sequence[int], lengths: Sequence[int], starts: Known, moves_back: bool = False
 ) -> dict[int, tuple[int, int]] | None:
-  """Where a window begins and ends, along each axis that it does not span; None if that is not known or outside."""
+  """Where a window starts and ends, along axes that it does not span; None if unknown or outside."""
   found = {}
   for axis, (n, length, start) in enumerate(zip(sizes, lengths, starts, strict=True)):
     if n == length and (moves_back or start == 0):
@@ -193,14 +191,12 @@ def _windows(
 
 
 def _window(x: jax.Array, windows: dict[int, tuple[int, int]]) -> jax.Array:
-  """One window of an array."""
   for axis, (first, end) in windows.items():
     x = lax.slice_in_dim(x, first, end, axis=axis)
   return x
 
 
 def _with_window(x: jax.Array, update: jax.Array, windows: dict[int, tuple[int, int]]) -> jax.Array:
-  """An array with one window replaced."""
   if not windows:
     return update
   (axis, (first, end)), *rest = windows.items()
@@ -217,4 +213,4 @@ SPELLED: dict[str, tuple[tuple[int, ...], Callable[[Node, Known], Plain | None]]
   "scatter": ((0, 2), _scattered),
   "dynamic_update_slice": ((0, 1), _updated),
 }
-"""Primitives, each with the operands that are no positions, and what spells it out."""
+"""Primitives, their operands that are not positions, and what rewrites them."""

@@ -1,4 +1,4 @@
-"""Primitives that run programs: what the engine asks of them, and what it makes of the answers."""
+"""The protocols of primitives that run programs, and of cost counters."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -14,10 +14,9 @@ if TYPE_CHECKING:
 
 
 class Cost(NamedTuple):
-  """What one node costs; ``node`` says where it is, ``label`` what it is called in a breakdown.
+  """What one node costs; the label is its name in a breakdown.
 
-  Where nobody knows what it costs, ``counted`` is False, and the term is zero. Terms are those of the meter: ``Term`` and
-  ``Dearest``, or a kind of its own that has their ``scale``, ``sets`` and ``under``.
+  If that is unknown, the term is zero and not counted. Terms have ``scale``, ``sets`` and ``under``, as in terms.py.
   """
 
   node: Node
@@ -30,13 +29,13 @@ Pairs = list[tuple[Value, Value]]
 
 
 class Link(NamedTuple):
-  """How the values of a program are tied to those of the node that runs it.
+  """How the values of a program are linked to those of its node.
 
   Attributes:
     program: the program.
-    ins: operands of the node, each with the input that it is given as.
-    outs: results of the node, each with the output that gives it.
-    turns: inputs, each with the output of one turn that gives it to the next.
+    ins: operands with their inputs.
+    outs: results with their outputs.
+    turns: inputs with the outputs that become them in the next iteration.
   """
 
   program: Program
@@ -46,27 +45,27 @@ class Link(NamedTuple):
 
 
 class Meter(Protocol):
-  """What one node costs, in some unit."""
+  """A counter: what one node costs, in some unit."""
 
   @property
   def unit(self) -> str:
-    """What it counts, for tables."""
+    """The unit, for tables."""
 
   def __call__(self, node: Node, live: "Liveness") -> Iterable[Any] | None:
-    """What a node that runs no program costs when it runs; None where nobody knows."""
+    """What a node that runs no program costs when it runs; None if unknown."""
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:
-    """What a primitive costs on one number, which the compact program has beside those that were traced."""
+    """What a primitive costs on a number, where the compact program adds it."""
 
 
 class Structured(Protocol):
-  """A primitive that runs programs: calls, conditionals, loops."""
+  """A primitive that runs programs: call, conditional or loop."""
 
   def forward(self, node: Node, infos: Sequence[Info], live: "Liveness") -> list[Info] | None:
-    """What is known of the results; None where the primitive has to be kept whole."""
+    """What is known of results; None if it must be kept whole."""
 
   def backward(self, node: Node, live: "Liveness") -> None:
-    """Asks for what is needed of the operands."""
+    """Demands what is needed of operands."""
 
   def costs(self, node: Node, live: "Liveness", meter: Meter) -> Iterator[Cost]:
     """What it costs."""
@@ -75,14 +74,14 @@ class Structured(Protocol):
     """Its results, and the entries that they hold."""
 
   def links(self, node: Node, live: "Liveness") -> list[Link]:
-    """The programs that it runs, and how their values are tied to its own."""
+    """The programs that it runs, and how their values are linked."""
 
 
 STRUCTURED: dict[str, Structured] = {}
 
 
 def costs_of(program: Program, live: "Liveness", meter: Meter) -> Iterator[Cost]:
-  """What the nodes of a program cost where they run; nothing where results depend on the variables alone."""
+  """What nodes cost when they run, without those that depend on variables alone."""
   for node in program.nodes:
     if not any(out in live.asked and live.infos[out].varies for out in node.outs):
       continue
@@ -95,5 +94,5 @@ def costs_of(program: Program, live: "Liveness", meter: Meter) -> Iterator[Cost]
 
 
 def links(node: Node, live: "Liveness") -> list[Link]:
-  """How the programs that a node runs are tied to it; none if it runs none."""
+  """How the programs that a node runs are linked to it."""
   return STRUCTURED[node.name].links(node, live) if node in live.subs else []

@@ -1,4 +1,4 @@
-"""Costs as polynomials in the sizes of live sets, evaluated on the host in integers or under ``jit``."""
+"""Costs as polynomials in the sizes of live sets: integers on the host, or under jit."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from fisherprune_jax._graph.spec import Factor, Flops
 
 
 class Term(NamedTuple):
-  """``scale * prod |outer| * max(2 K - 1, 0)`` with ``K = taps * prod |inner|``; no last factor if None."""
+  """``scale * prod |outer| * max(2 K - 1, 0)``, ``K = taps * prod |inner|``; without inner, the max is 1."""
 
   scale: int
   outer: tuple[Set, ...]
@@ -21,27 +21,26 @@ class Term(NamedTuple):
 
   @property
   def key(self) -> Any:
-    """Terms with equal keys differ by their scale alone."""
+    """Terms with equal keys differ by scale alone."""
     return self[1:]
 
   @property
   def sets(self) -> tuple[Set, ...]:
-    """All sets whose sizes it has; where one is empty it is zero."""
+    """Its sets; if one is empty, the term is zero."""
     return (*self.outer, *(self.inner or ()))
 
   def under(self, when: Set) -> "Term":
-    """The same under a condition, and nothing without it."""
+    """The same under a condition; zero without it."""
     when = beyond(when, self.sets)
     return self if when.is_all else self._replace(outer=_in_order((*self.outer, when)))
 
 
 def sized(number: int, found: Iterable[Set]) -> Term:
-  """A number times the sizes of some sets."""
   return Term(*_split_constants(number, found))
 
 
 def term(flops: Flops, factors: dict[Factor, Set]) -> Term:
-  """A rule's count, at the live sets of its factors; whole axes become part of the numbers."""
+  """A rule's count at live sets; full axes become part of the numbers."""
   scale, outer = _split_constants(flops.scale, [factors[f] for f in flops.outer])
   if flops.inner is None:
     return Term(scale, outer)
@@ -66,23 +65,21 @@ def _in_order(found: Iterable[Set]) -> tuple[Set, ...]:
 
 
 class Dearest(NamedTuple):
-  """``scale`` times the largest of several sums of terms, as of the branches of a conditional."""
+  """The largest of several sums, as of a conditional's branches, with a scale."""
 
   sums: tuple[tuple[Any, ...], ...]
   scale: int = 1
 
   @property
   def key(self) -> Any:
-    """As of a term."""
     return self.sums
 
   @property
   def sets(self) -> tuple[Set, ...]:
-    """None: that one of a term is empty says nothing of the others."""
+    """An empty set of one term says nothing about the others."""
     return ()
 
   def under(self, when: Set) -> "Dearest":
-    """As of a term."""
     return self._replace(sums=tuple(tuple(t.under(when) for t in terms) for terms in self.sums))
 
 
@@ -90,7 +87,6 @@ Terms = Iterable[Term | Dearest]
 
 
 def collect(terms: Terms) -> list[Term | Dearest]:
-  """Adds up the terms that differ by their scale alone."""
   scales: dict[Any, int] = {}
   first: dict[Any, Term | Dearest] = {}
   for t in terms:
@@ -101,7 +97,7 @@ def collect(terms: Terms) -> list[Term | Dearest]:
 
 
 def total(terms: Terms, ev: Evaluation) -> Any:
-  """The sum of terms: a Python int on the host, a float32 scalar under ``jax.numpy``."""
+  """The sum of terms: an int on the host, a float32 scalar under JAX."""
   number = int if ev.xp is np else (lambda n: jnp.asarray(n, jnp.float32))
   out = number(0)
   for t in terms:

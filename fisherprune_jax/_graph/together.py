@@ -1,9 +1,8 @@
-"""What is known of several axes together: a set that is no product of one set for each.
+"""Joint axes: sets of several axes that are no product of one set per axis.
 
-A mask over heads times depth keeps any of the merged positions. While the axis is split into heads and depth, one
-set for each axis says less: that a head has anything alive, and a depth. What the merged axis said is carried beside
-the boxes, by the factors that it is about, until the axes are merged again, forwards (can be non-zero) and
-backwards (is asked for). It only ever adds to what the boxes say, and is dropped wherever it gets complicated.
+A mask over heads times depth keeps any merged positions. Once the axis is split, one set per axis only tells which
+heads and which depths have anything live. So the merged set is carried beside the boxes, by factors, until axes are
+merged again, in both passes. It only adds to what boxes imply, and is dropped where it gets complicated.
 """
 
 import math
@@ -29,13 +28,12 @@ from fisherprune_jax._graph.spec import Axes, Factor, Prod, Spec, Sum, compose, 
 
 
 def _of_each(spec: Spec, axes: Axes, box: Sequence[Set]) -> dict[Factor, Set]:
-  """What the box of an array says of each of its factors."""
   pairs = [(axis, s) for axis, s in zip(axes, box, strict=True) if axis is not None]
   return {f: project(axis, s, f, spec.sizes) for axis, s in pairs for f in factors_of(axis)}
 
 
 def forward(spec: Spec, arrays: Sequence[tuple[Sequence[Set], Together]]) -> Tied:
-  """Where the results can be non-zero, by factors together."""
+  """The joint sets where results may be non-zero."""
   said = [of_array(axes, *array, spec.sizes) for axes, array in zip(spec.ins, arrays, strict=True)]
   candidates = {f: None for at, tied in enumerate(said) if at not in spec.neutral for f in tied}
   loose = beside_others(spec)
@@ -60,7 +58,7 @@ def forward(spec: Spec, arrays: Sequence[tuple[Sequence[Set], Together]]) -> Tie
 def _laid_beside(
   spec: Spec, ones: Sequence[Singles], loose: AbstractSet[Factor]
 ) -> dict[tuple[Factor, ...], None]:
-  """The factors along which parts that are laid end to end differ, each with the part."""
+  """Factors along which parts laid end to end differ, each with the part."""
   shared = {f: {one[f] for one in ones if f in one} for f in spec.sizes if f not in loose}
   differing = [f for f, of_parts in shared.items() if len(of_parts) > 1]
   pairs = [(f, part) for one in ones for part in loose & one.keys() for f in differing if f in one]
@@ -73,7 +71,7 @@ def backward(
   results: Sequence[tuple[Axes, Sequence[Set], Together]],
   factors: Singles,
 ) -> Tied:
-  """What is asked of factors together: by all results that are asked for, and of the terms of sums."""
+  """The joint demand on factors: by demanded results, and by terms of sums."""
   found = {}
   said = [of_array(*result, spec.sizes) for result in results]
   for parts in dict.fromkeys(parts for tied in said for parts in tied):
@@ -92,7 +90,6 @@ def backward(
 
 
 def _of_terms(spec: Spec, arrays: Sequence[tuple[Sequence[Set], Together]]) -> Tied:
-  """What all operands offer of factors that are summed over together."""
   summed = spec.roles.summed
   said = [of_array(axes, *array, spec.sizes) for axes, array in zip(spec.ins, arrays, strict=True)]
   found = {}
@@ -109,7 +106,7 @@ def _of_terms(spec: Spec, arrays: Sequence[tuple[Sequence[Set], Together]]) -> T
 def laid(
   spec: Spec, tied: Tied, axes: Axes, box: Sequence[Set], ones: Singles
 ) -> tuple[tuple[Set, ...], dict[tuple[int, ...], Set]]:
-  """What factors say together, laid out on an array: on a merged axis, on several, and on each of these."""
+  """Lays joint sets of factors out on an array: on merged axes, joint axes, and each axis."""
   if not tied:
     return tuple(box), {}
   tied, ones = _projected(tied, ones, axes, spec)
@@ -131,9 +128,9 @@ def laid(
 
 
 def _projected(tied: Tied, ones: Singles, axes: Axes, spec: Spec) -> tuple[Tied, dict[Factor, Set]]:
-  """What is left of joint sets for those factors that an array has, together and one by one.
+  """Joint and single sets for an array's factors.
 
-  A factor that lies beside others along an axis says nothing of entries that are theirs.
+  A factor laid end to end with others implies nothing for their entries.
   """
   held = {f for axis in axes for f in factors_of(axis)}
   alone = {f for axis in axes if not isinstance(axis, Sum) for f in factors_of(axis)}
@@ -155,26 +152,25 @@ def _projected(tied: Tied, ones: Singles, axes: Axes, spec: Spec) -> tuple[Tied,
 
 
 def beside_others(spec: Spec) -> frozenset[Factor]:
-  """The factors that lie beside others along an axis."""
   all_axes = (axis for axes in (*spec.ins, *spec.outs) for axis in axes)
   return frozenset(f for axis in all_axes if isinstance(axis, Sum) for f in axis.parts)
 
 
 def _places(names: Sequence[Factor], axes: Axes) -> tuple[int, ...]:
-  """The axes that hold factors; none if some are on no axis."""
+  """The axes that hold factors; empty if some have none."""
   held = {f: at for at, axis in enumerate(axes) for f in factors_of(axis)}
   return tuple(sorted({held[f] for f in names})) if {*names} <= held.keys() else ()
 
 
 def meet(a: tuple[Sequence[Set], Together], b: tuple[Sequence[Set], Together]) -> dict[tuple[int, ...], Set]:
-  """What two boxes share of axes together."""
+  """The intersection of two boxes along joint axes."""
   return {places: sets.intersection(_asked(*a, places), _asked(*b, places)) for places in {**a[1], **b[1]}}
 
 
 def union(
   a: tuple[Sequence[Set], Together, Set], b: tuple[Sequence[Set], Together, Set], joined: Sequence[Set]
 ) -> dict[tuple[int, ...], Set]:
-  """What two readers ask of axes together, each under a condition, where that is less than the box of both."""
+  """What two readers demand of joint axes, each under a condition, if less than the joined box."""
   found = {}
   for places in {**a[1], **b[1], **_differing(a[0], b[0], joined)}:
     parts = (sets.gated(_asked(box, together, places), when) for box, together, when in (a, b))
@@ -185,7 +181,7 @@ def union(
 
 
 def _differing(a: Sequence[Set], b: Sequence[Set], joined: Sequence[Set]) -> dict[tuple[int, ...], None]:
-  """The axes of two boxes of which neither holds the other."""
+  """The axes along which boxes differ, if neither contains the other."""
   places = tuple(at for at, (s, t) in enumerate(zip(a, b, strict=True)) if s is not t)
   sizes = [joined[at].size for at in places]
   held = any(all(box[at] is joined[at] for at in places) for box in (a, b))
@@ -195,12 +191,10 @@ def _differing(a: Sequence[Set], b: Sequence[Set], joined: Sequence[Set]) -> dic
 
 
 def in_a_turn(tied: Together) -> dict[tuple[int, ...], Set]:
-  """The same of one entry along the leading axis."""
   return {tuple(at - 1 for at in places): s for places, s in tied.items() if 0 not in places}
 
 
 def in_all_turns(tied: Together) -> dict[tuple[int, ...], Set]:
-  """The same of an array with one more axis in front."""
   return {tuple(at + 1 for at in places): s for places, s in tied.items()}
 
 

@@ -1,4 +1,4 @@
-"""A user's apply function: traced once, and analysed when needed, with masks or without."""
+"""A user's apply function: traced once, and analysed when needed."""
 
 import itertools
 import math
@@ -21,7 +21,7 @@ from fisherprune_jax._graph.variables import VariableTree, abstract
 from fisherprune_jax._types import ApplyFn, Picker, PyTree
 
 _networks = itertools.count()
-"""A number for each function that is traced."""
+"""Numbers the traced functions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,9 +30,9 @@ class Traced:
 
   Attributes:
     program: what it computes.
-    variables: the values of the variables' leaves; the inputs after them are the arguments.
-    infos: what is known of the inputs.
-    out_tree: the structure of its result, of shapes.
+    variables: inputs that are leaves of the variables; arguments follow.
+    infos: what is known of inputs.
+    out_tree: the tree of result shapes.
     updates: which output replaces which variable, by position.
   """
 
@@ -44,25 +44,22 @@ class Traced:
   _analyses: dict[bool, "Analysis"] = field(default_factory=dict)
 
   def analyse(self, keep_masks: bool = False) -> "Analysis":
-    """What is live in it for every possible mask; found once for programs that multiply by masks and for those that do not."""
+    """What is live for all masks, with masks multiplied or without."""
     if keep_masks not in self._analyses:
       others = [found.live.subs for found in self._analyses.values()]
       found = analyse(
         self.program, self.infos, self.updates, spec_of, keep_masks, subs=next(iter(others), None)
       )
-      # Of the same without its analyses: no circle, so that all goes as soon as nobody holds it.
+      # Without its analyses: a reference cycle would delay freeing them.
       self._analyses[keep_masks] = Analysis(replace(self, _analyses={}), *found)
     return self._analyses[keep_masks]
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-  """What is live in a traced function, as expressions over its masks.
+  """What is live in a traced function, as expressions over masks.
 
-  Attributes:
-    traced: the function.
-    live: what is live in it.
-    returned: for an output that replaces a variable, the entries of it that come back.
+  ``returned`` has the entries that outputs return if they replace variables.
   """
 
   traced: Traced
@@ -71,20 +68,18 @@ class Analysis:
 
   @property
   def program(self) -> Program:
-    """What the function computes."""
     return self.traced.program
 
   @property
   def variables(self) -> list[Value]:
-    """The values of the variables' leaves."""
     return self.traced.variables
 
   def by_rules(
     self, rules: Rules, asked_of: Callable[[Value], Where], known: Mapping[Value, Box] = MappingProxyType({})
   ) -> Liveness:
-    """What would be live by other rules, if the outputs asked for something else; of the same values.
+    """What would be live by other rules and demands, for the same values.
 
-    ``known`` says where some inputs can be non-zero.
+    ``known`` has boxes where inputs may be non-zero.
     """
     live, traced = self.live, self.traced
     infos = [
@@ -103,8 +98,8 @@ def trace_apply(
 ) -> Traced:
   """Traces ``apply_fn(variables, *args)``.
 
-  A mask of one axis more than ``ranks`` says has an example axis before its features. ``state_from`` picks from the output
-  what replaces variables.
+  A mask with one axis more than in ``ranks`` has an example axis before its features. ``state_from`` picks from the
+  output what replaces variables.
   """
   program, out_tree = trace(apply_fn, abstract(tree.variables), *abstract(tuple(args)))
   count = len(tree.flags)
@@ -115,7 +110,7 @@ def trace_apply(
 
 
 def _places(state_from: Picker, out_tree: PyTree, tree: VariableTree) -> dict[int, int]:
-  """Which leaf of the output replaces which leaf of the variables."""
+  """Which leaf of the output replaces which variable."""
   shapes = [leaf.shape for leaf in jax.tree.leaves(out_tree)]
   picked = state_from(jax.tree.unflatten(jax.tree.structure(out_tree), range(len(shapes))))
   places = {path_names(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
@@ -157,7 +152,6 @@ def _mask_info(network: int, position: int, shape: tuple[int, ...], rank: int) -
 
 
 def _with_examples(info: Info, size: int) -> Info:
-  """The same mask for each of several examples."""
   layers = info.layers and tuple(_with_examples(layer, size) for layer in info.layers)
   return info._replace(possible=(*info.possible[:-1], *whole_box((size,)), info.possible[-1]), layers=layers)
 

@@ -1,8 +1,7 @@
-"""Outputs that replace variables (batch statistics): they ask for nothing, and take what the rest is asked.
+"""Outputs that replace variables (batch statistics): they demand nothing, and return what others demand.
 
-Such an output must come back in the shape that its variable keeps, and it must not keep channels alive that
-nobody else asks for. Along each of its axes, its producers are followed back to the first arrays that
-somebody else asks for; what is asked there is what the output gets.
+They need their variables' kept shapes, without channels that nothing else demands. So along each axis, producers are
+followed back to the nearest with other demands, and that is returned.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,9 +14,9 @@ from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 
 Sources = dict[Value, list[tuple[Node, int]]]
-"""For each value the nodes that compute it, and as which of their results."""
+"""The nodes that compute a value, and as which result."""
 Updates = dict[int, int]
-"""Which output (by position) replaces which input."""
+"""Which output replaces which input, by position."""
 
 
 def analyse(
@@ -29,10 +28,9 @@ def analyse(
   asked_of: Callable[[Value], Where] = lambda value: whole(value.shape),
   subs: dict[Node, list[Program]] | None = None,
 ) -> tuple[Liveness, dict[int, Where]]:
-  """Finds what is live if outputs that replace variables ask for nothing of their own, and others for what ``asked_of`` says.
+  """What is live if outputs that replace variables demand nothing, and others ``asked_of``.
 
-  Returns:
-    The liveness, and for every such output the entries that come back: what is stored of its input.
+  Also, per such output, the returned entries: what is stored of its input.
   """
 
   def run(replacing: dict[int, Where | None]) -> Liveness:
@@ -59,7 +57,6 @@ def _join(where: Where, live: Liveness, value: Value) -> Where:
 
 
 def _sources(program: Program) -> Sources:
-  """For each value the node that computes it, and as which of its results."""
   found: Sources = {}
   for node in program.nodes:
     for at, out in enumerate(node.outs):
@@ -72,7 +69,7 @@ def _asked_of_producers(value: Value, live: Liveness, sources: Sources) -> Where
 
 
 def _follow(value: Value, axis: int, live: Liveness, sources: Sources) -> Set:
-  """What is asked, along one axis of a value, of the nearest producers that somebody asks for."""
+  """The demand along one axis, at the nearest demanded producers."""
   pending, seen, found = [(value, axis)], set(), []
   while pending:
     here = pending.pop()
@@ -88,11 +85,11 @@ def _follow(value: Value, axis: int, live: Liveness, sources: Sources) -> Set:
 
 
 def _back(value: Value, axis: int, live: Liveness, sources: Sources) -> list[tuple[Value, int]]:
-  """The operands' axes that an axis of a value comes from unchanged."""
+  """Where an axis comes from unchanged."""
   out = []
   for node, at in sources.get(value, []):
     spec = live.specs.get(node)
-    if spec is None:  # it runs a program: nothing is known of its axes
+    if spec is None:  # it runs a program: its axes are unknown
       continue
     factor = spec.outs[at][axis]
     out += [

@@ -1,7 +1,7 @@
-"""Windows that slide along an axis: which entries a place looks at, and which places look at an entry.
+"""Windows that slide along an axis.
 
-A primitive with windows works on all of such an axis, and so both of its factors are ``whole``. What it is asked for may
-be less, and then it hangs on less: entries that none of these places looks at are shown as zeros.
+Both factors are indivisible: the primitive runs on the full axis. But entries that no demanded place reads do not
+matter, and are shown as zeros.
 """
 
 import functools
@@ -15,16 +15,16 @@ from fisherprune_jax._graph.sets import Set
 
 
 class Slide(NamedTuple):
-  """How a window goes along one axis of its input.
+  """How a window moves along one axis.
 
   Attributes:
-    places: at how many places it stops.
-    stride: from place to place.
-    taps: how many it has.
-    step: from tap to tap.
-    entries: how many the input has.
-    distance: from entry to entry; between them is nothing.
-    before: how much padding lies before the first.
+    places: number of places.
+    stride: distance between places.
+    taps: number of taps.
+    step: distance between taps.
+    entries: number of input entries.
+    distance: distance between entries, with gaps between.
+    before: padding before the first entry.
   """
 
   places: int
@@ -36,32 +36,26 @@ class Slide(NamedTuple):
   before: int
 
   def meets(self, at: np.ndarray) -> np.ndarray:
-    """Whether an entry is at a position of the input with its gaps, and not padding or nothing."""
+    """Whether positions hold an entry, not padding or a gap."""
     return (at % self.distance == 0) & (at >= 0) & (at <= self.distance * (self.entries - 1))
 
 
 class Window(NamedTuple):
-  """A window along one axis.
-
-  Attributes:
-    entries: the factor of operands that it slides along.
-    places: the factor of results that has its places.
-    slide: how it goes.
-  """
+  """A window from a factor of operands (``entries``) to one of results (``places``)."""
 
   entries: str
   places: str
   slide: Slide
 
   def looked_at(self, places: Set) -> Set:
-    """The entries that some of these places look at."""
+    """The entries that these places read."""
     if not places.support:
       return sets.everything(self.slide.entries)
     at, entry = _pairs(self.slide)
     return sets.any_of(sets.take(places, at), entry, self.slide.entries)
 
   def looking(self, entries: Set) -> Set:
-    """The places that look at some of these entries."""
+    """The places that read these entries."""
     if not entries.support:
       return sets.everything(self.slide.places)
     at, entry = _pairs(self.slide)
@@ -70,7 +64,7 @@ class Window(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _pairs(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
-  """Every place with every entry that it looks at."""
+  """Each place with each entry that it reads."""
   starts, taps = np.arange(slide.places) * slide.stride - slide.before, np.arange(slide.taps) * slide.step
   found = starts[:, None] + taps
   inside = slide.meets(found)
@@ -80,12 +74,9 @@ def _pairs(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
 def asked(
   windows: Sequence[Window], found: Mapping[str, Set], results: Iterable[Mapping[str, Set]]
 ) -> dict[str, Set]:
-  """What operands are asked for, by factors: what a node works on, but for entries that no place looks at.
+  """What a node demands of operands, by factor: only entries that demanded places read.
 
-  Args:
-    windows: those of the node.
-    found: the entries of its factors that it works on.
-    results: for each result, what is stored of it by factors.
+  ``found`` has the entries that it works on, ``results`` the stored ones of each result.
   """
   results, asked = list(results), dict(found)
   for window in windows:
@@ -95,7 +86,7 @@ def asked(
 
 
 def linked(windows: Sequence[Window], factors: Iterable[str]) -> set[str]:
-  """Factors with those that they are linked to by windows."""
+  """Factors, and those that windows link to them."""
   found = {*factors}
   pairs = [{window.entries, window.places} for window in windows]
   return found.union(*(pair for pair in pairs if pair & found))

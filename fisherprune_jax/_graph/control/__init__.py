@@ -1,4 +1,4 @@
-"""Primitives that run programs. Importing this package registers them."""
+"""Primitives that run programs. Importing this registers them."""
 
 from fisherprune_jax._graph.control import branches as branches
 from fisherprune_jax._graph.control import calls as calls

@@ -1,4 +1,4 @@
-"""Conditionals: every branch is live on its own, and the dearest one counts."""
+"""Conditionals: each branch has its liveness; the most expensive one counts."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 class Cond:
-  """``cond`` and ``switch``: an index, then the operands of every branch."""
+  """An index, then the operands of all branches."""
 
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
-    """A result can be non-zero where any branch's can."""
+    """Results may be non-zero where any branch's may be."""
     callers = (*node.callers, node.eqn)
     builders = [functools.partial(program.build, branch, callers) for branch in node.params["branches"]]
     branches = live.programs(node, *builders)
@@ -32,26 +32,24 @@ class Cond:
     return [info_of(out.where, varies) for out in outs]
 
   def backward(self, node: Node, live: Liveness) -> None:
-    """Operands have to give what any branch needs."""
     live.ask(node.ins[0], Where(whole_box(node.ins[0].shape), when=live.when(node)))
     for branch in live.subs[node]:
       live.backward(branch, live.wheres(node.outs))
       live.pass_on(node.ins[1:], branch.inputs)
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
-    """The dearest branch."""
+    """The most expensive branch."""
     costs = [list(costs_of(branch, live, meter)) for branch in live.subs[node]]
     branches = [tuple(cost.term for cost in found if cost.counted) for found in costs]
     yield from (cost for found in costs for cost in found if not cost.counted)
     if len(branches) > 2:
       yield from (
         Cost(node, "clamp", term.under(live.when(node))) for term in meter.of_scalar("clamp")
-      )  # lax.switch makes sure of its index
+      )  # lax.switch clamps its index
     if any(branches):
       yield Cost(node, "cond (its dearest branch)", Dearest(tuple(branches)))
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
-    """The chosen branch, on what it needs of the operands."""
     boxes, held = list(map(run.box, node.outs)), list(map(run.box, node.ins[1:]))
     operands = [run.read(arrays, value, box) for value, box in zip(node.ins[1:], held, strict=True)]
 
@@ -65,7 +63,6 @@ class Cond:
     return lax.switch(index, branches, *operands), boxes
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
-    """Every branch gives the results."""
     return [
       Link(
         branch,

@@ -1,4 +1,4 @@
-"""Checkpoints: calls that stay calls in the compact program, around a smaller body."""
+"""Checkpoints stay calls in the compact program, around a smaller body."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -18,26 +18,22 @@ if TYPE_CHECKING:
 
 
 class Checkpoint:
-  """``jax.checkpoint``: the body is seen through, and recomputed under the same policy."""
+  """Its body is analysed, and recomputed under the same policy."""
 
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
-    """What the body makes of the operands."""
     build = functools.partial(program.build, node.params["jaxpr"], (*node.callers, node.eqn))
     (body,) = live.programs(node, build)
     return live.forward(body, infos)
 
   def backward(self, node: Node, live: Liveness) -> None:
-    """What the body needs."""
     (body,) = live.subs[node]
     live.backward(body, live.wheres(node.outs))
     live.pass_on(node.ins, body.inputs)
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
-    """What the body costs."""
     return costs_of(live.subs[node][0], live, meter)
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
-    """The call, of a body that runs on live entries."""
     (body,) = run.live.subs[node]
     inputs = [
       run.read(arrays, value, run.box(inner)) for value, inner in zip(node.ins, body.inputs, strict=True)
@@ -47,7 +43,6 @@ class Checkpoint:
     return jax.checkpoint(lambda *xs: run.run(body, xs, boxes), **options)(*inputs), boxes
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
-    """One body, of the same operands and results."""
     (body,) = live.subs[node]
     ins, outs = zip(node.ins, body.inputs, strict=True), zip(node.outs, body.outputs, strict=True)
     return [Link(body, list(ins), list(outs), [])]

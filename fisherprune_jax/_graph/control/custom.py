@@ -1,15 +1,15 @@
-"""Calls with a derivative rule of the user's: the rule is analysed as a program of its own.
+"""Calls with a user's derivative rule, analysed as another program.
 
-That an entry is zero, or that nobody asks for it, is said of what a program computes, and holds of its true
-derivative too. A rule need not be the true derivative: it may read operands that the function ignores, hand gradient
-to them, or mix the features of a cotangent, which is *not* zero where the result is. So
+Liveness is about what a program computes, and holds for its true derivative. A rule may differ: it may read operands
+that the function ignores, pass gradients to them, or mix features of a cotangent, which is *not* zero where the result
+is. So
 
-- a result can be non-zero where the rule can make its tangent so (``custom_jvp``), or where its cotangent
-  decides a gradient of an operand that can be non-zero (``custom_vjp``);
-- an operand is asked for where the rule reads it, and where the rule hands gradient to it.
+- a result may be non-zero where the rule's tangent may be (``custom_jvp``), or where its cotangent affects gradients of
+  an operand that may be non-zero (``custom_vjp``);
+- an operand is demanded where the rule reads it, or passes gradients to it.
 
-A call inside of such a call, or of its rule, is not differentiated by a first derivative: only its values count
-in the analysis, and its own rule is analysed when a second derivative gets there.
+Calls inside such a call or its rule are not differentiated by a first derivative. So only their values count; a second
+derivative has their rules analysed.
 """
 
 import contextlib
@@ -35,10 +35,9 @@ Call = Callable[..., Any]
 
 
 class Thin(NamedTuple):
-  """A call on live entries: what it is given of its operands (``held``) and gives of its results (``boxes``).
+  """A call on live entries: those held of operands, and boxes of results.
 
-  ``primal`` computes its results; ``rule(k, given, wanted)`` is the k-th program of its derivative rule, on
-  inputs that hold ``given``, for outputs at ``wanted``.
+  ``primal`` computes results; ``rule(k, given, wanted)`` is the rule's program k, on given inputs.
   """
 
   node: Node
@@ -49,10 +48,10 @@ class Thin(NamedTuple):
 
 
 class Custom:
-  """What both kinds of rule share: a body, and the programs of a rule whose first inputs are the operands."""
+  """What both kinds share: a body, and rule programs whose inputs begin with the operands."""
 
   def rules(self, node: Node) -> list[Program]:
-    """The programs that the rule is made of, traced at full shapes."""
+    """The rule's programs, traced at full shapes."""
     raise NotImplementedError
 
   def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Where]:
@@ -60,15 +59,14 @@ class Custom:
     raise NotImplementedError
 
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
-    """Asks for what the rule needs, beyond the entries of the operands that its programs read."""
+    """Demands what the rule needs, beyond what its programs read of operands."""
     raise NotImplementedError
 
   def call(self, thin: Thin) -> Call:
-    """The call with its rule."""
     raise NotImplementedError
 
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
-    """Where the results can be non-zero, or their derivatives by the rule."""
+    """Where results, or their derivatives by the rule, may be non-zero."""
     if node not in live.subs:
       body = program.build(node.params["call_jaxpr"], (*node.callers, node.eqn))
       live.subs[node] = [body, *([] if _is_inner(node) else self._rules_if_any(node))]
@@ -86,13 +84,12 @@ class Custom:
     ]
 
   def _rules_if_any(self, node: Node) -> list[Program]:
-    # A function whose rule is missing or cannot be traced has no derivative, masked or compact.
+    # A function whose rule is missing or cannot be traced has no derivative.
     with contextlib.suppress(Exception):
       return self.rules(node)
     return []
 
   def backward(self, node: Node, live: Liveness) -> None:
-    """What the body needs, and what the rule does."""
     body, *rules = live.subs[node]
     live.backward(body, live.wheres(node.outs))
     if rules:
@@ -101,11 +98,9 @@ class Custom:
       live.pass_on(node.ins, part.inputs)
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
-    """What the body costs."""
     return costs_of(live.subs[node][0], live, meter)
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
-    """The call, of a body and of a rule that run on live entries."""
     body, *rules = run.live.subs[node]
     held, boxes = list(map(run.box, node.ins)), list(map(run.box, node.outs))
 
@@ -119,7 +114,7 @@ class Custom:
     return call(*(run.read(arrays, v, box) for v, box in zip(node.ins, held, strict=True))), boxes
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
-    """Body and rule read the operands; all but a reverse rule give the results."""
+    """Body and rule read operands; all but reverse rules give results."""
     count = len(node.outs)
     return [
       Link(
@@ -133,7 +128,7 @@ class Custom:
 
 
 class CustomJvp(Custom):
-  """A forward-mode rule: one program of operands and tangents, linear in these."""
+  """A forward-mode rule: one program, linear in tangents."""
 
   def rules(self, node: Node) -> list[Program]:
     """``operands, tangents -> results, tangents``."""
@@ -147,20 +142,19 @@ class CustomJvp(Custom):
     return [_traced(node, dense, ins, _floats(ins))]
 
   def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Where]:
-    """Where the rule's values and tangents can be non-zero, of operands that are zero where they are known to be."""
+    """Where the rule's values and tangents may be non-zero."""
     tangents = [info_of(info.nonzero, info.varies) for info in _keep(infos, node.ins)]
     found = [info.where for info in live.forward(rules[0], [*infos, *tangents])]
     values, dots = found[: len(node.outs)], found[len(node.outs) :]
     return list(map(join, values, _spread(dots, node.outs, _nowhere)))
 
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
-    """Tangents are asked for as values are."""
+    """Tangents are demanded like values."""
     asked = live.wheres(node.outs)
     live.backward(rules[0], [*asked, *_keep(asked, node.outs)])
     live.pass_on(_floats(node.ins), rules[0].inputs[len(node.ins) :])
 
   def call(self, thin: Thin) -> Call:
-    """The call with its forward-mode rule."""
     ins, outs = thin.node.ins, thin.node.outs
 
     def rule(primals: Any, tangents: Any) -> Any:
@@ -179,10 +173,10 @@ class CustomJvp(Custom):
 
 
 class CustomVjp(Custom):
-  """A reverse-mode rule: what it computes forwards, and the gradients that it makes of cotangents."""
+  """A reverse-mode rule: results, and gradients from cotangents."""
 
   def rules(self, node: Node) -> list[Program]:
-    """``operands -> results`` as under differentiation, and ``operands, cotangents -> gradients``."""
+    """``operands -> results``, as under differentiation, and ``operands, cotangents -> gradients``."""
     ins, outs = node.ins, node.outs
 
     def forwards(primals: Sequence[Any]) -> Any:
@@ -195,7 +189,7 @@ class CustomVjp(Custom):
     return [_traced(node, forwards, ins), _traced(node, backwards, ins, _floats(outs))]
 
   def reach(self, node: Node, rules: Sequence[Program], infos: Sequence[Info], live: Liveness) -> list[Where]:
-    """Where a cotangent decides a gradient of what can be non-zero; it is unknown, not zero, at dead entries."""
+    """Where cotangents affect gradients that may be non-zero; those of dead entries are unknown, not zero."""
     forwards, backwards = rules
     values = live.forward(forwards, infos)
     live.forward(backwards, [*infos, *(Info(whole_box(v.shape), varies=True) for v in _floats(node.outs))])
@@ -206,7 +200,7 @@ class CustomVjp(Custom):
     return list(map(join, forwards_too, _spread(cotangents, node.outs, _nowhere)))
 
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
-    """An operand is asked for where the rule can hand gradient to it, though the function ignores it."""
+    """Operands are demanded where the rule can pass gradients, though the function ignores them."""
     forwards, backwards = rules
     live.backward(forwards, live.wheres(node.outs))
     infos, outs = [live.info(value) for value in node.ins], _floats(node.outs)
@@ -214,7 +208,7 @@ class CustomVjp(Custom):
     given = zip(_keep(infos, node.ins), live.forward(backwards, [*infos, *unasked]), strict=True)
     of_nothing = [sets.every(a.nonzero.some, b.nonzero.some) for a, b in given]
     if any(when is not sets.NEVER for when in of_nothing):
-      live.also[node] = sets.union(*of_nothing)  # a rule that makes a gradient of no cotangent
+      live.also[node] = sets.union(*of_nothing)  # a rule that makes gradients from no cotangent
     cotangents = [info_of(live.asked.get(out, _nowhere(out)), True) for out in outs]
     gradients = live.forward(backwards, [*infos, *cotangents])
     live.backward(backwards, [info.nonzero for info in _keep(infos, node.ins)])
@@ -223,7 +217,6 @@ class CustomVjp(Custom):
         live.ask(value, gradient.where)
 
   def call(self, thin: Thin) -> Call:
-    """The call with its reverse-mode rule."""
     ins, outs = thin.node.ins, thin.node.outs
 
     def forward(*primals: Any) -> Any:
@@ -264,12 +257,12 @@ def _floats(values: Iterable[Value]) -> list[Value]:
 
 
 def _keep(items: Iterable[Any], values: Iterable[Value]) -> list[Any]:
-  """The items that belong to values which have derivatives."""
+  """The items of values with derivatives."""
   return [item for item, v in zip(items, values, strict=True) if _is_float(v)]
 
 
 def _spread(items: Iterable[Any], values: Iterable[Value], other: Callable[[Value], Any]) -> list[Any]:
-  """The inverse of ``_keep``; ``other`` makes what belongs to the rest."""
+  """The inverse of ``_keep``, with something else for the rest."""
   rest = iter(items)
   return [next(rest) if _is_float(v) else other(v) for v in values]
 

@@ -1,4 +1,4 @@
-"""What is live in every turn of a loop: a fixpoint over the values that turns hand on."""
+"""What is live in every iteration: a fixpoint over carried values."""
 
 import functools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program
 
 MOST_PASSES, EXACT_PASSES = 12, 4
-"""Passes over a loop's body before carried values that still grow are taken as a whole, and before conditions are."""
+"""Passes until values that still grow are carried whole, and until their conditions are dropped."""
 
 
 def forward(
@@ -22,8 +22,8 @@ def forward(
   live: Liveness,
   again: bool = True,
 ) -> tuple[list[Info], list[Info]]:
-  """What is known of the carried values before any turn, and of the body's outputs."""
-  # A value that starts as zeros says nothing of where it can be non-zero.
+  """What is known of carried values before any iteration, and of the body's outputs."""
+  # Initial zeros add nothing to where values may be non-zero.
   carried = [info_of(i.nonzero, i.varies) for i in init]
   for turn in range(MOST_PASSES):
     outs = live.forward(body, [*consts, *carried, *each])
@@ -38,7 +38,7 @@ def forward(
 
 
 def _as_carried(before: Info, after: Info) -> Info:
-  """What is known before the only turn: it counts as a loop all the same, of which one turn hangs on another."""
+  """A single iteration still counts as a loop, where iterations depend on others."""
   return before._replace(varies=before.varies or after.varies)
 
 
@@ -49,9 +49,9 @@ def _shape(info: Info) -> list[Any]:
 def backward(
   body: Program, consts: int, carry: int, asked: list[Where | None], live: Liveness, again: bool = True
 ) -> list[Where | None]:
-  """Asks for the outputs of every turn, the carried ones being the inputs of the next.
+  """Demands the outputs of every iteration; carried ones are the next one's inputs.
 
-  Returns what is asked of the carried values, before any turn or after one.
+  Returns the demand on carried values, before or after iterations.
   """
   inputs = body.inputs[consts : consts + carry]
   for turn in range(MOST_PASSES):
@@ -69,7 +69,7 @@ def backward(
 
 
 def carried(node: Node, body: Program, consts: int, carry: int, live: Liveness) -> list[Where]:
-  """What is kept of the carried values between turns."""
+  """What is carried between iterations."""
   return [
     functools.reduce(join, (live.stored(inner), live.stored(after), live.stored(out)))
     for inner, after, out in zip(body.inputs[consts:][:carry], body.outputs, node.outs, strict=False)

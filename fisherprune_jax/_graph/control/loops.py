@@ -1,4 +1,4 @@
-"""Loops: what is live in one turn is live in all, found as a fixpoint over the carried values."""
+"""Loops: a fixpoint over carried values gives what is live in all iterations."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 
 class Scan:
-  """``scan``: constants, carried values, and arrays that are read and written one entry per turn."""
+  """Constants, carried values, and arrays read and written one entry per iteration."""
 
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
-    """Carried values can be non-zero where they are at first, or after any turn."""
+    """Carried values may be non-zero where they are at first, or after any iteration."""
     consts, carry = compat.scan_counts(node.params)
     if any(info.layers is not None for info in infos[consts + carry :]):
       return stacks.forward(node, infos, live)
@@ -46,7 +46,7 @@ class Scan:
     return [*carried, *stacked]
 
   def backward(self, node: Node, live: Liveness) -> None:
-    """What later turns ask of the carried values, earlier ones have to give."""
+    """Earlier iterations must give what later ones demand of carried values."""
     if stacks.has_stack(node, live):
       stacks.backward(node, live)
       return
@@ -59,7 +59,7 @@ class Scan:
       live.ask(value, where)
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
-    """Every turn counts."""
+    """Every iteration counts."""
     if stacks.has_stack(node, live):
       yield from stacks.costs(node, live, meter)
       return
@@ -67,7 +67,6 @@ class Scan:
       yield cost._replace(term=cost.term._replace(scale=cost.term.scale * node.params["length"]))
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
-    """The same loop around a smaller body."""
     if stacks.has_stack(node, run.live):
       return stacks.execute(run, node, arrays)
     consts, carry = compat.scan_counts(node.params)
@@ -76,7 +75,7 @@ class Scan:
     outer[consts + carry :] = [_every_turn(box) for box in outer[consts + carry :]]
     inner = [*outer[: consts + carry], *(box[1:] for box in outer[consts + carry :])]
     kept = inner[consts : consts + carry]
-    boxes = [_every_turn(run.box(out)) for out in node.outs[carry:]]  # every turn writes
+    boxes = [_every_turn(run.box(out)) for out in node.outs[carry:]]  # every iteration writes
     inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
 
     def turn(carried: list[Any], each: list[Any]) -> tuple[list[Any], list[Any]]:
@@ -89,7 +88,6 @@ class Scan:
     return [*carried, *stacked], [*kept, *boxes]
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
-    """Every turn gives what it carried to the next."""
     if stacks.has_stack(node, live):
       return stacks.links(node, live)
     consts, carry = compat.scan_counts(node.params)
@@ -100,7 +98,6 @@ class Scan:
     return [Link(body, _pairs(node.ins, body.inputs), _pairs(node.outs, body.outputs), turns)]
 
   def _held(self, node: Node, body: Program, live: Liveness) -> list[Where]:
-    """What the loop is given of its operands."""
     consts, carry = compat.scan_counts(node.params)
     stored = [live.stored(inner) for inner in body.inputs]
     each = zip(node.ins[consts + carry :], stored[consts + carry :], strict=True)
@@ -109,10 +106,9 @@ class Scan:
 
 
 class While:
-  """``while``: constants of the condition, constants of the body, carried values."""
+  """Constants of the condition, of the body, and carried values."""
 
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
-    """As for a scan; the condition reads the carried values."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = live.programs(
       node,
@@ -126,10 +122,9 @@ class While:
     return [info._replace(varies=info.varies or go_on.varies) for info in carried]
 
   def backward(self, node: Node, live: Liveness) -> None:
-    """The condition asks too."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = live.subs[node]
-    each = whole_box(cond.outputs[0].shape)  # under vmap each example has its own
+    each = whole_box(cond.outputs[0].shape)  # under vmap, each example has one
     live.backward(cond, [Where(each, when=live.when(node))])
     asked = [
       _alone(join(live.stored(out), live.stored(inner))) if out in live.asked or inner in live.asked else None
@@ -140,13 +135,12 @@ class While:
       live.ask(value, _alone(where))
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
-    """One turn counts: how many there will be is not known."""
+    """One iteration counts, as their number is unknown."""
     for part in live.subs[node]:
       for cost in _of_turns(node, part, live, meter):
         yield cost._replace(label=f"{cost.label} (one turn of a while loop)")
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
-    """The same loop around a smaller body."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = run.live.subs[node]
     held = list(map(run.ev.box, self._held(node, run.live)))
@@ -164,7 +158,6 @@ class While:
     return lax.while_loop(any_goes_on, turn, inputs[first + consts :]), kept
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
-    """The condition reads what the body carries."""
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = live.subs[node]
     carried = node.ins[first + consts :]
@@ -196,14 +189,10 @@ class While:
 def _writing_turns(
   body: Program, fixed: Sequence[Info], read: Sequence[Info], each: Sequence[Info], live: Liveness
 ) -> list[Set]:
-  """For each output of a body, the turns in which it can be non-zero, by what is read in a turn.
+  """The iterations in which each output of a body may be non-zero, by what it reads.
 
-  Args:
-    body: what runs in every turn.
-    fixed: what is known of its other inputs.
-    read: what is known of the arrays that it reads, one entry in a turn.
-    each: what is known of that entry.
-    live: the analysis, of this body as it was before.
+  It runs the body with zeros, and restores the analysis at the end. An iteration reads an entry of ``read``, known as
+  ``each``.
   """
   masked = [at for at, info in enumerate(read) if info.possible[0].support]
   found: list[list[Set]] = [[] for _ in body.outputs]
@@ -219,29 +208,27 @@ def _writing_turns(
 
 
 def _zero(info: Info) -> Info:
-  """What is known of zeros."""
   shape = [s.size for s in info.possible]
   return info_of(nowhere(shape), info.varies)
 
 
 def _in_turns(where: Where, turns: Set) -> Where:
-  """Entries in some turns, if these are known."""
   return where if turns is sets.ALWAYS else where._replace(box=(turns, *where.box[1:]))
 
 
 def _of_turns(node: Node, turn: Program, live: Liveness, meter: Meter) -> Iterator[Cost]:
-  """What a turn costs where there are any: what is carried may be asked for whatever the condition is (``fixpoint.py``)."""
+  """Carried values may be demanded without the node's condition (fixpoint.py), so costs are put under it."""
   for cost in costs_of(turn, live, meter):
     yield cost._replace(term=cost.term.under(live.when(node, cost.term.sets)))
 
 
 def _again(node: Node) -> bool:
-  """Whether a scan has another turn that is given what one carried."""
+  """Whether a scan has an iteration that reads what another carried."""
   return bool(node.params["length"] != 1)
 
 
 def _runs(node: Node) -> bool:
-  """Whether a scan has a turn, after which what it carries is what that turn made."""
+  """Whether a scan has an iteration, which then gives its results."""
   length = node.params["length"]
   return compat.is_static_size(length) and length > 0
 
@@ -253,7 +240,7 @@ def _pairs(outer: Sequence[Value], inner: Sequence[Value]) -> Pairs:
 def _where(
   go_on: Any, each: Box, after: list[Any], before: list[Any], kept: list[Box], ev: Evaluation
 ) -> list[Any]:
-  """What a turn changes, of the examples that go on; they lie along the leading axes."""
+  """Changes only the examples that go on, along leading axes."""
   chosen = []
   for new, old, box in zip(after, before, kept, strict=True):
     here = align(go_on, each, box[: len(each)], ev)
@@ -262,12 +249,11 @@ def _where(
 
 
 def _alone(where: Where) -> Where:
-  """Entries by one axis at a time."""
+  """Without joint sets."""
   return Where(where.box, when=where.when)
 
 
 def _every_turn(box: Box) -> Box:
-  """A box with all turns, which are its leading axis."""
   return (*whole_box([box[0].size]), *box[1:])
 
 

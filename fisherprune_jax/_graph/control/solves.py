@@ -1,7 +1,7 @@
-"""Linear solves with a derivative rule, as ``jnp.linalg.solve`` and ``cg`` make them.
+"""Linear solves with a derivative rule, as in ``jnp.linalg.solve`` and ``cg``.
 
-They run as they were traced, at full shapes: which rows of a solution hang on which of the right-hand side only the
-user's functions know. What they cost is what the program that solves costs.
+They run as traced, at full shapes: only the user's functions know which rows depend on which. They cost what the
+solving program costs.
 """
 
 import functools
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class LinearSolve:
-  """``custom_linear_solve``: the constants of four functions, then the right-hand sides."""
+  """The constants of four functions, then right-hand sides."""
 
   def forward(self, node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
     """Every entry of the solution may be non-zero."""
@@ -36,29 +36,27 @@ class LinearSolve:
     return results(node, spec, infos)
 
   def backward(self, node: Node, live: Liveness) -> None:
-    """Every entry of what it is given is needed."""
+    """Every entry of operands is needed."""
     (body,) = live.subs[node]
     live.backward_spec(node)
     when = live.when(node)
     live.backward(body, [Where(whole_box(out.shape), when=when) for out in body.outputs])
 
   def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
-    """What solving costs."""
     return costs_of(live.subs[node][0], live, meter)
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
-    """The solve, as it was traced."""
     operands = [run.read(arrays, value, whole_box(value.shape)) for value in node.ins]
     return compat.bind(node.eqn, operands), [whole_box(out.shape) for out in node.outs]
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
-    """None: what it runs is run as it was traced."""
+    """Nothing: it runs as traced."""
     del node, live
     return []
 
 
 def _constants(node: Node) -> tuple[int, int]:
-  """Where the constants of the function that solves lie among the operands."""
+  """Where the solving function's constants lie among operands."""
   lengths = node.params["const_lengths"]
   before = lengths.matvec + lengths.vecmat
   return before, before + lengths.solve
@@ -69,7 +67,7 @@ def _shape(info: Info) -> list[Any]:
 
 
 def kept_whole(node: Node, infos: Sequence[Info]) -> Spec:
-  """What the engine says of it where it does not look inside."""
+  """Its spec, where the engine does not look inside."""
   return opaque(node, f"{node.name} of masked entries")
 
 

@@ -1,4 +1,4 @@
-"""Scans over stacks of layers: each layer has widths of its own, so the loop is unrolled."""
+"""Scans over stacks of layers: each layer has its widths, so the loop is unrolled."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 def has_stack(node: Node, live: Liveness) -> bool:
-  """Whether a scan runs over something that differs from turn to turn in what is live."""
+  """Whether iterations of a scan differ in what is live."""
   consts, carry = compat.scan_counts(node.params)
   return any(live.info(value).layers is not None for value in node.ins[consts + carry :])
 
 
 def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
-  """One body for each turn, each going on from the one before."""
+  """One body per iteration, each after the one before."""
   consts, carry = compat.scan_counts(node.params)
   length = node.params["length"]
   callers = (*node.callers, node.eqn)
@@ -42,7 +42,6 @@ def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
 
 
 def backward(node: Node, live: Liveness) -> None:
-  """From the last turn to the first."""
   consts, carry = compat.scan_counts(node.params)
   asked = live.wheres(node.outs)
   carried, written = asked[:carry], [where and where.in_a_turn() for where in asked[carry:]]
@@ -63,15 +62,14 @@ def backward(node: Node, live: Liveness) -> None:
 
 
 def costs(node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
-  """Every layer with its own widths."""
   for body in live.subs[node]:
     yield from costs_of(body, live, meter)
 
 
 def execute(run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
-  """The turns one after the other; as a loop where all of them do the same."""
+  """The iterations in order; as a loop if all do the same."""
   consts, carry = compat.scan_counts(node.params)
-  boxes = [(*whole_box(out.shape[:1]), *run.box(out)[1:]) for out in node.outs[carry:]]  # of all turns
+  boxes = [(*whole_box(out.shape[:1]), *run.box(out)[1:]) for out in node.outs[carry:]]  # all iterations
   fixed = list(map(run.box, node.ins[:consts]))
   shared = [run.read(arrays, value, box) for value, box in zip(node.ins, fixed, strict=False)]
   held = list(map(run.box, node.ins[consts : consts + carry]))
@@ -97,15 +95,15 @@ def execute(run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Se
 
 
 class Turn(NamedTuple):
-  """One turn of a loop: ``turn(shared, carried, layer)`` gives what is carried on, and what is written.
+  """One iteration: ``turn(shared, carried, layer)`` gives what is carried, then what is written.
 
   Attributes:
     run: runs it.
     body: its program.
-    before: what its inputs hold, but for the layers.
-    layers: what its own parts of the stacks hold.
-    after: what is carried on.
-    wanted: of all results.
+    before: what shared and carried inputs hold.
+    layers: what layers hold.
+    after: what carried results hold.
+    wanted: what all results hold.
   """
 
   run: "Run"
@@ -120,7 +118,6 @@ class Turn(NamedTuple):
 
 
 def _turns(run: "Run", node: Node, fixed: list[Box], held: list[Box], written: list[Box]) -> list[Turn]:
-  """All turns, in the order that they run in."""
   consts, carry = compat.scan_counts(node.params)
   found = []
   for at in _order(node):
@@ -133,12 +130,12 @@ def _turns(run: "Run", node: Node, fixed: list[Box], held: list[Box], written: l
 
 
 def _are_alike(turns: list[Turn], shared: list[Any], carried: list[Any], layers: list[Any]) -> bool:
-  """Whether all turns compute the same of arrays of the same shapes; then they can stay a loop."""
+  """Whether all iterations compute the same, on arrays of the same shapes."""
   ends, seen = (len(shared), len(shared) + len(carried)), None
   for turn in turns:
     before = turn.before[len(shared) :]
     if not all(map(turn.run.is_same, before, turn.after)):
-      return False  # what is carried has another width after it
+      return False  # the carried width changes
 
     def run(*xs: Any, turn: Turn = turn) -> list[Any]:
       return turn([*xs[: ends[0]]], [*xs[ends[0] : ends[1]]], [x[0] for x in xs[ends[1] :]])
@@ -151,7 +148,7 @@ def _are_alike(turns: list[Turn], shared: list[Any], carried: list[Any], layers:
 
 
 def _are_same(a: Any, b: Any) -> bool:
-  """Whether two traced functions are the same, with the same constants."""
+  """Whether functions are traced alike, with equal constants."""
   if str(a) != str(b):
     return False
   ours, others = [*_constants(a)], [*_constants(b)]
@@ -159,7 +156,7 @@ def _are_same(a: Any, b: Any) -> bool:
 
 
 def _constants(traced: Any) -> Iterator[Any]:
-  """The arrays that are written into a jaxpr and into those in it: as text they may be cut short, or not be there."""
+  """Arrays in a jaxpr and in inner ones, which its text may shorten or omit."""
   jaxpr, consts = compat.open_jaxpr(traced)
   yield from consts
   for eqn in jaxpr.eqns:
@@ -170,7 +167,7 @@ def _constants(traced: Any) -> Iterator[Any]:
 
 
 def links(node: Node, live: Liveness) -> list[Link]:
-  """Every turn gives what it carried to the next one; they are listed from the last to the first."""
+  """Iterations give carried values to the next; the last is first."""
   consts, carry = compat.scan_counts(node.params)
   found, after = [], list(node.outs[:carry])
   for turn in reversed(_order(node)):
@@ -192,7 +189,6 @@ def _layer(info: Info, turn: int) -> Info:
 
 
 def _stacked(layers: Sequence[Info]) -> Info:
-  """What is known of the results of all turns, stacked."""
   box = (*whole_box((len(layers),)), *hull(*(info.possible for info in layers)))
   when = sets.union(*(info.when for info in layers))
   return Info(box, varies=any(info.varies for info in layers), layers=tuple(layers), when=when)

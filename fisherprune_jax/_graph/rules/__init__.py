@@ -1,4 +1,4 @@
-"""The rules: one ``Spec`` per primitive, by family. Importing this package registers them."""
+"""The rules, by family: one spec per primitive. Importing this registers them."""
 
 from fisherprune_jax._graph.rules import contraction as contraction
 from fisherprune_jax._graph.rules import elementwise as elementwise

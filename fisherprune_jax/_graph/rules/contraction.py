@@ -23,12 +23,12 @@ BOTH = frozenset({0, 1})
 
 
 def dot_general(node: Node, infos: Sequence[Info]) -> Spec:
-  """``b m k, b n k -> b m n``, whatever the order of the axes."""
+  """``b m k, b n k -> b m n``, in any order."""
   return _product(node, node.params["dimension_numbers"])
 
 
 def ragged_dot_general(node: Node, infos: Sequence[Info]) -> Spec | None:
-  """``m k, g k n, g -> m n``: which rows meet which group only the sizes tell, so ``m`` and ``g`` are whole."""
+  """``m k, g k n, g -> m n``: only sizes tell which rows meet which group, so ``m`` and ``g`` are indivisible."""
   numbers = node.params["ragged_dot_dimension_numbers"]
   (contracted, _), (batch, _) = numbers.dot_dimension_numbers
   rows = numbers.lhs_ragged_dimensions
@@ -45,7 +45,7 @@ def ragged_dot_general(node: Node, infos: Sequence[Info]) -> Spec | None:
 
 
 def _product(node: Node, numbers: Any, group: int | None = None) -> Spec:
-  """Batch axes, then the free ones of the left, then of the right (but for ``group``)."""
+  """Axes: batch, free ones of the left, then of the right (not the group)."""
   (left_contract, right_contract), (left_batch, right_batch) = numbers
   left, right = (value.shape for value in node.ins[:2])
   left_axes: list[Factor] = [f"m{i}" for i in range(len(left))]
@@ -68,12 +68,12 @@ def _product(node: Node, numbers: Any, group: int | None = None) -> Spec:
 
 
 def _blind(terms: Sequence[Size]) -> frozenset[int]:
-  """A sum of several products starts at +0, and so does not show the sign of zeros; one product does."""
+  """A sum of several products starts at +0 and hides signs of zeros; one product shows them."""
   return frozenset() if all(compat.is_static_size(n) and n == 1 for n in terms) else BOTH
 
 
 def conv_general_dilated(node: Node, infos: Sequence[Info]) -> Spec:
-  """``(h n) (g i) s.., (h g o) i k.. -> n (h g o) t..``: groups are factors, the window is whole."""
+  """``(h n) (g i) s.., (h g o) i k.. -> n (h g o) t..``: groups are factors, windows indivisible."""
   numbers = node.params["dimension_numbers"]
   (left, right), out = (value.shape for value in node.ins), node.outs[0].shape
   groups, batch_groups = node.params["feature_group_count"], node.params["batch_group_count"]
@@ -126,10 +126,10 @@ def _products(
   outer: tuple[Factor, ...],
   inner: tuple[Factor, ...],
 ) -> tuple[Flops, ...]:
-  """An inner product at every place, over the taps that count there.
+  """An inner product at every place, over the taps that count.
 
-  All of them do, those over the border too, unless the input is dilated (a transposed convolution, or the gradient of a
-  strided one). Then the taps that meet an entry of the input count: each entry times each tap that lands in the result.
+  All do, also over the border, unless the input is dilated (a transposed convolution, or a strided one's gradient).
+  Then taps on entries count: each entry times each tap that lands in the result.
   """
   scale, twice = inner_product(*node.ins)
   whole = Flops((*outer, *places), inner, scale, math.prod(taps.values()) * twice)
@@ -141,7 +141,6 @@ def _products(
 
 
 def _slides(node: Node, space: Sizes, taps: Sizes, places: Sizes) -> list[Slide]:
-  """How the window goes along each axis; nothing where sizes are symbols."""
   sizes, params = (places.values(), taps.values(), space.values()), node.params
   if not all(compat.is_static_size(n) for found in sizes for n in found):
     return []
@@ -151,7 +150,6 @@ def _slides(node: Node, space: Sizes, taps: Sizes, places: Sizes) -> list[Slide]
 
 
 def _merge(parts: str, sizes: Sizes) -> Axis:
-  """One axis of several factors, without those of size 1 (but for the last, if it stands alone)."""
   rest = tuple(f for f in parts if sizes[f] > 1)
   if len(rest) > 1:
     return Prod(rest)
@@ -159,7 +157,6 @@ def _merge(parts: str, sizes: Sizes) -> Axis:
 
 
 def _order(layout: Sequence[int], first: Axis, second: Axis, window: Sizes) -> Axes:
-  """Lays axes out as ``layout`` says where the first, the second and the window's axes are."""
   place = dict(zip(layout, (first, second, *window), strict=True))
   return tuple(place[i] for i in range(len(layout)))
 
@@ -167,7 +164,7 @@ def _order(layout: Sequence[int], first: Axis, second: Axis, window: Sizes) -> A
 def _bind_conv(node: Node, arrays: Sequence[jax.Array], sizes: Sizes) -> list[jax.Array]:
   groups = {"feature_group_count": sizes.get("g", 1), "batch_group_count": sizes.get("h", 1)}
   if 0 in (sizes.get("i"), sizes.get("g"), sizes.get("h")):
-    # Nothing to add up; XLA has no convolution over no channels.
+    # Nothing to add up; XLA lacks convolutions over no channels.
     numbers = node.params["dimension_numbers"]
     shape = list(node.outs[0].shape)
     shape[numbers.out_spec[0]] = sizes["n"]

@@ -1,8 +1,7 @@
-"""Elementwise primitives. One fact each: that they are elementwise, and whether they compute or only move.
+"""Elementwise primitives: whether they compute or only move.
 
-Whether zeros stay zero is not written down: the primitive is asked, by applying it to zeros and to the
-constants that it is given. So ``max(x, 0)``, ``min(x, 6)``, ``x ** 2`` and ``tanh(x)`` keep zeros, ``x + 1``
-and ``exp(x)`` do not, and no list has to say so.
+Whether zeros stay zero is found by applying them to zeros and constants. So ``max(x, 0)``, ``min(x, 6)``, ``x ** 2``
+and ``tanh(x)`` keep zeros; ``x + 1`` and ``exp(x)`` do not.
 """
 
 from collections.abc import Sequence
@@ -32,17 +31,17 @@ MOVES = """
   reduced_vary_cast reduced_vary_cast_p reshard select_n sharding_constraint stop_gradient unpin
   vary_unreduced_cast vary_unreduced_cast_p with_memory_space_constraint
 """.split()
-# Operands of which a zero alone makes the result zero.
+# Absorbing operands.
 PRODUCTS = {"mul": frozenset({0, 1}), "and": frozenset({0, 1}), "div": frozenset({0})}
 # Operands whose zeros decide nothing.
 PREDICATES = {"select_n": frozenset({0})}
 
 
 def elementwise(node: Node, infos: Sequence[Info]) -> Spec:
-  """The rule of a primitive that works entry by entry: a result's entry is of the operands' at the same place.
+  """The rule of a primitive that works entry by entry.
 
-  A size-1 axis of an operand broadcasts, and so does a scalar. Whether zeros stay zero, and whether the sign of a zero
-  shows, the primitive is asked by applying it, so it must have an implementation. It costs 1 per entry.
+  Size-1 axes and scalars broadcast. Whether zeros stay zero, and whether their signs show, is found by applying the
+  primitive, so it must be implemented. It costs 1 per entry.
 
   Args:
     node: the application.
@@ -88,14 +87,14 @@ def _axes(shape: Sequence[Size], out: Sequence[Size]) -> Axes:
 
 
 def _broadcasts(factor: Factor, ins: Sequence[Axes], neutral: frozenset[int]) -> bool:
-  """Whether some operand lacks the factor, and with it the zeros along it."""
+  """Whether an operand lacks the factor, and so its zeros."""
   return any(factor not in axes for i, axes in enumerate(ins) if i not in neutral)
 
 
 def _opaque(
   node: Node, infos: Sequence[Info], keeps_zero: bool, harmless: frozenset[int], alive: bool
 ) -> str:
-  """Why dead entries come alive here, if they do for good: another branch may be dead there too."""
+  """Why dead entries become non-zero for good; empty if another branch may be dead there."""
   if not keeps_zero:
     return f"{node.name} makes zeros non-zero"
   others = [info for operand, info in enumerate(infos) if operand not in harmless]
@@ -109,7 +108,7 @@ def _opaque(
 
 
 def _kills(node: Node, infos: Sequence[Info]) -> frozenset[int]:
-  # 0 / 0 is not zero: a numerator's zeros count only over a denominator that has none of its own.
+  # 0 / 0 is not zero: the numerator's zeros count only if the denominator has none.
   if node.name == "select_n" and _is_product(node, infos):
     return frozenset({0, 2})
   if node.name == "div" and not (infos[1].const is None and _is_everywhere(infos[1])):
@@ -118,7 +117,7 @@ def _kills(node: Node, infos: Sequence[Info]) -> frozenset[int]:
 
 
 def _is_product(node: Node, infos: Sequence[Info]) -> bool:
-  """Whether a choice is one between +0 and something else, as ``where(mask > 0, x, 0)``: not where the predicate does."""
+  """Whether it is like a product: a choice between +0 and another value, as ``where(mask > 0, x, 0)``."""
   zero = infos[1].const
   return len(infos) == 3 and infos[1].is_zero and not np.signbit(np.real(zero))
 
@@ -128,11 +127,11 @@ def _is_everywhere(info: Info) -> bool:
 
 
 def _same_as(node: Node, infos: Sequence[Info]) -> int | None:
-  """The operand that a product with a mask equals, on live entries."""
+  """The operand that a product with a mask equals on live entries."""
   if node.name != "mul" or not any(info.mask for info in infos):
     return None
   operand = 0 if infos[1].mask else 1
-  # A mask of one feature may broadcast: then its zero is not one along an axis that both have.
+  # A mask of one feature may broadcast: then its zero is not on a shared axis.
   mask = 1 - operand
   sizes = zip(infos[mask].possible, node.ins[mask].shape, node.outs[0].shape, strict=False)
   shows = all(s.is_all or n == m for s, n, m in sizes)
@@ -147,7 +146,7 @@ def _zeros(node: Node, infos: Sequence[Info]) -> Zeros:
 
 
 def bitcast(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a b -> a b``, or ``a b -> a b 2`` between widths; of numbers with a sign it shows that of zeros too."""
+  """``a b -> a b``, or ``a b -> a b 2`` between widths; floats show signs of zeros."""
   before, after = node.ins[0].shape, node.outs[0].shape
   longest = before if len(before) > len(after) else after
   names = names_of(longest)

@@ -1,4 +1,4 @@
-"""Gathers and slices, at positions that are known, or only when the program runs."""
+"""Gathers and slices, at positions known when traced, or later."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ from fisherprune_jax._graph.spec import Bind, Factor, Sizes, Spec
 
 
 def gather(node: Node, infos: Sequence[Info]) -> Spec:
-  """``v c, i -> i c``: axes taken whole by every slice are elementwise, the indexed ones whole."""
+  """``v c, i -> i c``: axes that slices span are elementwise, indexed ones indivisible."""
   numbers, slices = node.params["dimension_numbers"], node.params["slice_sizes"]
   if (picks := _known_picks(node, infos[1].known)) is not None:
     return picked(node, picks)
@@ -28,7 +28,7 @@ def gather(node: Node, infos: Sequence[Info]) -> Spec:
   gone = {*numbers.collapsed_slice_dims, *numbers.operand_batching_dims}
   kept = [axis for axis in range(len(operand)) if axis not in gone]
   for axis, at in zip(kept, numbers.offset_dims, strict=True):
-    if slices[axis] == operand[axis]:  # also where there is an index for it: it can only be 0
+    if slices[axis] == operand[axis]:  # an index there can only be 0
       ins[axis] = outs[at]
   for axis, index_axis in zip(
     numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
@@ -89,7 +89,7 @@ def _bind_gather(ins: tuple[Factor, ...]) -> Bind:
 
 
 def dynamic_slice(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a b -> a b'``: axes taken whole are elementwise, the others whole."""
+  """``a b -> a b'``: axes that it does not span are indivisible."""
   shape, out = node.ins[0].shape, node.outs[0].shape
   cut = [n != m for n, m in zip(shape, out, strict=True)]
   ins, outs = side("s", cut), side("t", cut)

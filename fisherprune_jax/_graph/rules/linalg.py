@@ -1,7 +1,7 @@
-"""Fourier transforms and dense linear algebra: whole along the axes that they mix, one by one along the others.
+"""Fourier transforms and dense linear algebra: indivisible along mixed axes.
 
-Their counts are the textbooks', for an ``m`` by ``n`` matrix and its smaller side ``k``: Cooley and Tukey's ``5 N log2 N``,
-the others from Golub and Van Loan, *Matrix Computations*. Four times as much for complex matrices.
+Counts are those of Golub and Van Loan, *Matrix Computations*, for ``m`` by ``n`` matrices, where ``k`` is the smaller
+side. Transforms take ``5 N log2 N`` (Cooley and Tukey). Complex matrices take four times as much.
 """
 
 import math
@@ -24,7 +24,7 @@ Count = Callable[[int, int, Params], Number]
 
 
 def fft(node: Node, infos: Sequence[Info]) -> Spec:
-  """``b s -> b t``: linear, so of zeros it makes zeros."""
+  """``b s -> b t``: linear, so zeros give zeros."""
   lengths = node.params["fft_lengths"]
   numbers = math.prod(lengths) if all(map(compat.is_static_size, lengths)) else 0
   real = not all(map(is_complex, (*node.ins, *node.outs)))
@@ -33,15 +33,15 @@ def fft(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def matrices(count: Count) -> SpecRule:
-  """``b m n -> b ..``: of each matrix something; ``count(m, n, params)`` says at what cost.
+  """``b m n -> b ..``: something of each matrix, at a cost of ``count(m, n, params)``.
 
-  What a matrix of zeros gives (NaN, of most) is not known.
+  What zero matrices give (mostly NaN) is unknown.
   """
 
   def rule(node: Node, infos: Sequence[Info]) -> Spec:
     m, n = node.ins[0].shape[-2:]
     spec = _batched(node, 2, _of_matrices(node, lambda: count(m, n, node.params)), alive=True)
-    # A reflection turns away from the sign of a zero.
+    # A reflection depends on the sign of a zero.
     return replace(spec, sees=frozenset(range(len(node.ins))))
 
   return rule
@@ -61,7 +61,7 @@ def tridiagonal_solve(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def _solve(node: Node, core: int, at: int, flops: int) -> Spec:
-  """A solve of which each right-hand side, along axis ``at`` of the last operand, stands alone."""
+  """A solve with independent right-hand sides along axis ``at`` of the last operand."""
   spec = _batched(node, core, flops, alive=True)
   ((*shown,),), side = spec.outs, str(spec.ins[-1][at])
   whole, shown[at] = shown[at], side
@@ -76,7 +76,7 @@ def _solve(node: Node, core: int, at: int, flops: int) -> Spec:
 
 
 def _batched(node: Node, core: int, flops: int, alive: bool) -> Spec:
-  """The leading axes, all but ``core`` of the first operand, are elementwise, the others whole."""
+  """Leading axes (all but ``core`` of the first operand) are elementwise, others indivisible."""
   batch = tuple(f"b{i}" for i in range(len(node.ins[0].shape) - core))
   ins, outs = (
     tuple((*batch, *own) for own in apart(letter, values, len(batch)))
@@ -101,12 +101,12 @@ def ormqr(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def permutation(node: Node, infos: Sequence[Info]) -> Spec:
-  """``b k -> b m``: swaps of rows as an order of rows, which is no arithmetic."""
+  """``b k -> b m``: swaps of rows as an order, which costs nothing."""
   return _batched(node, 1, 0, alive=True)
 
 
 def _of_matrices(node: Node, count: Callable[[], Number]) -> int:
-  """A count as a whole number; none where sizes are symbols, as in an export, which counts nothing."""
+  """The count as an integer; 0 if symbolic, as in an export, which counts nothing."""
   sizes = [n for value in node.ins for n in value.shape]
   if not all(map(compat.is_static_size, sizes)):
     return 0

@@ -1,4 +1,4 @@
-"""Data movement: axes are renamed, laid end to end or picked from; nothing is computed."""
+"""Data movement: axes renamed, laid end to end or picked from."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,7 +30,7 @@ def squeeze(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def broadcast_in_dim(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a -> b a c``: new axes are all alive."""
+  """``a -> b a c``: new axes are full."""
   shape = node.params["shape"]
   names = names_of(shape)
   ins = tuple(
@@ -48,7 +48,7 @@ def broadcast_in_dim(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def iota(node: Node, infos: Sequence[Info]) -> Spec:
-  """``-> a b``: the counted axis is whole."""
+  """``-> a b``: the counted axis is indivisible."""
   shape = node.params["shape"]
   names = names_of(shape)
   return Spec(
@@ -63,7 +63,7 @@ def iota(node: Node, infos: Sequence[Info]) -> Spec:
 def _bind_with_sizes(param: str) -> Bind:
   def bind(node: Node, arrays: Sequence[jax.Array], sizes: Sizes) -> list[jax.Array]:
     shape = tuple(sizes[f"d{i}"] for i in range(len(node.params[param])))
-    # A dynamic shape's operands are not needed once the sizes are known from the arrays.
+    # Operands of a dynamic shape are not needed: arrays give the sizes.
     return compat.bind(node.eqn, arrays, {**node.params, param: shape})
 
   return bind
@@ -103,7 +103,7 @@ def split(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def slice_(node: Node, infos: Sequence[Info]) -> Spec:
-  """``(a picked) -> a``."""
+  """``a -> (a picked)``."""
   bounds = zip(
     node.params["start_indices"],
     node.params["limit_indices"],
@@ -125,7 +125,7 @@ def rev(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def pad(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a -> (v + a + v)``, with values inside too, or cut off where padding is negative."""
+  """``a -> (v + a + v)``, also with values inside, or cut where padding is negative."""
   picks: list[np.ndarray | None] = []
   for n, (low, high, interior) in zip(node.ins[0].shape, node.params["padding_config"], strict=True):
     if (low, high, interior) == (0, 0, 0):
@@ -140,7 +140,7 @@ def pad(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def _filled(node: Node, picks: Sequence[np.ndarray | None]) -> Spec:
-  """A selection with something other than zeros where nothing is picked: alive is also what lies beside that."""
+  """A selection filled with non-zeros, beside which other axes are full."""
   spec = picked(node, picks)
   fills = [i for i, index in enumerate(picks) if index is not None and (index < 0).any()]
   outs = (replace(axis, filled=True) if isinstance(axis, Pick) else axis for axis in spec.outs[0])
@@ -155,7 +155,7 @@ def _filled(node: Node, picks: Sequence[np.ndarray | None]) -> Spec:
 
 
 def picked(node: Node, picks: Sequence[np.ndarray | None]) -> Spec:
-  """A static selection along each axis of operand 0, None for all of it; -1 gives zeros."""
+  """A static selection along axes of operand 0; None takes all, -1 gives zeros."""
   names = names_of(node.ins[0].shape)
   outs: tuple[Axis, ...] = tuple(
     f if index is None else Pick(f, index) for f, index in zip(names, picks, strict=True)
@@ -167,7 +167,7 @@ def picked(node: Node, picks: Sequence[np.ndarray | None]) -> Spec:
     kills=frozenset({0}),
     neutral=frozenset(range(1, len(node.ins))),
     moves=all(index is None or (index >= 0).all() for index in picks),
-    bind=lambda node, arrays, sizes: [arrays[0]],  # where nothing is picked, everything is taken
+    bind=lambda node, arrays, sizes: [arrays[0]],  # without picks, all is taken
   )
 
 

@@ -1,4 +1,4 @@
-"""Primitives that are kept whole: random numbers, and everything that no rule knows."""
+"""Primitives kept whole: random numbers, and those without a rule."""
 
 from collections.abc import Sequence
 
@@ -9,29 +9,29 @@ from fisherprune_jax._graph.registry import built_in, rule_named
 from fisherprune_jax._graph.rules.naming import apart, sizes_in
 from fisherprune_jax._graph.spec import Flops, Spec
 
-# Random bits depend on the whole shape; drawing them costs one operation per number.
+# Random bits depend on the whole shape; each number costs one operation.
 RANDOM = """
   iota_2x32_shape philox2x32 philox4x32 random_bits random_clone random_fold_in random_gamma random_seed
   random_split random_unwrap random_wrap rng_bit_generator rng_uniform threefry2x32 threefry4x32
 """.split()
 
 
-# Not part of anybody's model, so nothing to speak of.
+# Not part of models, and not reported.
 SILENT = """
   axis_index debug_callback debug_print dim_as_value empty empty2 platform_index shape_assertion
 """.split()
 
 
 def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = (), counted: bool = True) -> Spec:
-  """A primitive that is kept whole: every operand is needed, every entry of the results may be non-zero.
+  """Keeps a primitive whole: all operands are needed, and all results may be non-zero.
 
-  The signs of the operands' zeros may show as well.
+  It counts as sign-sensitive, too.
 
   Args:
     node: the application.
-    reason: why, for the report; empty where there is nothing to say.
-    flops: what it costs. The axes of result i are the factors ``oi.0 oi.1 ..``, those of operand i ``ii.0 ..``.
-    counted: False where nobody knows what it costs.
+    reason: why, for the report; may be empty.
+    flops: what it costs. Result i has the factors ``oi.0 oi.1 ..``, operand i ``ii.0 ..``.
+    counted: False if the cost is unknown.
 
   Returns:
     Its ``Spec``.
@@ -51,24 +51,23 @@ def opaque(node: Node, reason: str, flops: tuple[Flops, ...] = (), counted: bool
 
 
 def random(node: Node, infos: Sequence[Info]) -> Spec:
-  """Drawn whole and then selected from, so that the numbers stay those of the masked network."""
+  """Drawn whole, then sliced: the numbers stay those of the masked network."""
   return opaque(node, "", tuple(map(Flops, apart("o", node.outs))))
 
 
 def spec_of(node: Node, infos: Sequence[Info]) -> Spec:
-  """The ``Spec`` of a node by the rule for its primitive; one that no rule knows is kept whole."""
+  """The spec by a node's rule; without one, it is kept whole."""
   rule = rule_named(node.name)
   spec = ask(rule, node, infos) if rule else None
   return opaque(node, unknown(node.name), counted=False) if spec is None else spec
 
 
 def unknown(name: str) -> str:
-  """The reason given for a primitive without a rule."""
   return f"no rule for {name}"
 
 
 def silent(node: Node, infos: Sequence[Info]) -> Spec:
-  """Kept whole without a word."""
+  """Kept whole, without a reason."""
   return opaque(node, "")
 
 

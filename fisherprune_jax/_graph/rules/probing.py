@@ -1,6 +1,6 @@
-"""What an elementwise primitive makes of zeros, and of their signs: it is asked, not written down.
+"""What an elementwise primitive makes of zeros and their signs, found by applying it.
 
-It is applied once to a grid of numbers, each operand along an axis of its own, among them both zeros.
+It is applied once to a grid of numbers with both zeros, an axis per operand.
 """
 
 import functools
@@ -17,16 +17,16 @@ from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.program import Node
 
 SIGNED_AT_WILL = frozenset({"max", "min", "clamp"})
-"""Of +0 and -0 XLA may take either, here one and there the other."""
+"""XLA may return either of +0 and -0, which differs by place."""
 
 
 class Zeros(NamedTuple):
   """What a primitive makes of zeros.
 
   Attributes:
-    kept: whether the result is zero where all operands but the constants are.
-    sees: operands of which the sign of a zero shows in more than the sign of a zero.
-    blind: operands of which it does not show at all.
+    kept: whether the result is zero if all operands but constants are.
+    sees: sign-sensitive operands.
+    blind: sign-insensitive operands.
   """
 
   kept: bool
@@ -35,7 +35,6 @@ class Zeros(NamedTuple):
 
 
 def probe(node: Node, infos: Sequence[Info]) -> Zeros:
-  """Asks the primitive of ``node``, of operands that are constants where ``infos`` say so."""
   operands = tuple(
     (np.dtype(value.aval.dtype), None if info.const is None else np.asarray(info.const).item())
     for value, info in zip(node.ins, infos, strict=True)
@@ -55,7 +54,7 @@ def _ask(primitive: Primitive, params: Any, operands: Any) -> Zeros:
   with jax.ensure_compile_time_eval(), jax.debug_nans(False), jax.debug_infs(False):
     grid = [jnp.asarray(x) for x in np.meshgrid(*axes, indexing="ij")]
     result = np.asarray(compat.apply(primitive, grid, dict(params))[0])
-  # Half precision of several kinds has no place in NumPy's own tests of signs; float64 holds all of them.
+  # NumPy's sign tests lack some half precisions; float64 holds all.
   result = result if np.iscomplexobj(result) else result.astype(np.float64)
   signs = [_sign(result, at, axis) for at, axis in enumerate(axes)]
   zeros = [
@@ -72,7 +71,7 @@ def _ask(primitive: Primitive, params: Any, operands: Any) -> Zeros:
 
 
 def _numbers(dtype: np.dtype, const: Any) -> np.ndarray:
-  """What to try of an operand: its zero comes first, and behind it those that differ in signs alone."""
+  """Numbers to try, with zeros of both signs."""
   if const is not None:
     return np.asarray([const]).astype(dtype)
   if np.issubdtype(dtype, np.bool_):
@@ -88,11 +87,11 @@ def _numbers(dtype: np.dtype, const: Any) -> np.ndarray:
 
 
 def _sign(result: np.ndarray, at: int, numbers: np.ndarray) -> str:
-  """What becomes of the sign of an operand's zeros: ``lost``, handed ``on`` to a zero, or ``seen``."""
+  """The sign of an operand's zeros is ``lost``, passed ``on`` to a zero, or ``seen``."""
   rows = np.moveaxis(result, at, 0)
   pairs = [
     (rows[i], rows[j]) for i in range(numbers.size) for j in range(i) if numbers[i] == numbers[j]
-  ]  # of integers there are none
+  ]  # none for integers
   if not all(np.array_equal(a, b, equal_nan=True) for a, b in pairs):
     return "seen"
   return "on" if any(_apart(a.real, b.real) or _apart(a.imag, b.imag) for a, b in pairs) else "lost"

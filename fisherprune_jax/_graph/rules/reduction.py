@@ -1,4 +1,4 @@
-"""Primitives that run along axes: reductions, cumulative operations, sorting and windows."""
+"""Reductions, cumulative operations, sorting and windows."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fisherprune_jax._graph.spec import Flops, Spec, names_of
 from fisherprune_jax._graph.windows import Slide, Window
 from fisherprune_jax._types import Size
 
-# Zeros add nothing to these; the others have to see them.
+# Zeros add nothing to these; others need them.
 SUMS = ["reduce_sum", "reduce_or", "reduce_xor"]
 # Of entries that are all zero, argmax and argmin give the first: position zero.
 CHOICES = ["reduce_max", "reduce_min", "reduce_and", "reduce_prod", "argmax", "argmin"]
@@ -27,7 +27,7 @@ WINDOWS = ["reduce_window_sum", "reduce_window_max", "reduce_window_min"]
 
 
 def reduction(node: Node, infos: Sequence[Info]) -> Spec:
-  """``b c -> b``: reduced axes are contracted; only a sum can do without its zeros."""
+  """``b c -> b``: only a sum can do without zeros."""
   shape = node.ins[0].shape
   names = names_of(shape)
   reduced = frozenset(names[axis] for axis in node.params["axes"])
@@ -39,12 +39,12 @@ def reduction(node: Node, infos: Sequence[Info]) -> Spec:
     outs=(outs,),
     sizes=sized((names, shape)),
     kills=frozenset({0}) if sums else frozenset(),
-    # Over nothing a sum is zero; a product is one, a maximum the least number that there is.
+    # An empty sum is zero; an empty product is one, an empty maximum the least number.
     alive=frozenset() if sums or not _has(terms, 0) else frozenset(outs),
     whole=frozenset() if sums else reduced,
     flops=(Flops(names, scale=weight(node)),),
     opaque="" if sums else f"{node.name} along the masked axis",
-    # A sum of several terms starts at +0; one term alone may be passed on as it is.
+    # A sum of several terms starts at +0; a single term may be passed on.
     blind=frozenset({0})
     if (sums and any(not _is(n, 1) for n in terms)) or node.name in PLACES
     else frozenset(),
@@ -60,14 +60,14 @@ def _has(sizes: Sequence[Size], number: int) -> bool:
 
 
 def collective(node: Node, infos: Sequence[Info]) -> Spec | None:
-  """``b c -> b``: a reduction over axes that ``vmap`` has put in the place of names."""
+  """``b c -> b``: over axes that vmap puts in place of names."""
   plain = all(isinstance(axis, int) for axis in node.params["axes"])
   alone = len(node.ins) == 1 and node.params["axis_index_groups"] is None
   return reduction(node, infos) if plain and alone else None
 
 
 def reduction_by(node: Node, infos: Sequence[Info]) -> Spec:
-  """``b c, b c, 1, 1 -> b, b``: by a function of one's own, of which nothing is known."""
+  """``b c, b c, 1, 1 -> b, b``: by an unknown function."""
   shape, arrays = node.ins[0].shape, len(node.ins) // 2
   names = names_of(shape)
   reduced = frozenset(names[axis] for axis in node.params["dimensions"])
@@ -85,7 +85,7 @@ def reduction_by(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def along_axis(node: Node, infos: Sequence[Info]) -> Spec:
-  """Cumulative operations and ``sort``: one axis whole, the others elementwise."""
+  """Cumulative operations and sorting: one indivisible axis, the others elementwise."""
   shape = node.ins[0].shape
   names = names_of(shape)
   axis = names[node.params["axis"] if "axis" in node.params else node.params["dimension"]]
@@ -102,7 +102,7 @@ def along_axis(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def window(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a s -> a t``: axes that the window does not span are elementwise, the others whole."""
+  """``a s -> a t``: axes that the window spans are indivisible."""
   keeps_zero = node.name == "reduce_window_sum" or not any(
     spans(node.params, axis) and _has_empty_window(node, axis) for axis in range(len(node.ins[0].shape))
   )
@@ -110,13 +110,12 @@ def window(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def _has_empty_window(node: Node, axis: int) -> bool:
-  """Whether some window along an axis holds padding and gaps alone, of which a maximum is the least number."""
+  """Whether a window holds padding and gaps alone: its maximum is the least number."""
   slide = _slide(node, axis)
   return slide is None or not met(slide).all()
 
 
 def _slide(node: Node, axis: int) -> Slide | None:
-  """How a window goes along an axis; None where sizes are symbols."""
   size, places = node.ins[0].shape[axis], node.outs[0].shape[axis]
   if not (compat.is_static_size(size) and compat.is_static_size(places)):
     return None
@@ -126,7 +125,7 @@ def _slide(node: Node, axis: int) -> Slide | None:
 
 
 def window_by(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a s, a s, 1, 1 -> a t, a t``: by a function of one's own, of which nothing is known."""
+  """``a s, a s, 1, 1 -> a t, a t``: by an unknown function."""
   return _windowed(node, len(node.ins) // 2, False, f"{node.name} by an unknown function")
 
 
@@ -149,7 +148,7 @@ def _windowed(node: Node, arrays: int, keeps_zero: bool, reason: str) -> Spec:
 
 
 def spans(params: Params, axis: int) -> bool:
-  """Whether a window reaches over more than one entry along an axis, or changes its size."""
+  """Whether a window spans several entries along an axis, or resizes it."""
   plain = ("window_dimensions", "window_strides", "base_dilation", "window_dilation")
   return any(name in params and params[name][axis] != 1 for name in plain) or tuple(
     params["padding"][axis]

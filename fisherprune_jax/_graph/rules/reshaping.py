@@ -1,4 +1,4 @@
-"""``reshape``: the finest factors that both shapes are products of."""
+"""Reshapes: the finest common factors of both shapes."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fisherprune_jax._types import Size
 
 @dataclass
 class _Factors:
-  """Factors found so far, each listed with the axes that it is a part of."""
+  """Factors found so far, by axis."""
 
   ins: list[list[Factor]]
   outs: list[list[Factor]]
@@ -23,7 +23,7 @@ class _Factors:
   whole: set[Factor] = field(default_factory=set)
 
   def add(self, size: Size, i: int | None, j: int | None) -> None:
-    """Adds a factor of operand axis ``i`` and result axis ``j``; one of a single side stays whole."""
+    """Adds a factor of operand axis i and result axis j; indivisible if on one side only."""
     name = f"f{len(self.sizes)}"
     self.sizes[name] = size
     if i is not None:
@@ -35,7 +35,7 @@ class _Factors:
 
 
 def reshape(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a b c d -> a (b c) d`` and back, of axes in the order that it reads them."""
+  """``a b c d -> a (b c) d`` and back, with axes in reading order."""
   shape = node.ins[0].shape
   order = node.params.get("dimensions") or range(len(shape))
   found = factorise([shape[axis] for axis in order], node.outs[0].shape)
@@ -61,7 +61,7 @@ def _axis(parts: list[Factor]) -> Axis:
 
 
 def factorise(before: Sequence[Size], after: Sequence[Size]) -> _Factors:
-  """The common factors of two shapes of one size, outermost first."""
+  """Common factors of two shapes, outermost first."""
   found = _Factors([[] for _ in before], [[] for _ in after])
   rows, columns = list(range(len(before))), list(range(len(after)))
   last: list[tuple[int, int]] = []
@@ -82,7 +82,7 @@ def _is_one(n: Size) -> bool:
 
 
 def _holds_nothing(shape: Sequence[Size]) -> bool:
-  """Whether a size is 0: then the others say nothing of each other."""
+  """Whether a size is 0: then others say nothing of each other."""
   return any(compat.is_static_size(n) and n == 0 for n in shape)
 
 
@@ -93,7 +93,7 @@ def _middle(
   if _holds_nothing(before) and math.prod(left) != math.prod(right):
     _keep_whole(found, [(i, before[i]) for i in rows], [(j, after[j]) for j in columns])
   elif not left or not right:
-    return  # nothing but axes of size 1
+    return  # only axes of size 1
   elif len(left) == 1:
     for j in columns:
       found.add(after[j], rows[0], j)
@@ -108,9 +108,9 @@ def _middle(
 
 
 def _refine(found: _Factors, rows: list[tuple[int, Size]], columns: list[tuple[int, Size]]) -> None:
-  """Cuts two shapes of one size wherever either is cut, if the pieces divide: each axis with its size."""
+  """Cuts two shapes wherever either is cut, if pieces divide."""
   pieces: list[tuple[Size, int, int]] = []
-  ins, outs = rows[::-1], columns[::-1]  # taken from the end
+  ins, outs = rows[::-1], columns[::-1]  # from the end
   while ins and outs:
     (i, a), (j, b) = ins.pop(), outs.pop()
     beyond_a, beyond_b = quotient(a, b), quotient(b, a)

@@ -1,4 +1,4 @@
-"""Whole arrays put side by side, taken apart, repeated or passed along."""
+"""Arrays stacked, unstacked, tiled or passed on."""
 
 from collections.abc import Sequence
 
@@ -57,7 +57,7 @@ def tile(node: Node, infos: Sequence[Info]) -> Spec | None:
 
 
 def pairwise(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a, b c -> a, b c``: each operand passes through on its own."""
+  """``a, b c -> a, b c``."""
   names = apart("x", node.ins)
   return Spec(
     ins=names,

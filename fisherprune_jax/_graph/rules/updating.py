@@ -1,4 +1,4 @@
-"""Writing into arrays: scatters, dynamic updates, and the derivatives of max pooling."""
+"""Scatters, dynamic updates, and derivatives of max pooling."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from fisherprune_jax._graph.spec import Factor, Flops, Spec
 
 
 def dynamic_update_slice(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a b, a b' -> a b``: axes that the update spans are elementwise, the others whole."""
+  """``a b, a b' -> a b``: axes that it does not span are indivisible."""
   (operand, update), starts = (value.shape for value in node.ins[:2]), node.ins[2:]
   partly = [n != m for n, m in zip(operand, update, strict=True)]
   outs, ins = side("s", partly), side("u", partly)
@@ -28,7 +28,7 @@ def dynamic_update_slice(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def scatter(node: Node, infos: Sequence[Info]) -> Spec:
-  """``b v c, b i, b i c -> b v c``: axes that every update spans, and those of batches, are elementwise, others whole."""
+  """``b v c, b i, b i c -> b v c``: batches and axes that all updates span are elementwise."""
   numbers = node.params["dimension_numbers"]
   operand, indices, update = (value.shape for value in node.ins)
   gone = {*numbers.inserted_window_dims, *numbers.operand_batching_dims}
@@ -36,7 +36,7 @@ def scatter(node: Node, infos: Sequence[Info]) -> Spec:
   ins: list[Factor] = [f"u{i}" for i in range(len(update))]
   kept = [axis for axis in range(len(operand)) if axis not in gone]
   for axis, at in zip(kept, numbers.update_window_dims, strict=True):
-    if operand[axis] == update[at]:  # also where there is an index for it: it can only be 0
+    if operand[axis] == update[at]:  # an index there can only be 0
       outs[axis] = ins[at] = f"d{axis}"
   of_indices: list[Factor | None] = [None] * len(indices)
   rest = [at for at in range(len(update)) if at not in numbers.update_window_dims]
@@ -54,7 +54,7 @@ def scatter(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def top_k(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a s -> a t, a t``: both whole; positions are among the results, so no zero of them is known."""
+  """``a s -> a t, a t``: as positions are results, no zero of them is known."""
   shape = node.ins[0].shape
   axis = node.params["reduction_dimension" if node.name == "approx_top_k" else "axis"] % len(shape)
   ordered = [i == axis for i in range(len(shape))]
@@ -72,7 +72,7 @@ def top_k(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def select_and(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a t, a s -> a s`` or ``a s, a s -> a t``: moved by where operand 1, whose zeros are mute, has its maxima."""
+  """``a t, a s -> a s`` or ``a s, a s -> a t``: moved by the maxima of operand 1, whose zeros do not matter."""
   spanned = [spans(node.params, axis) for axis in range(len(node.ins[1].shape))]
   entries, places = side("s", spanned), side("t", spanned)
   scatters = node.name.startswith("select_and_scatter")
@@ -90,7 +90,7 @@ def select_and(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def select_and_scatter(node: Node, infos: Sequence[Info]) -> Spec:
-  """``a s, a t, 1 -> a s``: by functions of one's own, of which nothing is known."""
+  """``a s, a t, 1 -> a s``: by unknown functions."""
   shape, source = node.ins[0].shape, node.ins[1].shape
   spanned = [spans(node.params, axis) for axis in range(len(shape))]
   outs, ins = side("s", spanned), side("t", spanned)

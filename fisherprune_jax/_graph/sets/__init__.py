@@ -1,22 +1,19 @@
 """Sets of positions along one axis, as expressions over the masks.
 
-A ``Set`` says which of the ``size`` positions of an axis can matter, as a function of masks that are not known
-yet. Expressions are built once per program and read for any masks, on the host (``evaluate.py``) or under
-``jit`` (``circuit.py``). They are monotone: switching a feature off never adds a position.
+A set tells which positions can matter, for masks that are not known yet. Expressions are built once per program, and
+evaluated on the host (evaluate.py) or under jit (circuit.py). They are monotone: masking a feature never adds a
+position.
 
-Words: a *position* is one entry along an axis, a *feature* one entry of a mask. A *leaf* is the set of the live
-features of one mask, which is known by a *key*. What an expression is made of are its *parts*, the masks that it
-hangs on its *support*.
+A *position* is one entry along an axis, a *feature* one entry of a mask. A *leaf* is the set of a mask's live features;
+a *key* identifies the mask. Expressions are made of *parts*, and depend on the masks in their *support*.
 
-Equal expressions are one object (hash-consing), so ``is`` compares them and the constructors below can
-simplify: what a reshape merged, a later reshape splits again exactly. Expressions are as deep as the network, so
-whoever reads all that a set is made of does not recurse, but goes through it in the order in which it was made
-(``in_order``), parts first.
+Equal expressions are one object (hash-consing). So ``is`` compares them, and constructors simplify: what a reshape
+merged, another splits exactly. Expressions are as deep as the network. So readers must not recurse, but go through
+``in_order``, parts first.
 
-Each kind of expression is one class. ``expression.py`` describes the methods that a class may define. The kinds without
-parts are in ``basic.py``, unions and intersections in ``junctions.py``. ``picking.py`` holds the kinds that select
-positions, ``laying.py`` those that combine axes into a merged one. Conditions, which are sets of one position, are in
-``conditions.py``. A new kind is a new class with its constructor beside it; no other code changes.
+Each kind is a class with its constructor beside it, and methods as in expression.py. Those without parts are in
+basic.py, unions and intersections in junctions.py, selections in picking.py, merged axes in laying.py. Conditions, sets
+of one position, are in conditions.py.
 """
 
 from fisherprune_jax._graph.sets.basic import ALWAYS as ALWAYS

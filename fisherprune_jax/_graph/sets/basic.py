@@ -1,4 +1,4 @@
-"""Sets that are made of no others: everything, what is known, and the live features of a mask."""
+"""Sets without parts: everything, known sets, and live features of a mask."""
 
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,44 +17,37 @@ if TYPE_CHECKING:
 
 
 def everything(size: Size) -> Set:
-  """All positions; ``size`` may be symbolic."""
+  """All positions; the size may be symbolic."""
   return make(All, size)
 
 
 def weak(size: Size) -> Set:
-  """All positions, unless somebody says more: the whole of a union with anything else is that.
+  """All positions; but a union with any other set is that set.
 
-  For the diagnosis alone: what is asked by a use that could do without (``causes.py``).
+  For diagnosis only: the demand of a use that could do without (causes.py).
   """
   return make(Weak, size)
 
 
 def fixed(bits: Any) -> Set:
-  """A known set, given as one boolean per position."""
+  """A known set, from booleans."""
   bits = np.array(bits, bool)
   return everything(bits.size) if bits.all() else make(Fixed, bits.size, data=bits)
 
 
 def nothing(size: int) -> Set:
-  """No position at all."""
   return fixed(np.zeros(size, bool))
 
 
 def leaf(key: Hashable, size: int, network: Hashable = None) -> Set:
   """The live features of one mask.
 
-  Args:
-    key: the mask.
-    size: how many features it has.
-    network: whose mask it is. Sets of two networks are never one object, so that how the sets of the one are nested does
-      not depend on the other.
+  Networks never share a set, so the nesting of one's sets does not depend on others.
   """
   return make(Leaf, size, data=key, same=(network, key))
 
 
 class Whole(Set):
-  """All positions; a set of another size is as easily had."""
-
   __slots__ = ()
 
   def bits(self, ev: "Evaluation") -> Bits:
@@ -73,7 +66,6 @@ class Whole(Set):
     return fixed([not (compat.is_static_size(self.size) and self.size == 0)])
 
   def resized(self, size: Size) -> Set:
-    """The same of another size."""
     return make(type(self), size)
 
 
@@ -94,7 +86,7 @@ class Weak(Whole):
   is_weak = True
 
   def beside(self, kind: "type[Junction]", other: Set) -> Set:
-    """The union or intersection with anything else, which has the say."""
+    """The other set takes precedence."""
     return self if kind.every and other.is_all else other
 
   def grouped(self, groups: np.ndarray, size: int) -> Set:
@@ -102,7 +94,7 @@ class Weak(Whole):
 
 
 class Fixed(Set):
-  """``fixed``; its data are the bits, not all of which are set."""
+  """Its data are the bits, not all set."""
 
   __slots__ = ()
 
@@ -127,7 +119,7 @@ class Fixed(Set):
 
 
 class Leaf(Set):
-  """``leaf``; its data are the key of the mask."""
+  """Its data are the key."""
 
   __slots__ = ()
 
@@ -142,4 +134,4 @@ class Leaf(Set):
 
 
 ALWAYS, NEVER = everything(1), nothing(1)
-"""Conditions, sets of one position, that hold whatever the masks are, or never."""
+"""Conditions that always hold, or never."""

@@ -1,7 +1,6 @@
-"""Conditions: sets of one position, whether something is there at all.
+"""Conditions: sets of one position, whether something exists at all.
 
-That a set is not empty is one (``nonempty``). What holds under a condition is said of the sets that it is about only
-where they do not say it themselves: a set is not gated by what is so anyway wherever any position is in it.
+One is that a set is not empty (``nonempty``). A set is not gated by what any of its positions implies.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,11 +13,10 @@ from fisherprune_jax._graph.sets.laying import concat, outer
 from fisherprune_jax._graph.sets.picking import nonempty, spread
 
 MOST_LOOKED_AT = 100
-"""Expressions below a condition that are looked at to see what of it is free of some masks; it may be a deep one."""
+"""How many expressions below a condition are searched for masks: it may be deep."""
 
 
 def every(*conditions: Set) -> Set:
-  """All of some conditions."""
   found = [when for when in conditions if when is not ALWAYS]
   if len(found) > 1:
     return intersection(*found)
@@ -26,7 +24,7 @@ def every(*conditions: Set) -> Set:
 
 
 def gated(s: Set, when: Set) -> Set:
-  """The positions of a set under a condition, none without it (of a symbolic size without factors, all of them)."""
+  """A set under a condition, empty without it (if symbolic without other factors, everything)."""
   when = beyond(when, [s])
   at = next((at for at, f in enumerate(s.factors) if compat.is_static_size(f.size)), None)
   if when.is_all or s.is_weak or at is None:
@@ -41,7 +39,7 @@ def _gated(s: Set, when: Set) -> Set:
 
 
 def beyond(when: Set, held: Iterable[Set]) -> Set:
-  """What a condition asks beyond that none of some sets is empty."""
+  """What a condition needs beyond that held sets are not empty."""
   implied = 0
   for s in held:
     if s.support & when.support:
@@ -53,13 +51,13 @@ def beyond(when: Set, held: Iterable[Set]) -> Set:
 
 
 def either(conditions: Sequence[Set]) -> Set:
-  """Any of some conditions; what all of them ask is said once."""
+  """Any of some conditions; what all need occurs once."""
   rests, common = apart(conditions)
   return every(*common, union(*rests)) if rests else NEVER
 
 
 def apart(conditions: Sequence[Set]) -> tuple[list[Set], list[Set]]:
-  """What each of some conditions asks beyond what all of them do, and what all of them do."""
+  """What each condition needs beyond what all need; and the latter."""
   shared = -1
   for when in conditions:
     shared &= when.atoms(And)
@@ -72,19 +70,19 @@ def apart(conditions: Sequence[Set]) -> tuple[list[Set], list[Set]]:
 
 
 def free_of(when: Set, support: int) -> Set:
-  """What follows from a condition and hangs on none of some masks."""
+  """What follows from a condition without some masks."""
   found, pending = [], [when]
   while pending:
     part = pending.pop()
     if isinstance(part, And) and part.support & support:
-      pending += part.parts  # most of a long one is as it was
+      pending += part.parts  # keeps most of a long condition
     else:
       found.append(_without_masks(part, support))
   return every(*found)
 
 
 def _without_masks(s: Set, support: int) -> Set:
-  """A set as it would be with all features of some masks alive, if that is soon found; or else everything."""
+  """A set with all features of some masks live, if soon found; else everything."""
   found: dict[Set, Set] = {}
   pending = [s]
   while pending and len(found) < MOST_LOOKED_AT:
@@ -104,7 +102,7 @@ def _without_masks(s: Set, support: int) -> Set:
 
 
 def _taken_off(when: Set, implied: int) -> tuple[Set, list[Set]]:
-  """A condition without some of its parts, by their bits, where these are easy to take off; and what was."""
+  """A condition without parts (as bits) that are easy to remove; and these."""
   taken = []
   while implied and not when.is_all:
     parts = when.parts if isinstance(when, And) else (when,)

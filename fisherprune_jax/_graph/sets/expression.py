@@ -1,9 +1,8 @@
-"""What every set is: an expression, interned, so that equal ones are one object, with its readings.
+"""The base of sets: interned expressions, each with two readings.
 
-A kind of set is one class. It gives two *readings* of itself, each from those of its parts: its bits for given
-masks, and its gates in a circuit. What else is particular to it (that a part of a
-part is a part, say, or that two of it that are cut alike combine part by part) it says in the methods that have
-nothing to say here; the constructors ask these before they make anything new.
+A kind is one class. Its *readings* are bits for given masks, and gates in a circuit, both from those of its parts.
+Other methods have nothing to add by default; a kind overrides them if, for example, two of it combine part by part.
+Constructors call these before they make anything new.
 """
 
 import threading
@@ -29,18 +28,18 @@ _free: list[int] = []
 
 
 class Set:
-  """An interned expression; use the constructors of ``sets``, which simplify before they make one.
+  """An interned expression; use the constructors of ``sets``, which simplify first.
 
   Attributes:
-    size: of how many positions it is a set; may be symbolic where it is all of them.
+    size: the number of positions; may be symbolic for whole sets and products.
     parts: the sets that it is made of.
-    data: what else it is made of, such as an index.
-    serial: greater than that of every part.
+    data: other data, such as an index.
+    serial: greater than those of its parts.
     support: the masks that it depends on, as bits.
-    number: a small number of its own, used again once it is gone: the bit that it is among the atoms of others.
-    inside: what ``nonempty`` found for it, kept where that does not hold the set itself; so there is no circle.
+    number: a small unique number, reused later: its bit among atoms.
+    inside: its ``nonempty``, cached unless that holds the set (a cycle).
     is_all: whether it holds every position.
-    is_weak: whether it holds every position only until somebody says more (``weak``).
+    is_weak: whether other sets take precedence (``weak``).
   """
 
   __slots__ = ("__weakref__", "data", "inside", "number", "parts", "serial", "size", "support")
@@ -54,25 +53,22 @@ class Set:
   is_all: ClassVar[bool] = False
   is_weak: ClassVar[bool] = False
 
-  # The two readings of every kind.
+  # The two readings.
 
   def bits(self, ev: "Evaluation") -> Bits:
-    """One boolean per position: whether it is in the set, under the masks of ``ev``."""
     raise NotImplementedError(type(self).__name__)
 
   def gates(self, builder: "Builder") -> "Gates":
-    """The gates of its positions, made by ``builder`` from those of its parts."""
+    """The gates of positions, from those of its parts."""
     raise NotImplementedError(type(self).__name__)
 
-  # What follows from them, unless a kind knows a shorter way.
+  # What follows from them, unless a kind has a shorter way.
 
   def count(self, ev: "Evaluation") -> Any:
-    """How many positions are in the set: an integer, NumPy's or traced."""
     return ev.xp.sum(ev.bits(self))
 
   @property
   def is_empty(self) -> bool:
-    """Whether it is known to hold no position."""
     return False
 
   @property
@@ -82,7 +78,7 @@ class Set:
 
   @property
   def pieces(self) -> "tuple[Set, ...]":
-    """The sets that lie in it end to end."""
+    """The sets that it lays end to end."""
     return (self,)
 
   def _masks_below(self) -> int:
@@ -93,39 +89,32 @@ class Set:
 
   @property
   def leaves(self) -> frozenset[Hashable]:
-    """The masks that it depends on."""
     return frozenset(keys_of(self.support))
 
-  # What a kind has to say when something is made of it; None: nothing of its own.
+  # What constructors ask of a kind; None if it has nothing to add.
 
   def sides(self, kind: "type[Junction]", other: "Set") -> "Sequence[tuple[Set, Set]]":
-    """Its parts beside those of another of its own kind that is cut alike; none if it is not."""
+    """Its parts beside those of another of its kind, if cut alike."""
     return ()
 
   def combined(self, kind: "type[Junction]", other: "Set", parts: "Sequence[Set]") -> "Set | None":
-    """The union or intersection with another of its own kind, if that is of this kind again.
-
-    Args:
-      kind: which of the two.
-      other: the other one.
-      parts: what the two ``sides`` are combined.
-    """
+    """The union or intersection with another of its kind, if of this kind, from combined sides."""
     return None
 
   def below(self, index: np.ndarray) -> "tuple[Set, np.ndarray] | None":
-    """A part in which all positions of an index are found, and where in it."""
+    """A part with all positions of an index, and the index there."""
     return None
 
   def known_at(self, positions: np.ndarray) -> np.ndarray | None:
-    """Whether each of some positions is in it, if that is known without masks."""
+    """Whether positions are in it, if known without masks."""
     return None
 
   def joined(self, other: "Set") -> "Set | None":
-    """Itself and, end to end with it, another, if they are cut from one."""
+    """Itself and another, end to end, if cut from one set."""
     return None
 
   def grouped(self, groups: np.ndarray, size: int) -> "Set | None":
-    """Where any position of a group is in it (``any_of``)."""
+    """Groups with any position in it."""
     return None
 
   def split(self, sizes: Sequence[Size]) -> "list[Set] | None":
@@ -133,21 +122,21 @@ class Set:
     return None
 
   def nonempty(self) -> "Set | None":
-    """One position, in the set if any of its own is."""
+    """Whether any position is in it, as one position."""
     return None
 
   def of(self, parts: "Sequence[Set]") -> "Set | None":
-    """The same made of other parts."""
+    """The same kind, of other parts."""
     return None
 
-  # How unions and intersections see it (``junctions.py``).
+  # How unions and intersections see it (junctions.py).
 
   def atoms(self, kind: "type[Junction]") -> int:
-    """The parts of the flat expression of that kind that it is, as the bits of their numbers."""
+    """The parts of its flat expression of that kind, as bits."""
     return 1 << self.number
 
   def dual_atoms(self, kind: "type[Junction]") -> int:
-    """The same of the other kind, of itself or of those of its atoms that have such; 0 if there are none."""
+    """The same of the other kind, for itself or for its atoms."""
     return 0
 
   def __repr__(self) -> str:
@@ -160,21 +149,13 @@ _masks: dict[Hashable, int] = {}
 _keys: list[Hashable] = []
 _count = _numbers = 0
 _lock = threading.RLock()
-"""Two threads that trace at once must not make one expression twice, nor two with one number."""
+"""Threads must not make one expression twice, or two with one number."""
 
 
 def make(
   kind: type[Kind], size: Size, parts: Sequence[Set] = (), data: Any = None, same: Hashable = None
 ) -> Kind:
-  """The one expression of a kind, of these parts and data.
-
-  Args:
-    kind: its class.
-    size: of how many positions.
-    parts: what it is made of.
-    data: what else.
-    same: what tells it from others of its kind and size, if not its parts and data.
-  """
+  """The one expression of a kind, of these parts and data, or identified by ``same``."""
   if same is None:
     same = (*(part.serial for part in parts), data.tobytes() if isinstance(data, np.ndarray) else data)
   key = (kind, size, same)
@@ -187,10 +168,10 @@ def make(
 
 
 def _freed(number: int, _: Any, free: Callable[[int], None] = _free.append) -> None:
-  """An expression is gone, and its number is free.
+  """Frees the number of an expression that is gone.
 
-  Not before, as in a ``__del__``, from which another thread could still find it: an expression back to life, whose number
-  the next one gets too. Nothing that has it for an atom is left: parts live at least as long as what is made of them.
+  ``__del__`` is too early: another thread could revive the expression, whose number a new one then shares. No set has
+  it as an atom any more: parts live at least as long as what is made of them.
   """
   free(number)
 
@@ -209,7 +190,7 @@ def _new(kind: type[Kind], size: Size, parts: tuple[Set, ...], data: Any) -> Kin
 
 
 def bit_of(key: Hashable) -> int:
-  """The bit that a mask is in the support of sets."""
+  """The bit of a mask in supports."""
   with _lock:
     if key not in _masks:
       _masks[key] = len(_keys)
@@ -218,12 +199,12 @@ def bit_of(key: Hashable) -> int:
 
 
 def keys_of(support: int) -> list[Any]:
-  """The masks whose bits are set; takes as long as these are many, however many masks other networks have."""
+  """The masks of bits, in time that does not depend on other networks."""
   return [_keys[at] for at in _places(support)]
 
 
 def in_order(roots: Iterable[Set], known: Collection[Set] = ()) -> list[Set]:
-  """Everything that some sets are made of, parts first, without what is ``known``."""
+  """All that sets are made of, parts first, without known ones."""
   pending, found = list(roots), set()
   while pending:
     s = pending.pop()
@@ -234,7 +215,7 @@ def in_order(roots: Iterable[Set], known: Collection[Set] = ()) -> list[Set]:
 
 
 def members(atoms: int) -> list[Set]:
-  """The expressions whose bits are set, as they were made: their numbers may have been those of others before."""
+  """The expressions of bits, in the order of their making, which numbers do not give."""
   found = []
   for number in _places(atoms):
     alive = _numbered[number]()
@@ -244,7 +225,6 @@ def members(atoms: int) -> list[Set]:
 
 
 def _places(bits: int) -> Iterator[int]:
-  """Which bits are set."""
   while bits:
     lowest = bits & -bits
     yield lowest.bit_length() - 1

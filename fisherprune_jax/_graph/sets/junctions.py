@@ -1,9 +1,8 @@
 """Unions and intersections.
 
-They are nested as they came about, two parts each, so that the stream of a residual network grows by one small
-expression per block. But what is equal up to order and nesting is one object all the same, as each knows its
-*atoms*: the parts of the flat expression, as the bits of an integer. By these the constructors see without
-looking further that one set is within another, and what two have in common.
+They nest as they arise, two parts each, so that a residual stream grows by one small expression per block. Still, ones
+that are equal up to order and nesting are one object, by their *atoms*: the parts of the flat expression, as bits.
+Atoms also show quickly whether a set is within another, and what two share.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 MOST_COMPARED = 16
-"""Pairs of conditions that are looked at one by one, to see which follow from which."""
+"""How many pairs of conditions are compared one by one."""
 
 
 Halves = tuple[Set | None, Set | None]
@@ -29,11 +28,8 @@ NEITHER: Halves = (None, None)
 class Junction(Set):
   """Two sets of one size, position by position.
 
-  Its data are its atoms, those of the other kind in them, and whether a condition is among them.
-
-  Attributes:
-    every: whether a position has to be in both parts.
-    halves: if a condition is among its atoms, what ``_halves`` found; else None.
+  Its data are its atoms, their atoms of the other kind, and whether one is a condition. If so, ``_halves`` gives its
+  halves.
   """
 
   __slots__ = ("halves",)
@@ -45,7 +41,6 @@ class Junction(Set):
 
   @staticmethod
   def of_bits(a: Any, b: Any) -> Any:
-    """What it is of the bits of its parts."""
     raise NotImplementedError
 
   def bits(self, ev: "Evaluation") -> Bits:
@@ -62,7 +57,7 @@ class Junction(Set):
     return combine(type(self), *parts)
 
   def nonempty(self) -> Set | None:
-    """From its conditions, and the rest: so they stay one position and are not looked at for every one."""
+    """From conditions and the rest: so conditions stay one position."""
     if not self.data[2] or self.size == 1:
       return None
     conditions, rest = _halves(self)
@@ -103,22 +98,20 @@ class Or(Junction):
 
 
 def intersection(*sets: Set) -> Set:
-  """Positions in every one of ``sets``."""
   return _fold(And, sets)
 
 
 def union(*sets: Set) -> Set:
-  """Positions in any of ``sets``."""
   return _fold(Or, sets)
 
 
 def conjuncts(s: Set) -> list[Set]:
-  """The sets that one is the intersection of."""
+  """The sets that it is the intersection of."""
   return members(s.atoms(And))
 
 
 def unsaid(s: Set, given: Iterable[Set]) -> Set:
-  """What an intersection says that some others do not: those of its parts that none of them has."""
+  """The intersection of its parts that others do not have."""
   atoms = s.atoms(And)
   for other in given:
     atoms &= ~other.atoms(And)
@@ -128,7 +121,7 @@ def unsaid(s: Set, given: Iterable[Set]) -> Set:
 
 
 def _fold(kind: type[Junction], sets: Iterable[Set]) -> Set:
-  """Neighbours first, so that many sets nest no deeper than they have to."""
+  """Neighbours first, for the least nesting."""
   found = list(dict.fromkeys(sets))
   while len(found) > 1:
     pairs = zip(found[::2], found[1::2], strict=False)
@@ -137,10 +130,10 @@ def _fold(kind: type[Junction], sets: Iterable[Set]) -> Set:
 
 
 def combine(kind: type[Junction], a: Set, b: Set) -> Set:
-  """The union or intersection of two sets; of two that are cut alike, part by part."""
+  """The union or intersection of two sets, part by part if cut alike."""
   found: dict[tuple[Set, Set], Set] = {}
   pending = [(a, b)]
-  while pending:  # no recursion: two streams that are cut alike are so as deep as the network
+  while pending:  # no recursion: streams may be cut alike all along
     pair = pending[-1]
     sides = _sides(kind, *pair)
     if missing := [side for side in sides if side not in found]:
@@ -152,13 +145,12 @@ def combine(kind: type[Junction], a: Set, b: Set) -> Set:
 
 
 def _sides(kind: type[Junction], a: Set, b: Set) -> Sequence[tuple[Set, Set]]:
-  """The parts of two sets that are to be combined first."""
+  """The parts to combine first."""
   sides = a.sides(kind, b) if type(a) is type(b) else ()
   return () if sides and (is_within(a, b) or is_within(b, a)) else sides
 
 
 def _combined(kind: type[Junction], a: Set, b: Set, parts: Sequence[Set]) -> Set:
-  """Two sets combined, of which the parts are if they are cut alike."""
   if isinstance(a, Weak):
     return a.beside(kind, b)
   if isinstance(b, Weak):
@@ -172,14 +164,14 @@ def _combined(kind: type[Junction], a: Set, b: Set, parts: Sequence[Set]) -> Set
 
 
 def _by_atoms(kind: type[Junction], a: Set, b: Set) -> Set:
-  """Two sets as one expression of two parts, if nothing in it is said twice."""
+  """As one expression of two parts, without repetition."""
   atoms = a.atoms(kind) | b.atoms(kind)
   duals = a.dual_atoms(kind) | b.dual_atoms(kind)
   if duals & atoms:
     # Absorption: x and (x or y) is x; x or (x and y) is x.
     return _fold(kind, [p for p in members(atoms) if not p.dual_atoms(kind) & atoms])
   if common := a.atoms(kind) & b.atoms(kind):
-    # What both have is said once, so that what features are critical to stays easy to see.
+    # Shared parts occur once, so that critical features are easy to see.
     few, many = sorted((a, b), key=lambda s: (s.atoms(kind) & ~common).bit_count())
     return _fold(kind, [many, _fold(kind, members(few.atoms(kind) & ~common))])
   parts = sorted((a, b), key=lambda s: s.serial)
@@ -188,10 +180,10 @@ def _by_atoms(kind: type[Junction], a: Set, b: Set) -> Set:
 
 
 def _halves(s: Junction) -> Halves:
-  """That those atoms of an expression are not empty that are conditions laid out, or under such (of a union); the others.
+  """That the conditional atoms are not empty, as one condition; and the other atoms.
 
-  Found from those of its parts: a stream has one more atom at every place where something is added to it. Nothing where
-  none of the atoms is a condition.
+  Conditional are conditions spread over an axis and, in a union, intersections with such. This comes from parts, as a
+  stream grows by an atom per addition.
   """
   kind, pending = type(s), [s]
   while pending:  # no recursion: a stream is as deep as the network
@@ -217,7 +209,7 @@ def _half(kind: type[Junction], part: Set) -> Halves:
 
 
 def is_within(small: Set, big: Set) -> bool:
-  """Whether one set contains another by the look of their atoms."""
+  """Whether a set contains another, by their atoms."""
   if small is big or big.is_all or small.is_empty:
     return True
   if small.is_all or big.is_empty:
@@ -226,15 +218,15 @@ def is_within(small: Set, big: Set) -> bool:
     return is_within(nonempty(small), big.parts[0])
   conditions, choices = small.atoms(And), big.atoms(Or)
   return (
-    not small.atoms(Or) & ~choices  # every choice of the small one is one of the big one
-    or not (missing := big.atoms(And) & ~conditions)  # every condition of the big one is one of the small one
+    not small.atoms(Or) & ~choices  # every choice of ``small`` is one of ``big``
+    or not (missing := big.atoms(And) & ~conditions)  # every condition of ``big`` is one of ``small``
     or bool((conditions | 1 << small.number) & (choices | 1 << big.number))
     or (small.size == 1 and _follow(conditions & ~big.atoms(And), missing))
   )
 
 
 def _follow(given: int, wanted: int) -> bool:
-  """Whether each of some conditions, that a set is not empty, follows from another one that is given."""
+  """Whether wanted conditions that sets are not empty follow from given ones."""
   if given.bit_count() * wanted.bit_count() > MOST_COMPARED:
     return False
   found = [s for s in members(given) if isinstance(s, Nonempty)]

@@ -1,4 +1,4 @@
-"""Sets of merged axes: laid end to end, or a product."""
+"""Sets of merged axes: end to end, or a product."""
 
 import math
 from collections.abc import Sequence
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 
 class Concat(Set):
-  """``concat``."""
-
   __slots__ = ()
 
   def bits(self, ev: "Evaluation") -> Bits:
@@ -71,10 +69,7 @@ class Concat(Set):
 
 
 class Outer(Set):
-  """``outer``.
-
-  Of a symbolic size there are no other sets than these and whole ones: what would be another one is made larger.
-  """
+  """With a symbolic size, only products and whole sets exist; others are made larger."""
 
   __slots__ = ()
 
@@ -104,7 +99,7 @@ class Outer(Set):
       return _runs(self, other)
     pairs = _pairs(self, other)
     if not kind.every and sum(p is not q for p, q in pairs) > 1:
-      return []  # a union of products is a product only where they differ in one factor
+      return []  # a union of products is a product only if they differ in one factor
     return pairs
 
   def combined(self, kind: type[Junction], other: Set, parts: Sequence[Set]) -> Set | None:
@@ -113,7 +108,7 @@ class Outer(Set):
     return self if kind.every else everything(self.size)
 
   def split(self, sizes: Sequence[Size]) -> list[Set] | None:
-    """Adjacent factors in groups that have the given sizes, if they can be grouped so."""
+    """Adjacent factors in groups of these sizes, if possible."""
     groups, rest = [], list(self.parts)
     for at, size in enumerate(sizes):
       group: list[Set] = []
@@ -124,13 +119,13 @@ class Outer(Set):
           missing = quotient(size, have)
           beyond = None if missing is None else quotient(part.size, missing)
           if not part.is_all or missing is None or beyond is None:
-            return None  # it cannot be cut there
+            return None  # no cut there
           rest.insert(0, everything(beyond))
           part = everything(missing)
         group.append(part)
         have *= part.size
       if at == len(sizes) - 1:
-        group += rest  # of size 1, if anything
+        group += rest  # of size 1, if any
         have *= math.prod(p.size for p in rest)
       if have != size:
         return None
@@ -145,13 +140,13 @@ class Outer(Set):
 
 
 def _pairs(a: Set, b: Set) -> list[tuple[Set, Set]]:
-  """The parts side by side, if they are as many and of the same sizes; else none."""
+  """Parts side by side, if of the same sizes."""
   alike = [p.size for p in a.parts] == [p.size for p in b.parts]
   return list(zip(a.parts, b.parts, strict=True)) if alike else []
 
 
 def _runs(a: Set, b: Set) -> list[tuple[Set, Set]]:
-  """The parts of two products side by side, as many on each side as have the same product; none if that is all of them."""
+  """Runs of parts with equal products, side by side; none if there is only one."""
   found = runs([p.size for p in a.parts], [p.size for p in b.parts])
   return [(outer(a.parts[i]), outer(b.parts[j])) for i, j in found] if len(found) > 1 else []
 
@@ -161,7 +156,7 @@ def concat(sets: Sequence[Set]) -> Set:
   parts: list[Set] = []
   for part in (piece for s in sets for piece in s.pieces if piece.size != 0):
     if parts and (joined := parts[-1].joined(part)):
-      parts[-1] = joined  # cut, and laid together
+      parts[-1] = joined  # cut before, and joined again
     else:
       parts.append(part)
   size = sum(p.size for p in parts)
@@ -175,7 +170,7 @@ def concat(sets: Sequence[Set]) -> Set:
 
 
 def outer(sets: Sequence[Set]) -> Set:
-  """Row-major product: position ``(i, j, ...)`` is in it where each part has its own position."""
+  """Row-major product: a position is in it if its place along each part is in that part."""
   parts = [factor for s in sets for factor in s.factors]
   parts = [p for p in parts if not (p.is_all and p.size == 1)]
   size = math.prod(p.size for p in parts)
@@ -189,7 +184,7 @@ def outer(sets: Sequence[Set]) -> Set:
 
 
 def split(base: Set, sizes: Sequence[Size]) -> list[Set]:
-  """The smallest product of sets, of the given sizes, that contains ``base``; of symbolic sizes it may be larger."""
+  """The smallest product of sets of these sizes that contains it; larger if symbolic."""
   if found := base.split(sizes):
     return found
   if are_static(sizes):

@@ -1,4 +1,4 @@
-"""Sets whose positions are picked from those of another, or stand for groups of them."""
+"""Sets that pick positions of others, or group them."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Take(Set):
-  """``take``; its data are the index."""
+  """Its data are the index."""
 
   __slots__ = ()
 
@@ -62,7 +62,7 @@ class Take(Set):
 
 
 class Spread(Set):
-  """``take`` of a set of one position, again and again: a condition, laid out over an axis."""
+  """A condition spread over an axis."""
 
   __slots__ = ()
 
@@ -98,8 +98,6 @@ class Spread(Set):
 
 
 class Nonempty(Set):
-  """``nonempty``."""
-
   __slots__ = ()
 
   def bits(self, ev: "Evaluation") -> Bits:
@@ -114,7 +112,7 @@ class Nonempty(Set):
 
 
 class AnyOf(Set):
-  """``any_of``; its data are the groups."""
+  """Its data are the groups."""
 
   __slots__ = ()
 
@@ -122,7 +120,7 @@ class AnyOf(Set):
     base = ev.bits(self.parts[0])
     if ev.xp is np:
       hit = np.zeros(self.size + 1, bool)
-      hit[self.data[base]] = True  # what is in no group goes to the end
+      hit[self.data[base]] = True  # positions without a group go to the end
       return hit[: self.size]
     groups = np.where(self.data >= 0, self.data, self.size)
     return ev.xp.zeros(self.size, bool).at[groups].max(base, mode="drop")
@@ -143,11 +141,11 @@ class AnyOf(Set):
 
 
 def take(base: Set, index: np.ndarray | Sequence[int]) -> Set:
-  """Position ``i`` of the result is position ``index[i]`` of ``base``; -1 is never in the set."""
+  """Position ``i`` is position ``index[i]`` of ``base``; -1 is never in the set."""
   index = np.array(index, np.int32)
   if isinstance(base, Weak):
     return base.resized(index.size)
-  while found := base.below(index):  # one after the other: parts are as deep as the network
+  while found := base.below(index):  # no recursion: parts are as deep as the network
     base, index = found
   there = index >= 0
   if not there.any():
@@ -162,19 +160,18 @@ def take(base: Set, index: np.ndarray | Sequence[int]) -> Set:
 
 
 def spread(when: Set, size: int) -> Set:
-  """A condition laid out over an axis: every position is in the set if the only one of ``when`` is."""
   return take(when, np.zeros(size, np.int32))
 
 
 def nonempty(s: Set) -> Set:
-  """One position, in the set if any position of ``s`` is."""
+  """One position, in the set if any of ``s`` is."""
   if s.inside is None:
-    s.inside = s.nonempty()  # of many parts it is long, and all that read them ask
+    s.inside = s.nonempty()  # of many parts it is long, and all readers need it
   return s.inside or (s if s.size == 1 else make(Nonempty, 1, (s,)))
 
 
 def any_of(base: Set, groups: np.ndarray | Sequence[int], size: int) -> Set:
-  """Position ``i`` is in the set where any position of ``base`` of group ``i`` is; group -1 is left out."""
+  """Position ``i`` is in the set if any position of group ``i`` is; group -1 is left out."""
   groups = np.array(groups, np.int32)
   if found := base.grouped(groups, size):
     return found
@@ -193,7 +190,7 @@ def any_of(base: Set, groups: np.ndarray | Sequence[int], size: int) -> Set:
 
 
 def any_over(base: Set, shape: Shape, keep: int) -> Set:
-  """With ``base`` seen as an array of ``shape``: where along axis ``keep`` anything is in it."""
+  """Where anything is along one axis of an array."""
   if isinstance(base, Whole):
     return base.resized(shape[keep])
   along = np.arange(shape[keep], dtype=np.int32).reshape([-1 if a == keep else 1 for a in range(len(shape))])

@@ -25,7 +25,7 @@ from quality_tasks import TASKS, sentences, teacher
 
 import fisherprune_jax as fp
 
-RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
+RATES = (3e-5, 6e-5, 1.25e-4, 2.5e-4, 5e-4)
 
 
 def best_option(found: dict[str, Any], level: float) -> Option:

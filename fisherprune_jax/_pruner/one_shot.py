@@ -11,6 +11,7 @@ from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._errors import describe, require
 from fisherprune_jax._graph.variables import VariableTree
 from fisherprune_jax._masks import COLLECTION
+from fisherprune_jax._reconstruction.balancing import balanced
 from fisherprune_jax._reconstruction.calibration import Arguments, arguments, is_held_out, listed, parted
 from fisherprune_jax._reconstruction.fitting import Fit
 from fisherprune_jax._reconstruction.importance import refitted_importance, stride
@@ -88,6 +89,7 @@ def one_shot(
     parts = parted(network.apply_fn, network.variables, fitted)
     fit = Fit(network.apply_fn, VariableTree(network.variables, COLLECTION), parts)
     warn_of(fit.left_alone)
+    network = network._replace(variables=balanced(fit.traced[0], network.variables, fit.compiled))
     some = fitted[:: stride(fit.traced[0])]
   alone = _alone(network, raw if masked_loss else some, masked_loss)
   found: list[list[tuple[float, Result]]] = [[] for _ in network.targets]

@@ -40,6 +40,7 @@ class Traced:
     flat: the network.
     masks: the leaves of its variables that are masks, and the position of each among them.
     consumers: its products, in the order in which they are refitted.
+    trained: which leaves of its variables are parameters.
     numbers: the numbers of the batches.
     batches: the arrays of their arguments.
   """
@@ -47,6 +48,7 @@ class Traced:
   flat: Flat
   masks: dict[Value, int]
   consumers: list[Consumer]
+  trained: list[bool]
   numbers: list[int] = field(default_factory=list)
   batches: list[list[jax.Array]] = field(default_factory=list)
 
@@ -54,6 +56,11 @@ class Traced:
   def readings(self) -> list[list[list[Reading]]]:
     """The features that each of the products reads, for each of its uses."""
     return [[readings(self.flat, use, self.masks) for use in c.uses] for c in self.consumers]
+
+  @functools.cached_property
+  def products(self) -> list[Consumer]:
+    """All its products with parameters, masks or not."""
+    return find(self.flat, self.trained, self.flat.varies).consumers
 
 
 def trained(tree: VariableTree) -> list[bool]:
@@ -119,7 +126,8 @@ class Fit:
         flat = flatten_network(apply_fn, tree.variables, batch)
         masks = {value: at for at, value in enumerate(itertools.compress(flat.variables, tree.flags))}
         here = find(flat, trained(tree), changed(flat, masks))
-        found[key], self.left_alone = Traced(flat, masks, here.consumers), here.left_alone
+        found[key] = Traced(flat, masks, here.consumers, trained(tree))
+        self.left_alone = here.left_alone
       found[key].numbers.append(number)
       found[key].batches.append([jnp.asarray(x) for x in jax.tree.leaves(batch)])
     self.traced = list(found.values())
@@ -234,9 +242,13 @@ class _Run:
   def _add(self, leaf: int, entries: np.ndarray, change: jax.Array) -> None:
     """Adds to some entries of a leaf; those below zero are none."""
     old = self.leaves[leaf]
-    new = _added(old, entries, change)
-    is_placed = isinstance(old, jax.Array) and old.committed
-    self.leaves[leaf] = jax.device_put(new, old.sharding) if is_placed else new
+    self.leaves[leaf] = replaced(old, _added(old, entries, change))
+
+
+def replaced(old: Any, new: Any) -> jax.Array:
+  """A new array where an old one is, if that was put somewhere."""
+  is_placed = isinstance(old, jax.Array) and old.committed
+  return jax.device_put(new, old.sharding) if is_placed else jnp.asarray(new)
 
 
 @jax.jit

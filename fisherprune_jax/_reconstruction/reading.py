@@ -74,7 +74,7 @@ def _multiplied(flat: Flat, value: Value, masks: Mapping[Value, int]) -> list[tu
     if node.name in CASTS:
       (value,) = node.ins
     elif node.name == "mul":
-      ours = [(v, leaves) for v in node.ins if (leaves := _of_masks(flat, v, masks))]
+      ours = [(v, leaves) for v in node.ins if (leaves := of_masks(flat, v, masks))]
       if len(ours) != 1:
         break
       found += ours
@@ -84,7 +84,7 @@ def _multiplied(flat: Flat, value: Value, masks: Mapping[Value, int]) -> list[tu
   return found
 
 
-def _of_masks(flat: Flat, value: Value, masks: Mapping[Value, int]) -> list[Value]:
+def of_masks(flat: Flat, value: Value, masks: Mapping[Value, int]) -> list[Value]:
   """The masks that a value is made of; empty if it is made of anything else."""
   if value.literal is not None or value in flat.varies:
     return []

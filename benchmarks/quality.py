@@ -55,7 +55,10 @@ CRITERIA: dict[str, dict[str, Any]] = {
   "fisher_magnitude": {"method": "fisher_magnitude", **OVER_COST},
   "fisher_magnitude, not over cost": {"method": "fisher_magnitude", **ALONE},
   "random": {"method": "random", **ALONE},
+  "fisher of outputs": {"method": "fisher", **OVER_COST},
+  "fisher_magnitude of outputs": {"method": "fisher_magnitude", **OVER_COST},
 }
+"""Those of outputs take the gradients of the outputs' projection on random directions instead of the loss's."""
 
 
 class Net(NamedTuple):
@@ -143,9 +146,18 @@ class Bench:
     )
     tx, loss = optax.chain(self.task.optimizer(rate), prune), loss_of(self.task, self.network.apply)
 
+    def projection(params: Any, masks: Any, batch: Data, key: jax.Array) -> jax.Array:
+      outputs = self.network.apply({"params": params, "masks": masks}, batch[0])
+      return jnp.sum(outputs * jax.random.rademacher(key, outputs.shape, outputs.dtype))
+
     @jax.jit
     def step(params: Any, state: Any, batch: Data) -> tuple[Any, Any]:
-      _, (grads, mask_grads) = fp.value_and_mask_grads(loss)(params, fp.get_masks(state), batch)
+      masks = fp.get_masks(state)
+      _, (grads, mask_grads) = fp.value_and_mask_grads(loss)(params, masks, batch)
+      if criterion.endswith("of outputs"):
+        of_sum = fp.value_and_mask_grads(projection, reduction="sum")
+        key = jax.random.fold_in(jax.random.key(0), fp.get_state(state).step)
+        _, (_, mask_grads) = of_sum(params, masks, batch, key)
       updates, state = tx.update(grads, state, params, mask_grads=mask_grads)
       return optax.apply_updates(params, updates), state
 

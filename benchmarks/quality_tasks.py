@@ -261,7 +261,7 @@ def agreement(said: jax.Array, wanted: jax.Array) -> jax.Array:
 ACCURACY = {"loss": nats, "score": right, "unit": "test accuracy, %", "epochs": (60, 20)}
 TASKS = {
   "digits": Task(_masked(DigitsNet, (8, 8, 1)), digits, 64, 2e-3, 5, **ACCURACY),
-  "mnist1d": Task(_masked(SignalNet, (40, 1)), signals, 100, 3e-3, 10, **ACCURACY),
+  "mnist1d": Task(_masked(SignalNet, (40, 1)), signals, 100, 1e-2, 10, **ACCURACY),
   "code": Task(
     _code(),
     code,

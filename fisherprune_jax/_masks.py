@@ -157,7 +157,7 @@ def check_names(masks: Masks) -> None:
       if name in paths:
         keys = [jax.tree_util.keystr(p) for p in (paths[name], path)]
         raise ValueError(
-          f"Every mask must have a name of its own, its keys joined by '/', got {name!r} for two masks, at {keys[0]} and "
+          f"Every mask must have a unique name, its keys joined by '/', got {name!r} for two masks, at {keys[0]} and "
           f"{keys[1]}. Rename a key of one of them."
         )
       paths[name] = path

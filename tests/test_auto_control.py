@@ -140,4 +140,4 @@ def test_groups_are_found_and_removed(name):
 def test_a_sum_under_a_rule_is_said():
   auto = fp.auto_mask(FUNCTIONS["hidden in a custom vjp"][0], PARAMS, X)
   (why,) = {s.why for s in auto.skipped if s.size == 5}
-  assert why.startswith("dot_general sums over it under a derivative rule of its own, at ")
+  assert why.startswith("dot_general sums over it under its own derivative rule, at ")

@@ -505,7 +505,7 @@ def test_masks_of_one_name_are_refused(how, use):
       product = product * mask.reshape(-1, 4)[0]
     return (x @ v["w"]) * product
 
-  with pytest.raises(ValueError, match=r"a name of its own.*got 'a.*' for two masks.*Rename"):
+  with pytest.raises(ValueError, match=r"a unique name.*got 'a.*' for two masks.*Rename"):
     use(apply, variables, jnp.ones((2, 3)))
 
 

@@ -14,7 +14,7 @@ from tests.models import CASES, random_masks
 
 pytestmark = pytest.mark.filterwarnings("ignore:fisherprune_jax has no rule")
 ALL = pytest.mark.parametrize("name", CASES)
-OTHERS = ("macs", "params", "bytes")
+OTHERS = ("macs", "params", "bytes", "memory")
 MACHINE = fp.Roofline(flops_per_second=1.0, bytes_per_second=4.0)
 """Some nodes of small networks are bound by one of both here, some by the other."""
 CALLS = ("jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
@@ -46,10 +46,10 @@ def test_every_feature_costs_what_brute_force_says(name):
   apply, variables, x, masks = setting(name, alive=0.8)
   each = [fp.cost_model(apply, variables, x, measure=measure) for measure in (*OTHERS, MACHINE)]
   # One number that has all of them in it.
-  cost = each[0] + 3 * each[1] + 0.5 * each[2] + 7 * each[3]
+  cost = each[0] + 3 * each[1] + 0.5 * each[2] + 2 * each[3] + 7 * each[4]
   before = [c.exact(masks) for c in each]
   n = x.shape[0]
-  worth = np.array([1 / n, 3, 0.5 / n, 7 / n])
+  worth = np.array([1 / n, 3, 0.5 / n, 2, 7 / n])
   assert float(cost(masks)) == pytest.approx(worth @ before, rel=1e-6)
   found = jax.tree.leaves(cost.per_feature(masks))
   for drops, (path, mask) in zip(found, jax.tree_util.tree_leaves_with_path(masks), strict=True):
@@ -68,6 +68,8 @@ def test_parameters_are_those_of_the_compact_network(name):
     assert cost.exact(masks) < held
   else:
     assert cost.exact(masks) == held
+    memory = fp.cost_model(apply, variables, x, measure="memory")
+    assert memory.exact(masks) == sum(leaf.nbytes for leaf in jax.tree.leaves(small.variables))
   whole = {key: part for key, part in variables.items() if key != "masks"}
   assert cost.dense <= sum(leaf.size for leaf in jax.tree.leaves(whole))
 
@@ -175,9 +177,30 @@ def test_parameters_are_counted_in_all_and_bytes_for_each_example():
   assert one - weights == four - weights / 4
 
 
+def test_memory_is_that_of_all_variables_in_their_dtypes():
+  """A cache and a key beside parameters of half precision."""
+
+  def step(variables, x):
+    p, mask = variables["params"], variables["masks"]["m"]
+    h = fp.apply_mask(x @ p["a"], mask) + variables["cache"] * mask
+    return h @ p["b"] + jax.random.normal(variables["key"], (2,))
+
+  masks = {"m": jnp.array([1.0, 1, 0, 0, 1])}
+  params = {"a": jnp.ones((3, 5), jnp.bfloat16), "b": jnp.ones((5, 2), jnp.float32)}
+  held = {"params": params, "cache": jnp.zeros((7, 5)), "key": jax.random.key(0)}
+  cost = fp.cost_model(step, {**held, "masks": masks}, jnp.ones((7, 3)), measure="memory")
+  key = jax.random.key(0).nbytes
+  assert cost.dense == 2 * 15 + 4 * 10 + 4 * 35 + key
+  small = fp.compact(step, {**held, "masks": masks}, jnp.ones((7, 3)))
+  assert cost.exact(masks) == sum(leaf.nbytes for leaf in jax.tree.leaves(small.variables))
+  assert cost.exact(masks) == 2 * 9 + 4 * 6 + 4 * 21 + key
+  joined = cost + 2.0 * fp.cost_model(step, {**held, "masks": masks}, jnp.ones((7, 3)), measure="params")
+  assert joined.dense == cost.dense + 2 * (15 + 10 + 35 + 1)
+
+
 def test_the_unit_is_named():
   costs = {m: fp.cost_model(two_layers, V, X, measure=m) for m in ("flops", *OTHERS)}
-  assert [c.unit for c in costs.values()] == ["FLOPs", "MACs", "parameters", "bytes"]
+  assert [c.unit for c in costs.values()] == ["FLOPs", "MACs", "parameters", "bytes", "bytes"]
   assert {row.unit for row in costs["bytes"].breakdown(V["masks"])} == {"bytes"}
   rows = costs["params"].breakdown(V["masks"])
   assert [(row.where, row.dense, row.now) for row in rows] == [("a", 18, 12), ("b", 12, 8)]
@@ -242,7 +265,7 @@ def test_a_network_is_pruned_to_a_number_of_parameters():
 def test_bad_input_is_refused():
   flops = fp.cost_model(two_layers, V, X)
   with pytest.raises(
-    ValueError, match=r"measure must be one of flops, macs, params, bytes, or an fp.Roofline, got 'watts'"
+    ValueError, match=r"measure must be one of flops, macs, params, bytes, memory, or an fp.Roofline, got 'watts'"
   ):
     fp.cost_model(two_layers, V, X, measure="watts")
   with pytest.raises(ValueError, match="primitives must be None"):

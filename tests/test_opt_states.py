@@ -258,7 +258,7 @@ def test_stacked_layers_of_unequal_widths_start_their_axes_anew(x64):
   masks = jax.tree.map(lambda m: m.astype(jnp.float32), masks)
   small = fp.compact(Stack().apply, {**full, "masks": masks}, X)
   tx = optax.sm3(0.1)
-  with pytest.warns(UserWarning, match="start anew") as said:
+  with pytest.warns(UserWarning, match="restart from zero") as said:
     thin = small.shrink_opt_state(tx, tx.init(full["params"]))
   assert "0/mu/s/Dense_1/kernel/2" in str(said[0].message)
   assert said[0].filename == __file__
@@ -306,7 +306,7 @@ def test_which_optimizers_follow_the_masked_run(name, x64):
 
 def test_one_vector_of_everything_starts_anew_and_trains_on(x64):
   tx = optax.flatten(optax.adam(0.01))
-  with pytest.warns(UserWarning, match="these start anew: 0/mu, 0/nu"):
+  with pytest.warns(UserWarning, match="these restart from zero: 0/mu, 0/nu"):
     assert follows(Network().apply, variables(), tx, *PARTS["parameters"][1:], variables()["masks"]) < 1
 
 

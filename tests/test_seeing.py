@@ -117,7 +117,7 @@ def test_the_summary_says_what_went_wrong():
   for scale in (jnp.nan, 1.0, 1.0):
     _, state = tx.update({}, state, mask_grads=jax.tree.map(lambda g: g * scale, grads))  # noqa: B023
   assert fp.summary(state).splitlines()[-1].startswith("step 3, cost 27; 1 batches skipped")
-  assert "nothing left that may go" in fp.summary(state)
+  assert "no feature left that may be masked" in fp.summary(state)
 
 
 def test_shares_cost_nothing_where_the_cost_is_zero():

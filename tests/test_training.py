@@ -141,7 +141,7 @@ def test_factored_statistics_start_anew_where_their_parameter_shrank():
 
   params, state = step(params, state)
   small = fp.compact(Wide().apply, {"params": params, "masks": masks}, x)
-  with pytest.warns(UserWarning, match="start anew") as said:
+  with pytest.warns(UserWarning, match="restart from zero") as said:
     thin = small.shrink_opt_state(tx, state)
   assert "v_row/inner/kernel" in str(said[0].message)
   assert "bias" not in str(said[0].message)

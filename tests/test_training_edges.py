@@ -480,7 +480,7 @@ def test_equal_widths_with_other_options():
   assert (
     prune(0.7, multiple_of={"a": 4, "b": 2})["a"] == prune(0.7, multiple_of={"a": 4, "b": 2})["b"] in (4, 8)
   )
-  with pytest.warns(UserWarning, match="nothing is left that may go"):
+  with pytest.warns(UserWarning, match="no feature is left that may be masked"):
     down = prune(0.05, min_features={"a": 3, "b": 5, "*": 1})
   assert (down["a"], down["b"]) == (5, 5)  # the larger floor
   start = {**cost.masks, "a": cost.masks["a"].at[:3].set(0)}

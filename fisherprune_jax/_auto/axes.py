@@ -219,9 +219,7 @@ class Axes:
       if places:
         self.readers.append(Reader(node, reader.atom, places))
       else:
-        block(
-          reader.atom, f"{reader.node.name} sums over it under a derivative rule of its own, at {node.source}"
-        )
+        block(reader.atom, f"{reader.node.name} sums over it under its own derivative rule, at {node.source}")
 
   def _can_be_masked(self, value: Value) -> bool:
     return value.literal is None and self.varies(value) and _is_float(value)

@@ -88,7 +88,7 @@ def read(path: PathLike) -> Content:
   metadata = _metadata(whole)
   if metadata is None:
     raise ValueError(
-      f"A file to load must be one that small.save wrote, got {os.fspath(path)!r}, which is none or has lost its "
+      f"A file to load must be one that small.save wrote, got {os.fspath(path)!r}, which is not one or has lost its "
       f"beginning ({len(whole):,} bytes). Give another path, or save the network again."
     )
   header, claimed = metadata
@@ -100,7 +100,7 @@ def read(path: PathLike) -> Content:
   at = _place_of(whole, claimed)
   if at < 0 or _checksum(whole, at) != claimed:
     raise ValueError(
-      f"A file to load must be as it was written, got {os.fspath(path)!r}, which is cut short or changed: its checksum "
+      f"A file to load must be unchanged, got {os.fspath(path)!r}, which is cut short or changed: its checksum "
       "differs. Copy it again from where it came from, or save the network again."
     )
   try:

@@ -42,9 +42,9 @@ def described(path: PathLike) -> list[Table | list[str]]:
     Table(("variable", "before", "after", "kept"), _variable_rows(content)),
     Table(("in all", "before", "after", "kept"), _totals(content)),
   ]
-  stays = content.header["stays"] or ["Nothing stays that masks would let go."]
+  stays = content.header["stays"] or ["Everything that is masked was removed."]
   past = history_of(content)
-  return [*parts, stays, *([Table(("step", "mask", "features that went"), _went(past))] if past else [])]
+  return [*parts, stays, *([Table(("step", "mask", "features masked"), _went(past))] if past else [])]
 
 
 def _first_lines(path: PathLike, content: Content) -> list[str]:

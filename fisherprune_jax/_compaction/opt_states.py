@@ -103,7 +103,7 @@ def _check(given: Shapes, before: Shapes, statistics: Any) -> None:
       found = dict(_leaves_by_keys(statistics))
       raise ValueError(
         f"opt_state must belong to the full parameters, for which {have}; got "
-        f"{describe(found[keys]) if keys in found else 'none'}. Pass the state as it was before compaction, and the "
+        f"{describe(found[keys]) if keys in found else 'none'}. Pass the state from before compaction, and the "
         "transformation that made it; where that is for a part of the variables, say which, as in "
         "of=lambda variables: variables['adapters']."
       )
@@ -129,7 +129,7 @@ def _shrink_leaf(leaf: Any, owner: Owner | None, after: tuple[int, ...] | None) 
 def _restart(state: Any, tx: Any, params: Any, restarted: Collection[Keys]) -> Any:
   """Reset the leaves that could not be sliced, with a warning."""
   warn(
-    "Optimizer statistics that are not shaped like their parameters cannot be sliced, so these start anew: "
+    "Optimizer statistics that are not shaped like their parameters cannot be sliced, so these restart from zero: "
     f"{', '.join(sorted(map('/'.join, restarted)))}. Others go on where they were."
   )
   fresh = dict(_leaves_by_keys(_without_pruning(tx.init(params))))

@@ -210,7 +210,7 @@ def _history(opt_state: optax.OptState) -> tuple[list[str], Arrays]:
     return [], {}
   if not jax.tree.leaves(get_state(opt_state).pruned_at):
     raise ValueError(
-      "history must be an optimizer state that remembers when features went, got that of a compact network. Pass the "
+      "history must be an optimizer state with a pruning history, got that of a compact network. Pass the "
       "one from before fp.compact."
     )
   past: list[Pruned] = history_of(opt_state)

@@ -1,4 +1,4 @@
-"""Measures of the cost of an apply function: FLOPs, multiply-accumulates, parameters, bytes."""
+"""Measures of the cost of an apply function: FLOPs, multiply-accumulates, parameters, bytes, memory."""
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
@@ -26,7 +26,7 @@ METERS: dict[str, Callable[[frozenset[str] | None], Meter]] = {
   "bytes": BytesMeter,
 }
 """Counters of nodes."""
-MEASURES = ("flops", "macs", "params", "bytes")
+MEASURES = ("flops", "macs", "params", "bytes", "memory")
 """All named measures."""
 
 
@@ -56,7 +56,8 @@ def cost_model(
     batch_axes: the example axes of ``args``, like ``jax.vmap``'s ``in_axes``: ``(None, 0)`` for a key before the batch,
       1 for time-major input. If all are None (graphs padded to one size), the cost is per call.
     measure: ``"flops"``; ``"macs"``, multiply-accumulates; ``"params"``, live entries of all variables except masks, in
-      total; ``"bytes"``, operands and results of every node; or a :class:`Roofline`, for seconds.
+      total; ``"memory"``, the bytes that these take, caches and other state among them; ``"bytes"``, operands and results
+      of every node; or a :class:`Roofline`, for seconds.
     primitives: names of the primitives to count, such as ``("dot_general", "conv_general_dilated")``; None for all.
     strict: raise if a masked feature cannot be removed.
 
@@ -90,9 +91,9 @@ def cost_model(
   require(known, f"measure must be one of {', '.join(MEASURES)}, or an fp.Roofline", measure)
   names = _names(primitives)
   analysis, tree, examples = analysed(apply_fn, variables, args, masks, batch_axes, strict)
-  if measure == "params":
-    require(primitives is None, "primitives must be None where parameters are counted", primitives)
-    return parameters_of(analysis, tree)
+  if measure in ("params", "memory"):
+    require(primitives is None, "primitives must be None where variables are counted", primitives)
+    return variables_of(analysis, tree, measure == "memory")
   _check_names(names or (), {node.name for node in analysis.live.specs})
   if isinstance(measure, Roofline):
     meter = RooflineMeter(FlopsMeter(names), BytesMeter(names), measure.weights)
@@ -154,18 +155,20 @@ def cost_of(
   return CostModel.of(counted, meter.unit, owned(analysis, tree))
 
 
-def parameters_of(analysis: Analysis, tree: VariableTree) -> CostModel:
-  """The cost model of the number of parameters, in total."""
-  counted = Counted(tuple(parameters(analysis, tree)), tree.mask_tree, Fraction(1), 1)
-  return CostModel.of(counted, "parameters", owned(analysis, tree))
+def variables_of(analysis: Analysis, tree: VariableTree, in_bytes: bool = False) -> CostModel:
+  """The cost model of the number of parameters, or of the bytes of all variables, in total."""
+  unit = "bytes" if in_bytes else "parameters"
+  counted = Counted(tuple(_entries(analysis, tree, unit)), tree.mask_tree, Fraction(1), 1)
+  return CostModel.of(counted, unit, owned(analysis, tree))
 
 
-def parameters(analysis: Analysis, tree: VariableTree) -> Iterator[Entry]:
-  """The number of kept entries of each variable; all, if it is not needed."""
+def _entries(analysis: Analysis, tree: VariableTree, unit: str) -> Iterator[Entry]:
+  """The kept part of each variable; all of it, if it is not needed."""
   live = analysis.live
   for value, (path, _), is_mask in zip(analysis.variables, tree.paths, tree.flags, strict=True):
     if is_mask:
       continue
+    each, label = (value.aval.dtype.itemsize, "memory") if unit == "bytes" else (1, "parameters")
     stored = live.stored(value) if value in live.asked else whole(value.shape)
     for box, _, when in live.layers(value) or [stored]:
-      yield Entry(path_name(path), "parameters", "parameters", sized(1, box).under(when))
+      yield Entry(path_name(path), label, unit, sized(each, box).under(when))

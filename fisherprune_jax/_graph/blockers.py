@@ -222,7 +222,7 @@ def not_covered(path: Path, analysis: Analysis, first: Analysis) -> str:
   )
   if strange := _without_rule(analysis) - _without_rule(first):
     return (
-      f"{need} The function traces to other primitives here, {', '.join(sorted(strange))}, of which no rule is known: "
+      f"{need} The function traces to other primitives here, {', '.join(sorted(strange))}, which have no rule: "
       "another tool has put its own in the place of functions that it calls, as jax2onnx does while it converts. Trace "
       "it before, jax.eval_shape(small, small.variables, spec), and hand that very jax.ShapeDtypeStruct to the tool, with "
       "a symbol of your own (jax.export.symbolic_shape) for a size that is to be free."

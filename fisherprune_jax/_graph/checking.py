@@ -149,7 +149,7 @@ def _in_parts(axis: Prod | Sum, where: str) -> Fault | None:
   if not (isinstance(parts, tuple) and parts and all(isinstance(f, str) for f in parts)):
     return Fault(f"must make {where} of a tuple of factors", axis, 'As in Prod(("h", "w")).')
   if len({*parts}) < len(parts):
-    return Fault(f"must use a factor once in {where}", axis, "Give each part a factor of its own.")
+    return Fault(f"must use a factor once in {where}", axis, "Give each part its own factor.")
   return None
 
 

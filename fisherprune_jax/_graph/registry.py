@@ -50,7 +50,7 @@ def register_rule(primitive: Primitive | str, rule: SpecRule, *, override: bool 
   name = _name_of(primitive)
   require(
     name not in STRUCTURED and name not in INLINED,
-    "register_rule must be given a primitive that runs no programs of its own",
+    "register_rule must be given a primitive that runs no programs",
     name,
     "The engine looks into its programs: teach it the primitives that they use.",
   )

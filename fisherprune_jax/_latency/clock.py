@@ -93,7 +93,7 @@ class Memory:
       _check(found)
     except (ValueError, RecursionError) as error:
       raise ValueError(
-        f"cache must be a JSON file that fp.measure_latency wrote, or a path where there is none, got {self._path}: "
+        f"cache must be a JSON file that fp.measure_latency wrote, or a path that does not exist, got {self._path}: "
         f"{error}. Remove it, or name another."
       ) from error
     return found

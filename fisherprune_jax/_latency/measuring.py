@@ -13,7 +13,7 @@ import numpy as np
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._cost.counted import Row
 from fisherprune_jax._cost.flat import FlatCost
-from fisherprune_jax._cost.measures import analysed, cost_of, parameters_of
+from fisherprune_jax._cost.measures import analysed, cost_of, variables_of
 from fisherprune_jax._cost.meters import BytesMeter
 from fisherprune_jax._cost.owned import owned
 from fisherprune_jax._errors import is_number, require
@@ -106,7 +106,7 @@ def measure_latency(
   products = [replaced for cost in costs for replaced in _without_branches(cost, tables)]
   times = Times([cost.term for cost in products], tables, sizes_of(tree.mask_leaves))
   others = cost_of(analysis, tree, examples, OthersMeter(BytesMeter()))
-  held = parameters_of(analysis, tree)
+  held = variables_of(analysis, tree)
   timed = wholes(apply_fn, tree, args, batch_axes, analysis.program, multiple_of, repeats, memory)
   parts = jax.jit(times.parts)
   rows = [

@@ -201,8 +201,9 @@ class Pruner(Monitor):
   ) -> Any:
     """Prune a trained network without training.
 
-    Features are chosen by what their removal changes in the outputs once everything that reads them is refitted, over
-    their cost; then :func:`reconstruct` refits it.
+    Attention heads are first brought into a basis where few features hold most; outputs stay the same. Features are chosen
+    by what their removal changes in the outputs once everything that reads them is refitted, over their cost. Then
+    :func:`reconstruct` refits it.
 
     Args:
       params: the parameters, if there are no other variables, or all variables.

@@ -189,7 +189,7 @@ def _check_axes(mask_grads: MaskGrads, axis_name: AxisNames) -> None:
     raise ValueError(
       f"Under shard_map axis_name must name the axes that mask_grads differ over, {sorted(varying)}, got "
       f"axis_name={axis_name!r}. Pass fisher_prune(..., axis_name={'/'.join(sorted(varying))!r}): without it every "
-      "device would prune features of its own."
+      "device would prune other features."
     )
   if not varying and any(varying_axes(jax.lax.axis_index(name)) for name in names):
     raise ValueError(

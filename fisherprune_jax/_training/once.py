@@ -106,7 +106,7 @@ def select_masks(
   left = unflatten(left, masks)
   if target is not None and not is_traced(exhausted) and bool(exhausted):
     warn(
-      f"The target of {target:,g} {cost.unit} was not met: nothing is left that may go at {float(cost(left)):,g}. Lower "
+      f"The target of {target:,g} {cost.unit} was not met: no feature is left that may be masked, at {float(cost(left)):,g}. Lower "
       "min_features, exclude less, or raise the target."
     )
   return left

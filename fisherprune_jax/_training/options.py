@@ -118,8 +118,8 @@ def _warn_of_fraction(cost: CostModel, target: Any) -> None:
   """Warn of a target below 1 for a large cost, probably a fraction."""
   if is_number(target) and not is_traced(target) and 0 < target < 1 and cost.dense > 1000:
     warn(
-      f"A target of {float(target):g} {cost.unit} is below anything that a network of {cost.dense:,.0f} comes to. Of a "
-      f"fraction, say target={float(target):g} * cost.dense."
+      f"A target of {float(target):g} {cost.unit} is far below the dense cost of {cost.dense:,.0f}. For a "
+      f"fraction, pass target={float(target):g} * cost.dense."
     )
 
 

@@ -56,7 +56,7 @@ def summary(opt_state: optax.OptState, name: str | None = None, *, method: str |
       "out of range"
     )
   if bool(state.exhausted):
-    notes.append("nothing left that may go")
+    notes.append("no feature left that may be masked")
   header = ("mask", "alive", f"importance, {criterion_of(method).unit}", "cost share")
   return "\n".join([*aligned(Table(header, rows)), "; ".join(notes)])
 

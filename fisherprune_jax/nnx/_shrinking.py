@@ -67,7 +67,7 @@ def shrink_module(small: Compact, model: nnx.Module, *args: Any) -> nnx.Module:
     raise ValueError(
       f"shrink_module needs a module that computes by the shapes of its arrays, got {type(own).__name__}: {why}. "
       "Take fp.nnx.module(small, model), which runs the compact program. (Compact after model.eval(): dropout draws "
-      "other numbers for other shapes. A module with masks of its own needs keep_masks=True.)"
+      "other numbers for other shapes. A module that holds masks needs keep_masks=True.)"
     )
   return own
 

@@ -47,7 +47,7 @@ class Cond:
         Cost(node, "clamp", term.under(live.when(node))) for term in meter.of_scalar("clamp")
       )  # lax.switch clamps its index
     if any(branches):
-      yield Cost(node, "cond (its dearest branch)", Dearest(tuple(branches)))
+      yield Cost(node, "cond (its most expensive branch)", Dearest(tuple(branches)))
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     boxes, held = list(map(run.box, node.outs)), list(map(run.box, node.ins[1:]))

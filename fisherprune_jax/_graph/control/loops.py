@@ -138,7 +138,7 @@ class While:
     """One iteration counts, as their number is unknown."""
     for part in live.subs[node]:
       for cost in _of_turns(node, part, live, meter):
-        yield cost._replace(label=f"{cost.label} (one turn of a while loop)")
+        yield cost._replace(label=f"{cost.label} (one iteration of a while loop)")
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]

@@ -41,8 +41,7 @@ def balanced(traced: Traced, variables: PyTree, compiled: Compiled) -> PyTree:
     variables: its variables, with masks of ones.
     compiled: keeps programs.
   """
-  flat, products = traced.flat, traced.products
-  rows = [_joined(blocks) for blocks in bottlenecks(flat, products, traced.masks, compiled).values()]
+  rows = [_joined(blocks) for blocks in bottlenecks(traced, compiled).values()]
   every = list(itertools.chain.from_iterable(rows))
   if not every:
     return variables

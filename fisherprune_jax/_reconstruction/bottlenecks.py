@@ -12,6 +12,7 @@ import numpy as np
 
 from fisherprune_jax._graph.program import Value
 from fisherprune_jax._reconstruction.consumers import LINEAR, Consumer, Use
+from fisherprune_jax._reconstruction.fitting import Traced
 from fisherprune_jax._reconstruction.flat import Compiled, Flat
 from fisherprune_jax._reconstruction.products import operand_matrix, result_matrix
 from fisherprune_jax._reconstruction.reading import Reading, of_masks, readings
@@ -58,34 +59,38 @@ class Block(NamedTuple):
   right: tuple[Side, ...]
 
 
-def bottlenecks(
-  flat: Flat, products: Sequence[Consumer], masks: Mapping[Value, int], compiled: Compiled
-) -> dict[tuple[int, int], list[Block]]:
-  """The blocks of the rows of masks, by mask and row.
-
-  Args:
-    flat: the network.
-    products: its products with parameters.
-    masks: the leaves that are masks, and the position of each among them.
-    compiled: keeps programs.
-  """
+def bottlenecks(traced: Traced, compiled: Compiled) -> dict[tuple[int, int], list[Block]]:
+  """The blocks of the rows of masks, by mask and row; ``compiled`` keeps programs."""
+  flat, products = traced.flat, traced.products
   single = {product.uses[0].at: number for number, product in enumerate(products) if len(product.uses) == 1}
-  network = _Network(flat, single, masks, compiled)
+  known = {
+    consumer.uses[0].at: (1 - consumer.uses[0].side, uses[0])
+    for consumer, uses in zip(traced.consumers, traced.readings, strict=True)
+  }
+  network = _Network(flat, single, traced.masks, compiled)
   found: dict[tuple[int, int], list[Block]] = {}
   for at, node in enumerate(flat.nodes):
-    for mine in (0, 1) if node.name == "dot_general" else ():
-      varies = [value in flat.varies for value in node.ins]
-      read = readings(flat, Use(at, 1 - mine, ()), masks) if varies[mine] else []
-      if not read or (at not in single and not all(varies)):
-        continue
-      left = network.makers(at, mine)
-      right = network.makers(at, 1 - mine) if all(varies) else [_own(products, single[at])]
-      for reading in read:
+    if node.name != "dot_general":
+      continue
+    has_parameters = not all(value in flat.varies for value in node.ins)
+    mine, read = known.get(at, (0, [])) if has_parameters else _reads(flat, at, traced.masks)
+    if not read or (has_parameters and at not in single):
+      continue
+    left = network.makers(at, mine)
+    right = [_own(products, single[at])] if has_parameters else network.makers(at, 1 - mine)
+    for reading in read if left and right else ():
+      for columns in _heads(reading, left):
         blocks = found.setdefault((reading.mask, reading.row), [])
-        for columns in _heads(reading, left) if left and right else ():
-          blocks += _blocks(at, mine, reading.groups, columns, left, right)
-      break  # a mask on both operands is one mask
+        blocks += _blocks(at, mine, reading.groups, columns, left, right)
   return {row: blocks for row, blocks in found.items() if blocks}
+
+
+def _reads(flat: Flat, at: int, masks: Mapping[Value, int]) -> tuple[int, list[Reading]]:
+  """Which operand of a product of activations masks are multiplied onto, and the features; a mask on both is one mask."""
+  for mine in (0, 1):
+    if found := readings(flat, Use(at, 1 - mine, ()), masks):
+      return mine, found
+  return 0, []
 
 
 class _Maker(NamedTuple):

@@ -28,10 +28,10 @@ from fisherprune_jax._latency.whole import LONG_VISIT
 SHOWN = (
   "dense_ms",
   "compact_ms",
-  "foretold_ms",
+  "predicted_ms",
   "speedup",
-  "foretold",
-  "speedup_over_foretold",
+  "predicted",
+  "speedup_over_predicted",
   "flops_ratio",
 )
 
@@ -66,16 +66,16 @@ def measure(name: str, batch: int, multiple_of: int, repeats: int, cache: Path |
     partial(jax.jit(small), small.variables, given),
   ]
   dense, compact = (1e3 * medians(runs, repeats, LONG_VISIT)).tolist()
-  foretold = time.dense / float(time(masks))
+  predicted = time.dense / float(time(masks))
   return {
     "network": name,
     "batch": batch,
     "dense_ms": dense,
     "compact_ms": compact,
-    "foretold_ms": 1e3 * batch * float(time(masks)),
+    "predicted_ms": 1e3 * batch * float(time(masks)),
     "speedup": dense / compact,
-    "foretold": foretold,
-    "speedup_over_foretold": dense / compact / foretold,
+    "predicted": predicted,
+    "speedup_over_predicted": dense / compact / predicted,
     "flops_ratio": flops.dense / small.cost,
   }
 

@@ -14,8 +14,8 @@ from fisherprune_jax._compaction.loading import Loaded as Loaded
 from fisherprune_jax._compaction.loading import load as load
 from fisherprune_jax._cost.cost import CostModel as CostModel
 from fisherprune_jax._cost.counted import Row as Row
+from fisherprune_jax._cost.counters import Roofline as Roofline
 from fisherprune_jax._cost.measures import cost_model as cost_model
-from fisherprune_jax._cost.meters import Roofline as Roofline
 from fisherprune_jax._graph.blockers import Blocker as Blocker
 from fisherprune_jax._graph.blockers import Held as Held
 from fisherprune_jax._graph.registry import register_rule as register_rule

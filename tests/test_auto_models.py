@@ -161,7 +161,7 @@ def test_every_axis_is_in_a_group_or_skipped_with_a_reason(name):
     "the function does not use it",
   )
   places = [
-    s.why.rpartition(", at ")[2] for s in auto.skipped if s.why not in (*plain, "the turns of a loop")
+    s.why.rpartition(", at ")[2] for s in auto.skipped if s.why not in (*plain, "the iterations of a loop")
   ]
   assert all(re.match(r"/.*\.py:\d+ \(", place) for place in places), places
 

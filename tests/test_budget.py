@@ -13,7 +13,7 @@ import fisherprune_jax as fp
 from fisherprune_jax._cost.budget import limit_of
 from fisherprune_jax._graph import exact, sets
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.terms import Dearest, Term, total
+from fisherprune_jax._graph.terms import MostExpensive, Term, total
 from tests.compiling import nothing_compiled
 
 BOTH = pytest.mark.parametrize("x64", [False, True])
@@ -80,7 +80,7 @@ def random_terms(rng, masks, depth=2):
     scale = 1 + random_number(rng, 30)
     if depth and rng.random() < 0.2:
       parts = tuple(tuple(random_terms(rng, masks, depth - 1)) for _ in range(int(rng.integers(1, 4))))
-      out.append(Dearest(parts, scale % 100 + 1))
+      out.append(MostExpensive(parts, scale % 100 + 1))
     elif rng.random() < 0.5:
       out.append(Term(scale, factors()))
     else:

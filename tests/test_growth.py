@@ -16,8 +16,8 @@ import pytest
 
 import fisherprune_jax as fp
 from fisherprune_jax._compaction.kept import Kept
+from fisherprune_jax._cost.counters import FlopsCounter
 from fisherprune_jax._cost.measures import cost_of
-from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.prices import Prices
 from fisherprune_jax._graph.sets import expression, junctions
@@ -67,7 +67,7 @@ def sizes(family, n):
   tree = VariableTree(variables, "masks")
   with counting() as joins:
     model = trace_apply(apply, tree, (x,)).analyse()
-    terms = collect(cost.term for cost in costs_of(model.program, model.live, FlopsMeter()))
+    terms = collect(cost.term for cost in costs_of(model.program, model.live, FlopsCounter()))
   prices = Prices(terms, sizes_of(tree.mask_leaves))
   boxes = [model.live.stored(value).box for node in model.program.nodes for value in node.outs]
   found = sets.in_order(s for box in boxes for s in box)
@@ -291,7 +291,7 @@ def test_compacting_does_not_make_what_only_prices_need():
   made = []
   before, Prices.__init__ = Prices.__init__, lambda self, *args: made.append(args)
   try:
-    cost_of(model, tree, 2, FlopsMeter()).exact(variables["masks"])
+    cost_of(model, tree, 2, FlopsCounter()).exact(variables["masks"])
   finally:
     Prices.__init__ = before
   assert not made

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fisherprune_jax as fp
-from fisherprune_jax._cost.meters import SHAPES_ALONE
+from fisherprune_jax._cost.counters import SHAPES_ALONE
 from tests.counting import count
 from tests.models import CASES, random_masks
 
@@ -265,7 +265,8 @@ def test_a_network_is_pruned_to_a_number_of_parameters():
 def test_bad_input_is_refused():
   flops = fp.cost_model(two_layers, V, X)
   with pytest.raises(
-    ValueError, match=r"measure must be one of flops, macs, params, bytes, memory, or an fp.Roofline, got 'watts'"
+    ValueError,
+    match=r"measure must be one of flops, macs, params, bytes, memory, or an fp.Roofline, got 'watts'",
   ):
     fp.cost_model(two_layers, V, X, measure="watts")
   with pytest.raises(ValueError, match="primitives must be None"):

@@ -11,7 +11,7 @@ from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.prices import Prices
 from fisherprune_jax._graph.spec import Flops
-from fisherprune_jax._graph.terms import Dearest, Term, term, total
+from fisherprune_jax._graph.terms import MostExpensive, Term, term, total
 from tests.test_sets import entangled_set
 
 
@@ -31,15 +31,15 @@ def random_terms(rng, keys, pool, depth=0):
   terms = [random_term(rng, keys, pool) for _ in range(rng.randrange(1, 5))]
   while depth < 2 and rng.random() < 0.35:
     branches = [tuple(random_terms(rng, keys, pool, depth + 1)) for _ in range(rng.randrange(1, 4))]
-    terms.append(Dearest(tuple(branches), rng.randrange(1, 3)))
+    terms.append(MostExpensive(tuple(branches), rng.randrange(1, 3)))
   return terms
 
 
 def support(terms):
   found = 0
   for t in terms:
-    inner = (support(s) for s in t.sums) if isinstance(t, Dearest) else ()
-    own = () if isinstance(t, Dearest) else (s.support for s in (*t.outer, *(t.inner or ())))
+    inner = (support(s) for s in t.sums) if isinstance(t, MostExpensive) else ()
+    own = () if isinstance(t, MostExpensive) else (s.support for s in (*t.outer, *(t.inner or ())))
     for bits in (*inner, *own):
       found |= bits
   return found

@@ -20,7 +20,7 @@ from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.spec import Factor, Spec, factors_of
 from fisherprune_jax._graph.structured import STRUCTURED, Link, links
 
-TURNS = "the turns of a loop"
+ITERATIONS = "the iterations of a loop"
 KERNEL = "it is the size of a kernel"
 OUTPUT = "it reaches an output"
 
@@ -37,7 +37,7 @@ class Body(NamedTuple):
   """A program that a node runs, and the loops around it, as far as arrays have an entry per iteration."""
 
   program: Program
-  turns: tuple[Atom, ...]
+  iterations: tuple[Atom, ...]
 
 
 @dataclass(eq=False)
@@ -51,7 +51,7 @@ class Axes:
     produced: atoms that a variable brings into an array that depends on the arguments, with that variable.
     bodies: the sub-programs.
     learned: arrays that depend on variables but not on arguments, with their first variable.
-    turns: for a loop that reads or writes an entry of an array per iteration, the atom of its iterations.
+    iterations: for a loop that reads or writes an entry of an array per iteration, the atom of its iterations.
   """
 
   live: Liveness
@@ -61,7 +61,7 @@ class Axes:
   readers: list[Reader] = field(default_factory=list)
   produced: list[tuple[Atom, Value]] = field(default_factory=list)
   bodies: list[Body] = field(default_factory=list)
-  turns: dict[Node, Atom] = field(default_factory=dict)
+  iterations: dict[Node, Atom] = field(default_factory=dict)
   _operands: dict[tuple[Node, int], tuple[Atom, ...]] = field(default_factory=dict)
   _slices: list[tuple[Atom, Atom]] = field(default_factory=list)
 
@@ -89,16 +89,16 @@ class Axes:
   def varies(self, value: Value) -> bool:
     return self.live.info(value).varies
 
-  def walk(self, program: Program, turns: tuple[Atom, ...] = ()) -> None:
-    """Tie the axes of a program that runs in each iteration of ``turns``."""
-    self.bodies.append(Body(program, turns))
+  def walk(self, program: Program, iterations: tuple[Atom, ...] = ()) -> None:
+    """Tie the axes of a program that runs in each iteration of some loops."""
+    self.bodies.append(Body(program, iterations))
     for node in used(program):
       self._learn(node.ins, node.outs)
       if node in self.live.specs:
         self._node(node, self.live.specs[node])
       found = links(node, self.live)
       if found:
-        self._links(node, found, turns)
+        self._links(node, found, iterations)
 
   def block_all(self, values: Iterable[Value], why: str) -> None:
     for value in values:
@@ -161,39 +161,39 @@ class Axes:
     elif any(map(self.varies, node.outs)):
       block(atom, f"{node.name} sums over it in nothing that could be masked, at {node.source}")
 
-  def _links(self, node: Node, found: Sequence[Link], outer_turns: tuple[Atom, ...]) -> None:
-    turns: Atom | None = None
+  def _links(self, node: Node, found: Sequence[Link], outer_iterations: tuple[Atom, ...]) -> None:
+    iterations: Atom | None = None
     for link in found:
-      for outer, inner in (*link.ins, *link.outs, *link.turns):
-        turns = self._tie_values(outer, inner, turns)
+      for outer, inner in (*link.ins, *link.outs, *link.iterations):
+        iterations = self._tie_values(outer, inner, iterations)
       self.learned.update((inner, self.learned[outer]) for outer, inner in link.ins if outer in self.learned)
-    if turns is not None:
-      self.turns[node] = turns
-      block(turns, TURNS)
+    if iterations is not None:
+      self.iterations[node] = iterations
+      block(iterations, ITERATIONS)
     ruled = isinstance(STRUCTURED[node.name], Custom)
     for link in found:
       start = len(self.readers)
-      self.walk(link.program, outer_turns if turns is None else (*outer_turns, turns))
+      self.walk(link.program, outer_iterations if iterations is None else (*outer_iterations, iterations))
       if ruled:
         self._inside_rule(node, link, start)
       for outer, inner in link.outs:
         self._learn([inner], [outer])
 
-  def _tie_values(self, outer: Value, inner: Value, turns: Atom | None) -> Atom | None:
+  def _tie_values(self, outer: Value, inner: Value, iterations: Atom | None) -> Atom | None:
     """Tie an array to one inside; if it has an entry per iteration, its first axis is that of the iterations."""
     if outer.literal is not None or inner.literal is not None:
-      return turns
+      return iterations
     data = outer not in self.made
     apart = data != (inner not in self.made)  # one is a slice of the other
     axes = self._slice(outer) if data and apart else self.of(outer)
     own = self._slice(inner) if apart and not data else self.of(inner)
     more = len(axes) - len(own)
     for atom in (self._slice(outer) if data else axes)[:more]:
-      turns = turns or Atom(atom.size)
-      tie(atom, turns)
+      iterations = iterations or Atom(atom.size)
+      tie(atom, iterations)
     for one, other in zip(axes[more:], own, strict=True):
       tie(one, other)
-    return turns
+    return iterations
 
   def _inside_rule(self, node: Node, link: Link, start: int) -> None:
     """Mask sums inside of a function with a derivative rule where it is called, if they read its operands."""

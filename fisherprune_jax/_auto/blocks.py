@@ -26,22 +26,22 @@ class Branch(NamedTuple):
   Attributes:
     node: the sum.
     operand: the position of the term.
-    turns: the loops with a row of its mask per iteration.
+    iterations: the loops with a row of its mask per iteration.
     variables: the variables of this term alone.
   """
 
   node: Node
   operand: int
-  turns: tuple[Atom, ...]
+  iterations: tuple[Atom, ...]
   variables: frozenset[Value]
 
 
 def branches(axes: Axes) -> list[Branch]:
   """All residual branches of a program and its sub-programs."""
-  return [branch for body in axes.bodies for branch in _of_program(axes, body.program, body.turns)]
+  return [branch for body in axes.bodies for branch in _of_program(axes, body.program, body.iterations)]
 
 
-def _of_program(axes: Axes, program: Program, turns: tuple[Atom, ...]) -> Iterator[Branch]:
+def _of_program(axes: Axes, program: Program, iterations: tuple[Atom, ...]) -> Iterator[Branch]:
   makers = {out: node for node in program.nodes for out in node.outs}
   before = _Ancestors(program)
   for node in program.nodes:
@@ -54,7 +54,12 @@ def _of_program(axes: Axes, program: Program, turns: tuple[Atom, ...]) -> Iterat
       if not variables or not _is_branch(axes, before, makers, own, branch, trunk, projected):
         continue
       rows = {atom.root() for variable in variables for atom in axes.of(variable)}
-      yield Branch(node, operand, tuple(turn.root() for turn in turns if turn.root() in rows), variables)
+      yield Branch(
+        node,
+        operand,
+        tuple(iteration.root() for iteration in iterations if iteration.root() in rows),
+        variables,
+      )
       break
 
 

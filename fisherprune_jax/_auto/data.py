@@ -35,7 +35,7 @@ def _spread_inside(link: Link, found: set[Value], live: Liveness) -> None:
   found.update(inner for outer, inner in link.ins if outer in found)
   found.update(value for value in link.program.inputs if value not in given)  # cotangents depend on anything
   _spread(link.program, found, live)
-  while more := {inner for inner, out in link.turns if out in found and inner not in found}:
+  while more := {inner for inner, out in link.iterations if out in found and inner not in found}:
     found.update(more)
     _spread(link.program, found, live)
   found.update(outer for outer, inner in link.outs if inner in found)

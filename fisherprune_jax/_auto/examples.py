@@ -20,7 +20,7 @@ from fisherprune_jax._graph.structured import STRUCTURED, Link, links
 
 IN_PLACE = ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp", "ragged_dot_general")
 """Primitives with an indivisible axis that leave its rows in place."""
-MOST_TURNS = 20
+MOST_ITERATIONS = 20
 
 
 class State(NamedTuple):
@@ -115,9 +115,9 @@ class Examples:
     """Rows of reordered data as new examples, if their number fits."""
     assert rows.index is not None
     around = [at for at, key in enumerate(rows.keys) if isinstance(key, Node)]
-    turns = [rows.index.shape[at] for at in around]
+    iterations = [rows.index.shape[at] for at in around]
     for chosen in (list(places), *([f] for f in places)):
-      sizes = [*turns, *(spec.sizes[f] for f in chosen)]
+      sizes = [*iterations, *(spec.sizes[f] for f in chosen)]
       if chosen and math.prod(sizes) == self.count:
         keys = (*(rows.keys[at] for at in around), *chosen)
         cause = indexing.cause(node, self._makers)
@@ -130,11 +130,11 @@ class Examples:
       for outer, inner in link.ins:
         if inner.literal is None:
           self._states[inner] = _entered(self.of(outer), node, len(outer.shape) - len(inner.shape))
-    for again in range(MOST_TURNS):
+    for again in range(MOST_ITERATIONS):
       for link in found:
         self.walk(link.program)
-      pairs = [pair for link in found for pair in link.turns]
-      if not sum(self._turn(node, *pair, give_up=again > MOST_TURNS // 2) for pair in pairs):
+      pairs = [pair for link in found for pair in link.iterations]
+      if not sum(self._iteration(node, *pair, give_up=again > MOST_ITERATIONS // 2) for pair in pairs):
         break
     results: dict[Value, State] = {}
     for outer, inner in (pair for link in found for pair in link.outs):
@@ -142,7 +142,7 @@ class Examples:
       results[outer] = self._either(results[outer], left, node) if outer in results else left
     self._states.update(results)
 
-  def _turn(self, node: Node, inner: Value, out: Value, give_up: bool) -> bool:
+  def _iteration(self, node: Node, inner: Value, out: Value, give_up: bool) -> bool:
     """Carry a loop value to the next iteration; returns whether its state changed."""
     before = self.of(inner)
     after = self._either(before, self._left(self.of(out), node, 0), node)
@@ -215,28 +215,28 @@ def _taken_apart(rows: Rows, axes: Axes, spec: Spec, shown: Sequence[Factor]) ->
 
 def _laid(rows: Rows, axes: Axes, spec: Spec) -> Rows:
   """Rows along factors as rows along the axes of a result."""
-  turns = [key for key in rows.keys if isinstance(key, Node)]
+  iterations = [key for key in rows.keys if isinstance(key, Node)]
   held = [
     at for at, axis in enumerate(axes) if axis in rows.keys or any(f in rows.keys for f in factors_of(axis))
   ]
   parts = [(axes[at],) if axes[at] in rows.keys else factors_of(axes[at]) for at in held]
-  result = rows._replace(keys=(*turns, *held))
+  result = rows._replace(keys=(*iterations, *held))
   if rows.index is None or not rows.keys:
     return result
   if rows.via:
     return result if all(isinstance(axes[at], str) for at in held) else result._replace(index=None)
   size = dict(zip(rows.keys, rows.index.shape, strict=True))
-  flat = [*turns, *(f for some in parts for f in some)]
+  flat = [*iterations, *(f for some in parts for f in some)]
   sizes = [size[f] if f in size else spec.sizes[str(f)] for f in flat]
   if math.prod(sizes) > LARGEST:
     return result._replace(index=None)
   index = rows.along(flat, sizes).index
   assert index is not None
   index = index.reshape(
-    [size[turn] for turn in turns]
+    [size[iteration] for iteration in iterations]
     + [math.prod(size[f] if f in size else spec.sizes[str(f)] for f in some) for some in parts]
   )
-  for place, at in enumerate(held, len(turns)):
+  for place, at in enumerate(held, len(iterations)):
     axis = axes[at]
     if isinstance(axis, Pick):
       empty = np.expand_dims(axis.index < 0, [i for i in range(index.ndim) if i != place])

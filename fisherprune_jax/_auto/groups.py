@@ -75,7 +75,7 @@ def find_blocks(form: Form, paths: Sequence[tuple[str, ...]]) -> tuple[list[Grou
       1,
       tuple(("/".join(paths[at]), axis) for at, axis, _ in own if axis != NO_AXIS),
       BLOCK,
-      tuple(turn.size for turn in branch.turns),
+      tuple(iteration.size for iteration in branch.iterations),
     )
     for name, own, branch in zip(names, places, found.values(), strict=True)
   ]
@@ -122,19 +122,19 @@ def _is_free(leaf: Atom) -> bool:
 
 def stacks(axes: Axes) -> dict[Atom, tuple[Atom, ...]]:
   """For each leaf, the loops in which all its arrays are inside of an iteration, or have an entry per iteration."""
-  turns = list(dict.fromkeys(turn.root() for body in axes.bodies for turn in body.turns))
+  iterations = list(dict.fromkeys(iteration.root() for body in axes.bodies for iteration in body.iterations))
   found: dict[Atom, set[Atom]] = {}
-  if not turns:
+  if not iterations:
     return {}
   for program, around in axes.bodies:
-    inside = {turn.root() for turn in around}
+    inside = {iteration.root() for iteration in around}
     for value in _values(program):
       own = [leaves(atom) for atom in axes.of(value)]
-      covered = inside | {leaf for parts in own for leaf in parts if leaf in turns}
+      covered = inside | {leaf for parts in own for leaf in parts if leaf in iterations}
       for parts in own:
         for leaf in parts:
           found[leaf] = found[leaf] & covered if leaf in found else covered
-  return {leaf: tuple(t for t in turns if t in covered) for leaf, covered in found.items() if covered}
+  return {leaf: tuple(t for t in iterations if t in covered) for leaf, covered in found.items() if covered}
 
 
 def _values(program: Program) -> Iterable[Value]:

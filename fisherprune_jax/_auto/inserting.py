@@ -22,7 +22,7 @@ class Masks(NamedTuple):
   """The mask of each leaf, and the number of the iteration of each loop around."""
 
   laid: Mapping[Atom, Laid]
-  turns: Mapping[Node, Any] = MappingProxyType({})
+  iterations: Mapping[Node, Any] = MappingProxyType({})
 
 
 class Site(NamedTuple):
@@ -99,7 +99,7 @@ class Masked:
           if sites:
             if (value, sites) not in made:
               atoms = self.form.axes.operand(node, operand)
-              spots = self.numbering.spots(value, node, masks.turns, read) if self.numbering else None
+              spots = self.numbering.spots(value, node, masks.iterations, read) if self.numbering else None
               made[value, sites] = self._mask(arrays[operand], atoms, sites, masks, node, spots)
             arrays[operand] = made[value, sites]
         env.update(zip(node.outs, self._apply(node, arrays, masks), strict=True))
@@ -142,30 +142,32 @@ class Masked:
 def _scan(masked: Masked, node: Node, arrays: Sequence[Any], masks: Masks) -> Sequence[Any]:
   consts, carry = compat.scan_counts(node.params)
   fixed, start, stacked = arrays[:consts], arrays[consts : consts + carry], arrays[consts + carry :]
-  turns = masked.form.axes.turns.get(node)
-  turns = turns and turns.root()
-  rows = {leaf: _by_turn(mask, turns) for leaf, mask in masks.laid.items() if turns in mask.labels}
+  iterations = masked.form.axes.iterations.get(node)
+  iterations = iterations and iterations.root()
+  rows = {
+    leaf: _by_iteration(mask, iterations) for leaf, mask in masks.laid.items() if iterations in mask.labels
+  }
 
-  def turn(
+  def iteration(
     carried: Sequence[Any], each: tuple[Sequence[Any], dict[int, Any], Any]
   ) -> tuple[list[Any], list[Any]]:
     xs, row, number = each
     mine = {leaf: Laid(row[at], mask.labels) for at, (leaf, mask) in enumerate(rows.items())}
-    inner = Masks({**masks.laid, **mine}, {**masks.turns, node: number})
+    inner = Masks({**masks.laid, **mine}, {**masks.iterations, node: number})
     outs = masked.inner(node, [*fixed, *carried, *xs], inner)
     return outs[:carry], outs[carry:]
 
   options = {name: node.params[name] for name in ("length", "reverse", "unroll")}
   numbers = jnp.arange(node.params["length"])
   each = (list(stacked), {at: mask.array for at, mask in enumerate(rows.values())}, numbers)
-  carried, written = lax.scan(turn, list(start), each, **options)
+  carried, written = lax.scan(iteration, list(start), each, **options)
   return [*carried, *written]
 
 
-def _by_turn(mask: Laid, turns: Atom | None) -> Laid:
+def _by_iteration(mask: Laid, iterations: Atom | None) -> Laid:
   """A mask with the axis of iterations first, without its label."""
-  assert turns is not None
-  at = mask.labels.index(turns)
+  assert iterations is not None
+  at = mask.labels.index(iterations)
   return Laid(jnp.moveaxis(mask.array, at, 0), (*mask.labels[:at], *mask.labels[at + 1 :]))
 
 

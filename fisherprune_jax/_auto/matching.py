@@ -68,11 +68,11 @@ def match(
     if not mine & read:
       raise _lacking(group, "The function must sum over every group, but it reads none of")
     for leaf in mine:
-      turns = rows.get(leaf, ())
+      iterations = rows.get(leaf, ())
       if leaf in found.leaves:
         raise _misfit(group, f"ties it to {found.leaves[leaf][0].name!r}")
-      _check_rows(group, turns)
-      found.leaves[leaf] = (group, turns)
+      _check_rows(group, iterations)
+      found.leaves[leaf] = (group, iterations)
   if any(group.kind == BLOCK for group in groups):
     _match_blocks(form, values, groups, places, found)
   return found
@@ -106,18 +106,20 @@ def _match_blocks(
         group, "The function must have every residual branch, but it has none of the variables of"
       )
     atom = Atom(1)
-    found.leaves[atom] = (group, there[mine[0]].turns)
+    found.leaves[atom] = (group, there[mine[0]].iterations)
     for at in mine:
       if at in taken:
         raise _misfit(group, f"has the branch of {taken[at].name!r} for it, too")
       taken[at] = group
       found.branches.append((there[at], atom))
-      _check_rows(group, there[at].turns)
+      _check_rows(group, there[at].iterations)
 
 
-def _check_rows(group: Group, turns: Sequence[Atom]) -> None:
-  if tuple(turn.size for turn in turns) != group.rows:
-    raise _misfit(group, f"runs it in loops of {[t.size for t in turns]} turns, for rows {list(group.rows)}")
+def _check_rows(group: Group, iterations: Sequence[Atom]) -> None:
+  if tuple(iteration.size for iteration in iterations) != group.rows:
+    raise _misfit(
+      group, f"runs it in loops of {[t.size for t in iterations]} iterations, for rows {list(group.rows)}"
+    )
 
 
 def _lacking(group: Group, what: str) -> ValueError:

@@ -56,7 +56,7 @@ class Numbering:
       self._rank = np.append(np.argsort(order), -1)
 
   def spots(
-    self, value: Value, node: Node, turns: Mapping[Node, jax.Array], read: Callable[[Value], Any]
+    self, value: Value, node: Node, iterations: Mapping[Node, jax.Array], read: Callable[[Value], Any]
   ) -> Spots:
     """The examples of an operand in one iteration of the loops around it; ``read`` gives other arrays."""
     rows = self._rows(value, node)
@@ -70,7 +70,9 @@ class Numbering:
     around = [at for at, key in enumerate(rows.keys) if isinstance(key, Node)]
     index = np.moveaxis(index, around, range(len(around)))
     array = jnp.asarray(index, jnp.int32)
-    return Spots(self.label, axes, array[tuple(turns[rows.keys[at]] for at in around)] if around else array)
+    return Spots(
+      self.label, axes, array[tuple(iterations[rows.keys[at]] for at in around)] if around else array
+    )
 
   def _rows(self, value: Value, node: Node) -> Rows:
     found = self._examples.of(value).rows

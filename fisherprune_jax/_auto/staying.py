@@ -27,7 +27,9 @@ def _walk(axes: Axes, program: Program, origins: dict[Value, frozenset[int]]) ->
     origins.update((out, of_all) for out in node.outs if not axes.varies(out))
     for link in links(node, axes.live):
       origins.update((inner, origins[outer]) for outer, inner in link.ins if outer in origins)
-      origins.update((taker, of_all) for taker, _ in link.turns)  # any value may reach the next iteration
+      origins.update(
+        (taker, of_all) for taker, _ in link.iterations
+      )  # any value may reach the next iteration
       found |= _walk(axes, link.program, origins)
   return found
 

@@ -110,7 +110,9 @@ class Wrapped:
     if count == 1:  # a single example needs no numbering
       masks = {name: mask.reshape((*mask.shape[:-2], mask.shape[-1])) for name, mask in masks.items()}
     labels = (masked.numbering.label,) if masked.numbering else ()
-    laid = {leaf: Laid(masks[group.name], (*turns, *labels)) for leaf, (group, turns) in leaves.items()}
+    laid = {
+      leaf: Laid(masks[group.name], (*iterations, *labels)) for leaf, (group, iterations) in leaves.items()
+    }
     return masked([*jax.tree.leaves(own), *given.arrays], Masks(laid))
 
   def _masked(self, own: PyTree, given: "_Arguments", count: int | None) -> tuple[Masked, Leaves]:

@@ -14,8 +14,8 @@ from fisherprune_jax._compaction.opt_states import shrink_opt_state, shrink_prun
 from fisherprune_jax._compaction.originals import inside, originals
 from fisherprune_jax._compaction.plan import check_masks, make_plan
 from fisherprune_jax._compaction.runner import Runner
+from fisherprune_jax._cost.counters import FlopsCounter
 from fisherprune_jax._cost.measures import cost_of
-from fisherprune_jax._cost.meters import FlopsMeter
 from fisherprune_jax._files import PathLike
 from fisherprune_jax._graph.blockers import Blocker, Stays, check, what_stays
 from fisherprune_jax._graph.evaluate import Evaluation
@@ -26,7 +26,7 @@ from fisherprune_jax._tables import Shown, Table
 from fisherprune_jax._training.state import make_inert
 from fisherprune_jax._types import ApplyFn, BatchAxes, Picker, PyTree
 
-METER = FlopsMeter()
+COUNTER = FlopsCounter()
 """The counter of ``Compact.cost`` and the report."""
 
 
@@ -57,7 +57,7 @@ class Compact(Shown):
     traced = trace_apply(apply_fn, tree, args, state_from)
     self._analysis = traced.analyse(keep_masks)
     given = [Evaluation(vectors_of(tree.mask_leaves))]
-    check(self._analysis, tree, examples, METER, given if strict else ())
+    check(self._analysis, tree, examples, COUNTER, given if strict else ())
     self._plan = make_plan(
       traced,
       tree,
@@ -67,7 +67,7 @@ class Compact(Shown):
       state_from=state_from,
     )
     self._runner = Runner(apply_fn, self._plan, traced, args)
-    self._cost_model = cost_of(self._analysis, tree, examples, METER)
+    self._cost_model = cost_of(self._analysis, tree, examples, COUNTER)
     self.masks, self.state_from = tree.mask_tree, state_from
     self.cost: float = self._cost_model.exact(self.masks) / examples
     self.dense: float = parent.dense if parent else self._cost_model.dense
@@ -78,7 +78,7 @@ class Compact(Shown):
   @functools.cached_property
   def _stays(self) -> Stays:
     plan = self._plan
-    return what_stays(self._analysis, plan.tree, plan.ev, plan.examples, METER)
+    return what_stays(self._analysis, plan.tree, plan.ev, plan.examples, COUNTER)
 
   @property
   def kept(self) -> PyTree:

@@ -69,11 +69,7 @@ def _say(shape: Sequence[int], wanted: Sequence[Names], lost: Sequence[int], kep
   at = lost[0]
   names = "', '".join(wanted[at])
   other = next((axis for axis, found in enumerate(kept) if found == wanted[at]), None)
-  where = (
-    "is whole on every device"
-    if other is None
-    else f"is whole on every device, axis {other} is split instead"
-  )
+  where = "is whole on every device" if other is None else f"is split along axis {other} instead"
   warn(
     f"An array of shape {tuple(shape)} cannot be split along axis {at} over the mesh axis '{names}', as the dense one was: it "
     f"{where}. For widths that divide, prune with multiple_of= the size of that mesh axis."

@@ -14,7 +14,7 @@ from fisherprune_jax._cost.budget import ExactCost
 from fisherprune_jax._graph import exact as whole_numbers
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.prices import Prices
-from fisherprune_jax._graph.terms import Dearest, Term, collect, total
+from fisherprune_jax._graph.terms import MostExpensive, Term, collect, total
 from fisherprune_jax._graph.variables import sizes_of, vectors_of
 from fisherprune_jax._types import Masks
 
@@ -55,7 +55,7 @@ class Entry(NamedTuple):
   where: str
   label: str
   unit: str
-  term: Term | Dearest
+  term: Term | MostExpensive
   counted: bool = True
 
 
@@ -76,7 +76,7 @@ class Counted:
   batch: int
 
   @functools.cached_property
-  def terms(self) -> list[Term | Dearest]:
+  def terms(self) -> list[Term | MostExpensive]:
     """All terms, with equal ones added up."""
     return collect(entry.term for entry in self.entries)
 

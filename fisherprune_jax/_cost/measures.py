@@ -6,7 +6,7 @@ from fractions import Fraction
 
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._cost.counted import Counted, Entry
-from fisherprune_jax._cost.meters import BytesMeter, FlopsMeter, MacsMeter, Roofline, RooflineMeter
+from fisherprune_jax._cost.counters import BytesCounter, FlopsCounter, MacsCounter, Roofline, RooflineCounter
 from fisherprune_jax._cost.owned import owned
 from fisherprune_jax._errors import path_name, require
 from fisherprune_jax._graph.blockers import check, sample_masks
@@ -14,16 +14,16 @@ from fisherprune_jax._graph.boxes import whole
 from fisherprune_jax._graph.examples import batch_size
 from fisherprune_jax._graph.program import INLINED
 from fisherprune_jax._graph.registry import known
-from fisherprune_jax._graph.structured import STRUCTURED, Meter, costs_of
+from fisherprune_jax._graph.structured import STRUCTURED, Counter, costs_of
 from fisherprune_jax._graph.terms import sized
 from fisherprune_jax._graph.traced import Analysis, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree
 from fisherprune_jax._types import ApplyFn, BatchAxes, PyTree
 
-METERS: dict[str, Callable[[frozenset[str] | None], Meter]] = {
-  "flops": FlopsMeter,
-  "macs": MacsMeter,
-  "bytes": BytesMeter,
+COUNTERS: dict[str, Callable[[frozenset[str] | None], Counter]] = {
+  "flops": FlopsCounter,
+  "macs": MacsCounter,
+  "bytes": BytesCounter,
 }
 """Counters of nodes."""
 MEASURES = ("flops", "macs", "params", "bytes", "memory")
@@ -96,9 +96,9 @@ def cost_model(
     return variables_of(analysis, tree, measure == "memory")
   _check_names(names or (), {node.name for node in analysis.live.specs})
   if isinstance(measure, Roofline):
-    meter = RooflineMeter(FlopsMeter(names), BytesMeter(names), measure.weights)
-    return cost_of(analysis, tree, examples, meter, measure.seconds)
-  return cost_of(analysis, tree, examples, METERS[measure](names))
+    counter = RooflineCounter(FlopsCounter(names), BytesCounter(names), measure.weights)
+    return cost_of(analysis, tree, examples, counter, measure.seconds)
+  return cost_of(analysis, tree, examples, COUNTERS[measure](names))
 
 
 def _names(primitives: Iterable[str] | None) -> frozenset[str] | None:
@@ -141,18 +141,18 @@ def analysed(
   tree = VariableTree(variables, masks)
   examples = batch_size(args, batch_axes)
   analysis = trace_apply(apply_fn, tree, args).analyse()
-  check(analysis, tree, examples, FlopsMeter(), sample_masks(tree.mask_leaves) if strict else ())
+  check(analysis, tree, examples, FlopsCounter(), sample_masks(tree.mask_leaves) if strict else ())
   return analysis, tree, examples
 
 
 def cost_of(
-  analysis: Analysis, tree: VariableTree, examples: int, meter: Meter, one: Fraction = Fraction(1)
+  analysis: Analysis, tree: VariableTree, examples: int, counter: Counter, one: Fraction = Fraction(1)
 ) -> CostModel:
   """The cost model of an analysed function; ``one`` converts the counter's unit to that of the cost."""
-  costs = costs_of(analysis.program, analysis.live, meter)
-  entries = (Entry(cost.node.source, cost.label, meter.unit, cost.term, cost.counted) for cost in costs)
+  costs = costs_of(analysis.program, analysis.live, counter)
+  entries = (Entry(cost.node.source, cost.label, counter.unit, cost.term, cost.counted) for cost in costs)
   counted = Counted(tuple(entries), tree.mask_tree, one / examples, examples)
-  return CostModel.of(counted, meter.unit, owned(analysis, tree))
+  return CostModel.of(counted, counter.unit, owned(analysis, tree))
 
 
 def variables_of(analysis: Analysis, tree: VariableTree, in_bytes: bool = False) -> CostModel:

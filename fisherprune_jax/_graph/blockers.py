@@ -15,7 +15,7 @@ from fisherprune_jax._graph.ideal import ideals, without
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.rules import unknown
-from fisherprune_jax._graph.structured import Meter, costs_of
+from fisherprune_jax._graph.structured import Counter, costs_of
 from fisherprune_jax._graph.terms import total
 from fisherprune_jax._graph.traced import Analysis
 from fisherprune_jax._graph.variables import VariableTree, vectors_of
@@ -76,11 +76,13 @@ class Stays(NamedTuple):
   flops: float
 
 
-def what_stays(analysis: Analysis, tree: VariableTree, ev: Evaluation, examples: int, meter: Meter) -> Stays:
+def what_stays(
+  analysis: Analysis, tree: VariableTree, ev: Evaluation, examples: int, counter: Counter
+) -> Stays:
   """The uses that keep entries of variables, or FLOPs, that masks would remove."""
   found = _causes(analysis, tree, ev)
   lines = {cause[2] for cause in found}
-  left = {where: _left_by(analysis, {where}, ev, examples, meter) for where in lines}
+  left = {where: _left_by(analysis, {where}, ev, examples, counter) for where in lines}
   all_of_them = [
     Blocker(*cause[:3], left[cause[2]], cause[3], tuple(one.held for one in kept), _parameters(kept))
     for cause, kept in found.items()
@@ -88,15 +90,15 @@ def what_stays(analysis: Analysis, tree: VariableTree, ev: Evaluation, examples:
   chosen = [blocker for blocker in all_of_them if blocker.holds or blocker.flops]
   told = {blocker.where for blocker in chosen}
   if len(told) > 1:
-    return Stays(chosen, _left_by(analysis, told, ev, examples, meter))
+    return Stays(chosen, _left_by(analysis, told, ev, examples, counter))
   return Stays(chosen, sum(left[where] for where in told))
 
 
 def _left_by(
-  analysis: Analysis, lines: AbstractSet[str], ev: Evaluation, examples: int, meter: Meter
+  analysis: Analysis, lines: AbstractSet[str], ev: Evaluation, examples: int, counter: Counter
 ) -> float:
   free = without(analysis, lambda node: node.source in lines, OUTPUTS in lines)
-  return max(_cost(analysis, analysis.live, ev, meter) - _cost(analysis, free, ev, meter), 0) / examples
+  return max(_cost(analysis, analysis.live, ev, counter) - _cost(analysis, free, ev, counter), 0) / examples
 
 
 class _Kept(NamedTuple):
@@ -142,24 +144,24 @@ def _describe(analysis: Analysis, node: Node | None) -> tuple[str, str, str, str
   return node.name, reason, node.source, node.scope
 
 
-def _cost(analysis: Analysis, live: Liveness, ev: Evaluation, meter: Meter) -> int:
-  return total([cost.term for cost in costs_of(analysis.program, live, meter)], ev)
+def _cost(analysis: Analysis, live: Liveness, ev: Evaluation, counter: Counter) -> int:
+  return total([cost.term for cost in costs_of(analysis.program, live, counter)], ev)
 
 
 def check(
-  analysis: Analysis, tree: VariableTree, examples: int, meter: Meter, strict: Sequence[Evaluation] = ()
+  analysis: Analysis, tree: VariableTree, examples: int, counter: Counter, strict: Sequence[Evaluation] = ()
 ) -> None:
   """Warns of unknown primitives; raises if a mask is not read, or strict masks leave dead entries."""
   _check_read(analysis, tree)
-  _warn_of_unknown(analysis, tree.mask_leaves, examples, meter)
-  _check_strict(analysis, tree, strict, examples, meter)
+  _warn_of_unknown(analysis, tree.mask_leaves, examples, counter)
+  _check_strict(analysis, tree, strict, examples, counter)
 
 
 def _check_strict(
-  analysis: Analysis, tree: VariableTree, states: Sequence[Evaluation], examples: int, meter: Meter
+  analysis: Analysis, tree: VariableTree, states: Sequence[Evaluation], examples: int, counter: Counter
 ) -> None:
   found = next(
-    filter(None, (what_stays(analysis, tree, ev, examples, meter).blockers for ev in states)), None
+    filter(None, (what_stays(analysis, tree, ev, examples, counter).blockers for ev in states)), None
   )
   if found:
     text = "\n".join(line for blocker in found for line in lines(blocker))
@@ -194,7 +196,7 @@ def lines(blocker: Blocker) -> list[str]:
   return [f"  {blocker.reason}{layer} ({blocker.where}){cost}", *axes]
 
 
-def _warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, meter: Meter) -> None:
+def _warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, counter: Counter) -> None:
   """Warns once per primitive without a rule: it is not counted, and may keep entries."""
   live = analysis.live
   for node in live.factors:
@@ -202,7 +204,7 @@ def _warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, 
     if live.specs[node].opaque != unknown(name) or name in _announced:
       continue
     free, ev = without(analysis, functools.partial(_is_called, name), False), sample_masks(masks)[0]
-    left = (_cost(analysis, live, ev, meter) - _cost(analysis, free, ev, meter)) / examples
+    left = (_cost(analysis, live, ev, counter) - _cost(analysis, free, ev, counter)) / examples
     if left <= 0 and not any(live.info(out).varies for out in node.outs):
       continue  # it keeps nothing, and costs nothing
     if not _is_news(name):

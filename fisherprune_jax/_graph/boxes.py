@@ -47,16 +47,16 @@ class Where(NamedTuple):
     """That there are any, under all conditions."""
     return sets.every(self.when, *map(sets.nonempty, self.box))
 
-  def in_a_turn(self) -> "Where":
+  def in_an_iteration(self) -> "Where":
     """The same for one entry along the leading axis."""
     first, *rest = self.box
     when = sets.every(self.when, sets.nonempty(first))
-    return Where(tuple(rest), together.in_a_turn(self.together), when)
+    return Where(tuple(rest), together.in_an_iteration(self.together), when)
 
-  def in_all_turns(self, shape: Shape) -> "Where":
+  def in_all_iterations(self, shape: Shape) -> "Where":
     """The same with a leading axis, for an array of this shape."""
     box = (*whole_box(shape[:1]), *self.box)
-    return Where(box, together.in_all_turns(self.together), self.when)
+    return Where(box, together.in_all_iterations(self.together), self.when)
 
 
 def whole_box(shape: Shape) -> Box:

@@ -55,7 +55,11 @@ class Causes:
         self._maker.update(dict.fromkeys(node.outs, node))
       for link in links(node, self._live):
         self._index(link.program)
-        for giver, taker in (*link.ins, *((b, a) for a, b in link.outs), *((b, a) for a, b in link.turns)):
+        for giver, taker in (
+          *link.ins,
+          *((b, a) for a, b in link.outs),
+          *((b, a) for a, b in link.iterations),
+        ):
           self._onwards.setdefault(giver, []).append(taker)
           self._back.setdefault(taker, []).append(giver)
 
@@ -97,7 +101,8 @@ class Causes:
       kept, allowed = (self._ev.box(live.stored(value)) for live in both)
       return [(kept[axis], allowed[axis])]
     wheres = [
-      r or [live.stored(value).in_a_turn()] * value.shape[0] for r, live in zip(layers, both, strict=True)
+      r or [live.stored(value).in_an_iteration()] * value.shape[0]
+      for r, live in zip(layers, both, strict=True)
     ]
     boxes = zip(*(map(self._ev.box, r) for r in wheres), strict=True)
     return [(kept[axis - 1], allowed[axis - 1]) for kept, allowed in boxes]

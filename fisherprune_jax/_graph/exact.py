@@ -13,7 +13,7 @@ import numpy as np
 
 from fisherprune_jax._graph.nested import MAIN, Group, Sums, choices
 from fisherprune_jax._graph.sets import Set
-from fisherprune_jax._graph.terms import Dearest, Term
+from fisherprune_jax._graph.terms import MostExpensive, Term
 from fisherprune_jax._types import Array
 
 BITS = 16
@@ -21,7 +21,7 @@ BASE = 1 << BITS  # so many digits add up to less than 2 ** 32
 
 Digits = Sequence[Array]
 """One number, or many side by side."""
-Terms = Sequence[Term | Dearest]
+Terms = Sequence[Term | MostExpensive]
 Counts = Callable[[Sequence[Set]], jax.Array]
 
 

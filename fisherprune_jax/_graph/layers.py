@@ -46,10 +46,10 @@ class Layers:
   def _in_a_loop(self, step: Step, state: jax.Array, first: int, reverse: bool) -> jax.Array:
     starts, chunks = self._chunks()
 
-    def turn(state: jax.Array, each: tuple[Any, ...]) -> tuple[jax.Array, None]:
+    def iteration(state: jax.Array, each: tuple[Any, ...]) -> tuple[jax.Array, None]:
       return step(state, *each), None
 
-    return lax.scan(turn, state, (np.int32(first) + starts, *chunks), reverse=reverse)[0]
+    return lax.scan(iteration, state, (np.int32(first) + starts, *chunks), reverse=reverse)[0]
 
   def _chunks(self) -> tuple[np.ndarray, list[np.ndarray]]:
     spans = zip(self.bounds[:-1].tolist(), self.bounds[1:].tolist(), strict=True)

@@ -175,7 +175,7 @@ class Liveness:
       return None
     info, asked = self.infos[value], self.asked_layers[value]
     possible = [
-      info.where.in_a_turn() if info.layers is None else info.layers[layer].where
+      info.where.in_an_iteration() if info.layers is None else info.layers[layer].where
       for layer in range(value.shape[0])
     ]
     return [

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fisherprune_jax._graph.terms import Dearest, Term, Terms, collect
+from fisherprune_jax._graph.terms import MostExpensive, Term, Terms, collect
 
 MAIN = 0
 """The place of the main sum."""
@@ -42,7 +42,7 @@ class Sums:
     self.terms.append([])
     self.supports.append(0)
     for t in collect(terms):
-      if isinstance(t, Dearest):
+      if isinstance(t, MostExpensive):
         places, depths = zip(*map(self._enter, t.sums), strict=True)
         group = Group(at, t.scale, places, bits(self.supports[place] for place in places))
         self.levels += [[] for _ in range(max(depths) + 1 - len(self.levels))]

@@ -34,7 +34,7 @@ def _walk(program: Program, specs: Mapping[Node, Spec], links: Links, found: set
       before = len(found)
       for link in links(node):
         found |= {inner for outer, inner in link.outs if outer in found}
-        found |= {after for inner, after in link.turns if inner in found}
+        found |= {after for inner, after in link.iterations if inner in found}
         _walk(link.program, specs, links, found)
         _add(found, (outer for outer, inner in link.ins if inner in found))
 

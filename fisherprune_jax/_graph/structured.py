@@ -35,16 +35,16 @@ class Link(NamedTuple):
     program: the program.
     ins: operands with their inputs.
     outs: results with their outputs.
-    turns: inputs with the outputs that become them in the next iteration.
+    iterations: inputs with the outputs that become them in the next iteration.
   """
 
   program: Program
   ins: Pairs
   outs: Pairs
-  turns: Pairs
+  iterations: Pairs
 
 
-class Meter(Protocol):
+class Counter(Protocol):
   """A counter: what one node costs, in some unit."""
 
   @property
@@ -67,7 +67,7 @@ class Structured(Protocol):
   def backward(self, node: Node, live: "Liveness") -> None:
     """Demands what is needed of operands."""
 
-  def costs(self, node: Node, live: "Liveness", meter: Meter) -> Iterator[Cost]:
+  def costs(self, node: Node, live: "Liveness", counter: Counter) -> Iterator[Cost]:
     """What it costs."""
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
@@ -80,14 +80,14 @@ class Structured(Protocol):
 STRUCTURED: dict[str, Structured] = {}
 
 
-def costs_of(program: Program, live: "Liveness", meter: Meter) -> Iterator[Cost]:
+def costs_of(program: Program, live: "Liveness", counter: Counter) -> Iterator[Cost]:
   """What nodes cost when they run, without those that depend on variables alone."""
   for node in program.nodes:
     if not any(out in live.asked and live.infos[out].varies for out in node.outs):
       continue
     if node in live.subs:
-      yield from STRUCTURED[node.name].costs(node, live, meter)
-    elif (terms := meter(node, live)) is None:
+      yield from STRUCTURED[node.name].costs(node, live, counter)
+    elif (terms := counter(node, live)) is None:
       yield Cost(node, node.name, Term(0, ()), counted=False)
     else:
       yield from (Cost(node, node.name, term.under(live.when(node, term.sets))) for term in terms)

@@ -64,7 +64,7 @@ def _in_order(found: Iterable[Set]) -> tuple[Set, ...]:
   return tuple(sorted(found, key=lambda s: s.serial))
 
 
-class Dearest(NamedTuple):
+class MostExpensive(NamedTuple):
   """The largest of several sums, as of a conditional's branches, with a scale."""
 
   sums: tuple[tuple[Any, ...], ...]
@@ -79,16 +79,16 @@ class Dearest(NamedTuple):
     """An empty set of one term says nothing about the others."""
     return ()
 
-  def under(self, when: Set) -> "Dearest":
+  def under(self, when: Set) -> "MostExpensive":
     return self._replace(sums=tuple(tuple(t.under(when) for t in terms) for terms in self.sums))
 
 
-Terms = Iterable[Term | Dearest]
+Terms = Iterable[Term | MostExpensive]
 
 
-def collect(terms: Terms) -> list[Term | Dearest]:
+def collect(terms: Terms) -> list[Term | MostExpensive]:
   scales: dict[Any, int] = {}
-  first: dict[Any, Term | Dearest] = {}
+  first: dict[Any, Term | MostExpensive] = {}
   for t in terms:
     key = (type(t), t.key)
     first.setdefault(key, t)
@@ -101,7 +101,7 @@ def total(terms: Terms, ev: Evaluation) -> Any:
   number = int if ev.xp is np else (lambda n: jnp.asarray(n, jnp.float32))
   out = number(0)
   for t in terms:
-    if isinstance(t, Dearest):
+    if isinstance(t, MostExpensive):
       out = out + number(t.scale) * _largest([total(sum_, ev) for sum_ in t.sums], ev.xp)
       continue
     value = number(t.scale)

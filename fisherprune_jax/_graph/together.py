@@ -190,11 +190,11 @@ def _differing(a: Sequence[Set], b: Sequence[Set], joined: Sequence[Set]) -> dic
   return {places: None} if follows else {}
 
 
-def in_a_turn(tied: Together) -> dict[tuple[int, ...], Set]:
+def in_an_iteration(tied: Together) -> dict[tuple[int, ...], Set]:
   return {tuple(at - 1 for at in places): s for places, s in tied.items() if 0 not in places}
 
 
-def in_all_turns(tied: Together) -> dict[tuple[int, ...], Set]:
+def in_all_iterations(tied: Together) -> dict[tuple[int, ...], Set]:
   return {tuple(at + 1 for at in places): s for places, s in tied.items()}
 
 

@@ -103,7 +103,7 @@ class Timed(NamedTuple):
     return self if when.is_all else self._replace(outer=(*self.outer, when))
 
 
-class ProductsMeter(NamedTuple):
+class ProductsCounter(NamedTuple):
   """Returns products and convolutions as kernels to time; other nodes are free."""
 
   unit: str = "seconds"

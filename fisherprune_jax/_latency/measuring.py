@@ -12,20 +12,20 @@ import numpy as np
 
 from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._cost.counted import Row
+from fisherprune_jax._cost.counters import BytesCounter
 from fisherprune_jax._cost.flat import FlatCost
 from fisherprune_jax._cost.measures import analysed, cost_of, variables_of
-from fisherprune_jax._cost.meters import BytesMeter
 from fisherprune_jax._cost.owned import owned
 from fisherprune_jax._errors import is_number, require
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.structured import Cost, costs_of
-from fisherprune_jax._graph.terms import Dearest, Term
+from fisherprune_jax._graph.terms import MostExpensive, Term
 from fisherprune_jax._graph.variables import MaskSelector, sizes_of
 from fisherprune_jax._latency.clock import Memory
 from fisherprune_jax._latency.fitting import Curve, fitted
 from fisherprune_jax._latency.grids import grid_of, some_of, table_of
-from fisherprune_jax._latency.kernels import PRODUCTS, Kernel, ProductsMeter, Timed
+from fisherprune_jax._latency.kernels import PRODUCTS, Kernel, ProductsCounter, Timed
 from fisherprune_jax._latency.tables import Table, Times
 from fisherprune_jax._latency.whole import wholes
 from fisherprune_jax._masks import flatten
@@ -101,11 +101,11 @@ def measure_latency(
     require(isinstance(number, int) and number >= 1, f"{name} must be an int of at least 1", number)
   memory = Memory(cache)
   analysis, tree, examples = analysed(apply_fn, variables, args, masks, batch_axes)
-  costs = list(costs_of(analysis.program, analysis.live, ProductsMeter()))
+  costs = list(costs_of(analysis.program, analysis.live, ProductsCounter()))
   tables = _tables(costs, fractions, multiple_of, repeats, memory, track)
   products = [replaced for cost in costs for replaced in _without_branches(cost, tables)]
   times = Times([cost.term for cost in products], tables, sizes_of(tree.mask_leaves))
-  others = cost_of(analysis, tree, examples, OthersMeter(BytesMeter()))
+  others = cost_of(analysis, tree, examples, OthersCounter(BytesCounter()))
   held = variables_of(analysis, tree)
   timed = wholes(apply_fn, tree, args, batch_axes, analysis.program, multiple_of, repeats, memory)
   parts = jax.jit(times.parts)
@@ -191,10 +191,10 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class OthersMeter:
+class OthersCounter:
   """Counts the bytes of all nodes except products."""
 
-  moved: BytesMeter
+  moved: BytesCounter
   unit: str = "bytes"
 
   def __call__(self, node: Node, live: Liveness) -> Iterable[Term] | None:
@@ -222,7 +222,7 @@ def _tables(
 def _kernels(term: Any) -> Iterator[Kernel]:
   if isinstance(term, Timed):
     yield term.kernel
-  elif isinstance(term, Dearest):
+  elif isinstance(term, MostExpensive):
     for inner in (t for terms in term.sums for t in terms):
       yield from _kernels(inner)
 
@@ -231,7 +231,7 @@ def _without_branches(cost: Cost, tables: dict[Kernel, Table]) -> Iterator[Cost]
   """The terms of a cost; of branches, those of the slowest without masks."""
 
   def seconds(term: Any) -> float:
-    if isinstance(term, Dearest):
+    if isinstance(term, MostExpensive):
       return term.scale * max(sum(map(seconds, terms)) for terms in term.sums)
     times = term.scale * np.prod([s.size for s in term.outer])
     return float(times * tables[term.kernel].seconds.flat[-1]) if isinstance(term, Timed) else 0.0
@@ -239,8 +239,8 @@ def _without_branches(cost: Cost, tables: dict[Kernel, Table]) -> Iterator[Cost]
   def parts(term: Any) -> Iterator[Timed]:
     if isinstance(term, Timed):
       yield term
-    elif isinstance(term, Dearest):
-      dearest = max(term.sums, key=lambda terms: sum(map(seconds, terms)))
-      yield from (t._replace(scale=t.scale * term.scale) for inner in dearest for t in parts(inner))
+    elif isinstance(term, MostExpensive):
+      most_expensive = max(term.sums, key=lambda terms: sum(map(seconds, terms)))
+      yield from (t._replace(scale=t.scale * term.scale) for inner in most_expensive for t in parts(inner))
 
   yield from (cost._replace(term=term) for term in parts(cost.term))

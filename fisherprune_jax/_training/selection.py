@@ -103,27 +103,29 @@ class Selection(NamedTuple):
     """
     times, at_once = (min(n, importance.size) for n in (self.times, self.at_once))
 
-    def more(turn: _Turn) -> jax.Array:
-      return turn.more
+    def more(iteration: _Iteration) -> jax.Array:
+      return iteration.more
 
-    def body(turn: _Turn) -> _Turn:
-      cost = self.price(turn.tried)
+    def body(iteration: _Iteration) -> _Iteration:
+      cost = self.price(iteration.tried)
       # The first iteration only prices the initial masks.
-      fits = turn.first | (turn.size <= 1) | cost.too_much
+      fits = iteration.first | (iteration.size <= 1) | cost.too_much
       left = Left(
-        turn.tried, cost, jnp.where(turn.first, exhausted & ~(due & cost.too_much), turn.going == 0)
+        iteration.tried,
+        cost,
+        jnp.where(iteration.first, exhausted & ~(due & cost.too_much), iteration.going == 0),
       )
-      left = jax.tree.map(lambda x, y: jnp.where(fits, x, y), left, turn.left)
-      gone = turn.gone + jnp.where(fits, turn.going, 0)
-      size = jnp.where(fits, turn.size, jnp.maximum(turn.size // 2, 1))
+      left = jax.tree.map(lambda x, y: jnp.where(fits, x, y), left, iteration.left)
+      gone = iteration.gone + jnp.where(fits, iteration.going, 0)
+      size = jnp.where(fits, iteration.size, jnp.maximum(iteration.size // 2, 1))
       hit = self._next(left.alive, importance, left.cost.drops, jnp.minimum(size, times - gone), at_once)
       again = due & left.cost.too_much & (gone < times) & ~left.exhausted
       count = jnp.sum(hit, dtype=jnp.int32)
-      return _Turn(left, gone, size, left.alive & ~hit, count, jnp.bool_(False), again)
+      return _Iteration(left, gone, size, left.alive & ~hit, count, jnp.bool_(False), again)
 
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(self.price, alive))
     left, zero, on = Left(alive, nothing, exhausted), jnp.int32(0), jnp.bool_(True)
-    start = _Turn(left, zero, jnp.int32(at_once), alive, zero, on, on)
+    start = _Iteration(left, zero, jnp.int32(at_once), alive, zero, on, on)
     return jax.lax.while_loop(more, body, start).left
 
   def _next(
@@ -155,7 +157,7 @@ class Selection(NamedTuple):
     return taken & jnp.zeros(merit.size, bool).at[order].set(goes)[rows.unit]
 
 
-class _Turn(NamedTuple):
+class _Iteration(NamedTuple):
   """The state between two iterations.
 
   Attributes:

@@ -11,8 +11,8 @@ from fisherprune_jax._graph.boxes import Box, Where, whole_box
 from fisherprune_jax._graph.facts import Info, either, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
-from fisherprune_jax._graph.terms import Dearest
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Counter, Link, costs_of
+from fisherprune_jax._graph.terms import MostExpensive
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
@@ -37,17 +37,17 @@ class Cond:
       live.backward(branch, live.wheres(node.outs))
       live.pass_on(node.ins[1:], branch.inputs)
 
-  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, counter: Counter) -> Iterator[Cost]:
     """The most expensive branch."""
-    costs = [list(costs_of(branch, live, meter)) for branch in live.subs[node]]
+    costs = [list(costs_of(branch, live, counter)) for branch in live.subs[node]]
     branches = [tuple(cost.term for cost in found if cost.counted) for found in costs]
     yield from (cost for found in costs for cost in found if not cost.counted)
     if len(branches) > 2:
       yield from (
-        Cost(node, "clamp", term.under(live.when(node))) for term in meter.of_scalar("clamp")
+        Cost(node, "clamp", term.under(live.when(node))) for term in counter.of_scalar("clamp")
       )  # lax.switch clamps its index
     if any(branches):
-      yield Cost(node, "cond (its most expensive branch)", Dearest(tuple(branches)))
+      yield Cost(node, "cond (its most expensive branch)", MostExpensive(tuple(branches)))
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     boxes, held = list(map(run.box, node.outs)), list(map(run.box, node.ins[1:]))

@@ -11,7 +11,7 @@ from fisherprune_jax._graph.boxes import Box
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Counter, Link, costs_of
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
@@ -30,8 +30,8 @@ class Checkpoint:
     live.backward(body, live.wheres(node.outs))
     live.pass_on(node.ins, body.inputs)
 
-  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
-    return costs_of(live.subs[node][0], live, meter)
+  def costs(self, node: Node, live: Liveness, counter: Counter) -> Iterator[Cost]:
+    return costs_of(live.subs[node][0], live, counter)
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     (body,) = run.live.subs[node]

@@ -26,7 +26,7 @@ from fisherprune_jax._graph.boxes import Box, Where, join, nowhere, whole_box
 from fisherprune_jax._graph.facts import Info, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
-from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Counter, Link, costs_of
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
@@ -97,8 +97,8 @@ class Custom:
     for part in live.subs[node]:
       live.pass_on(node.ins, part.inputs)
 
-  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
-    return costs_of(live.subs[node][0], live, meter)
+  def costs(self, node: Node, live: Liveness, counter: Counter) -> Iterator[Cost]:
+    return costs_of(live.subs[node][0], live, counter)
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     body, *rules = run.live.subs[node]

@@ -25,10 +25,10 @@ def forward(
   """What is known of carried values before any iteration, and of the body's outputs."""
   # Initial zeros add nothing to where values may be non-zero.
   carried = [info_of(i.nonzero, i.varies) for i in init]
-  for turn in range(MOST_PASSES):
+  for iteration in range(MOST_PASSES):
     outs = live.forward(body, [*consts, *carried, *each])
     grown = list(map(either if again else _as_carried, carried, outs))
-    if turn >= EXACT_PASSES:
+    if iteration >= EXACT_PASSES:
       grown = [info._replace(when=sets.ALWAYS) for info in grown]
     if grown == carried:  # sets are interned, so equal ones are the same object
       return carried, outs
@@ -54,13 +54,13 @@ def backward(
   Returns the demand on carried values, before or after iterations.
   """
   inputs = body.inputs[consts : consts + carry]
-  for turn in range(MOST_PASSES):
+  for iteration in range(MOST_PASSES):
     live.backward(body, asked)
     before = list(asked)
     for at, inner in enumerate(inputs):
       if inner in live.asked:
         joined = join(asked[at] or nowhere(inner.shape), live.stored(inner))
-        asked[at] = joined._replace(when=sets.ALWAYS) if turn >= EXACT_PASSES else joined
+        asked[at] = joined._replace(when=sets.ALWAYS) if iteration >= EXACT_PASSES else joined
     if asked == before or not again:
       return asked[:carry]
   everything = [whole(inner.shape) for inner in inputs]

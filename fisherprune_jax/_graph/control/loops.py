@@ -16,7 +16,7 @@ from fisherprune_jax._graph.facts import Info, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
-from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, Pairs, costs_of
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Counter, Link, Pairs, costs_of
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
@@ -33,15 +33,15 @@ class Scan:
     (body,) = live.programs(
       node, functools.partial(program.build, node.params["jaxpr"], (*node.callers, node.eqn))
     )
-    each = [info_of(info.where.in_a_turn(), info.varies) for info in infos[consts + carry :]]
+    each = [info_of(info.where.in_an_iteration(), info.varies) for info in infos[consts + carry :]]
     before, outs = fixpoint.forward(
       body, infos[:consts], infos[consts : consts + carry], each, live, _again(node)
     )
     carried = outs[:carry] if _runs(node) else before
-    turns = _writing_turns(body, [*infos[:consts], *before], infos[consts + carry :], each, live)
+    iterations = _writing_iterations(body, [*infos[:consts], *before], infos[consts + carry :], each, live)
     stacked = [
-      info_of(_in_turns(out.where.in_all_turns(v.shape), at), out.varies)
-      for v, out, at in zip(node.outs[carry:], outs[carry:], turns[carry:], strict=True)
+      info_of(_in_iterations(out.where.in_all_iterations(v.shape), at), out.varies)
+      for v, out, at in zip(node.outs[carry:], outs[carry:], iterations[carry:], strict=True)
     ]
     return [*carried, *stacked]
 
@@ -53,17 +53,17 @@ class Scan:
     consts, carry = compat.scan_counts(node.params)
     (body,) = live.subs[node]
     asked = live.wheres(node.outs)
-    asked = [*asked[:carry], *(where and where.in_a_turn() for where in asked[carry:])]
+    asked = [*asked[:carry], *(where and where.in_an_iteration() for where in asked[carry:])]
     fixpoint.backward(body, consts, carry, asked, live, _again(node))
     for value, where in zip(node.ins, self._held(node, body, live), strict=True):
       live.ask(value, where)
 
-  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, counter: Counter) -> Iterator[Cost]:
     """Every iteration counts."""
     if stacks.has_stack(node, live):
-      yield from stacks.costs(node, live, meter)
+      yield from stacks.costs(node, live, counter)
       return
-    for cost in _of_turns(node, live.subs[node][0], live, meter):
+    for cost in _of_iterations(node, live.subs[node][0], live, counter):
       yield cost._replace(term=cost.term._replace(scale=cost.term.scale * node.params["length"]))
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
@@ -72,19 +72,21 @@ class Scan:
     consts, carry = compat.scan_counts(node.params)
     (body,) = run.live.subs[node]
     outer = list(map(run.ev.box, self._held(node, body, run.live)))
-    outer[consts + carry :] = [_every_turn(box) for box in outer[consts + carry :]]
+    outer[consts + carry :] = [_every_iteration(box) for box in outer[consts + carry :]]
     inner = [*outer[: consts + carry], *(box[1:] for box in outer[consts + carry :])]
     kept = inner[consts : consts + carry]
-    boxes = [_every_turn(run.box(out)) for out in node.outs[carry:]]  # every iteration writes
+    boxes = [_every_iteration(run.box(out)) for out in node.outs[carry:]]  # every iteration writes
     inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
 
-    def turn(carried: list[Any], each: list[Any]) -> tuple[list[Any], list[Any]]:
+    def iteration(carried: list[Any], each: list[Any]) -> tuple[list[Any], list[Any]]:
       wanted = [*kept, *(box[1:] for box in boxes)]
       outs = run.call(body, [*inputs[:consts], *carried, *each], inner, wanted)
       return outs[:carry], outs[carry:]
 
     options = {name: node.params[name] for name in ("length", "reverse", "unroll")}
-    carried, stacked = lax.scan(turn, inputs[consts : consts + carry], inputs[consts + carry :], **options)
+    carried, stacked = lax.scan(
+      iteration, inputs[consts : consts + carry], inputs[consts + carry :], **options
+    )
     return [*carried, *stacked], [*kept, *boxes]
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
@@ -92,17 +94,17 @@ class Scan:
       return stacks.links(node, live)
     consts, carry = compat.scan_counts(node.params)
     (body,) = live.subs[node]
-    turns = (
+    iterations = (
       list(zip(body.inputs[consts : consts + carry], body.outputs, strict=False)) if _again(node) else []
     )
-    return [Link(body, _pairs(node.ins, body.inputs), _pairs(node.outs, body.outputs), turns)]
+    return [Link(body, _pairs(node.ins, body.inputs), _pairs(node.outs, body.outputs), iterations)]
 
   def _held(self, node: Node, body: Program, live: Liveness) -> list[Where]:
     consts, carry = compat.scan_counts(node.params)
     stored = [live.stored(inner) for inner in body.inputs]
     each = zip(node.ins[consts + carry :], stored[consts + carry :], strict=True)
     carried = fixpoint.carried(node, body, consts, carry, live)
-    return [*stored[:consts], *carried, *(where.in_all_turns(v.shape) for v, where in each)]
+    return [*stored[:consts], *carried, *(where.in_all_iterations(v.shape) for v, where in each)]
 
 
 class While:
@@ -134,10 +136,10 @@ class While:
     for value, where in zip(node.ins, self._held(node, live), strict=True):
       live.ask(value, _alone(where))
 
-  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
+  def costs(self, node: Node, live: Liveness, counter: Counter) -> Iterator[Cost]:
     """One iteration counts, as their number is unknown."""
     for part in live.subs[node]:
-      for cost in _of_turns(node, part, live, meter):
+      for cost in _of_iterations(node, part, live, counter):
         yield cost._replace(label=f"{cost.label} (one iteration of a while loop)")
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
@@ -150,12 +152,12 @@ class While:
     def go_on(carried: list[Any]) -> Any:
       return run.call(cond, [*inputs[:first], *carried], [*held[:first], *kept], [each])[0]
 
-    def turn(carried: list[Any]) -> list[Any]:
+    def iteration(carried: list[Any]) -> list[Any]:
       after = run.call(body, [*inputs[first : first + consts], *carried], held[first:], kept)
       return _where(go_on(carried), each, after, carried, kept, run.ev) if each else after
 
     any_goes_on = (lambda carried: jnp.any(go_on(carried))) if each else go_on
-    return lax.while_loop(any_goes_on, turn, inputs[first + consts :]), kept
+    return lax.while_loop(any_goes_on, iteration, inputs[first + consts :]), kept
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
@@ -186,7 +188,7 @@ class While:
     ]
 
 
-def _writing_turns(
+def _writing_iterations(
   body: Program, fixed: Sequence[Info], read: Sequence[Info], each: Sequence[Info], live: Liveness
 ) -> list[Set]:
   """The iterations in which each output of a body may be non-zero, by what it reads.
@@ -198,10 +200,10 @@ def _writing_turns(
   found: list[list[Set]] = [[] for _ in body.outputs]
   for gone in ([*([at] for at in masked), masked] if len(masked) > 1 else [masked]) if masked else ():
     given = [_zero(info) if at in gone else info for at, info in enumerate(each)]
-    turns = sets.union(*(read[at].possible[0] for at in gone))
+    iterations = sets.union(*(read[at].possible[0] for at in gone))
     for out, of_out in zip(live.forward(body, [*fixed, *given]), found, strict=True):
       if out.where.some.is_empty:
-        of_out.append(turns)
+        of_out.append(iterations)
   if masked:
     live.forward(body, [*fixed, *each])
   return [sets.intersection(*of_out) if of_out else sets.ALWAYS for of_out in found]
@@ -212,13 +214,13 @@ def _zero(info: Info) -> Info:
   return info_of(nowhere(shape), info.varies)
 
 
-def _in_turns(where: Where, turns: Set) -> Where:
-  return where if turns is sets.ALWAYS else where._replace(box=(turns, *where.box[1:]))
+def _in_iterations(where: Where, iterations: Set) -> Where:
+  return where if iterations is sets.ALWAYS else where._replace(box=(iterations, *where.box[1:]))
 
 
-def _of_turns(node: Node, turn: Program, live: Liveness, meter: Meter) -> Iterator[Cost]:
+def _of_iterations(node: Node, iteration: Program, live: Liveness, counter: Counter) -> Iterator[Cost]:
   """Carried values may be demanded without the node's condition (fixpoint.py), so costs are put under it."""
-  for cost in costs_of(turn, live, meter):
+  for cost in costs_of(iteration, live, counter):
     yield cost._replace(term=cost.term.under(live.when(node, cost.term.sets)))
 
 
@@ -253,7 +255,7 @@ def _alone(where: Where) -> Where:
   return Where(where.box, when=where.when)
 
 
-def _every_turn(box: Box) -> Box:
+def _every_iteration(box: Box) -> Box:
   return (*whole_box([box[0].size]), *box[1:])
 
 

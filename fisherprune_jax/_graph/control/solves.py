@@ -16,7 +16,7 @@ from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.registry import built_in
 from fisherprune_jax._graph.rules.opaque import opaque
 from fisherprune_jax._graph.spec import Spec
-from fisherprune_jax._graph.structured import STRUCTURED, Cost, Link, Meter, costs_of
+from fisherprune_jax._graph.structured import STRUCTURED, Cost, Counter, Link, costs_of
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
@@ -42,8 +42,8 @@ class LinearSolve:
     when = live.when(node)
     live.backward(body, [Where(whole_box(out.shape), when=when) for out in body.outputs])
 
-  def costs(self, node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
-    return costs_of(live.subs[node][0], live, meter)
+  def costs(self, node: Node, live: Liveness, counter: Counter) -> Iterator[Cost]:
+    return costs_of(live.subs[node][0], live, counter)
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     operands = [run.read(arrays, value, whole_box(value.shape)) for value in node.ins]

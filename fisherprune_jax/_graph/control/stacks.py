@@ -14,7 +14,7 @@ from fisherprune_jax._graph.boxes import Box, hull, whole_box
 from fisherprune_jax._graph.facts import Info, info_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
-from fisherprune_jax._graph.structured import Cost, Link, Meter, costs_of
+from fisherprune_jax._graph.structured import Cost, Counter, Link, costs_of
 
 if TYPE_CHECKING:
   from fisherprune_jax._graph.execute import Arrays, Run
@@ -34,19 +34,19 @@ def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
   live.programs(node, *[functools.partial(program.build, node.params["jaxpr"], callers)] * length)
   carried = list(infos[consts : consts + carry])
   written: list[list[Info]] = [[] for _ in range(length)]
-  for turn in _order(node):
-    each = [_layer(info, turn) for info in infos[consts + carry :]]
-    outs = live.forward(live.subs[node][turn], [*infos[:consts], *carried, *each])
-    carried, written[turn] = outs[:carry], outs[carry:]
+  for iteration in _order(node):
+    each = [_layer(info, iteration) for info in infos[consts + carry :]]
+    outs = live.forward(live.subs[node][iteration], [*infos[:consts], *carried, *each])
+    carried, written[iteration] = outs[:carry], outs[carry:]
   return [*carried, *map(_stacked, zip(*written, strict=True))]
 
 
 def backward(node: Node, live: Liveness) -> None:
   consts, carry = compat.scan_counts(node.params)
   asked = live.wheres(node.outs)
-  carried, written = asked[:carry], [where and where.in_a_turn() for where in asked[carry:]]
-  for turn in reversed(_order(node)):
-    body = live.subs[node][turn]
+  carried, written = asked[:carry], [where and where.in_an_iteration() for where in asked[carry:]]
+  for iteration in reversed(_order(node)):
+    body = live.subs[node][iteration]
     live.backward(body, [*carried, *written])
     wanted = live.wheres(body.inputs)
     carried = wanted[consts : consts + carry]
@@ -55,15 +55,15 @@ def backward(node: Node, live: Liveness) -> None:
         live.ask(value, where)
     for value, where in zip(node.ins[consts + carry :], wanted[consts + carry :], strict=True):
       if where is not None:
-        live.ask_layer(value, turn, where)
+        live.ask_layer(value, iteration, where)
   for value, where in zip(node.ins[consts : consts + carry], carried, strict=True):
     if where is not None:
       live.ask(value, where)
 
 
-def costs(node: Node, live: Liveness, meter: Meter) -> Iterator[Cost]:
+def costs(node: Node, live: Liveness, counter: Counter) -> Iterator[Cost]:
   for body in live.subs[node]:
-    yield from costs_of(body, live, meter)
+    yield from costs_of(body, live, counter)
 
 
 def execute(run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
@@ -74,27 +74,27 @@ def execute(run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Se
   shared = [run.read(arrays, value, box) for value, box in zip(node.ins, fixed, strict=False)]
   held = list(map(run.box, node.ins[consts : consts + carry]))
   carried = [run.read(arrays, value, box) for value, box in zip(node.ins[consts:], held, strict=False)]
-  turns = _turns(run, node, fixed, held, [box[1:] for box in boxes])
-  layers = run.stacks(arrays, node.ins[consts + carry :], [turns[at].layers for at in _order(node)])
-  if layers is not None and _are_alike(turns, shared, carried, layers):
+  iterations = _iterations(run, node, fixed, held, [box[1:] for box in boxes])
+  layers = run.stacks(arrays, node.ins[consts + carry :], [iterations[at].layers for at in _order(node)])
+  if layers is not None and _are_alike(iterations, shared, carried, layers):
 
     def step(carried: list[Any], layer: list[Any]) -> tuple[list[Any], list[Any]]:
-      outs = turns[0](shared, carried, layer)
+      outs = iterations[0](shared, carried, layer)
       return outs[:carry], outs[carry:]
 
-    carried, written = lax.scan(step, carried, layers, len(turns), node.params["reverse"])
+    carried, written = lax.scan(step, carried, layers, len(iterations), node.params["reverse"])
     return [*carried, *written], [*held, *boxes]
-  columns: list[list[Any]] = [[] for _ in turns]
-  for at, turn in zip(_order(node), turns, strict=True):
-    xs = zip(node.ins[consts + carry :], turn.layers, strict=True)
+  columns: list[list[Any]] = [[] for _ in iterations]
+  for at, iteration in zip(_order(node), iterations, strict=True):
+    xs = zip(node.ins[consts + carry :], iteration.layers, strict=True)
     each = [run.read_layer(arrays, value, at, box) for value, box in xs]
-    outs = turn(shared, carried, each)
+    outs = iteration(shared, carried, each)
     carried, columns[at] = outs[:carry], outs[carry:]
   written = [jnp.stack(column) for column in zip(*columns, strict=True)]
-  return [*carried, *written], [*(turns[-1].after if turns else held), *boxes]
+  return [*carried, *written], [*(iterations[-1].after if iterations else held), *boxes]
 
 
-class Turn(NamedTuple):
+class Iteration(NamedTuple):
   """One iteration: ``turn(shared, carried, layer)`` gives what is carried, then what is written.
 
   Attributes:
@@ -117,28 +117,30 @@ class Turn(NamedTuple):
     return self.run.call(self.body, [*shared, *carried, *layer], [*self.before, *self.layers], self.wanted)
 
 
-def _turns(run: "Run", node: Node, fixed: list[Box], held: list[Box], written: list[Box]) -> list[Turn]:
+def _iterations(
+  run: "Run", node: Node, fixed: list[Box], held: list[Box], written: list[Box]
+) -> list[Iteration]:
   consts, carry = compat.scan_counts(node.params)
   found = []
   for at in _order(node):
     body = run.live.subs[node][at]
     layers = list(map(run.box, body.inputs[consts + carry :]))
     after = list(map(run.box, body.outputs[:carry]))
-    found.append(Turn(run, body, [*fixed, *held], layers, after, [*after, *written]))
+    found.append(Iteration(run, body, [*fixed, *held], layers, after, [*after, *written]))
     held = after
   return found
 
 
-def _are_alike(turns: list[Turn], shared: list[Any], carried: list[Any], layers: list[Any]) -> bool:
+def _are_alike(iterations: list[Iteration], shared: list[Any], carried: list[Any], layers: list[Any]) -> bool:
   """Whether all iterations compute the same, on arrays of the same shapes."""
   ends, seen = (len(shared), len(shared) + len(carried)), None
-  for turn in turns:
-    before = turn.before[len(shared) :]
-    if not all(map(turn.run.is_same, before, turn.after)):
+  for iteration in iterations:
+    before = iteration.before[len(shared) :]
+    if not all(map(iteration.run.is_same, before, iteration.after)):
       return False  # the carried width changes
 
-    def run(*xs: Any, turn: Turn = turn) -> list[Any]:
-      return turn([*xs[: ends[0]]], [*xs[ends[0] : ends[1]]], [x[0] for x in xs[ends[1] :]])
+    def run(*xs: Any, iteration: Iteration = iteration) -> list[Any]:
+      return iteration([*xs[: ends[0]]], [*xs[ends[0] : ends[1]]], [x[0] for x in xs[ends[1] :]])
 
     traced = jax.make_jaxpr(run)(*shared, *carried, *layers)
     if seen is not None and not _are_same(traced, seen):
@@ -170,8 +172,8 @@ def links(node: Node, live: Liveness) -> list[Link]:
   """Iterations give carried values to the next; the last is first."""
   consts, carry = compat.scan_counts(node.params)
   found, after = [], list(node.outs[:carry])
-  for turn in reversed(_order(node)):
-    body = live.subs[node][turn]
+  for iteration in reversed(_order(node)):
+    body = live.subs[node][iteration]
     ins = list(zip(node.ins, body.inputs, strict=True))
     outs = list(zip([*after, *node.outs[carry:]], body.outputs, strict=True))
     found.append(Link(body, ins, outs, []))
@@ -180,12 +182,12 @@ def links(node: Node, live: Liveness) -> list[Link]:
 
 
 def _order(node: Node) -> list[int]:
-  turns = range(node.params["length"])
-  return list(reversed(turns)) if node.params["reverse"] else list(turns)
+  iterations = range(node.params["length"])
+  return list(reversed(iterations)) if node.params["reverse"] else list(iterations)
 
 
-def _layer(info: Info, turn: int) -> Info:
-  return info_of(info.where.in_a_turn(), info.varies) if info.layers is None else info.layers[turn]
+def _layer(info: Info, iteration: int) -> Info:
+  return info_of(info.where.in_an_iteration(), info.varies) if info.layers is None else info.layers[iteration]
 
 
 def _stacked(layers: Sequence[Info]) -> Info:

@@ -15,11 +15,11 @@ from fisherprune_jax._graph.facts import Factors, box_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.spec import Flops
-from fisherprune_jax._graph.terms import Dearest, Term, collect, sized, term
+from fisherprune_jax._graph.terms import MostExpensive, Term, collect, sized, term
 
 
 @dataclass(frozen=True)
-class FlopsMeter:
+class FlopsCounter:
   """Counts floating-point operations by the rules (``Spec.flops``).
 
   Attributes:
@@ -49,7 +49,7 @@ class FlopsMeter:
     return [Term(1, ())] if _is_named(primitive, self.primitives) else []
 
 
-class MacsMeter(FlopsMeter):
+class MacsCounter(FlopsCounter):
   """Counts multiply-accumulates: ``K`` for each inner product of ``K`` terms, nothing else."""
 
   @property
@@ -66,7 +66,7 @@ class MacsMeter(FlopsMeter):
     return ()
 
 
-class BytesMeter(NamedTuple):
+class BytesCounter(NamedTuple):
   """Counts the bytes of all operands and results of nodes, as if none were fused.
 
   Nodes that the compact program lacks are free, such as products with masks. So are constants in the program, and nodes
@@ -153,7 +153,7 @@ class Roofline:
     return 1 / (Fraction(repr(float(self.flops_per_second))) * self.weights[0])
 
 
-class RooflineMeter(NamedTuple):
+class RooflineCounter(NamedTuple):
   """Counts for each node the larger of weighted FLOPs and weighted bytes.
 
   Attributes:
@@ -162,25 +162,25 @@ class RooflineMeter(NamedTuple):
     weights: of a FLOP and of a byte.
   """
 
-  flops: FlopsMeter
-  moved: BytesMeter
+  flops: FlopsCounter
+  moved: BytesCounter
   weights: tuple[int, int]
 
   @property
   def unit(self) -> str:
     return "seconds"
 
-  def __call__(self, node: Node, live: Liveness) -> Iterable[Term | Dearest] | None:
+  def __call__(self, node: Node, live: Liveness) -> Iterable[Term | MostExpensive] | None:
     """One term; None without a rule for the node."""
     found = [self.flops(node, live), self.moved(node, live)]
     if found[0] is None:
       return None
-    sums: list[tuple[Term | Dearest, ...]] = [
+    sums: list[tuple[Term | MostExpensive, ...]] = [
       tuple(t._replace(scale=t.scale * weight) for t in collect(terms or ()))
       for terms, weight in zip(found, self.weights, strict=True)
     ]
     if any(t.sets for terms in sums for t in terms):
-      return [Dearest(tuple(sums))]
+      return [MostExpensive(tuple(sums))]
     return [Term(max(sum(t.scale for t in terms) for terms in sums), ())]
 
   def of_scalar(self, primitive: str) -> Iterable[Term]:

@@ -16,6 +16,7 @@ LEVELS = {
   "residual": (0.6, 0.4, 0.25, 0.125),
   "time series": (0.5, 0.25, 0.125),
   "Magika": (0.75, 0.5, 0.25),
+  "distillation": (0.5, 0.25, 0.0625),
 }
 """Shares of the dense multiply-accumulates."""
 DATA = ("GunPoint", "ItalyPowerDemand", "JapaneseVowels", "ArrowHead", "OSULeaf")
@@ -112,6 +113,24 @@ def networks(found: Any) -> str:
   return "\n\n".join(tables)
 
 
+def trained(found: Any) -> str:
+  """The tasks of ``distillation.py``."""
+  parts = []
+  for task, runs in found.items():
+    rows = [[way, *means(run[way] for run in runs)] for way in runs[0] if way != "dense"]
+    title = f"**{task}**, dense {mean([run['dense'] for run in runs])}"
+    parts.append(grid([title], LEVELS["distillation"], rows))
+  return "\n\n".join(parts)
+
+
+def steps(found: Any) -> str:
+  """The encoder of ``distillation.py``."""
+  (runs,) = found.values()
+  rows = [[way, *means(run[way] for run in runs)] for way in ("masks", "one_shot")]
+  head = ["**encoder**, 50 % of the MACs", "0 steps", "40 steps", "200 steps", "1,400 steps"]
+  return grid(head, (), rows)
+
+
 def agreements(found: Any) -> str:
   """``peers.py`` and ``peers_training.py``: agreement of the encoder by both libraries."""
   shown = {name: row for name, row in found["rows"].items() if name != "check"}
@@ -155,6 +174,8 @@ TABLES: dict[str, Callable[[Any], str]] = {
   "peers_training": agreements,
   "ucr": series,
   "magika": files,
+  "distillation": trained,
+  "encoder_training": steps,
 }
 
 
@@ -169,12 +190,13 @@ def write(page: Path, mark: str, text: str) -> None:
 
 
 def main() -> None:
-  readme, page = HERE.parent / "README.md", HERE.parent / "docs" / "benchmarks.md"
+  readme, docs = HERE.parent / "README.md", HERE.parent / "docs"
   before = readme.read_text().split("<!-- results -->")[1].split("<!-- end of results -->")[0]
   write(readme, "results", table(HERE, before))
   for name, tabled in TABLES.items():
     if (file := HERE / "results" / f"{name}.json").exists():
-      write(page, name, "\n" + tabled(json.loads(file.read_text())) + "\n")
+      page = "distillation.md" if tabled in (trained, steps) else "benchmarks.md"
+      write(docs / page, name, "\n" + tabled(json.loads(file.read_text())) + "\n")
     else:
       print(f"{file} does not exist, so its table stays as it is")
 

@@ -118,7 +118,7 @@ def keep(value: Value, live: Liveness, ev: Evaluation, returned: Where | None = 
       return index  # an empty axis empties the array: the others keep their sizes
     return tuple(map(ev.index, ev.box(where)))
 
-  stored = live.stored(value) if value in live.asked else whole(value.shape)
+  stored = live.stored(value) if value in live.demanded else whole(value.shape)
   layers = live.layers(value) if returned is None else None
   return Kept(
     value.shape, index_of(returned or stored), None if layers is None else tuple(map(index_of, layers))

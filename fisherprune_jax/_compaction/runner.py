@@ -66,7 +66,7 @@ class Runner:
     """Raise if the program for another shape needs entries that were removed."""
     leaves = jax.tree_util.tree_leaves_with_path(kept)
     for value, left_out, (path, have) in zip(analysis.variables, self._plan.left_out, leaves, strict=True):
-      needed = value in analysis.live.asked and not left_out
+      needed = value in analysis.live.demanded and not left_out
       if needed and not have.covers(keep(value, analysis.live, self._plan.ev)):
         raise ValueError(not_covered(path, analysis, self._first))
     return analysis

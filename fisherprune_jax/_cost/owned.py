@@ -48,7 +48,7 @@ def owned(analysis: Analysis, tree: VariableTree) -> list[Owned]:
   """The kept entries of each variable that is needed."""
   live, found = analysis.live, []
   for value, (path, _), is_mask in zip(analysis.variables, tree.paths, tree.flags, strict=True):
-    if not is_mask and value in live.asked:
+    if not is_mask and value in live.demanded:
       layers = live.layers(value)
       parts = [(None, live.stored(value))] if layers is None else list(enumerate(layers))
       found += [Owned(keys_of(path), value.shape, layer, where) for layer, where in parts]

@@ -65,7 +65,7 @@ class Causes:
 
   def of(self, value: Value, axis: int) -> Stay | None:
     """What an axis of a variable keeps needlessly, or None."""
-    if value not in self._live.asked or value not in self._free.asked:
+    if value not in self._live.demanded or value not in self._free.demanded:
       return None
     pairs = self._layers(value, axis)
     if not any(self._more(kept, allowed) for kept, allowed in pairs):
@@ -116,7 +116,7 @@ class Causes:
       return False
     offered = [(v, axes, self._live.info(v).where) for v, axes in zip(node.ins, spec.ins, strict=True)]
     results = zip(node.outs, spec.outs, strict=True)
-    wanted = [(v, axes, self._live.asked[v]) for v, axes in results if v in self._live.asked]
+    wanted = [(v, axes, self._live.demanded[v]) for v, axes in results if v in self._live.demanded]
     return any(
       self._more(compose(axis, factors, n), bound)
       for value, axes, where in offered + wanted
@@ -129,12 +129,12 @@ class Causes:
       return False
     return bool((self._ev.bits(big) & ~self._ev.bits(small)).any())
 
-  def _asked_more(self, place: Place) -> bool:
+  def _demanded_more(self, place: Place) -> bool:
     value, axis = place
-    asked = [
-      self._ev.box(live.asked[value])[axis] for live in (self._live, self._free) if value in live.asked
+    demanded = [
+      self._ev.box(live.demanded[value])[axis] for live in (self._live, self._free) if value in live.demanded
     ]
-    return len(asked) == 2 and (asked[1].is_weak or self._more(*asked))
+    return len(demanded) == 2 and (demanded[1].is_weak or self._more(*demanded))
 
   def _possibly_more(self, place: Place) -> bool:
     value, axis = place
@@ -147,7 +147,7 @@ class Causes:
     pending, seen = deque([start]), {start}
     while pending:
       value, axis = pending.popleft()
-      further = [p for p in self._along(self._onwards, value, axis) if self._asked_more(p)]
+      further = [p for p in self._along(self._onwards, value, axis) if self._demanded_more(p)]
       for node in self._readers.get(value, []):
         cause, made = self._through(node, value, axis)
         if cause is not None:
@@ -172,11 +172,11 @@ class Causes:
         continue
       along = linked(spec.windows, factors_of(axes[axis]))
       made = list(_with(along, node.outs, spec.outs))
-      asked = [place for place in made if self._asked_more(place)]
+      demanded = [place for place in made if self._demanded_more(place)]
       possible = [p for p in (*made, *_with(along, node.ins, spec.ins)) if self._possibly_more(p)]
-      if not asked:
+      if not demanded:
         return (self._backwards(possible[0]) if possible else None) or node, []
-      further += asked
+      further += demanded
     return None, further
 
   def _asks_more(self, node: Node, axis: Axis, place: Place) -> bool:
@@ -186,7 +186,7 @@ class Causes:
       return False
     if not self._ev.is_so(self._live.when(node)):
       return False
-    used = compose(axis, self._live.asked_by(node), value.shape[at])
+    used = compose(axis, self._live.demanded_by(node), value.shape[at])
     enough = self._ev.box(self._free.stored(value))[at]
     return enough.is_weak or self._more(used, enough)
 

@@ -154,8 +154,8 @@ class Run:
   def _widths(self, box: Box) -> tuple[int, ...]:
     return tuple(self.ev.width(s) for s in box)
 
-  def again(self, program: Program, inputs: Sequence[Info], asked: Sequence[Box]) -> "Run":
-    wanted = [Where(box) for box in asked]
+  def again(self, program: Program, inputs: Sequence[Info], demanded: Sequence[Box]) -> "Run":
+    wanted = [Where(box) for box in demanded]
     return Run(program, analyse(program, inputs, wanted, spec_of, self.live.keep_masks), self.ev)
 
 

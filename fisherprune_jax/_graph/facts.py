@@ -234,12 +234,12 @@ def needed(spec: Spec, infos: Sequence[Info], results: Sequence[Where | None]) -
 
   ``results`` has what is stored of each; None if not demanded.
   """
-  asked = [
+  demanded = [
     (where.when, _of_factors(spec, axes, where.box))
     for axes, where in zip(spec.outs, results, strict=True)
     if where is not None
   ]
-  found = asked[0][1] if len(asked) == 1 else united(asked)[0] if asked else {}
+  found = demanded[0][1] if len(demanded) == 1 else united(demanded)[0] if demanded else {}
   offered = (
     [_of_factors(spec, axes, info.possible) for axes, info in zip(spec.ins, infos, strict=True)]
     if spec.roles.summed
@@ -248,19 +248,19 @@ def needed(spec: Spec, infos: Sequence[Info], results: Sequence[Where | None]) -
   return {f: _needed(f, spec, found, offered) for f in spec.sizes}
 
 
-def _needed(factor: Factor, spec: Spec, asked: Factors, offered: Sequence[Factors]) -> Set:
+def _needed(factor: Factor, spec: Spec, demanded: Factors, offered: Sequence[Factors]) -> Set:
   size = spec.sizes[factor]
   if factor in spec.whole:
     return sets.everything(size)
   if factor not in spec.roles.summed:
-    return asked[factor] if factor in asked else sets.nothing(size)
+    return demanded[factor] if factor in demanded else sets.nothing(size)
   terms = sets.intersection(*(s[factor] for s in offered if factor in s))
   return sets.intersection(sets.weak(size), terms) if factor in spec.weak else terms
 
 
-def asked_of_operands(spec: Spec, factors: Factors, results: Sequence[Where | None]) -> Factors:
+def demanded_of_operands(spec: Spec, factors: Factors, results: Sequence[Where | None]) -> Factors:
   """What a node demands of operands, by factor; along windows, only what results depend on."""
   if not spec.windows:
     return factors
   pairs = zip(spec.outs, results, strict=True)
-  return windows.asked(spec.windows, factors, [_of_factors(spec, axes, r.box) for axes, r in pairs if r])
+  return windows.demanded(spec.windows, factors, [_of_factors(spec, axes, r.box) for axes, r in pairs if r])

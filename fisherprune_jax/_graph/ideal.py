@@ -41,9 +41,9 @@ def _is_of_variables(spec: Spec, node: Node, live: Liveness) -> bool:
 
 def _needed_of_variables(analysis: Analysis, found: Liveness) -> dict[Value, Box]:
   return {
-    value: meet(found.info(value).possible, found.asked[value].box)
+    value: meet(found.info(value).possible, found.demanded[value].box)
     for value in analysis.variables
-    if value in found.asked and not analysis.live.info(value).is_masked
+    if value in found.demanded and not analysis.live.info(value).is_masked
   }
 
 
@@ -97,9 +97,9 @@ def in_nobodys_way(node: Node, spec: Spec, live: Liveness, now: Sequence[Info]) 
   decided = {
     f
     for out, axes in zip(node.outs, spec.outs, strict=True)
-    for axis, asked in zip(axes, live.asked[out].box if out in live.asked else (), strict=False)
+    for axis, demanded in zip(axes, live.demanded[out].box if out in live.demanded else (), strict=False)
     for f in factors_of(axis)
-    if asked.support
+    if demanded.support
   }
   infos = [live.info(value) for value in node.ins]
   variables = frozenset(i for i, info in enumerate(infos) if not info.varies and not info.is_masked)

@@ -12,7 +12,15 @@ from dataclasses import dataclass, field, replace
 
 from fisherprune_jax._graph import presence, sets, signs, together
 from fisherprune_jax._graph.boxes import Where, hull, join, meet, nowhere, whole_box
-from fisherprune_jax._graph.facts import Factors, Info, asked_of_operands, box_of, constant, needed, results
+from fisherprune_jax._graph.facts import (
+  Factors,
+  Info,
+  box_of,
+  constant,
+  demanded_of_operands,
+  needed,
+  results,
+)
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Spec
@@ -36,12 +44,12 @@ class Liveness:
   keep_masks: bool = False
   signed: AbstractSet[Value] = frozenset()
   infos: dict[Value, Info] = field(default_factory=dict)
-  asked: dict[Value, Where] = field(default_factory=dict)
+  demanded: dict[Value, Where] = field(default_factory=dict)
   specs: dict[Node, Spec] = field(default_factory=dict)
   factors: dict[Node, Factors] = field(default_factory=dict)
   subs: dict[Node, list[Program]] = field(default_factory=dict)
-  asked_layers: dict[Value, dict[int, Where]] = field(default_factory=dict)
-  asked_whole: set[Value] = field(default_factory=set)
+  demanded_layers: dict[Value, dict[int, Where]] = field(default_factory=dict)
+  demanded_whole: set[Value] = field(default_factory=set)
   also: dict[Node, Set] = field(default_factory=dict)
   conditions: "dict[Node, Condition]" = field(default_factory=dict)
 
@@ -75,9 +83,9 @@ class Liveness:
       self.subs[node] = [build() for build in builders]
     return self.subs[node]
 
-  def backward(self, program: Program, asked: Sequence[Where | None]) -> None:
+  def backward(self, program: Program, demanded: Sequence[Where | None]) -> None:
     """Demands the outputs, and all that they need."""
-    for value, where in zip(program.outputs, asked, strict=True):
+    for value, where in zip(program.outputs, demanded, strict=True):
       if where is not None:
         self.ask(value, where)
     for node in reversed(program.nodes):
@@ -97,29 +105,29 @@ class Liveness:
       (axes, where.box, where.together) for axes, where in zip(spec.outs, stored, strict=True) if where
     ]
     tied = together.backward(spec, [(info.possible, info.together) for info in infos], results, factors)
-    asked = asked_of_operands(spec, factors, stored)
+    demanded = demanded_of_operands(spec, factors, stored)
     when = self.conditions[node] = self._condition(node)
     for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
       if value.literal is None and (spec.same_as in (None, operand) or self.keep_masks):
-        box, merged = together.laid(spec, tied, axes, box_of(axes, asked, value.shape), asked)
+        box, merged = together.laid(spec, tied, axes, box_of(axes, demanded, value.shape), demanded)
         self.ask(value, Where(box, merged, when(box, operand)))
 
-  def asked_by(self, node: Node) -> Factors:
-    return asked_of_operands(self.specs[node], self.factors[node], self.wheres(node.outs))
+  def demanded_by(self, node: Node) -> Factors:
+    return demanded_of_operands(self.specs[node], self.factors[node], self.wheres(node.outs))
 
   def wheres(self, values: Iterable[Value]) -> list[Where | None]:
     """What is stored of arrays; None if not demanded."""
-    return [self.stored(value) if value in self.asked else None for value in values]
+    return [self.stored(value) if value in self.demanded else None for value in values]
 
   def pass_on(self, values: Sequence[Value], inputs: Sequence[Value]) -> None:
     """Demands of values what a program demands of the inputs that they become."""
     for value, inner in zip(values, inputs, strict=False):
-      if inner in self.asked:
+      if inner in self.demanded:
         self.ask(value, self.stored(inner))
 
   def runs(self, node: Node) -> bool:
     """Whether a node may have to run: a result is demanded, or it has outside effects."""
-    return node.acts or node in self.also or any(out in self.asked for out in node.outs)
+    return node.acts or node in self.also or any(out in self.demanded for out in node.outs)
 
   def when(self, node: Node, held: Iterable[Set] = ()) -> Set:
     """The condition that a node must run, beyond that held sets are not empty."""
@@ -128,13 +136,13 @@ class Liveness:
     return self.conditions[node](held)
 
   def _condition(self, node: Node) -> "Condition":
-    asked = [(at, out) for at, out in enumerate(node.outs) if out in self.asked]
+    demanded = [(at, out) for at, out in enumerate(node.outs) if out in self.demanded]
     if node.acts:
       return lambda held=(), operand=None: sets.ALWAYS
     if node in self.also or node not in self.factors:
-      some = sets.union(*(self.stored(out).some for _, out in asked), self.also.get(node, sets.NEVER))
+      some = sets.union(*(self.stored(out).some for _, out in demanded), self.also.get(node, sets.NEVER))
       return lambda held=(), operand=None: some
-    results = [presence.Result(at, self.stored(out), self.asked[out].when) for at, out in asked]
+    results = [presence.Result(at, self.stored(out), self.demanded[out].when) for at, out in demanded]
     infos = [self.info(value) for value in node.ins]
     return functools.partial(presence.of_node, self.specs[node], infos, results, self.factors[node])
 
@@ -145,42 +153,42 @@ class Liveness:
     info = self.info(value)
     if value.literal is not None:
       return info.where
-    if value not in self.asked:
+    if value not in self.demanded:
       return nowhere(value.shape)
-    box, merged, when = self.asked[value]
+    box, merged, when = self.demanded[value]
     merged = together.meet((info.possible, info.together), (box, merged))
     return Where(meet(info.possible, box), merged, sets.every(info.when, when))
 
   def ask(self, value: Value, where: Where) -> None:
     if value.literal is None:
-      self.asked_whole.add(value)
-      before = self.asked.get(value)
-      self.asked[value] = where if before is None else join(before, where, self.infos[value].possible)
+      self.demanded_whole.add(value)
+      before = self.demanded.get(value)
+      self.demanded[value] = where if before is None else join(before, where, self.infos[value].possible)
 
   def ask_layer(self, value: Value, layer: int, where: Where) -> None:
     if value.literal is not None:
       return
-    layers = self.asked_layers.setdefault(value, {})
+    layers = self.demanded_layers.setdefault(value, {})
     layers[layer] = join(layers[layer], where) if layer in layers else where
     # The array gets the hull of all layers' demands; the precise ones are in layers.
     box, when = (*whole_box(value.shape[:1]), *where.box), where.when
-    if value in self.asked:
-      before = self.asked[value]
+    if value in self.demanded:
+      before = self.demanded[value]
       box, when = hull(before.box, box), sets.union(before.when, when)
-    self.asked[value] = Where(box, when=when)
+    self.demanded[value] = Where(box, when=when)
 
   def layers(self, value: Value) -> list[Where] | None:
     """What is stored of each layer, if only layers are demanded."""
-    if value not in self.asked_layers or value in self.asked_whole:
+    if value not in self.demanded_layers or value in self.demanded_whole:
       return None
-    info, asked = self.infos[value], self.asked_layers[value]
+    info, demanded = self.infos[value], self.demanded_layers[value]
     possible = [
       info.where.in_an_iteration() if info.layers is None else info.layers[layer].where
       for layer in range(value.shape[0])
     ]
     return [
-      Where(meet(where.box, asked[layer].box), when=sets.every(where.when, asked[layer].when))
-      if layer in asked
+      Where(meet(where.box, demanded[layer].box), when=sets.every(where.when, demanded[layer].when))
+      if layer in demanded
       else nowhere(value.shape[1:])
       for layer, where in enumerate(possible)
     ]
@@ -189,7 +197,7 @@ class Liveness:
 def analyse(
   program: Program,
   inputs: Sequence[Info],
-  asked: Sequence[Where | None],
+  demanded: Sequence[Where | None],
   rules: Rules,
   keep_masks: bool = False,
   subs: dict[Node, list[Program]] | None = None,
@@ -199,7 +207,7 @@ def analyse(
   Args:
     program: the program.
     inputs: what is known of each input.
-    asked: the demand on each output, or None.
+    demanded: the demand on each output, or None.
     rules: gives specs of nodes that run no program.
     keep_masks: whether masks are multiplied; otherwise they are one on stored entries.
     subs: the programs of nodes by another analysis, so that values are the same.
@@ -209,5 +217,5 @@ def analyse(
   live.signed = signs.shown(program, live.specs, lambda node: links(node, live))
   if live.signed:
     live.forward(program, inputs)
-  live.backward(program, asked)
+  live.backward(program, demanded)
   return live

@@ -57,7 +57,7 @@ class Result(NamedTuple):
 
   number: int
   stored: Where
-  asked: Set
+  demanded: Set
 
 
 def of_node(
@@ -74,8 +74,8 @@ def of_node(
   """
   held = [part for s in held for part in s.factors]
   found = []
-  for number, stored, asked in results:
+  for number, stored, demanded in results:
     of_sum = [stored.when] if spec.roles.adding and but not in spec.roles.adding else []
     operands = of_operands(spec, infos, number, factors, held, but)
-    found.append(sets.every(asked, *of_sum, *inhabited(stored.box, held), *operands))
+    found.append(sets.every(demanded, *of_sum, *inhabited(stored.box, held), *operands))
   return sets.union(*found)

@@ -117,8 +117,8 @@ class _Pairs:
     self.start = end + int(wiring.wide.max(initial=-1)) + 1
     layers = list(zip(wiring.bounds[:-1].tolist(), wiring.bounds[1:].tolist(), strict=True))
     wanted = self._wanted(layers)
-    asked = wanted[end + wiring.wide]
-    self.wide, self.below = wiring.wide[asked], wiring.below[asked]
+    demanded = wanted[end + wiring.wide]
+    self.wide, self.below = wiring.wide[demanded], wiring.below[demanded]
     self.own = self._known = 1 + features + self.wide.size
     self._feature = np.concatenate([np.arange(-1, features), self.below])  # by pair, with spare room
     self._first = np.zeros(wanted.size, np.int64)  # by gate

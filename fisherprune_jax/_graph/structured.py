@@ -83,7 +83,7 @@ STRUCTURED: dict[str, Structured] = {}
 def costs_of(program: Program, live: "Liveness", counter: Counter) -> Iterator[Cost]:
   """What nodes cost when they run, without those that depend on variables alone."""
   for node in program.nodes:
-    if not any(out in live.asked and live.infos[out].varies for out in node.outs):
+    if not any(out in live.demanded and live.infos[out].varies for out in node.outs):
       continue
     if node in live.subs:
       yield from STRUCTURED[node.name].costs(node, live, counter)

@@ -75,11 +75,11 @@ def backward(
   found = {}
   said = [of_array(*result, spec.sizes) for result in results]
   for parts in dict.fromkeys(parts for tied in said for parts in tied):
-    asked = (
+    demanded = (
       known(parts, tied, {**factors, **_of_each(spec, axes, box)}, spec.sizes)
       for tied, (axes, box, _) in zip(said, results, strict=True)
     )
-    found[parts] = sets.union(*asked)
+    found[parts] = sets.union(*demanded)
   if len(spec.roles.summed) > 1:
     found |= _of_terms(spec, arrays)
   return {
@@ -164,7 +164,9 @@ def _places(names: Sequence[Factor], axes: Axes) -> tuple[int, ...]:
 
 def meet(a: tuple[Sequence[Set], Together], b: tuple[Sequence[Set], Together]) -> dict[tuple[int, ...], Set]:
   """The intersection of two boxes along joint axes."""
-  return {places: sets.intersection(_asked(*a, places), _asked(*b, places)) for places in {**a[1], **b[1]}}
+  return {
+    places: sets.intersection(_demanded(*a, places), _demanded(*b, places)) for places in {**a[1], **b[1]}
+  }
 
 
 def union(
@@ -173,10 +175,10 @@ def union(
   """What two readers demand of joint axes, each under a condition, if less than the joined box."""
   found = {}
   for places in {**a[1], **b[1], **_differing(a[0], b[0], joined)}:
-    parts = (sets.gated(_asked(box, together, places), when) for box, together, when in (a, b))
-    asked = sets.union(*parts)
-    if asked is not sets.outer([joined[at] for at in places]):
-      found[places] = asked
+    parts = (sets.gated(_demanded(box, together, places), when) for box, together, when in (a, b))
+    demanded = sets.union(*parts)
+    if demanded is not sets.outer([joined[at] for at in places]):
+      found[places] = demanded
   return found
 
 
@@ -198,7 +200,7 @@ def in_all_iterations(tied: Together) -> dict[tuple[int, ...], Set]:
   return {tuple(at + 1 for at in places): s for places, s in tied.items()}
 
 
-def _asked(box: Sequence[Set], together: Together, places: tuple[int, ...]) -> Set:
+def _demanded(box: Sequence[Set], together: Together, places: tuple[int, ...]) -> Set:
   if places in together:
     return together[places]
   return sets.outer([box[at] for at in places])

@@ -75,7 +75,10 @@ class Analysis:
     return self.traced.variables
 
   def by_rules(
-    self, rules: Rules, asked_of: Callable[[Value], Where], known: Mapping[Value, Box] = MappingProxyType({})
+    self,
+    rules: Rules,
+    demanded_of: Callable[[Value], Where],
+    known: Mapping[Value, Box] = MappingProxyType({}),
   ) -> Liveness:
     """What would be live by other rules and demands, for the same values.
 
@@ -86,7 +89,7 @@ class Analysis:
       info._replace(possible=known[value]) if value in known else info
       for value, info in zip(traced.program.inputs, traced.infos, strict=True)
     ]
-    return analyse(traced.program, infos, traced.updates, rules, live.keep_masks, asked_of, live.subs)[0]
+    return analyse(traced.program, infos, traced.updates, rules, live.keep_masks, demanded_of, live.subs)[0]
 
 
 def trace_apply(

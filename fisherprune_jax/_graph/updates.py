@@ -25,7 +25,7 @@ def analyse(
   updates: Updates,
   rules: Rules,
   keep_masks: bool,
-  asked_of: Callable[[Value], Where] = lambda value: whole(value.shape),
+  demanded_of: Callable[[Value], Where] = lambda value: whole(value.shape),
   subs: dict[Node, list[Program]] | None = None,
 ) -> tuple[Liveness, dict[int, Where]]:
   """What is live if outputs that replace variables demand nothing, and others ``asked_of``.
@@ -34,16 +34,16 @@ def analyse(
   """
 
   def run(replacing: dict[int, Where | None]) -> Liveness:
-    asked = [
-      replacing[at] if at in replacing else asked_of(value) for at, value in enumerate(program.outputs)
+    demanded = [
+      replacing[at] if at in replacing else demanded_of(value) for at, value in enumerate(program.outputs)
     ]
-    return liveness.analyse(program, infos, asked, rules, keep_masks, subs)
+    return liveness.analyse(program, infos, demanded, rules, keep_masks, subs)
 
   live = run(dict.fromkeys(updates))
   if not updates:
     return live, {}
   sources = _sources(program)
-  returned = {at: _asked_of_producers(program.outputs[at], live, sources) for at in updates}
+  returned = {at: _demanded_of_producers(program.outputs[at], live, sources) for at in updates}
   while True:
     live = run(dict(returned))
     grown = {at: _join(where, live, program.inputs[updates[at]]) for at, where in returned.items()}
@@ -53,7 +53,7 @@ def analyse(
 
 
 def _join(where: Where, live: Liveness, value: Value) -> Where:
-  return join(where, live.stored(value)) if value in live.asked else where
+  return join(where, live.stored(value)) if value in live.demanded else where
 
 
 def _sources(program: Program) -> Sources:
@@ -64,7 +64,7 @@ def _sources(program: Program) -> Sources:
   return found
 
 
-def _asked_of_producers(value: Value, live: Liveness, sources: Sources) -> Where:
+def _demanded_of_producers(value: Value, live: Liveness, sources: Sources) -> Where:
   return Where(tuple(_follow(value, axis, live, sources) for axis in range(len(value.shape))))
 
 
@@ -76,7 +76,7 @@ def _follow(value: Value, axis: int, live: Liveness, sources: Sources) -> Set:
     if here in seen:
       continue
     seen.add(here)
-    if here[0] in live.asked:
+    if here[0] in live.demanded:
       stored = live.stored(here[0])
       found.append(sets.gated(stored.box[here[1]], stored.when))
     else:

@@ -71,18 +71,18 @@ def _pairs(slide: Slide) -> tuple[np.ndarray, np.ndarray]:
   return np.nonzero(inside)[0], found[inside] // slide.distance
 
 
-def asked(
+def demanded(
   windows: Sequence[Window], found: Mapping[str, Set], results: Iterable[Mapping[str, Set]]
 ) -> dict[str, Set]:
   """What a node demands of operands, by factor: only entries that demanded places read.
 
   ``found`` has the entries that it works on, ``results`` the stored ones of each result.
   """
-  results, asked = list(results), dict(found)
+  results, demanded = list(results), dict(found)
   for window in windows:
     places = sets.union(*(result[window.places] for result in results))
-    asked[window.entries] = sets.intersection(asked[window.entries], window.looked_at(places))
-  return asked
+    demanded[window.entries] = sets.intersection(demanded[window.entries], window.looked_at(places))
+  return demanded
 
 
 def linked(windows: Sequence[Window], factors: Iterable[str]) -> set[str]:

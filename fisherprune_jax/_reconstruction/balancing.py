@@ -23,6 +23,7 @@ from fisherprune_jax._graph.program import Value
 from fisherprune_jax._reconstruction.bottlenecks import Block, Side, bottlenecks
 from fisherprune_jax._reconstruction.fitting import Traced, replaced
 from fisherprune_jax._reconstruction.flat import Compiled
+from fisherprune_jax._reconstruction.importance import stride
 from fisherprune_jax._reconstruction.products import HIGHEST, operand_matrix
 from fisherprune_jax._reconstruction.settling import bias_columns
 from fisherprune_jax._types import PyTree
@@ -124,7 +125,7 @@ class _Job:
       return found
 
     total = None
-    for arrays in self.traced.batches:
+    for arrays in self.traced.batches[:: stride(self.traced)]:
       more = measured(self.leaves, arrays)
       total = more if total is None else jax.tree.map(jnp.add, total, more)
     self.moments = {place: np.asarray(x, np.float64) for place, x in zip(places, total or [], strict=True)}

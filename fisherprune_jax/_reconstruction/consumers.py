@@ -178,7 +178,7 @@ def _moved(flat: Flat) -> dict[Value, Moved]:
 
 
 class _Finder:
-  """What is asked of a network about its products."""
+  """Answers questions about the products of a network."""
 
   def __init__(self, flat: Flat, moved: dict[Value, Moved], trained: Sequence[bool]) -> None:
     self.flat, self.moved, self.trained = flat, moved, trained

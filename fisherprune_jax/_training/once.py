@@ -21,7 +21,7 @@ from fisherprune_jax._errors import (
 from fisherprune_jax._masks import flatten, named_rows, unflatten
 from fisherprune_jax._training.floors import Widths
 from fisherprune_jax._training.options import Options
-from fisherprune_jax._training.selection import tamed
+from fisherprune_jax._training.selection import rescaled
 from fisherprune_jax._types import Masks
 
 ALLOWED = ("cost_weight", "min_features", "exclude", "multiple_of", "tie", "recost_every", "masks")
@@ -134,7 +134,7 @@ def _program(options: Options, weight: Any) -> Callable[..., tuple[jax.Array, ja
       return found._replace(too_much=options.must_go_on(alive, found.too_much, limit is not None, True))
 
     select = options.selection(price, weight if word is None else word)
-    vector = tamed(flatten(importance).astype(jnp.float32))
+    vector = rescaled(flatten(importance).astype(jnp.float32))
     left = select.run(flatten(masks) > 0, vector, jnp.bool_(True), jnp.bool_(False))
     return left.alive.astype(jnp.float32), left.exhausted
 

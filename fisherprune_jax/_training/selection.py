@@ -60,7 +60,7 @@ def scorer(dense: float, cost_weight: str | float | jax.Array) -> Score:
   return score
 
 
-def tamed(importance: jax.Array) -> jax.Array:
+def rescaled(importance: jax.Array) -> jax.Array:
   """Importance, scaled by a power of two if sums and quotients could overflow float32."""
   largest = jnp.max(jnp.where(jnp.isfinite(importance), jnp.abs(importance), 0))
   return jnp.ldexp(importance, -jnp.maximum(jnp.frexp(largest)[1] - LARGE, 0))

@@ -16,7 +16,7 @@ from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.floors import MinFeatures, Widths
 from fisherprune_jax._training.gradients import own_gradients
 from fisherprune_jax._training.options import COST_WEIGHT, DECAY, TARGET, Options
-from fisherprune_jax._training.selection import tamed
+from fisherprune_jax._training.selection import rescaled
 from fisherprune_jax._training.state import (
   FisherPruneState,
   check_state,
@@ -214,7 +214,7 @@ def _prune_if_due(
       return found._replace(too_much=options.must_go_on(alive, found.too_much, target > 0, settled))
 
     select = options.selection(price, weight)
-    left = select.run(alive, tamed(current), due & valid, state.exhausted & ~edited)
+    left = select.run(alive, rescaled(current), due & valid, state.exhausted & ~edited)
     # Edits since the last step date from that step.
     at = redate(redate(flat.pruned_at, flat.masks, state.step - 1), left.alive, state.step)
     # Recompute the cost: manual edits of masks and history may leave a wrong one in the state.

@@ -150,8 +150,8 @@ class CustomJvp(Custom):
 
   def ask(self, node: Node, rules: Sequence[Program], live: Liveness) -> None:
     """Tangents are demanded like values."""
-    asked = live.wheres(node.outs)
-    live.backward(rules[0], [*asked, *_keep(asked, node.outs)])
+    demanded = live.wheres(node.outs)
+    live.backward(rules[0], [*demanded, *_keep(demanded, node.outs)])
     live.pass_on(_floats(node.ins), rules[0].inputs[len(node.ins) :])
 
   def call(self, thin: Thin) -> Call:
@@ -193,7 +193,9 @@ class CustomVjp(Custom):
     forwards, backwards = rules
     values = live.forward(forwards, infos)
     live.forward(backwards, [*infos, *(Info(whole_box(v.shape), varies=True) for v in _floats(node.outs))])
-    alone = replace(live, asked={}, factors={}, asked_layers={}, asked_whole=set(), also={}, conditions={})
+    alone = replace(
+      live, demanded={}, factors={}, demanded_layers={}, demanded_whole=set(), also={}, conditions={}
+    )
     alone.backward(backwards, [info.nonzero for info in _keep(infos, node.ins)])
     cotangents = list(map(alone.stored, backwards.inputs[len(node.ins) :]))
     forwards_too = [info.where for info in values]
@@ -204,12 +206,12 @@ class CustomVjp(Custom):
     forwards, backwards = rules
     live.backward(forwards, live.wheres(node.outs))
     infos, outs = [live.info(value) for value in node.ins], _floats(node.outs)
-    unasked = [info_of(_nowhere(out), True) for out in outs]
-    given = zip(_keep(infos, node.ins), live.forward(backwards, [*infos, *unasked]), strict=True)
+    not_demanded = [info_of(_nowhere(out), True) for out in outs]
+    given = zip(_keep(infos, node.ins), live.forward(backwards, [*infos, *not_demanded]), strict=True)
     of_nothing = [sets.every(a.nonzero.some, b.nonzero.some) for a, b in given]
     if any(when is not sets.NEVER for when in of_nothing):
       live.also[node] = sets.union(*of_nothing)  # a rule that makes gradients from no cotangent
-    cotangents = [info_of(live.asked.get(out, _nowhere(out)), True) for out in outs]
+    cotangents = [info_of(live.demanded.get(out, _nowhere(out)), True) for out in outs]
     gradients = live.forward(backwards, [*infos, *cotangents])
     live.backward(backwards, [info.nonzero for info in _keep(infos, node.ins)])
     for value, gradient in zip(_floats(node.ins), gradients, strict=True):

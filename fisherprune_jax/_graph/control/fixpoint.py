@@ -47,7 +47,7 @@ def _shape(info: Info) -> list[Any]:
 
 
 def backward(
-  body: Program, consts: int, carry: int, asked: list[Where | None], live: Liveness, again: bool = True
+  body: Program, consts: int, carry: int, demanded: list[Where | None], live: Liveness, again: bool = True
 ) -> list[Where | None]:
   """Demands the outputs of every iteration; carried ones are the next one's inputs.
 
@@ -55,16 +55,16 @@ def backward(
   """
   inputs = body.inputs[consts : consts + carry]
   for iteration in range(MOST_PASSES):
-    live.backward(body, asked)
-    before = list(asked)
+    live.backward(body, demanded)
+    before = list(demanded)
     for at, inner in enumerate(inputs):
-      if inner in live.asked:
-        joined = join(asked[at] or nowhere(inner.shape), live.stored(inner))
-        asked[at] = joined._replace(when=sets.ALWAYS) if iteration >= EXACT_PASSES else joined
-    if asked == before or not again:
-      return asked[:carry]
+      if inner in live.demanded:
+        joined = join(demanded[at] or nowhere(inner.shape), live.stored(inner))
+        demanded[at] = joined._replace(when=sets.ALWAYS) if iteration >= EXACT_PASSES else joined
+    if demanded == before or not again:
+      return demanded[:carry]
   everything = [whole(inner.shape) for inner in inputs]
-  live.backward(body, [*everything, *asked[carry:]])
+  live.backward(body, [*everything, *demanded[carry:]])
   return list(everything)
 
 

@@ -52,9 +52,9 @@ class Scan:
       return
     consts, carry = compat.scan_counts(node.params)
     (body,) = live.subs[node]
-    asked = live.wheres(node.outs)
-    asked = [*asked[:carry], *(where and where.in_an_iteration() for where in asked[carry:])]
-    fixpoint.backward(body, consts, carry, asked, live, _again(node))
+    demanded = live.wheres(node.outs)
+    demanded = [*demanded[:carry], *(where and where.in_an_iteration() for where in demanded[carry:])]
+    fixpoint.backward(body, consts, carry, demanded, live, _again(node))
     for value, where in zip(node.ins, self._held(node, body, live), strict=True):
       live.ask(value, where)
 
@@ -128,11 +128,13 @@ class While:
     cond, body = live.subs[node]
     each = whole_box(cond.outputs[0].shape)  # under vmap, each example has one
     live.backward(cond, [Where(each, when=live.when(node))])
-    asked = [
-      _alone(join(live.stored(out), live.stored(inner))) if out in live.asked or inner in live.asked else None
+    demanded = [
+      _alone(join(live.stored(out), live.stored(inner)))
+      if out in live.demanded or inner in live.demanded
+      else None
       for out, inner in zip(node.outs, cond.inputs[first:], strict=True)
     ]
-    fixpoint.backward(body, consts, len(node.outs), asked, live)
+    fixpoint.backward(body, consts, len(node.outs), demanded, live)
     for value, where in zip(node.ins, self._held(node, live), strict=True):
       live.ask(value, _alone(where))
 

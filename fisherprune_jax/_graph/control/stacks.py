@@ -43,8 +43,8 @@ def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
 
 def backward(node: Node, live: Liveness) -> None:
   consts, carry = compat.scan_counts(node.params)
-  asked = live.wheres(node.outs)
-  carried, written = asked[:carry], [where and where.in_an_iteration() for where in asked[carry:]]
+  demanded = live.wheres(node.outs)
+  carried, written = demanded[:carry], [where and where.in_an_iteration() for where in demanded[carry:]]
   for iteration in reversed(_order(node)):
     body = live.subs[node][iteration]
     live.backward(body, [*carried, *written])

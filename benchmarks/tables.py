@@ -108,8 +108,10 @@ def networks(found: Any) -> str:
   """The tasks of ``one_shot.py``."""
   tables = []
   for task, runs in found.items():
-    rows = [[way, *means(run[way] for run in runs)] for way in ("masks", "masks, refitted", "one_shot")]
-    tables.append(grid([f"**{task}**, dense {mean([run['dense'] for run in runs])}"], LEVELS[task], rows))
+    ways = [way for way in ("masks", "masks, refitted", "one_shot") if way in runs[0]]
+    rows = [[way, *means(run[way] for run in runs)] for way in ways]
+    title, levels = f"**{task}**, dense {mean([run['dense'] for run in runs])}", LEVELS[task.split(",")[0]]
+    tables.append(grid([title], levels, rows))
   return "\n\n".join(tables)
 
 

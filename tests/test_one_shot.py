@@ -257,6 +257,15 @@ def test_readings_of_products_in_groups(kind, expected):
   assert sorted(found) == sorted((row, *each) for row, each in zip(rows, expected, strict=True))
 
 
+def test_readings_of_a_mask_that_is_multiplied():
+  def apply(variables, x):
+    return x * (variables["masks"]["m"] * jnp.array([2.0, 3, 4])) @ variables["params"]["w"]
+
+  variables = {"params": {"w": jnp.ones((3, 2))}, "masks": {"m": jnp.ones(3)}}
+  (found,) = first_readings(apply, variables, jnp.ones((4, 3)))
+  assert (found.row, found.features.tolist(), found.columns.tolist()) == (0, [0, 1, 2], [[0], [1], [2]])
+
+
 @pytest.mark.parametrize("kind", GROUPED)
 def test_features_that_nothing_depends_on_go_first(kind):
   """Half the features get parameters of zero behind them; at half the cost none of them is left, wherever they are."""

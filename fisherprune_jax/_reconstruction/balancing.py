@@ -12,26 +12,21 @@ References:
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fisherprune_jax._graph.program import Value
 from fisherprune_jax._reconstruction.bottlenecks import Block, Side, bottlenecks
 from fisherprune_jax._reconstruction.fitting import Traced, replaced
 from fisherprune_jax._reconstruction.flat import Compiled
 from fisherprune_jax._reconstruction.importance import stride
 from fisherprune_jax._reconstruction.products import HIGHEST, operand_matrix
+from fisherprune_jax._reconstruction.proving import is_same
 from fisherprune_jax._reconstruction.settling import bias_columns
 from fisherprune_jax._types import PyTree
-
-SMALLEST = 1e-8
-"""Of the second moments of a side, over the largest."""
-DIFFERENCE = 1e-3
-"""Of the outputs, that rounding may make; more means that a map between was not linear."""
 
 
 def balanced(traced: Traced, variables: PyTree, compiled: Compiled) -> PyTree:
@@ -43,18 +38,14 @@ def balanced(traced: Traced, variables: PyTree, compiled: Compiled) -> PyTree:
     compiled: keeps programs.
   """
   rows = [_joined(blocks) for blocks in bottlenecks(traced, compiled).values()]
-  every = list(itertools.chain.from_iterable(rows))
-  if not every:
-    return variables
   job = _Job(traced, variables, compiled)
-  job.measure([block for part in every for block in part.blocks])
-  whole = job.changed(job.leaves, every)
-  if not job.is_same(whole):  # some of them only
-    whole = job.leaves
-    for parts in rows:
-      tried = job.changed(whole, parts)
-      whole = tried if job.is_same(tried) else whole
-  found = [replaced(old, new) for old, new in zip(job.leaves, whole, strict=True)]
+  parts = [part for row in rows if row and job.is_proven(row) for part in row]
+  if not parts:
+    return variables
+  job.measure([block for part in parts for block in part.blocks])
+  found = [
+    replaced(*pair) for pair in zip(job.leaves, job.changed(job.leaves, parts, job.basis), strict=True)
+  ]
   return jax.tree.unflatten(jax.tree.structure(variables), found)
 
 
@@ -64,6 +55,10 @@ class _Part(NamedTuple):
   blocks: list[Block]
   left: set[Side]
   right: set[Side]
+
+
+Basis = Callable[[_Part, list[Any]], tuple[np.ndarray, np.ndarray] | None]
+"""A matrix and its inverse for a part, and the leaves of the variables; None to leave it as it is."""
 
 
 def _joined(blocks: Sequence[Block]) -> list[_Part]:
@@ -91,22 +86,20 @@ class _Job:
     self.traced, self.variables, self.compiled = traced, variables, compiled
     self.leaves = jax.tree.leaves(variables)
     self.moments: dict[tuple[int, int], np.ndarray] = {}
-    self.outputs = jax.jit(lambda leaves, arrays: self._values(traced.flat.outputs, leaves, arrays))
-    self.wanted = self.outputs(self.leaves, traced.batches[0])
 
-  def _values(self, values: Sequence[Value], leaves: list[Any], arrays: list[Any]) -> list[jax.Array]:
-    flat = self.traced.flat
-    given = zip([*flat.variables, *flat.arguments], [*leaves, *arrays], strict=True)
-    return flat.get(values, {**dict(flat.program.consts), **dict(given)})
+  def is_proven(self, parts: Sequence[_Part]) -> bool:
+    """Whether any change of basis of these parts leaves the network as it is."""
+    sides = [side for part in parts for side in (*part.left, *part.right) if side.is_made]
+    makers = sorted({self.traced.products[side.product].uses[0].at for side in sides})
+    ends = sorted({block.at for part in parts for block in part.blocks})
+    rng = np.random.default_rng(0)
 
-  def is_same(self, leaves: list[Any]) -> bool:
-    """Whether the network gives the same outputs with other variables."""
-    found = self.outputs(leaves, self.traced.batches[0])
-    kinds = [v.aval.dtype for node in self.traced.flat.nodes for v in node.outs]
-    coarsest = max(float(jnp.finfo(x).eps) for x in kinds if jnp.issubdtype(x, jnp.floating))
-    difference = sum(float(jnp.sum(jnp.square(a - b))) for a, b in zip(found, self.wanted, strict=True))
-    size = sum(float(jnp.sum(jnp.square(b))) for b in self.wanted)
-    return difference <= max(DIFFERENCE, 4 * coarsest) ** 2 * size
+    def some(part: _Part, leaves: list[Any]) -> tuple[np.ndarray, np.ndarray]:
+      size = len(part.blocks[0].columns)
+      matrix = np.linalg.qr(rng.normal(size=(size, size)))[0] * rng.uniform(0.5, 2, size)
+      return matrix, np.linalg.inv(matrix)
+
+    return is_same(self.traced, makers, ends, self.leaves, lambda leaves: self.changed(leaves, parts, some))
 
   def measure(self, blocks: Sequence[Block]) -> None:
     """The second moments ``(G, d, d)`` of the operands of the products that sum over blocks."""
@@ -116,8 +109,9 @@ class _Job:
 
     @jax.jit
     def measured(leaves: list[Any], arrays: list[Any]) -> list[jax.Array]:
-      operands = self._values([flat.nodes[at].ins[mine] for at, mine in places], leaves, arrays)
-      found = []
+      given = zip([*flat.variables, *flat.arguments], [*leaves, *arrays], strict=True)
+      env, found = {**dict(flat.program.consts), **dict(given)}, []
+      operands = flat.get([flat.nodes[at].ins[mine] for at, mine in places], env)
       for (at, mine), x in zip(places, operands, strict=True):
         x = operand_matrix(flat.nodes[at], 1 - mine, x).astype(jnp.float32)
         x = jnp.where(jnp.isfinite(x), x, 0)
@@ -130,23 +124,40 @@ class _Job:
       total = more if total is None else jax.tree.map(jnp.add, total, more)
     self.moments = {place: np.asarray(x, np.float64) for place, x in zip(places, total or [], strict=True)}
 
-  def changed(self, leaves: list[Any], parts: Sequence[_Part]) -> list[Any]:
-    """The leaves of the variables in the balanced basis of each part."""
+  def changed(self, leaves: list[Any], parts: Sequence[_Part], basis: Basis) -> list[Any]:
+    """The leaves of the variables in another basis of each part."""
     found = list(leaves)
     for part in parts:
-      first = np.sum([self._moment(block, block.mine) for block in part.blocks], 0)
-      others = [(block, 1 - block.mine) for block in part.blocks]
-      second = [self._moment(block, mine) for block, mine in others if (block.at, mine) in self.moments]
-      second += [self._square(found, side) for side in part.right if not side.is_made]
-      matrix, inverse = _balancing(first, np.sum(second, 0))
+      if (pair := basis(part, found)) is None:
+        continue
+      matrix, inverse = pair
+      changes = dict[tuple[int, bytes], tuple[np.ndarray, np.ndarray]]()  # what sides share changes once
       for sides, by in ((part.left, matrix), (part.right, inverse.T)):
-        for side in sides:
-          self._change(found, side, by)
+        for leaf, places in itertools.chain.from_iterable(map(self._changing, sides)):
+          changes.setdefault((leaf, places.tobytes()), (places, by))
+      for (leaf, _), (places, by) in changes.items():
+        new = np.array(found[leaf], np.float64)
+        new.flat[places.ravel()] = (new.ravel()[places] @ by).ravel()
+        found[leaf] = jnp.asarray(new, found[leaf].dtype)
     return found
 
+  def basis(self, part: _Part, leaves: list[Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The balanced basis of a part, and its inverse; None if anything is not finite."""
+    others = [(block, 1 - block.mine) for block in part.blocks]
+    right = [self._moment(block, other) for block, other in others if (block.at, other) in self.moments]
+    right += [self._square(leaves, side) for side in part.right if not side.is_made]
+    left = [self._moment(block, block.mine) for block in part.blocks]
+    held = itertools.chain.from_iterable(self._changing(side) for side in (*part.left, *part.right))
+    parameters = [np.asarray(leaves[leaf], np.float64).ravel()[places] for leaf, places in held]
+    if not all(np.isfinite(x).all() for x in (*left, *right, *parameters)):
+      return None
+    kinds = [self.leaves[self.traced.products[side.product].leaf].dtype for side in (*part.left, *part.right)]
+    return _balancing(np.sum(left, 0), np.sum(right, 0), max(float(jnp.finfo(kind).eps) for kind in kinds))
+
   def _moment(self, block: Block, mine: int) -> np.ndarray:
-    moments = self.moments[block.at, mine][block.groups].sum(0)
-    return moments[np.ix_(block.columns, block.columns)]
+    moments = self.moments[block.at, mine][block.groups]
+    with np.errstate(invalid="ignore"):  # some may be infinite
+      return moments[:, block.columns[:, None], block.columns].sum(0)
 
   def _places(self, side: Side) -> np.ndarray:
     """The entries of the parameters of each feature, ``(n, F)``."""
@@ -159,30 +170,30 @@ class _Job:
     rows = parameters[self._places(side)]
     return rows.T @ rows
 
-  def _change(self, leaves: list[Any], side: Side, by: np.ndarray) -> None:
-    """Multiplies the features of one side by a matrix from the right, biases too."""
+  def _changing(self, side: Side) -> Iterator[tuple[int, np.ndarray]]:
+    """The leaves, and the entries in them, that a change of one side multiplies."""
     product, flat = self.traced.products[side.product], self.traced.flat
-    changes = [(product.leaf, self._places(side))]
+    yield product.leaf, self._places(side)
     columns = bias_columns(flat, product, flat.env(self.variables), self.compiled) if side.is_made else None
     if columns is not None and product.bias is not None:
-      changes.append((product.bias.leaf, columns.entries.reshape(-1)[list(side.columns)][None]))
-    for leaf, places in changes:
-      new = np.array(leaves[leaf], np.float64)
+      places = columns.entries.reshape(-1)[list(side.columns)][None]
       if places.min() >= 0:
-        new.flat[places.ravel()] = (new.ravel()[places] @ by).ravel()
-        leaves[leaf] = new.astype(leaves[leaf].dtype)
+        yield product.bias.leaf, places
 
 
-def _balancing(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """M and its inverse for the second moments of both sides; features come in falling order."""
-  left, right = map(_root, (first, second))
-  u, values, v = np.linalg.svd(left.T @ right)
+def _balancing(left: np.ndarray, right: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray]:
+  """M and its inverse for the second moments of both sides; features come in falling order.
+
+  Directions that hold less than ``smallest`` of the largest count as that much.
+  """
+  first, second = (_root(moments, smallest) for moments in (left, right))
+  u, values, v = np.linalg.svd(first.T @ second)
   root = np.sqrt(values)
-  return right @ v.T / root, (u / root).T @ left.T
+  return second @ v.T / root, (u / root).T @ first.T
 
 
-def _root(moments: np.ndarray) -> np.ndarray:
+def _root(moments: np.ndarray, smallest: float) -> np.ndarray:
   """L with L L^T the moments, of full rank."""
   values, vectors = np.linalg.eigh(moments)
   most = values.max()
-  return vectors * np.sqrt(np.maximum(values, SMALLEST * most) if most > 0 else np.ones_like(values))
+  return vectors * np.sqrt(np.maximum(values, smallest * most) if most > 0 else np.ones_like(values))

@@ -15,10 +15,10 @@ from fisherprune_jax._reconstruction.consumers import LINEAR, Consumer, Use
 from fisherprune_jax._reconstruction.fitting import Traced
 from fisherprune_jax._reconstruction.flat import Compiled, Flat
 from fisherprune_jax._reconstruction.products import operand_matrix, result_matrix
-from fisherprune_jax._reconstruction.reading import Reading, of_masks, readings
+from fisherprune_jax._reconstruction.reading import Reading, at_masks, of_masks, readings
 
 PASSED = (*LINEAR, "concatenate", "dot_general")
-"""What may lie between the product that makes features and the one that sums over them."""
+"""What may lie between the product that makes features and the one that sums over them, besides products with parameters."""
 
 
 ROWS, SAME = 4, 1e-4
@@ -70,7 +70,7 @@ def bottlenecks(traced: Traced, compiled: Compiled) -> dict[tuple[int, int], lis
   network = _Network(flat, single, traced.masks, compiled)
   found: dict[tuple[int, int], list[Block]] = {}
   for at, node in enumerate(flat.nodes):
-    if node.name != "dot_general":
+    if node.name != "dot_general" or not jnp.issubdtype(node.outs[0].aval.dtype, jnp.floating):
       continue
     has_parameters = not all(value in flat.varies for value in node.ins)
     mine, read = known.get(at, (0, [])) if has_parameters else _reads(flat, at, traced.masks)
@@ -129,7 +129,7 @@ def _blocks(
 ) -> Iterator[Block]:
   """One block for each choice of columns that the groups have on both sides; examples share theirs."""
   makers = [*left, *right]
-  numbers = np.stack([_alike(maker, np.ix_(groups, columns)) for maker in makers], 1)
+  numbers = np.stack([_alike(maker, groups, columns) for maker in makers], 1)
   kinds, which = np.unique(numbers, axis=0, return_inverse=True)
   for kind, each in enumerate(kinds):
     sides = [
@@ -142,12 +142,11 @@ def _blocks(
       yield Block(at, mine, groups[which.ravel() == kind], columns, lefts, rights)
 
 
-def _alike(maker: _Maker, places: Any) -> np.ndarray:
+def _alike(maker: _Maker, groups: np.ndarray, columns: np.ndarray) -> np.ndarray:
   """The numbers at some groups and columns; -1 in groups where the columns are not multiplied by the same."""
-  groups, columns = places
-  gains = maker.gains[groups[:, 0]][:, :, columns[0]]
+  gains = maker.gains[groups][:, :, columns]
   is_same = np.ptp(gains, 2).max(1) <= SAME * np.abs(gains).max((1, 2))
-  return np.where(is_same[:, None], maker.numbers[places], -1)
+  return np.where(is_same[:, None], maker.numbers[np.ix_(groups, columns)], -1)
 
 
 class _Network(NamedTuple):
@@ -172,26 +171,32 @@ class _Network(NamedTuple):
         numbers, gains = self._arriving(flat.made[value], at, mine)
         if (numbers >= 0).any():
           found.append(_Maker(self.single[flat.made[value]], True, numbers, gains))
-      elif node.name in PASSED and (node.name != "mul" or not all(v in flat.varies for v in node.ins)):
+      elif self._is_passed(flat.made[value]):
         waiting += node.ins
     return found
+
+  def _is_passed(self, at: int) -> bool:
+    """Whether a node may lie between."""
+    node = self.flat.nodes[at]
+    is_linear = node.name != "mul" or not all(value in self.flat.varies for value in node.ins)
+    return node.name in PASSED and at not in self.single and is_linear
 
   def _arriving(self, made: int, at: int, mine: int) -> tuple[np.ndarray, np.ndarray]:
     """Which column of a product's result each column of an operand further on is, -1 for none, and times what in some rows.
 
-    Derivatives by the result tell, with random numbers for all else that is read between: where a change of all columns by
-    their numbers arrives as a multiple of one number, and one by random numbers as the same multiple of the random number.
+    Derivatives by the result tell, with random numbers for all else that is read between. A change of the columns whose
+    number has a one at some binary digit arrives where the column's number has it, as what a change of all columns is there.
     """
     flat = self.flat
     maker, node = flat.nodes[made], flat.nodes[at]
     (result,), operand = maker.outs, node.ins[mine]
-    positions, outside = _between(flat, result, operand)
+    positions, outside = self._between(result, operand)
     side = 0 if maker.ins[0] not in flat.varies else 1
     like = jnp.ones(result.shape, jnp.float32)
     groups, rows, columns = jax.eval_shape(lambda y: result_matrix(maker, side, y), like).shape
-    rng = np.random.default_rng(0)
-    count = groups * columns
-    changes = np.stack([np.ones(count), np.arange(count), rng.uniform(0.5, 1.5, count)])
+    rng, count = np.random.default_rng(0), groups * columns
+    digits = np.arange(max(1, (count - 1).bit_length()))[:, None]
+    changes = np.concatenate([np.ones((1, count)), np.arange(count) >> digits & 1])
 
     def arrived(like: jax.Array, changes: jax.Array, around: list[Any]) -> tuple[jax.Array, ...]:
       y = like.astype(result.aval.dtype)
@@ -201,37 +206,49 @@ class _Network(NamedTuple):
         return operand_matrix(node, 1 - mine, flat.run(positions, env)[operand])
 
       _, pull = jax.vjp(lambda y: result_matrix(maker, side, y), like)
-      given = jnp.broadcast_to(changes.reshape(3, groups, 1, columns), (3, groups, rows, columns))
+      given = jnp.broadcast_to(changes.reshape(-1, groups, 1, columns), (len(changes), groups, rows, columns))
       one, *others = (jax.jvp(run, (y,), (pull(x)[0].astype(y.dtype),))[1] for x in given)
-      number, other = (jnp.where(one != 0, x / jnp.where(one != 0, one, 1), jnp.nan) for x in others)
-      return *(f(x, 1) for x in (number, other) for f in (jnp.nanmin, jnp.nanmax)), one[:, :ROWS]
+      is_all, is_none = (
+        jnp.stack([jnp.all(x == wanted, 1) for x in others]) for wanted in (one, jnp.zeros_like(one))
+      )
+      return is_all, is_none, jnp.any(one != 0, 1), one[:, :ROWS].astype(jnp.float32)
 
     around = [self._like(value, rng) for value in outside]
     args = (like, jnp.asarray(changes, jnp.float32), around)
-    low, high, first, last, gains = map(np.asarray, self.compiled(arrived, *args)(*args))
-    found = np.where((low > -0.5) & (low < count - 0.5), np.round(low), -1).astype(np.int64)
-    wanted = np.where(found >= 0, changes[2][found], np.nan)
-    close = (np.abs(high - low) < 0.1) & (np.abs(first - wanted) < 1e-3) & (np.abs(last - wanted) < 1e-3)
-    return np.where(close, found, -1), gains
+    is_all, is_none, is_there, gains = map(np.asarray, self.compiled(arrived, *args)(*args))
+    number = np.sum(is_all << digits[:, :, None], 0)
+    is_clear = is_there & (is_all | is_none).all(0) & (number < count)
+    return np.where(is_clear, number, -1), gains
+
+  def _between(self, start: Value, end: Value) -> tuple[list[int], list[Value]]:
+    """The positions of the nodes from one value to another, by what may lie between alone, and what else these read."""
+    flat = self.flat
+    behind, waiting = set[Value](), [end]
+    while waiting:
+      value = waiting.pop()
+      if value not in behind:
+        behind.add(value)
+        if value is not start and value in flat.made and self._is_passed(flat.made[value]):
+          waiting += flat.nodes[flat.made[value]].ins
+    moving, positions, outside = {start}, [], dict[Value, None]()
+    for at in sorted({flat.made[value] for value in behind if value in flat.made}):
+      node = flat.nodes[at]
+      if self._is_passed(at) and any(value in moving for value in node.ins):
+        moving.update(node.outs)
+        positions.append(at)
+        outside.update(dict.fromkeys(v for v in node.ins if v.literal is None))
+    return positions, [value for value in outside if value not in moving]
 
   def _like(self, value: Value, rng: np.random.Generator) -> jax.Array:
-    """Random numbers instead of a value; ones of one that is made of masks alone."""
-    if not jnp.issubdtype(value.aval.dtype, jnp.floating):
-      return jnp.zeros(value.shape, value.aval.dtype)
-    is_mask = bool(of_masks(self.flat, value, self.masks))
-    return jnp.asarray(
-      np.ones(value.shape) if is_mask else rng.uniform(0.5, 1.5, value.shape), value.aval.dtype
-    )
+    """Random numbers instead of a value; what is made of masks alone is that of masks of ones."""
+    if value in self.masks or of_masks(self.flat, value, self.masks):
+      return at_masks(self.flat, value, self.masks, {})
+    return random_like(value, rng)
 
 
-def _between(flat: Flat, start: Value, end: Value) -> tuple[list[int], list[Value]]:
-  """The positions of the nodes from one value to another, and what else these read."""
-  needed, _ = flat.before([end], [start])
-  moving, positions, outside = {start}, [], dict[Value, None]()
-  for at in needed:
-    node = flat.nodes[at]
-    if any(value in moving for value in node.ins):
-      moving.update(node.outs)
-      positions.append(at)
-      outside.update(dict.fromkeys(v for v in node.ins if v.literal is None))
-  return positions, [value for value in outside if value not in moving]
+def random_like(value: Value, rng: np.random.Generator) -> jax.Array:
+  """Random numbers of the shape and dtype of a value."""
+  dtype = value.aval.dtype
+  if jnp.issubdtype(dtype, jnp.floating):
+    return jnp.asarray(rng.uniform(0.5, 1.5, value.shape) * rng.choice([-1, 1], value.shape), dtype)
+  return jnp.asarray(rng.integers(0, 2, value.shape), dtype)

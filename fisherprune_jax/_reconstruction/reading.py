@@ -1,7 +1,7 @@
 """Which columns of a product's operand the features of masks are."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 
 from fisherprune_jax._graph.program import Value
 from fisherprune_jax._reconstruction.consumers import Use
-from fisherprune_jax._reconstruction.flat import Flat
+from fisherprune_jax._reconstruction.flat import Env, Flat
 from fisherprune_jax._reconstruction.products import operand_matrix, row_step
 
 MOST_ROWS = 4096
@@ -96,11 +96,18 @@ def of_masks(flat: Flat, value: Value, masks: Mapping[Value, int]) -> list[Value
 
 def _codes(flat: Flat, value: Value, leaf: Value, masks: Mapping[Value, int]) -> jax.Array:
   """The number of the feature of one mask at each entry of a value, from 1; 0 where there is none."""
-  env: dict[Value, Any] = {v: jnp.ones(v.shape, jnp.float32) for v in masks} | dict(flat.program.consts)
   numbers = jnp.arange(1, leaf.aval.size + 1, dtype=jnp.float32).reshape(leaf.shape)
-  (dead,) = flat.get([value], {**env, leaf: jnp.zeros(leaf.shape, jnp.float32)})
-  (code,) = flat.get([value], {**env, leaf: numbers})
-  return jnp.where(dead == 0, code, 0)
+  whole, dead, code = (
+    at_masks(flat, value, masks, given) for given in ({}, {leaf: jnp.zeros(leaf.shape)}, {leaf: numbers})
+  )
+  is_one = (dead == 0) & (whole != 0)
+  return jnp.where(is_one, jnp.round(code / jnp.where(is_one, whole, 1)), 0)
+
+
+def at_masks(flat: Flat, value: Value, masks: Iterable[Value], given: Env) -> jax.Array:
+  """A value that is made of masks, at some masks; others are ones."""
+  ones = {v: jnp.ones(v.shape, jnp.float32) for v in masks}
+  return flat.get([value], {**ones, **dict(flat.program.consts), **given})[0]
 
 
 def _by_row(size: int, mask: int, codes: np.ndarray) -> Iterator[Reading]:

@@ -1,13 +1,10 @@
 """What training after pruning adds, by labels and by the dense network's outputs (distillation).
 
   python benchmarks/distillation.py --out benchmarks/results/distillation.json
-  python benchmarks/distillation.py --tasks encoder --seeds 1 --out benchmarks/results/encoder_training.json
 
 Networks of ``quality.py`` start from the masks of ``Pruner.one_shot``, with and without refitted parameters, and train for 20
 epochs. The teacher is the dense network: cross entropy with its probabilities at a temperature. Validation examples choose
-the learning rate; numbers are of test examples. The encoder has no labels: it learns the dense outputs, with noise, for 40,
-200 and 1,400 steps; the longest run takes the learning rate that was best for 200. Prints the tables of
-``docs/distillation.md``.
+the learning rate; numbers are of test examples. Prints the tables of ``docs/distillation.md``.
 """
 
 import argparse
@@ -22,14 +19,13 @@ import numpy as np
 import optax
 import tables
 from quality import Bench, Net
-from quality_tasks import TASKS, Data, Task, sentences, teacher
+from quality_tasks import TASKS, Data
 
 import fisherprune_jax as fp
 
 RATES = (3e-4, 1e-3, 3e-3)
 TEMPERATURES = {"trained by labels": None, "distilled, T = 1": 1.0, "distilled, T = 4": 4.0}
 BATCHES, EXAMPLES = 16, 1024
-STEPS, ENCODER_RATES = (40, 200, 1400), (5e-5, 1e-4, 2e-4, 5e-4)
 
 
 def distance(logits: jax.Array, labels: jax.Array, wanted: jax.Array, temperature: float | None) -> jax.Array:
@@ -94,48 +90,6 @@ def run(name: str, seed: int) -> dict[str, Any]:
   return found
 
 
-def run_encoder(seed: int) -> dict[str, Any]:
-  """The agreement of the encoder at half of its multiply-accumulates, by start, after some numbers of steps."""
-  task, (apply, variables, _) = TASKS["encoder"], teacher()
-  data, validation, test = sentences()
-  batches = np.split(data[0][:EXAMPLES], BATCHES)
-  pruner = fp.Pruner(apply, variables, batches[0], keep=0.5, measure="macs")
-  found: dict[str, Any] = {"dense": 100.0}
-  for start, refits in (("masks", False), ("one_shot", True)):
-    small = pruner.compact(*pruner.one_shot(variables, batches, reconstruct=refits))
-
-    def score(params: Any, part: Data, small: fp.Compact = small) -> float:
-      return float(np.mean(task.score(jax.jit(small)({"params": params}, part[0]), part[1])))
-
-    found[start] = [score(small.variables["params"], test)]
-    rates: tuple[float, ...] = ENCODER_RATES
-    for steps in STEPS:
-      nets = {rate: taught(task, small, data, steps, rate, seed) for rate in rates}
-      best = max(nets, key=lambda rate: score(nets[rate], validation))
-      found[start].append(score(nets[best], test))
-      rates = (best,) if steps == STEPS[-2] else rates
-      print(f"{start}, {steps} steps: {found[start][-1]:.2f} at {best}", flush=True)
-  return found
-
-
-def taught(task: Task, small: fp.Compact, data: Data, steps: int, rate: float, seed: int) -> Any:
-  """The parameters of a small network after some steps."""
-  params, rng = small.variables["params"], np.random.default_rng(seed)
-  tx = task.optimizer(optax.cosine_decay_schedule(rate, steps))
-
-  @jax.jit
-  def step(params: Any, state: Any, ids: jax.Array, wanted: jax.Array) -> Any:
-    grads = jax.grad(lambda params: task.loss(small({"params": params}, ids), wanted).mean())(params)
-    updates, state = tx.update(grads, state, params)
-    return optax.apply_updates(params, updates), state
-
-  state = tx.init(params)
-  for _ in range(steps):
-    rows = rng.choice(len(data[0]), task.batch, replace=False)
-    params, state = step(params, state, *(part[rows] for part in data))
-  return params
-
-
 def main() -> None:
   """Runs all tasks and prints their tables."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,10 +100,10 @@ def main() -> None:
   found: dict[str, list[Any]] = {}
   for name in options.tasks:
     for seed in range(options.seeds):
-      found.setdefault(name, []).append(run_encoder(seed) if name == "encoder" else run(name, seed))
+      found.setdefault(name, []).append(run(name, seed))
       if options.out:
         options.out.write_text(json.dumps(found, indent=1) + "\n")
-  print(tables.steps(found) if "encoder" in found else tables.trained(found))
+  print(tables.trained(found))
 
 
 if __name__ == "__main__":

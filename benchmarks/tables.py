@@ -125,14 +125,6 @@ def trained(found: Any) -> str:
   return "\n\n".join(parts)
 
 
-def steps(found: Any) -> str:
-  """The encoder of ``distillation.py``."""
-  (runs,) = found.values()
-  rows = [[way, *means(run[way] for run in runs)] for way in ("masks", "one_shot")]
-  head = ["**encoder**, 50 % of the MACs", "0 steps", "40 steps", "200 steps", "1,400 steps"]
-  return grid(head, (), rows)
-
-
 def agreements(found: Any) -> str:
   """``peers.py`` and ``peers_training.py``: agreement of the encoder by both libraries."""
   shown = {name: row for name, row in found["rows"].items() if name != "check"}
@@ -177,7 +169,6 @@ TABLES: dict[str, Callable[[Any], str]] = {
   "ucr": series,
   "magika": files,
   "distillation": trained,
-  "encoder_training": steps,
 }
 
 
@@ -197,7 +188,7 @@ def main() -> None:
   write(readme, "results", table(HERE, before))
   for name, tabled in TABLES.items():
     if (file := HERE / "results" / f"{name}.json").exists():
-      page = "distillation.md" if tabled in (trained, steps) else "benchmarks.md"
+      page = "distillation.md" if tabled is trained else "benchmarks.md"
       write(docs / page, name, "\n" + tabled(json.loads(file.read_text())) + "\n")
     else:
       print(f"{file} does not exist, so its table stays as it is")

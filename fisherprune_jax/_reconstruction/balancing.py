@@ -25,7 +25,7 @@ from fisherprune_jax._reconstruction.flat import Compiled
 from fisherprune_jax._reconstruction.importance import stride
 from fisherprune_jax._reconstruction.products import HIGHEST, operand_matrix
 from fisherprune_jax._reconstruction.proving import is_same
-from fisherprune_jax._reconstruction.settling import bias_columns
+from fisherprune_jax._reconstruction.settling import Columns, bias_columns
 from fisherprune_jax._types import PyTree
 
 
@@ -86,6 +86,7 @@ class _Job:
     self.traced, self.variables, self.compiled = traced, variables, compiled
     self.leaves = jax.tree.leaves(variables)
     self.moments: dict[tuple[int, int], np.ndarray] = {}
+    self.biases: dict[int, Columns | None] = {}
 
   def is_proven(self, parts: Sequence[_Part]) -> bool:
     """Whether any change of basis of these parts leaves the network as it is."""
@@ -172,13 +173,20 @@ class _Job:
 
   def _changing(self, side: Side) -> Iterator[tuple[int, np.ndarray]]:
     """The leaves, and the entries in them, that a change of one side multiplies."""
-    product, flat = self.traced.products[side.product], self.traced.flat
+    product = self.traced.products[side.product]
     yield product.leaf, self._places(side)
-    columns = bias_columns(flat, product, flat.env(self.variables), self.compiled) if side.is_made else None
+    columns = self._biases(side.product) if side.is_made else None
     if columns is not None and product.bias is not None:
       places = columns.entries.reshape(-1)[list(side.columns)][None]
       if places.min() >= 0:
         yield product.bias.leaf, places
+
+  def _biases(self, product: int) -> Columns | None:
+    if product not in self.biases:
+      flat = self.traced.flat
+      given = flat, self.traced.products[product], flat.env(self.variables), self.compiled
+      self.biases[product] = bias_columns(*given)
+    return self.biases[product]
 
 
 def _balancing(left: np.ndarray, right: np.ndarray, smallest: float) -> tuple[np.ndarray, np.ndarray]:

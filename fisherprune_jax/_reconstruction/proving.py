@@ -34,21 +34,20 @@ def is_same(
     traced: the network.
     makers: the positions of the products whose results change.
     ends: the positions of the products that sum over them.
-    leaves: the variables, for their shapes.
+    leaves: the variables, with masks of ones.
     change: the change of the leaves of the variables.
   """
   flat, rng = traced.flat, np.random.default_rng(1)
   inside, edge = _region(flat, makers, set(ends))
   made = {value for at in inside for value in flat.nodes[at].outs}
   read = [v for at in inside for v in flat.nodes[at].ins if v.literal is None and v not in made]
-  if not all(
-    np.issubdtype(v.aval.dtype, np.number) or v.aval.dtype == bool or v.aval.dtype == jnp.bfloat16
-    for v in read
-  ):
+  strange = jax.dtypes.extended, jnp.complexfloating
+  if any(jnp.issubdtype(value.aval.dtype, kind) for value in read for kind in strange):
     return False
   outside = {value: random_like(value, rng) for value in dict.fromkeys(read) if value in flat.varies}
+  _, needed = flat.before(edge, [*flat.variables, *outside])
   drawn = [
-    jnp.ones_like(leaf) if value in traced.masks or not _is_real(value) else random_like(value, rng)
+    random_like(value, rng) if value in needed and value not in traced.masks else leaf
     for value, leaf in zip(flat.variables, leaves, strict=True)
   ]
 

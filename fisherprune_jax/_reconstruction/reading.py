@@ -96,17 +96,21 @@ def of_masks(flat: Flat, value: Value, masks: Mapping[Value, int]) -> list[Value
 
 def _codes(flat: Flat, value: Value, leaf: Value, masks: Mapping[Value, int]) -> jax.Array:
   """The number of the feature of one mask at each entry of a value, from 1; 0 where there is none."""
-  numbers = jnp.arange(1, leaf.aval.size + 1, dtype=jnp.float32).reshape(leaf.shape)
-  whole, dead, code = (
-    at_masks(flat, value, masks, given) for given in ({}, {leaf: jnp.zeros(leaf.shape)}, {leaf: numbers})
-  )
+  positions, _ = flat.before([value], flat.variables)
+  kinds = [leaf.aval.dtype, *(out.aval.dtype for at in positions for out in flat.nodes[at].outs)]
+  exact = min(2 / float(jnp.finfo(kind).eps) for kind in kinds if jnp.issubdtype(kind, jnp.floating))
+  if leaf.aval.size > exact:  # as of masks that are cast to bfloat16: its numbers are too coarse to tell
+    return jnp.zeros(value.shape)
+  zeros = jnp.zeros(leaf.shape, leaf.aval.dtype)
+  numbers = jnp.arange(1, leaf.aval.size + 1, dtype=zeros.dtype).reshape(leaf.shape)
+  whole, dead, code = (at_masks(flat, value, masks, given) for given in ({}, {leaf: zeros}, {leaf: numbers}))
   is_one = (dead == 0) & (whole != 0)
   return jnp.where(is_one, jnp.round(code / jnp.where(is_one, whole, 1)), 0)
 
 
 def at_masks(flat: Flat, value: Value, masks: Iterable[Value], given: Env) -> jax.Array:
   """A value that is made of masks, at some masks; others are ones."""
-  ones = {v: jnp.ones(v.shape, jnp.float32) for v in masks}
+  ones = {v: jnp.ones(v.shape, v.aval.dtype) for v in masks}
   return flat.get([value], {**ones, **dict(flat.program.consts), **given})[0]
 
 

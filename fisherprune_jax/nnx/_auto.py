@@ -36,7 +36,7 @@ class AutoMasked(nnx.Module):
 
   @property
   def groups(self) -> tuple[Group, ...]:
-    """The groups: what can be pruned."""
+    """What can be pruned."""
     return self._found.groups
 
   @property

@@ -6,7 +6,8 @@
 
 ``encoder`` is the pretrained sentence encoder of ``quality.py``: agreement with the dense network, 100 x cosine, on 500
 docstrings. ``residual`` is a residual network with batch norm, trained on signals of ten classes until it has learnt them by
-heart: test accuracy. Calibration takes 1,024 examples without labels; with another number, only ``one_shot`` is measured. Prints the tables of ``docs/benchmarks.md``.
+heart: test accuracy. Calibration takes 1,024 examples without labels. With another number, only ``one_shot`` is measured.
+Prints the tables of ``docs/benchmarks.md``.
 """
 
 import argparse

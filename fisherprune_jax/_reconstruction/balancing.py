@@ -110,9 +110,8 @@ class _Job:
 
     @jax.jit
     def measured(leaves: list[Any], arrays: list[Any]) -> list[jax.Array]:
-      given = zip([*flat.variables, *flat.arguments], [*leaves, *arrays], strict=True)
-      env, found = {**dict(flat.program.consts), **dict(given)}, []
-      operands = flat.get([flat.nodes[at].ins[mine] for at, mine in places], env)
+      operands = flat.get([flat.nodes[at].ins[mine] for at, mine in places], flat.env(leaves, arrays))
+      found = []
       for (at, mine), x in zip(places, operands, strict=True):
         x = operand_matrix(flat.nodes[at], 1 - mine, x).astype(jnp.float32)
         x = jnp.where(jnp.isfinite(x), x, 0)

@@ -3,6 +3,7 @@
 Queries and keys of a head are such a bottleneck, values and what reads them another.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +15,18 @@ from fisherprune_jax._graph.program import Value
 from fisherprune_jax._reconstruction.consumers import LINEAR, Consumer, Use
 from fisherprune_jax._reconstruction.fitting import Traced
 from fisherprune_jax._reconstruction.flat import Compiled, Flat
-from fisherprune_jax._reconstruction.products import operand_matrix, result_matrix
-from fisherprune_jax._reconstruction.reading import Reading, at_masks, of_masks, readings
+from fisherprune_jax._reconstruction.products import operand_matrix, result_matrix, shapes_of
+from fisherprune_jax._reconstruction.reading import (
+  Reading,
+  at_masks,
+  binary_digits,
+  from_digits,
+  of_masks,
+  readings,
+)
 
 PASSED = (*LINEAR, "concatenate", "dot_general")
 """What may lie between the product that makes features and the one that sums over them, besides products with parameters."""
-
-
 ROWS, SAME = 4, 1e-4
 """Of so many rows of an operand, and up to this relative difference, what features are multiplied by is compared."""
 
@@ -67,7 +73,7 @@ def bottlenecks(traced: Traced, compiled: Compiled) -> dict[tuple[int, int], lis
     consumer.uses[0].at: (1 - consumer.uses[0].side, uses[0])
     for consumer, uses in zip(traced.consumers, traced.readings, strict=True)
   }
-  network = _Network(flat, single, traced.masks, compiled)
+  network = _Network(flat, products, single, traced.masks, compiled)
   found: dict[tuple[int, int], list[Block]] = {}
   for at, node in enumerate(flat.nodes):
     if node.name != "dot_general" or not jnp.issubdtype(node.outs[0].aval.dtype, jnp.floating):
@@ -150,9 +156,18 @@ def _alike(maker: _Maker, groups: np.ndarray, columns: np.ndarray) -> np.ndarray
 
 
 class _Network(NamedTuple):
-  """A network, its products with parameters by the position of their node, its masks, and where programs are kept."""
+  """A network.
+
+  Attributes:
+    flat: the network.
+    products: its products with parameters.
+    single: the numbers of those that are used once, by the position of their node.
+    masks: the leaves that are masks, and the position of each among them.
+    compiled: keeps programs.
+  """
 
   flat: Flat
+  products: Sequence[Consumer]
   single: Mapping[int, int]
   masks: Mapping[Value, int]
   compiled: Compiled
@@ -191,12 +206,10 @@ class _Network(NamedTuple):
     maker, node = flat.nodes[made], flat.nodes[at]
     (result,), operand = maker.outs, node.ins[mine]
     positions, outside = self._between(result, operand)
-    side = 0 if maker.ins[0] not in flat.varies else 1
-    like = jnp.ones(result.shape, jnp.float32)
-    groups, rows, columns = jax.eval_shape(lambda y: result_matrix(maker, side, y), like).shape
+    side = self.products[self.single[made]].uses[0].side
+    groups, rows, columns = map(math.prod, shapes_of(maker, side))
     rng, count = np.random.default_rng(0), groups * columns
-    digits = np.arange(max(1, (count - 1).bit_length()))[:, None]
-    changes = np.concatenate([np.ones((1, count)), np.arange(count) >> digits & 1])
+    changes = np.concatenate([np.ones((1, count)), binary_digits(count)])
 
     def arrived(like: jax.Array, changes: jax.Array, around: list[Any]) -> tuple[jax.Array, ...]:
       y = like.astype(result.aval.dtype)
@@ -214,9 +227,9 @@ class _Network(NamedTuple):
       return is_all, is_none, jnp.any(one != 0, 1), one[:, :ROWS].astype(jnp.float32)
 
     around = [self._like(value, rng) for value in outside]
-    args = (like, jnp.asarray(changes, jnp.float32), around)
+    args = (jnp.ones(result.shape, jnp.float32), jnp.asarray(changes, jnp.float32), around)
     is_all, is_none, is_there, gains = map(np.asarray, self.compiled(arrived, *args)(*args))
-    number = np.sum(is_all << digits[:, :, None], 0)
+    number = np.asarray(from_digits(is_all))
     is_clear = is_there & (is_all | is_none).all(0) & (number < count)
     return np.where(is_clear, number, -1), gains
 

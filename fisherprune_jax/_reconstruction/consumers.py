@@ -1,7 +1,7 @@
 """Consumers: the products whose parameters can be refitted, and where what they add to is complete.
 
-A product is refitted so that its *settling point* is what it was: the value after the additions that follow it (bias,
-residual, the affine map of a norm), before anything that is not linear or that is read twice.
+A product is refitted so that its *settling point* is what it was. That is the value after the additions that follow (bias,
+residual, the affine map of a norm). It lies before anything that is not linear or that is read twice.
 """
 
 from collections.abc import Iterator, Sequence

@@ -120,13 +120,14 @@ class Fit:
     self.compiled = Compiled()
     self.left_alone: list[LeftAlone] = []
     found: dict[Any, Traced] = {}
+    parameters = trained(tree)
     for number, batch in enumerate(batches):
       key = signature(batch)
       if key not in found:
         flat = flatten_network(apply_fn, tree.variables, batch)
         masks = {value: at for at, value in enumerate(itertools.compress(flat.variables, tree.flags))}
-        here = find(flat, trained(tree), changed(flat, masks))
-        found[key] = Traced(flat, masks, here.consumers, trained(tree))
+        here = find(flat, parameters, changed(flat, masks))
+        found[key] = Traced(flat, masks, here.consumers, parameters)
         self.left_alone = here.left_alone
       found[key].numbers.append(number)
       found[key].batches.append([jnp.asarray(x) for x in jax.tree.leaves(batch)])

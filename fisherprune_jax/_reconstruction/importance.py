@@ -1,14 +1,14 @@
 r"""Importance of features once what reads them is refitted.
 
-The importance of a feature alone, in nats, says how much it is worth as long as nothing makes up for it. Least squares on
-what reads a group makes up for most of it. How much is left, feature by feature, follows from second moments of the dense
-network (``surgeon.py``): of the operand X of every product with parameters W, and of the gradient g of random projections
-of the network's outputs by the product's result. An error e of the result costs about
+The importance of a feature alone, in nats, is the damage of its removal if nothing makes up for it. Least squares on the
+parameters that read a group makes up for most of that damage. The rest follows from second moments of the dense network
+(``surgeon.py``). They are of the operand X of every product with parameters W, and of the gradient g of random projections of
+the outputs by the product's result. An error e of the result costs about
 
 .. math:: \tfrac12 \, \mathrm{mean} \, (g^\top e)^2 = \tfrac12 \, e^\top A e, \qquad A = \mathrm{mean} \, g g^\top
 
-for every row. Rows are not independent, so that is right up to a factor; the median of the ratio to the importance of
-features alone corrects it for each group.
+for every row. Rows are not independent, so this is right up to a factor. For each group, the median ratio to the importance
+of features alone corrects it.
 """
 
 import functools

@@ -52,9 +52,7 @@ def is_same(
   ]
 
   def values(leaves: list[Any]) -> list[jax.Array]:
-    return flat.get(
-      edge, {**dict(flat.program.consts), **dict(zip(flat.variables, leaves, strict=True)), **outside}
-    )
+    return flat.get(edge, {**flat.env(leaves), **outside})
 
   after = change(drawn)
   kinds = [value.aval.dtype for value in (*made, *read) if _is_real(value)]

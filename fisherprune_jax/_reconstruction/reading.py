@@ -96,16 +96,24 @@ def of_masks(flat: Flat, value: Value, masks: Mapping[Value, int]) -> list[Value
 
 def _codes(flat: Flat, value: Value, leaf: Value, masks: Mapping[Value, int]) -> jax.Array:
   """The number of the feature of one mask at each entry of a value, from 1; 0 where there is none."""
-  positions, _ = flat.before([value], flat.variables)
-  kinds = [leaf.aval.dtype, *(out.aval.dtype for at in positions for out in flat.nodes[at].outs)]
-  exact = min(2 / float(jnp.finfo(kind).eps) for kind in kinds if jnp.issubdtype(kind, jnp.floating))
-  if leaf.aval.size > exact:  # as of masks that are cast to bfloat16: its numbers are too coarse to tell
-    return jnp.zeros(value.shape)
-  zeros = jnp.zeros(leaf.shape, leaf.aval.dtype)
-  numbers = jnp.arange(1, leaf.aval.size + 1, dtype=zeros.dtype).reshape(leaf.shape)
-  whole, dead, code = (at_masks(flat, value, masks, given) for given in ({}, {leaf: zeros}, {leaf: numbers}))
-  is_one = (dead == 0) & (whole != 0)
-  return jnp.where(is_one, jnp.round(code / jnp.where(is_one, whole, 1)), 0)
+  bits = binary_digits(leaf.aval.size)
+  rows = np.concatenate([np.zeros((1, leaf.aval.size)), np.ones((1, leaf.aval.size)), bits])
+  given = jnp.asarray(rows.reshape(-1, *leaf.shape), leaf.aval.dtype)
+  dead, whole, *found = jax.vmap(lambda mask: at_masks(flat, value, masks, {leaf: mask}))(given)
+  is_all, is_none = (jnp.stack(found) == wanted for wanted in (whole, dead))
+  is_one = (dead == 0) & (whole != 0) & jnp.all(is_all | is_none, 0)
+  return jnp.where(is_one, 1 + from_digits(is_all), 0).astype(jnp.float32)
+
+
+def binary_digits(count: int) -> np.ndarray:
+  """The digits of the numbers below ``count``, ``(digits, count)``, lowest first: exact in any dtype, as the numbers are not."""
+  return np.arange(count) >> np.arange(max(1, (count - 1).bit_length()))[:, None] & 1
+
+
+def from_digits(digits: jax.typing.ArrayLike) -> jax.Array:
+  """The numbers that binary digits ``(digits, ...)`` are."""
+  digits = jnp.asarray(digits, jnp.int32)
+  return jnp.tensordot(2 ** jnp.arange(len(digits), dtype=jnp.int32), digits, 1)
 
 
 def at_masks(flat: Flat, value: Value, masks: Iterable[Value], given: Env) -> jax.Array:

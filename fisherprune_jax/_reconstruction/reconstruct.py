@@ -26,9 +26,9 @@ def reconstruct(
 ) -> PyTree:
   r"""Refit the parameters that read masked features, so that the masked network does what the dense one did.
 
-  One product after the other, in the order of the program, gets the parameters W with the least squared error on the
-  batches: of the value after the additions that follow (bias, residual, the affine map of a norm), against the dense
-  network's. X is the product's operand in the masked network so far, T what it has to come to:
+  Products are refitted one after the other, in the order of the program. Each gets the parameters W with the least squared
+  error on the batches. The error is that of the value after the next additions (bias, residual, the affine map of a norm),
+  against the dense network. X is the product's operand in the masked network so far, T the result that it should have:
 
   .. math:: \min_{W'} \; \| X W' - T \|^2 + \lambda \| W' - W \|^2
 

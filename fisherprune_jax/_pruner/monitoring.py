@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from fisherprune_jax._auto.auto import AutoMask
 from fisherprune_jax._cost.cost import CostModel
@@ -41,6 +42,21 @@ class Monitor(Shown):
       check_masks(opt_state, self.cost.masks, "fp.Pruner")
       return opt_state
     return get_masks(self._state(opt_state))
+
+  def config(self, opt_state: PyTree) -> dict[str, int | tuple[int, ...]]:
+    """The width of every mask by name, for a model's configuration.
+
+    Args:
+      opt_state: the state of the wrapped optimizer, or masks.
+
+    Returns:
+      Numbers of live features. A stack of masks, as of ``nn.scan``, has one number if all layers are equally wide, otherwise
+      one for each layer.
+    """
+    widths: dict[str, list[int]] = {}
+    for name, row in named_rows(self.masks(opt_state)):
+      widths.setdefault(name.split("[")[0], []).append(int(jnp.sum(row)))
+    return {name: found[0] if len({*found}) == 1 else tuple(found) for name, found in widths.items()}
 
   def summary(self, opt_state: PyTree) -> str:
     """A table of masks: live features, importance, share of the cost; see :func:`summary`."""

@@ -52,7 +52,8 @@ class Pruner(Monitor):
     select: which groups :func:`auto_mask` masks: a predicate on :class:`Group`, or names; None for all.
     blocks: whether :func:`auto_mask` masks whole residual branches too.
     batch_axes: the example axes of ``args``, like ``jax.vmap``'s ``in_axes``.
-    **options: other options of :func:`fisher_prune`, such as ``min_features``, ``exclude``, ``axis_name``.
+    **options: other options of :func:`fisher_prune`, such as ``min_features``, ``exclude``, ``axis_name``. ``depth=n`` keeps n
+      of the residual blocks and needs ``blocks=True``; their number falls like the budget. With ``keep=1.0`` widths stay.
 
   Attributes:
     auto: the automatic masks; None if the variables hold masks.
@@ -120,7 +121,9 @@ class Pruner(Monitor):
     self.target, self._is_family = min(self._targets), isinstance(keep, Sequence)
     self._start, self._stop, self._every = start, stop, every
     self._method, self._options = method, options
-    check_reachable(self.cost, self.target, Options(self.cost, method=method, **options).floors)
+    checked = Options(self.cost, method=method, **options)
+    self._blocks = int(checked.rows.blocks.sum())
+    check_reachable(self.cost, self.target, checked.floors)
 
   @property
   def groups(self) -> tuple[Group, ...]:
@@ -272,6 +275,9 @@ class Pruner(Monitor):
 
   def _pruning(self) -> optax.GradientTransformationExtraArgs:
     assert self._stop is not None
+    options = dict(self._options)
+    if isinstance(depth := options.get("depth"), int):
+      options["depth"] = falling(self._blocks, depth, self._start, self._stop)
     return fisher_prune(
       self.cost,
       prune_every=self._every,
@@ -279,5 +285,5 @@ class Pruner(Monitor):
       target=falling(self.cost.dense, self.target, self._start, self._stop),
       features_per_prune=flatten(self.cost.masks).size,
       method=self._method,
-      **self._options,
+      **options,
     )

@@ -28,6 +28,7 @@ class Rows:
     multiples: the divisor of each row's width above the floor.
     together: a number for each row, shared by tied rows.
     exact: whether each row shrinks to its floor whatever the cost.
+    blocks: whether each row masks a residual block.
   """
 
   starts: np.ndarray
@@ -35,6 +36,7 @@ class Rows:
   multiples: np.ndarray
   together: np.ndarray
   exact: np.ndarray
+  blocks: np.ndarray
 
   @property
   def key(self) -> tuple[bytes, ...]:
@@ -93,6 +95,16 @@ class Rows:
   def owed(self, alive: jax.Array) -> jax.Array:
     """Per feature, whether its row is above its exact width."""
     return (self.exact & (self.widths(alive) > self.floors))[self._row]
+
+  def is_block(self) -> jax.Array:
+    """Per feature, whether it is a residual block."""
+    return jnp.asarray(self.blocks[self._row])
+
+  def surplus(self, alive: jax.Array, depth: jax.typing.ArrayLike) -> jax.Array:
+    """Per feature, whether it is a block that may go, as more than ``depth`` blocks are live; tied blocks count as several."""
+    live = alive & self.is_block()
+    sizes = self.add_up(live.astype(jnp.int32))[self.unit]
+    return live & (sizes <= jnp.sum(live) - depth) & (self.spare(alive) > 0)
 
   def next_bundle(self, alive: jax.Array) -> jax.Array:
     """Per feature, the number that its row loses next; 0 at the floor."""
@@ -154,6 +166,7 @@ def rows_of(masks: Masks, floors: Masks, multiple_of: Multiple, tie: Sequence[st
     np.asarray([math.lcm(*(multiples[row] for row in rows)) for rows in of_unit]),
     together,
     np.asarray([exact[rows].any() for rows in of_unit]),
+    np.asarray([fits(name, BLOCKS) for name in names]),
   )
 
 

@@ -24,7 +24,7 @@ from fisherprune_jax._training.options import Options
 from fisherprune_jax._training.selection import rescaled
 from fisherprune_jax._types import Masks
 
-ALLOWED = ("cost_weight", "min_features", "exclude", "multiple_of", "tie", "recost_every", "masks")
+ALLOWED = ("cost_weight", "min_features", "exclude", "multiple_of", "tie", "depth", "recost_every", "masks")
 """Options of ``fisher_prune`` that ``select_masks`` takes."""
 MOST_KEPT = 8
 """The number of compiled programs that are kept for one cost."""
@@ -43,11 +43,11 @@ def select_masks(
     cost: the cost model.
     importance: one number per feature, a tree like the masks, such as :func:`estimate_importance` returns.
     target: the cost per example to come down to, in the unit of the cost. A sequence gives nested masks, one set per
-      target. None with ``widths`` alone.
+      target. None with ``widths`` or ``depth`` alone.
     widths: a mapping from glob patterns of mask names to exact numbers of features, such as
       ``{"conv*": 16, "head": 10}``. Without a target, other masks keep all features.
     **options: options of :func:`fisher_prune`: ``cost_weight``, ``min_features``, ``exclude``, ``multiple_of``,
-      ``tie``, ``recost_every``, and ``masks`` to start from.
+      ``tie``, ``depth``, ``recost_every``, and ``masks`` to start from.
 
   Returns:
     0/1 masks, float32; a list for a sequence of targets.
@@ -78,8 +78,8 @@ def select_masks(
     target = target.tolist()
   if isinstance(target, Sequence) and not isinstance(target, str):
     return _family(cost, importance, target, widths, options)
-  if target is not None or widths is None:
-    remedy = "To come down to given numbers of features instead, leave it out and pass widths."
+  if target is not None or (widths is None and options.get("depth") is None):
+    remedy = "To come down to given numbers of features instead, leave it out and pass widths or depth."
     valid = target is not None and is_number(target) and target > 0
     require(valid, "target must be a positive number", target, remedy)
   chosen = Options(
@@ -126,14 +126,17 @@ def _family(
 def _program(options: Options, weight: Any) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """The compiled selection for a cost and options; targets, weights and importance are its arguments."""
   flat, word = options.cost.flat, weight if isinstance(weight, str) else None
-  key = (word, options.at_once, options.widths is None, *options.rows.key)
+  depth = options.depth_at(jnp.int32(1))
+  key = (word, options.at_once, options.widths is None, options.depth, *options.rows.key)
 
   def run(masks: Masks, importance: Masks, limit: Limit | None, weight: Any) -> tuple[jax.Array, jax.Array]:
     def price(alive: jax.Array) -> Priced:
       found = flat.price(alive, limit)
-      return found._replace(too_much=options.must_go_on(alive, found.too_much, limit is not None, True))
+      return found._replace(
+        too_much=options.must_go_on(alive, found.too_much, limit is not None, True, depth)
+      )
 
-    select = options.selection(price, weight if word is None else word)
+    select = options.selection(price, weight if word is None else word, depth)
     vector = rescaled(flatten(importance).astype(jnp.float32))
     left = select.run(flatten(masks) > 0, vector, jnp.bool_(True), jnp.bool_(False))
     return left.alive.astype(jnp.float32), left.exhausted

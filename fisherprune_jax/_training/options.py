@@ -127,6 +127,12 @@ def _method(name: str, value: Any) -> None:
   criterion_of(value, name)
 
 
+def _depth(name: str, value: Any) -> None:
+  """A schedule is known only in training."""
+  if not callable(value):
+    _integer(least=0, optional=True)(name, value)
+
+
 def _flag(name: str, value: Any) -> None:
   if not isinstance(value, bool | np.bool_ | int):
     raise TypeError(f"{name} must be True or False, got {describe(value)}.")
@@ -157,6 +163,7 @@ class Options:
   multiple_of: Annotated[Multiple | None, Fixed()] = None
   tie: Annotated[Sequence[str], Fixed(_patterns)] = ()
   widths: Annotated[Widths | None, Fixed()] = None
+  depth: Annotated[int | optax.Schedule | None, Fixed(_depth)] = None
   recost_every: Annotated[int | None, Fixed(_integer(least=1, optional=True))] = None
   axis_name: Annotated[AxisNames, Fixed()] = None
   masks: Annotated[Masks | None, Fixed()] = None
@@ -170,9 +177,28 @@ class Options:
       self.rows,
       self.criterion,
     )  # raise if rows do not fit the masks, or the criterion the cost
+    if self.depth is not None:
+      self._check_depth(self.depth)
     if self.masks is not None:
       check_masks(self.masks, self.cost.masks, "the cost model")
       check_floors(self.masks, floors_of(self.cost.masks, self.min_features, widths=self.widths))
+
+  def _check_depth(self, depth: int | optax.Schedule) -> None:
+    """Raise unless the number of residual blocks can come down to a depth."""
+    floors = self.rows.floors[self.rows.blocks]
+    if not floors.size:
+      raise ValueError(
+        f"depth={depth} needs masks of residual blocks, got a cost without any. Pass blocks=True to fp.Pruner or fp.auto_mask."
+      )
+    if callable(depth):
+      return
+    require(
+      depth <= floors.size, f"depth must be at most {floors.size}, the number of residual blocks", depth
+    )
+    kept = int(np.sum(floors))
+    require(
+      depth >= kept, f"depth must be at least {kept}, the blocks that min_features and exclude keep", depth
+    )
 
   @functools.cached_property
   def floors(self) -> Masks:
@@ -183,9 +209,13 @@ class Options:
     multiple_of = 1 if self.multiple_of is None else self.multiple_of
     return rows_of(self.cost.masks, self.floors, multiple_of, self.tie, self.widths or {})
 
-  def selection(self, price: Callable[[jax.Array], Priced], weight: Any) -> Selection:
+  def selection(self, price: Callable[[jax.Array], Priced], weight: Any, depth: Any) -> Selection:
     score = scorer(self.cost.dense, weight)
-    return Selection(self.rows, price, score, self.features_per_prune, self.at_once)
+    return Selection(self.rows, price, score, self.features_per_prune, self.at_once, depth)
+
+  def depth_at(self, step: jax.Array) -> Any:
+    """The number of residual blocks to keep at a step, or None."""
+    return self.depth(step) if callable(self.depth) else self.depth
 
   @property
   def at_once(self) -> int:
@@ -197,18 +227,20 @@ class Options:
     waits = self.widths is not None and callable(self.target)
     return self.at("target", step + 1) >= target if waits else True
 
-  def must_go_on(self, alive: jax.Array, above: Any, has_target: Any, settled: Any) -> jax.Array:
+  def must_go_on(self, alive: jax.Array, above: Any, has_target: Any, settled: Any, depth: Any) -> jax.Array:
     """Whether more features have to be masked.
 
     Args:
       alive: the live features, of all masks concatenated.
       above: whether the cost is above the target.
-      has_target: without a target, all features may be masked, or only those of ``widths``.
+      has_target: without a target, all features may be masked, or only those of ``widths`` and ``depth``.
       settled: see ``is_settled``.
+      depth: see ``depth_at``.
     """
-    if self.widths is None:
+    if self.widths is None and depth is None:
       return above | jnp.logical_not(has_target)
-    return (above & has_target) | (settled & jnp.any(self.rows.owed(alive)))
+    more = (above & has_target) | (settled & jnp.any(self.rows.owed(alive)))
+    return more if depth is None else more | jnp.any(self.rows.surplus(alive, depth))
 
   @functools.cached_property
   def criterion(self) -> Criterion:

@@ -84,6 +84,7 @@ class Selection(NamedTuple):
     times: how many features may be masked.
     at_once: features masked before the cost is recomputed; halved when the target would be passed, so that the last
       bundle is masked alone.
+    depth: the number of residual blocks to keep; None if blocks are features like others.
   """
 
   rows: Rows
@@ -91,6 +92,7 @@ class Selection(NamedTuple):
   score: Score
   times: int
   at_once: int
+  depth: jax.typing.ArrayLike | None = None
 
   def run(self, alive: jax.Array, importance: jax.Array, due: jax.Array, exhausted: jax.Array) -> Left:
     """Mask features while the cost is too high; the loop has one call of ``price``, as that is most of the program.
@@ -143,6 +145,14 @@ class Selection(NamedTuple):
     if rows.exact.any():  # exact widths come first, so that other masks keep more
       owed = rows.owed(alive)
       can_go &= owed | ~jnp.any(owed)
+    if (
+      self.depth is not None
+    ):  # blocks come first, one at a time: as long as there are too many, their number is the budget
+      surplus = rows.surplus(alive, self.depth)
+      too_deep = jnp.any(surplus)
+      can_go = jnp.where(too_deep, alive & surplus & jnp.isfinite(importance), can_go & ~rows.is_block())
+      scores = jnp.where(too_deep, importance, scores)
+      cost, count = jnp.where(too_deep, 0, cost), jnp.where(too_deep, 1, count)
     scores = jnp.where(can_go, scores, jnp.inf)
     if rows.are_single:
       return _singles(scores, alive, rows, count, most)

@@ -45,6 +45,7 @@ def fisher_prune(
   multiple_of: Multiple | None = None,
   tie: Sequence[str] = (),
   widths: Widths | None = None,
+  depth: int | optax.Schedule | None = None,
   recost_every: int | None = None,
   axis_name: AxisNames = None,
   masks: Masks | None = None,
@@ -86,6 +87,9 @@ def fisher_prune(
       features together, and their largest floor holds for all.
     widths: a mapping from glob patterns to exact numbers of features. Matching masks are pruned first, down to that
       width. Under a scheduled target they wait until it stops falling. Without a target only they are pruned.
+    depth: the number of residual blocks to keep, exactly; a number or a schedule. It needs masks of blocks (``*.block``, see
+      :func:`auto_mask`). While there are more, blocks go first, those of the lowest importance; then no block goes. Tied
+      blocks go together. Without a target only blocks and ``widths`` are pruned. None treats blocks like other masks.
     recost_every: features masked before the cost is recomputed; larger is faster, and the target is met as exactly.
       None is 1.
     axis_name: a mapped axis (``pmap``, ``shard_map``), or a tuple of axes, to average the importance over; ``()`` if
@@ -203,7 +207,7 @@ def _prune_if_due(
   edited = was_edited(flat.pruned_at, flat.masks, state.cost)
   due = batch.counts & _is_due(state.step, options)
   due &= TARGET.allows(target) & COST_WEIGHT.allows(weight)
-  settled = options.is_settled(target, state.step)
+  settled, depth = options.is_settled(target, state.step), options.depth_at(state.step)
 
   def act() -> _Flat:
     cost, alive = options.cost.flat, flat.masks > 0
@@ -211,9 +215,9 @@ def _prune_if_due(
 
     def price(alive: jax.Array) -> Priced:
       found = cost.price(alive, cost.limit(target))
-      return found._replace(too_much=options.must_go_on(alive, found.too_much, target > 0, settled))
+      return found._replace(too_much=options.must_go_on(alive, found.too_much, target > 0, settled, depth))
 
-    select = options.selection(price, weight)
+    select = options.selection(price, weight, depth)
     left = select.run(alive, rescaled(current), due & valid, state.exhausted & ~edited)
     # Edits since the last step date from that step.
     at = redate(redate(flat.pruned_at, flat.masks, state.step - 1), left.alive, state.step)

@@ -277,7 +277,9 @@ def test_bad_input_is_refused():
     {"w": rng.normal(size=(50, 40)), "masks": jnp.ones(40)},
     jnp.ones((2, 50)),
   )
-  with pytest.warns(UserWarning, match=r"target of 0.5 FLOPs is far below the dense cost of .*pass target=0.5 \* cost.dense"):
+  with pytest.warns(
+    UserWarning, match=r"target of 0.5 FLOPs is far below the dense cost of .*pass target=0.5 \* cost.dense"
+  ):
     fp.fisher_prune(large, target=0.5)
 
 

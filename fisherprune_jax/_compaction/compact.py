@@ -16,12 +16,15 @@ from fisherprune_jax._compaction.plan import check_masks, make_plan
 from fisherprune_jax._compaction.runner import Runner
 from fisherprune_jax._cost.counters import FlopsCounter
 from fisherprune_jax._cost.measures import cost_of
+from fisherprune_jax._errors import require
 from fisherprune_jax._files import PathLike
+from fisherprune_jax._freezing.freezing import Serving
 from fisherprune_jax._graph.blockers import Blocker, Stays, check, what_stays
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.examples import batch_size
 from fisherprune_jax._graph.traced import trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree, abstract, vectors_of
+from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._tables import Shown, Table
 from fisherprune_jax._training.state import make_inert
 from fisherprune_jax._types import ApplyFn, BatchAxes, Picker, PyTree
@@ -52,6 +55,7 @@ class Compact(Shown):
     state_from: Picker | None,
     strict: bool,
     parent: "Compact | None",
+    dense: float | None = None,
   ) -> None:
     examples = batch_size(args, batch_axes)
     traced = trace_apply(apply_fn, tree, args, state_from)
@@ -70,7 +74,7 @@ class Compact(Shown):
     self._cost_model = cost_of(self._analysis, tree, examples, COUNTER)
     self.masks, self.state_from = tree.mask_tree, state_from
     self.cost: float = self._cost_model.exact(self.masks) / examples
-    self.dense: float = parent.dense if parent else self._cost_model.dense
+    self.dense: float = self._cost_model.dense if dense is None else dense
     self.variables = self._plan.present(jax.tree.map(Kept.slice, self._plan.kept, tree.variables))
     self._args = abstract(tuple(args))
     self._originals: PyTree = originals(self._plan.kept, parent._originals if parent else ())
@@ -238,6 +242,7 @@ def compact(
   state_from: Picker | None = None,
   strict: bool = False,
   parent: Compact | None = None,
+  freeze: bool = False,
 ) -> Compact:
   """Remove masked features: a smaller network with the same outputs.
 
@@ -255,6 +260,9 @@ def compact(
     state_from: picks new values of ``variables`` from the output, ``lambda out: out[1]`` for
       ``mutable=["batch_stats"]``. They come back in compact shapes, and do not prevent removal.
     strict: raise if a masked feature cannot be removed.
+    freeze: for serving. What depends on variables alone is computed once (weight norm, spectral norm, weight standardisation,
+      learned queries), and so are tables of constants (rotary angles). Affine maps behind a product or convolution are
+      folded into it (batch norm, layer scale). ``variables`` holds the computed arrays.
     parent: the compact network that ``apply_fn`` runs; ``Compact.kept`` then refers to the network before it. It is
       found if ``apply_fn`` is that network, or wraps it in ``jax.jit``, ``auto_mask`` or ``functools.partial``.
 
@@ -285,6 +293,19 @@ def compact(
   """
   tree = VariableTree(variables, masks)
   check_masks(tree)
+  parent = parent or inside(apply_fn, Compact)
+  dense = parent.dense if parent else None
+  if freeze:
+    require(
+      state_from is None,
+      "freeze=True is for serving, so the network keeps no state: state_from must be None",
+      state_from,
+    )
+    serving = Serving(apply_fn, tree, args, batch_axes)
+    if dense is None:
+      analysis, examples = trace_apply(apply_fn, tree, args).analyse(), batch_size(args, batch_axes)
+      dense = cost_of(analysis, tree, examples, COUNTER).dense
+    apply_fn, tree, parent = serving, VariableTree(serving.variables, COLLECTION), None
   return Compact(
     apply_fn,
     tree,
@@ -293,5 +314,6 @@ def compact(
     keep_masks=keep_masks,
     state_from=state_from,
     strict=strict,
-    parent=parent or inside(apply_fn, Compact),
+    parent=parent,
+    dense=dense,
   )

@@ -20,6 +20,10 @@ from fisherprune_jax._graph import compat
 from fisherprune_jax._types import PyTree, Size
 
 INLINED = frozenset({"jit", "pjit", "closed_call", "core_call", "core_closed_call"})
+CALLS = frozenset(
+  {"remat", "remat2", "checkpoint", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
+)
+"""Calls that matter for derivatives alone."""
 
 
 @dataclass(eq=False, slots=True)
@@ -84,20 +88,26 @@ def trace(fn: Callable[..., PyTree], *args: PyTree) -> tuple[Program, PyTree]:
   return build(jaxpr), out_tree
 
 
-def build(closed: Any, callers: tuple[compat.Equation, ...] = ()) -> Program:
-  """From an open or closed jaxpr, with fresh values."""
+def build(
+  closed: Any, callers: tuple[compat.Equation, ...] = (), inlined: frozenset[str] = INLINED
+) -> Program:
+  """From an open or closed jaxpr, with fresh values; ``inlined`` are the calls that it is written without."""
   jaxpr, consts = compat.open_jaxpr(closed)
   env = {var: Value(var.aval) for var in (*jaxpr.constvars, *jaxpr.invars)}
   constants = [(env[var], const) for var, const in zip(jaxpr.constvars, consts, strict=True)]
   program = Program([env[var] for var in jaxpr.invars], constants)
-  program.outputs = _append(program, jaxpr, env, callers)
+  program.outputs = _append(program, jaxpr, env, callers, inlined)
   if any(node.name == "reshape" for node in program.nodes):
     pick_first(program)
   return program
 
 
 def _append(
-  program: Program, jaxpr: Any, env: dict[Any, Value], callers: tuple[compat.Equation, ...]
+  program: Program,
+  jaxpr: Any,
+  env: dict[Any, Value],
+  callers: tuple[compat.Equation, ...],
+  inlined: frozenset[str] = INLINED,
 ) -> list[Value]:
 
   def read(atom: Any) -> Value:
@@ -105,8 +115,8 @@ def _append(
 
   for eqn in jaxpr.eqns:
     ins = [read(atom) for atom in eqn.invars]
-    if eqn.primitive.name in INLINED:
-      outs = _inline(program, eqn, ins, (*callers, eqn))
+    if eqn.primitive.name in inlined:
+      outs = _inline(program, eqn, ins, (*callers, eqn), inlined)
     else:
       outs = [Value(var.aval) for var in eqn.outvars]
       program.nodes.append(Node(eqn, ins, outs, callers))
@@ -115,14 +125,18 @@ def _append(
 
 
 def _inline(
-  program: Program, eqn: compat.Equation, ins: Sequence[Value], callers: tuple[compat.Equation, ...]
+  program: Program,
+  eqn: compat.Equation,
+  ins: Sequence[Value],
+  callers: tuple[compat.Equation, ...],
+  inlined: frozenset[str],
 ) -> list[Value]:
   (called,) = compat.sub_jaxprs(eqn.params)
   jaxpr, consts = compat.open_jaxpr(called)
   held = [Value(var.aval) for var in jaxpr.constvars]
   program.consts += zip(held, consts, strict=True)
   env = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*held, *ins), strict=True))
-  return _append(program, jaxpr, env, callers)
+  return _append(program, jaxpr, env, callers, inlined)
 
 
 def nodes_of(

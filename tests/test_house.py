@@ -17,7 +17,7 @@ COMPAT = ROOT / "_graph" / "compat.py"
 STOREYS = [
   {"_errors", "_files", "_masks", "_tables", "_types"},
   {"_graph"},
-  {"_cost"},
+  {"_cost", "_freezing"},
   {"_training"},
   {"_compaction"},
   {"_auto", "_latency", "_reconstruction"},

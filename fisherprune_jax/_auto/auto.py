@@ -110,6 +110,7 @@ def auto_mask(
   *args: PyTree,
   select: Select = None,
   blocks: bool = False,
+  rows: bool = False,
   batch_axes: BatchAxes = 0,
 ) -> AutoMask:
   r"""Find what can be pruned in a function without masks, and insert masks.
@@ -129,6 +130,8 @@ def auto_mask(
     *args: example arguments, arrays or ``jax.ShapeDtypeStruct``.
     select: the groups to use: a predicate on :class:`Group`, or names; None for all.
     blocks: whether every residual branch ``x + f(x)`` gets a mask of one entry too.
+    rows: whether rows of tables that are read by number get masks too (embeddings). A masked row reads as zeros; the compact
+      network renumbers the index. Measure the cost in ``"params"`` or ``"memory"``: rows take no FLOPs.
     batch_axes: the example axes of ``args``, like ``jax.vmap``'s ``in_axes``.
 
   Returns:
@@ -156,7 +159,7 @@ def auto_mask(
   """
   paths = _paths(variables)
   batch_size(args, batch_axes)
-  form = study(apply_fn, variables, args, example_axes(args, batch_axes))
+  form = study(apply_fn, variables, args, example_axes(args, batch_axes), rows)
   found = find(form, paths)
   if blocks:
     more, places = find_blocks(form, paths)

@@ -51,17 +51,21 @@ class Axes:
     produced: atoms that a variable brings into an array that depends on the arguments, with that variable.
     bodies: the sub-programs.
     learned: arrays that depend on variables but not on arguments, with their first variable.
+    rows: whether rows of tables, which are read by number, may be masked.
+    looked_up: the atoms of such rows.
     iterations: for a loop that reads or writes an entry of an array per iteration, the atom of its iterations.
   """
 
   live: Liveness
   made: set[Value]
+  rows: bool = False
   atoms: dict[Value, tuple[Atom, ...]] = field(default_factory=dict)
   learned: dict[Value, Value] = field(default_factory=dict)
   readers: list[Reader] = field(default_factory=list)
   produced: list[tuple[Atom, Value]] = field(default_factory=list)
   bodies: list[Body] = field(default_factory=list)
   iterations: dict[Node, Atom] = field(default_factory=dict)
+  looked_up: list[Atom] = field(default_factory=list)
   _operands: dict[tuple[Node, int], tuple[Atom, ...]] = field(default_factory=dict)
   _slices: list[tuple[Atom, Atom]] = field(default_factory=list)
 
@@ -129,7 +133,9 @@ class Axes:
     for name in (name for name in given if name in spec.whole):
       block(factors[name], f"{_reason(node, spec, name)}, at {node.source}")
     for name in (name for name in given if name not in spec.whole):
-      if name not in made:
+      if name == spec.indexed:
+        self._look_up(node, spec, name, factors[name])
+      elif name not in made:
         self._sum(node, spec, name, factors[name])
       elif any(map(self.varies, node.outs)):
         self.produced += [(factors[name], variable) for variable in self._brought(node, spec, name)]
@@ -160,6 +166,17 @@ class Axes:
       self.readers.append(Reader(node, atom, places))
     elif any(map(self.varies, node.outs)):
       block(atom, f"{node.name} sums over it in nothing that could be masked, at {node.source}")
+
+  def _look_up(self, node: Node, spec: Spec, name: Factor, atom: Atom) -> None:
+    """Rows of a variable that are read by number can be masked; those of other arrays cannot."""
+    table = node.ins[0]
+    if not self.rows or table not in self.learned or self.varies(table) or not _is_float(table):
+      block(atom, f"{spec.opaque}, at {node.source}")
+      return
+    self.readers.append(Reader(node, atom, [(0, spec.ins[0].index(name))]))
+    self.looked_up.append(atom)
+    if self.varies(node.outs[0]):
+      self.produced.append((atom, self.learned[table]))
 
   def _links(self, node: Node, found: Sequence[Link], outer_iterations: tuple[Atom, ...]) -> None:
     iterations: Atom | None = None

@@ -42,9 +42,21 @@ class Form:
 
 
 def study(
-  fn: Callable[..., PyTree], variables: PyTree, args: Sequence[PyTree], example_axes: Sequence[int | None]
+  fn: Callable[..., PyTree],
+  variables: PyTree,
+  args: Sequence[PyTree],
+  example_axes: Sequence[int | None],
+  rows: bool = False,
 ) -> Form:
-  """Trace ``fn(variables, *args)`` and tie its axes; ``example_axes`` has an axis or None for each leaf of ``args``."""
+  """Trace ``fn(variables, *args)`` and tie its axes.
+
+  Args:
+    fn: the function.
+    variables: its variables.
+    args: its other arguments.
+    example_axes: an axis or None for each leaf of ``args``.
+    rows: whether rows of tables may be masked.
+  """
   program, out_tree = trace(
     fn, variables, *args
   )  # unchanged arguments: their types carry how they vary over devices
@@ -55,7 +67,7 @@ def study(
   live = Liveness(spec_of)
   live.forward(program, [Info(whole_box(v.shape), varies=at >= count) for at, v in enumerate(program.inputs)])
   given = program.inputs[:count]
-  axes = Axes(live, made_of(program, given, live))
+  axes = Axes(live, made_of(program, given, live), rows)
   axes.learned.update((value, value) for value in given)
   examples = _examples(axes, program.inputs[count:], example_axes)
   axes.walk(program)

@@ -16,7 +16,7 @@ from fisherprune_jax._auto.staying import staying
 from fisherprune_jax._graph import compat
 from fisherprune_jax._graph.program import Program, Value
 
-BLOCK = "block"
+BLOCK, ROWS = "block", "rows"
 NO_AXIS = -1
 """The axis of a variable that has none."""
 
@@ -32,7 +32,8 @@ class Group:
     name: the name of its mask.
     size: the number of features.
     members: ``(path, axis)`` of every variable that shrinks with it, such as ``("params/Conv_0/kernel", 3)``.
-    kind: ``"features"``, or ``"block"`` for a residual branch that is removed as a whole.
+    kind: ``"features"``; ``"block"`` for a residual branch that is removed as a whole; ``"rows"`` for rows of a table that is
+      read by number.
     rows: the leading axes of its mask, with one row per layer of a stack; empty without a stack.
   """
 
@@ -100,17 +101,20 @@ def find(form: Form, paths: Sequence[tuple[str, ...]]) -> Found:
   rows = stacks(axes)
   whole = staying(axes, form.program, form.variables)
   roles = roles_of(axes, set(good))
-  called = unique_names(
-    [(makers[leaf], places[leaf]) for leaf in good], paths, [roles.get(leaf, WIDTH) for leaf in good]
-  )
+  tables = {leaf for atom in axes.looked_up for leaf in leaves(atom)}
+  called: dict[Atom, str] = {}
+  for mine in ([leaf for leaf in good if leaf not in tables], [leaf for leaf in good if leaf in tables]):
+    made = [(makers[leaf], places[leaf]) for leaf in mine]
+    called |= zip(mine, unique_names(made, paths, [roles.get(leaf, WIDTH) for leaf in mine]), strict=True)
   groups = [
     Group(
-      name,
+      f"{called[leaf]}.{ROWS}" if leaf in tables else called[leaf],
       leaf.size,
       tuple(dict.fromkeys((names[at], axis) for at, axis, _ in places[leaf] if (at, leaf) not in whole)),
+      kind=ROWS if leaf in tables else "features",
       rows=tuple(label.size for label in rows.get(leaf, ())),
     )
-    for leaf, name in zip(good, called, strict=True)
+    for leaf in good
   ]
   skipped = skipped_of(axes, form.variables, names, places, set(good), makers.keys(), whole)
   return Found(groups, skipped, [places[leaf] for leaf in good])

@@ -11,7 +11,7 @@ from jax import lax
 
 from fisherprune_jax._auto.atoms import Atom, leaves
 from fisherprune_jax._auto.forms import Form
-from fisherprune_jax._auto.laying import Laid, lay, lay_whole
+from fisherprune_jax._auto.laying import Laid, along, lay, lay_whole
 from fisherprune_jax._auto.matching import Matched
 from fisherprune_jax._auto.numbering import Numbering
 from fisherprune_jax._graph import compat
@@ -26,11 +26,24 @@ class Masks(NamedTuple):
 
 
 class Site(NamedTuple):
-  """An operand of a node that masks of some leaves multiply, along one axis or as a whole."""
+  """An operand of a node that masks of some leaves multiply, along one axis or as a whole.
+
+  Attributes:
+    operand: the operand, by position.
+    axis: its axis, or None.
+    leaves: the leaves of the masks.
+    picker: the operand that picks rows of this one, if it is a table.
+  """
 
   operand: int
   axis: int | None
   leaves: tuple[Atom, ...]
+  picker: int | None = None
+
+  @property
+  def tells(self) -> int:
+    """The operand that has the examples."""
+    return self.operand if self.picker is None else self.picker
 
 
 Plan = dict[Node, list[Site]]
@@ -52,7 +65,9 @@ def plan_of(form: Form, found: Matched, numbering: Numbering | None) -> Plan:
     if same is not None:
       sites.remove(same)
       wanted = list(dict.fromkeys((*same.leaves, *wanted)))
-    sites.append(Site(operand, axis, tuple(wanted)))
+    spec = form.axes.live.specs.get(reader.node)
+    picker = 1 if spec and spec.indexed and reader.atom in form.axes.looked_up else None
+    sites.append(Site(operand, axis, tuple(wanted), picker))
   return plan
 
 
@@ -96,13 +111,17 @@ class Masked:
           sites = tuple(
             site._replace(operand=0) for site in self.plan.get(node, ()) if site.operand == operand
           )
-          if sites:
+          if sites and not self._is_of_rows(sites):
             if (value, sites) not in made:
               atoms = self.form.axes.operand(node, operand)
               spots = self.numbering.spots(value, node, masks.iterations, read) if self.numbering else None
               made[value, sites] = self._mask(arrays[operand], atoms, sites, masks, node, spots)
             arrays[operand] = made[value, sites]
-        env.update(zip(node.outs, self._apply(node, arrays, masks), strict=True))
+        outs = self._apply(node, arrays, masks)
+        for site in self.plan.get(node, ()):
+          if self._is_of_rows((site,)):
+            outs = [self._mask_rows(node, outs[0], arrays[1], site, masks, read)]
+        env.update(zip(node.outs, outs, strict=True))
     return [read(value) for value in program.outputs]
 
   def _mask(
@@ -110,7 +129,7 @@ class Masked:
   ) -> Any:
     """An array times masks, in float32 or wider."""
     wide = array.astype(jnp.promote_types(array.dtype, jnp.float32))
-    for _, axis, wanted in sites:
+    for _, axis, wanted, _ in sites:
       chosen = {leaf: masks.laid[leaf] for leaf in wanted}
       mask, missing = lay(chosen, axis, atoms, spots) if axis is not None else lay_whole(chosen, atoms, spots)
       if missing:
@@ -120,6 +139,32 @@ class Masked:
         )
       wide = wide * mask.astype(wide.dtype)
     return wide.astype(array.dtype)
+
+  def _is_of_rows(self, sites: Sequence[Site]) -> bool:
+    """Whether masks of one row per example meet a table: they multiply what is read from it."""
+    return self.numbering is not None and any(site.picker is not None for site in sites)
+
+  def _mask_rows(self, node: Node, out: Any, index: Any, site: Site, masks: Masks, read: Any) -> Any:
+    """What is read from a table, times the masks of its rows for each example."""
+    assert self.numbering is not None
+    assert site.axis is not None
+    atom = self.form.axes.operand(node, site.operand)[site.axis]
+    mask = along(atom, {leaf: masks.laid[leaf] for leaf in site.leaves})
+    assert mask is not None
+    if mask.labels != (self.numbering.label,):
+      raise ValueError(
+        f"Masks of rows must be those of tables outside of loops, got one per iteration at {node.source}. Leave the group "
+        "out: fp.auto_mask(..., select=...)."
+      )
+    spots = self.numbering.spots(node.ins[1], node, masks.iterations, read)
+    rows = jnp.clip(index[..., 0], 0, len(mask.array) - 1)
+    examples = spots.index if spots.index is not None else jnp.arange(mask.array.shape[1])
+    others = [at for at in range(rows.ndim) if at not in spots.axes]
+    examples = jnp.broadcast_to(jnp.expand_dims(examples, others), rows.shape)
+    factors = jnp.where(examples < 0, 1, mask.array[rows, jnp.maximum(examples, 0)])
+    factors = jnp.expand_dims(factors, node.params["dimension_numbers"].offset_dims)
+    dtype = jnp.promote_types(out.dtype, jnp.float32)
+    return (out.astype(dtype) * factors.astype(dtype)).astype(out.dtype)
 
   def _apply(self, node: Node, arrays: Sequence[Any], masks: Masks) -> Sequence[Any]:
     """The results of a node; if masks are inside, its sub-programs are run."""

@@ -43,7 +43,7 @@ def lay(
   Returns:
     An array of the rank of ``atoms``, with axes of full size or 1; and labels that the array lacks.
   """
-  found = _along(atoms[axis], masks)
+  found = along(atoms[axis], masks)
   assert found is not None
   array, labels = found if spots is None or spots.label not in found.labels else _at(spots, axis, found)
   shape: list[int] = [1] * len(atoms)
@@ -95,13 +95,13 @@ def lay_whole(
   return (array if missing else jnp.squeeze(array, -1)), missing
 
 
-def _along(atom: Atom, masks: Mapping[Atom, Laid]) -> Laid | None:
+def along(atom: Atom, masks: Mapping[Atom, Laid]) -> Laid | None:
   """Masks along an axis, ``(axis, *labels)``; None without masks."""
   atom = atom.root()
   if not atom.kind:
     mask = masks.get(atom)
     return mask and Laid(jnp.moveaxis(mask.array, -1, 0), mask.labels)
-  parts = [_along(part, masks) for part in atom.parts]
+  parts = [along(part, masks) for part in atom.parts]
   if not any(parts):
     return None
   labels = tuple(dict.fromkeys(label for part in parts if part for label in part.labels))

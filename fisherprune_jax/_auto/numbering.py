@@ -42,7 +42,7 @@ class Numbering:
     orders = set()
     for node, sites in plan.items():
       for site in sites:
-        rows = self._rows(node.ins[site.operand], node)
+        rows = self._rows(node.ins[site.tells], node)
         orders.add(rows.order)
         for name in (names[leaf] for leaf in site.leaves):
           base, before = bases.setdefault(name, (rows.base, node))

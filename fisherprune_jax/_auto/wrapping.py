@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from fisherprune_jax._auto.forms import study
-from fisherprune_jax._auto.groups import Group, Place
+from fisherprune_jax._auto.groups import ROWS, Group, Place
 from fisherprune_jax._auto.inserting import Masked, Masks, plan_of
 from fisherprune_jax._auto.laying import Laid
 from fisherprune_jax._auto.matching import Leaves, Tree, match
@@ -137,7 +137,8 @@ class Wrapped:
       return self.fn(variables, *args, **kwargs)
 
     axes = given.example_axes(self.batch_axes, count)
-    form = study(function, own, given.arrays, axes)
+    tables = any(group.kind == ROWS for group in self.model.groups)
+    form = study(function, own, given.arrays, axes, tables)
     found = match(
       form, self.model.in_order(own, form.variables), self.model.trees, self.model.groups, self.model.places
     )

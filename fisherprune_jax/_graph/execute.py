@@ -20,7 +20,7 @@ from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.facts import Info, box_of
 from fisherprune_jax._graph.liveness import Liveness, analyse
 from fisherprune_jax._graph.program import Node, Program, Value
-from fisherprune_jax._graph.rules import spec_of
+from fisherprune_jax._graph.rules import indexing, spec_of
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec
 from fisherprune_jax._graph.structured import STRUCTURED
@@ -199,9 +199,30 @@ def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequenc
   ]
   if spec.outs and any(isinstance(axis, Pick) for axis in spec.outs[0]):
     return [_pick(run, spec, factors, operands, boxes[0])], boxes
+  if spec.indexed and (live := run.ev.index(factors[spec.indexed])) is not None:
+    return [_look_up(node, spec, operands, live, {f: run.ev.width(s) for f, s in factors.items()})], boxes
   if spec.bind is None:
     return compat.bind(node.eqn, operands), boxes
   return spec.bind(node, operands, {f: run.ev.width(s) for f, s in factors.items()}), boxes
+
+
+def _look_up(
+  node: Node, spec: Spec, operands: Sequence[jax.Array], live: np.ndarray, sizes: dict[Factor, Any]
+) -> jax.Array:
+  """Reads entries by number, where only some are stored."""
+  assert spec.indexed is not None
+  assert spec.bind is not None
+  places = np.full(spec.sizes[spec.indexed], -1)
+  places[live] = np.arange(len(live))
+  table = operands[0]
+  if not len(live):  # XLA reads from no empty array
+    table = jnp.zeros(
+      [1 if axis == spec.indexed else n for axis, n in zip(spec.ins[0], table.shape, strict=True)],
+      table.dtype,
+    )
+  indices, dead = indexing.renumbered(node, operands[1], places, max(len(live), 1))
+  (out,) = spec.bind(node, [table, indices], sizes)
+  return indexing.without(node, out, dead)
 
 
 def _pick(

@@ -87,6 +87,8 @@ class Spec:
     blind: sign-insensitive operands: the sign of a zero never shows. (Otherwise it becomes that of a zero.)
     weak: summed factors that it could do without; for diagnosis only.
     lasts: whether results remain if operands are empty; for diagnosis only.
+    indexed: the summed factor of operand 0 from which operand 1 picks entries by number, as in an embedding: a zero there is
+      read as zero.
     windows: windows from factors of operands to factors of results, both indivisible.
     bind: applies the primitive to live entries; None applies it as traced.
   """
@@ -107,6 +109,7 @@ class Spec:
   blind: frozenset[int] = frozenset()
   weak: frozenset[Factor] = frozenset()
   lasts: bool = False
+  indexed: Factor | None = None
   windows: tuple[Window, ...] = ()
   bind: Bind | None = field(default=None, compare=False)
 

@@ -51,6 +51,7 @@ class Pruner(Monitor):
     method: the importance criterion, as in :func:`fisher_prune`.
     select: which groups :func:`auto_mask` masks: a predicate on :class:`Group`, or names; None for all.
     blocks: whether :func:`auto_mask` masks whole residual branches too.
+    rows: whether :func:`auto_mask` masks rows of tables too; measure the cost in ``"params"`` or ``"memory"`` then.
     batch_axes: the example axes of ``args``, like ``jax.vmap``'s ``in_axes``.
     **options: other options of :func:`fisher_prune`, such as ``min_features``, ``exclude``, ``axis_name``. ``depth=n`` keeps n
       of the residual blocks and needs ``blocks=True``; their number falls like the budget. With ``keep=1.0`` widths stay.
@@ -105,6 +106,7 @@ class Pruner(Monitor):
     method: str | Criterion = DEFAULT,
     select: Select = None,
     blocks: bool = False,
+    rows: bool = False,
     batch_axes: BatchAxes = 0,
     **options: Any,
   ) -> None:
@@ -113,7 +115,9 @@ class Pruner(Monitor):
     self.auto = None
     self._apply, found = apply_fn, variables
     if not (isinstance(variables, Mapping) and COLLECTION in variables):
-      self.auto = auto_mask(apply_fn, variables, *args, select=select, blocks=blocks, batch_axes=batch_axes)
+      self.auto = auto_mask(
+        apply_fn, variables, *args, select=select, blocks=blocks, rows=rows, batch_axes=batch_axes
+      )
       self._apply, found = self.auto.apply, self.auto.variables
     self._masked = Masked(variables, self.auto)
     self.cost = cost_of(measure, self._apply, found, args, batch_axes)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -16,7 +17,7 @@ from fisherprune_jax._graph.spec import Bind, Factor, Sizes, Spec
 
 
 def gather(node: Node, infos: Sequence[Info]) -> Spec:
-  """``v c, i -> i c``: axes that slices span are elementwise, indexed ones indivisible."""
+  """``v c, i -> i c``: axes that slices span are elementwise; a single indexed one is summed over, several are indivisible."""
   numbers, slices = node.params["dimension_numbers"], node.params["slice_sizes"]
   if (picks := _known_picks(node, infos[1].known)) is not None:
     return picked(node, picks)
@@ -35,19 +36,29 @@ def gather(node: Node, infos: Sequence[Info]) -> Spec:
   ):
     ins[axis] = of_indices[index_axis]
   fill = node.params["fill_value"]
+  indexed = _indexed(node, ins)
   return Spec(
     ins=(tuple(ins), (*of_indices, None) if len(indices) else ()),
     outs=(tuple(outs),),
     sizes=sized((tuple(ins), operand), (tuple(outs), out)),
+    kills=frozenset({0}) if indexed and fill in (None, 0) else frozenset(),
     neutral=frozenset({1}),
+    indexed=indexed,
     alive=frozenset(outs) if fill not in (None, 0) else frozenset(),
-    whole=frozenset(f for f in ins if f not in outs)
+    whole=frozenset(f for f in ins if f not in outs and f != indexed)
     | frozenset(
       outs[at] for axis, at in zip(kept, numbers.offset_dims, strict=True) if ins[axis] != outs[at]
     ),
     opaque="a gather along the masked axis",
-    bind=_bind_gather(tuple(ins)),
+    bind=_bind_gather(tuple(ins), indexed),
   )
+
+
+def _indexed(node: Node, ins: Sequence[Factor]) -> Factor | None:
+  """The factor of an axis of which single entries are picked, if it is the only one."""
+  numbers = node.params["dimension_numbers"]
+  single = len(numbers.start_index_map) == 1 and numbers.collapsed_slice_dims == numbers.start_index_map
+  return ins[numbers.start_index_map[0]] if single else None
 
 
 def _known_picks(node: Node, indices: np.ndarray | None) -> list[np.ndarray | None] | None:
@@ -67,9 +78,36 @@ def _known_picks(node: Node, indices: np.ndarray | None) -> list[np.ndarray | No
   return [chosen if at == axis else None for at in range(len(shape))]
 
 
-def _bind_gather(ins: tuple[Factor, ...]) -> Bind:
+def renumbered(node: Node, indices: jax.Array, places: np.ndarray, count: int) -> tuple[jax.Array, jax.Array]:
+  """Indices into the live entries of an axis, and which of them point to none.
+
+  Args:
+    node: the gather.
+    indices: indices into all entries, with a last axis of one.
+    places: for each entry its place among the live ones; -1 for none.
+    count: how many are live.
+  """
+  size, mode = len(places), lax.GatherScatterMode.from_any(node.params["mode"])
+  numbers = jnp.clip(indices, 0, size - 1)
+  found = jnp.asarray(places, indices.dtype)[numbers]
+  dead = found < 0
+  found = jnp.maximum(found, 0)
+  if mode == lax.GatherScatterMode.FILL_OR_DROP:
+    outside = numbers != indices
+    found, dead = jnp.where(outside, count, found), dead & ~outside
+  return found, dead[..., 0]
+
+
+def without(node: Node, out: jax.Array, dead: jax.Array) -> jax.Array:
+  """The result of a gather, with zeros where an index points to no entry."""
+  offsets = node.params["dimension_numbers"].offset_dims
+  return jnp.where(jnp.expand_dims(dead, offsets), jnp.zeros((), out.dtype), out)
+
+
+def _bind_gather(ins: tuple[Factor, ...], indexed: Factor | None) -> Bind:
   def bind(node: Node, arrays: Sequence[jax.Array], sizes: Sizes) -> list[jax.Array]:
     operand, indices = arrays
+    is_whole = indexed is None or operand.shape[ins.index(indexed)] == node.ins[0].shape[ins.index(indexed)]
     pairs = zip(ins, node.params["slice_sizes"], node.ins[0].shape, operand.shape, strict=True)
     slices = tuple(live if size == full else size for _, size, full, live in pairs)
     return [
@@ -78,8 +116,8 @@ def _bind_gather(ins: tuple[Factor, ...]) -> Bind:
         indices,
         node.params["dimension_numbers"],
         slices,
-        unique_indices=node.params["unique_indices"],
-        indices_are_sorted=node.params["indices_are_sorted"],
+        unique_indices=node.params["unique_indices"] and is_whole,
+        indices_are_sorted=node.params["indices_are_sorted"] and is_whole,
         mode=node.params["mode"],
         fill_value=node.params["fill_value"],
       )

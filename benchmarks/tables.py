@@ -162,6 +162,43 @@ def files(found: Any) -> str:
   return grid(["**Magika**, dense 100"], LEVELS["Magika"], rows)
 
 
+def serving(found: Any) -> str:
+  """``serving_form.py``: compact networks without and with ``freeze=True``."""
+  head = ["network", "parameters, million", "file, MB", "one call, ms"]
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  for row in found["rows"]:
+    pairs = [(row[f"compact_{what}"], row[f"frozen_{what}"]) for what in ("parameters", "megabytes", "ms")]
+    cells = [f"{a / scale:.2f} to {b / scale:.2f}" for (a, b), scale in zip(pairs, (1e6, 1, 1), strict=True)]
+    lines.append(f"| {row['network']} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def shapes(found: Any) -> str:
+  """``llm_shapes.py``: what one host needs for large models."""
+  head = [
+    "model",
+    "parameters, billion",
+    "masks",
+    "features",
+    "groups, s",
+    "cost, s",
+    "selection, s",
+    "memory, GB",
+  ]
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  for row in found["rows"]:
+    seconds = [f"{row[what]:.1f}" for what in ("groups_s", "cost_s", "select_first_s")]
+    cells = [
+      row["model"],
+      f"{row['parameters'] / 1e9:.1f}",
+      f"{row['masks']}",
+      f"{row['features']:,}",
+      *seconds,
+    ]
+    lines.append(f"| {' | '.join(cells)} | {row['peak_gigabytes']:.2f} |")
+  return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
   "one_shot": networks,
   "peers": agreements,
@@ -169,7 +206,11 @@ TABLES: dict[str, Callable[[Any], str]] = {
   "ucr": series,
   "magika": files,
   "distillation": trained,
+  "serving_form": serving,
+  "llm_shapes": shapes,
 }
+PAGES = {"distillation": "distillation.md", "serving_form": "serving.md", "llm_shapes": "fsdp.md"}
+"""Where tables are that are not on the page of benchmarks."""
 
 
 def write(page: Path, mark: str, text: str) -> None:
@@ -188,8 +229,7 @@ def main() -> None:
   write(readme, "results", table(HERE, before))
   for name, tabled in TABLES.items():
     if (file := HERE / "results" / f"{name}.json").exists():
-      page = "distillation.md" if tabled is trained else "benchmarks.md"
-      write(docs / page, name, "\n" + tabled(json.loads(file.read_text())) + "\n")
+      write(docs / PAGES.get(name, "benchmarks.md"), name, "\n" + tabled(json.loads(file.read_text())) + "\n")
     else:
       print(f"{file} does not exist, so its table stays as it is")
 

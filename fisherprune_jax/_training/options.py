@@ -209,7 +209,7 @@ class Options:
     multiple_of = 1 if self.multiple_of is None else self.multiple_of
     return rows_of(self.cost.masks, self.floors, multiple_of, self.tie, self.widths or {})
 
-  def selection(self, price: Callable[[jax.Array], Priced], weight: Any, depth: Any) -> Selection:
+  def selection(self, price: Callable[[jax.Array], Priced], weight: Any, depth: Any = None) -> Selection:
     score = scorer(self.cost.dense, weight)
     return Selection(self.rows, price, score, self.features_per_prune, self.at_once, depth)
 

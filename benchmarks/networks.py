@@ -92,7 +92,7 @@ class VGG(nn.Module):
 
 
 class Digits(nn.Module):
-  """The network of ``examples/digits_cnn.py``."""
+  """The network of ``examples/showcase/digits_cnn``."""
 
   width: Width = whole
 

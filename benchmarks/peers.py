@@ -74,7 +74,7 @@ CHANGES: tuple[list[dict[str, Any]], ...] = (
 
 
 def embed(model: Any, ids: Any) -> Any:
-  """Embeddings of length one, as those of `pretrained_encoder.py`."""
+  """Embeddings of length one, as those of `examples/showcase/pretrained_encoder`."""
   ids = torch.as_tensor(ids).long()
   mask = (ids > 0).long()
   hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]

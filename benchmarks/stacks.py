@@ -18,15 +18,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "showcase"))
 
+import common
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from code_network import HEADS, LENGTH, MLP, WIDTH, Block, Lesson, Text, batch_at, load
-from code_training import adamw, evaluator, plain_step, pruning_step
+from code_transformer.network import (
+  HEADS,
+  LENGTH,
+  MLP,
+  WIDTH,
+  Block,
+  Lesson,
+  Text,
+  adamw,
+  batch_at,
+  evaluator,
+  load,
+  loss_fn,
+)
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -35,8 +48,8 @@ import fisherprune_jax as fp
 from fisherprune_jax._latency.clock import machine, medians
 
 BATCH, TARGET = 8, 0.5
-FORMS = {"tie": ["*"], "ragged": []}
-"""What ``fp.fisher_prune(tie=)`` is told."""
+FORMS = {"tie": ["*/query.heads*", "*/up*"], "ragged": []}
+"""Values of the option ``tie`` of ``fp.Pruner``."""
 
 
 class Layer(Block):
@@ -56,17 +69,23 @@ class Stack(nn.Module):
   def __call__(self, tokens: jax.Array) -> jax.Array:
     x = nn.Embed(256, WIDTH)(tokens)
     x = x + self.param("position", nn.initializers.normal(0.02), (LENGTH, WIDTH))
-    axes = {"params": 0, "masks": 0}
-    stack = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=self.layers)
+    stack = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.layers)
     x, _ = stack(HEADS, MLP, jnp.float32, name="layers")(x, None)
     return nn.Dense(256)(nn.LayerNorm()(x))
 
 
-def stack_of(layers: int) -> tuple[Stack, Any, fp.CostModel]:
-  """A network, its first variables, and the cost of it."""
-  model, tokens = Stack(layers), np.zeros((BATCH, LENGTH), np.int32)
-  variables = jax.jit(model.init)(jax.random.key(0), tokens)
-  return model, variables, fp.cost_model(model.apply, variables, tokens)
+def pruner_of(layers: int, steps: int, form: str) -> tuple[Stack, fp.Pruner]:
+  """A network, and what prunes its heads and MLP widths."""
+  model, tokens = Stack(layers), jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)
+  schedule = {"keep": TARGET, "start": steps // 10, "stop": int(0.45 * steps), "every": 5, "tie": FORMS[form]}
+  select = ["layers/query.heads", "layers/up"]
+  return model, fp.Pruner(model.apply, shapes, tokens, select=select, **schedule)
+
+
+def plain_step(small: fp.Compact, tx: optax.GradientTransformation) -> common.Step:
+  """A training step of the compact network."""
+  return common.train_step(common.without_masks(partial(loss_fn, small, 0.0)), tx)
 
 
 def random_masks(cost: fp.CostModel, form: str, seed: int = 0) -> Any:
@@ -84,15 +103,16 @@ def random_masks(cost: fp.CostModel, form: str, seed: int = 0) -> Any:
 
 def speed(layers: int, repeats: int) -> list[dict[str, Any]]:
   """Of each form, how long a step of the compact network takes, and compiling it."""
-  model, variables, cost = stack_of(layers)
   windows = np.random.default_rng(0).integers(256, size=(BATCH, LENGTH + 1), dtype=np.int32)
   lesson, rows, runs = Lesson(windows), [], []
   for form in FORMS:
+    model, pruner = pruner_of(layers, 100, form)
+    variables = jax.jit(model.init)(jax.random.key(0), windows[:1, :-1])
     start = time.perf_counter()
-    small = fp.compact(model.apply, variables | {"masks": random_masks(cost, form)}, windows[:, :-1])
+    small = pruner.compact(variables, random_masks(pruner.cost, form))
     compacted = time.perf_counter() - start
     params, tx = small.variables["params"], optax.adamw(1e-3)
-    step = plain_step(small, tx, 0.0).__wrapped__  # which leaves its arguments, to be called again
+    step = plain_step(small, tx).__wrapped__  # which leaves its arguments, to be called again
     lowered = jax.jit(step).lower(params, tx.init(params), lesson)
     start = time.perf_counter()
     compiled = lowered.compile()
@@ -100,7 +120,7 @@ def speed(layers: int, repeats: int) -> list[dict[str, Any]]:
       {
         "layers": layers,
         "form": form,
-        "flops_kept": small.cost / cost.dense,
+        "flops_kept": small.cost / pruner.cost.dense,
         "compact_s": compacted,
         "compile_s": time.perf_counter() - start,
         "lines": len(lowered.as_text().splitlines()),
@@ -114,21 +134,17 @@ def speed(layers: int, repeats: int) -> list[dict[str, Any]]:
 
 def learn(layers: int, form: str, seed: int, steps: int, text: Text) -> dict[str, Any]:
   """Trains while pruning, compacts in mid-training, trains on."""
-  model, _, cost = stack_of(layers)
+  model, pruner = pruner_of(layers, steps, form)
   params = jax.jit(model.init)(jax.random.key(seed), text.held_out[:1, :-1])["params"]
-  first, last, middle = steps // 10, int(0.45 * steps), steps // 2
-  budget = optax.linear_schedule(cost.dense, TARGET * cost.dense, last - first, first)
-  features = sum(mask.size for mask in jax.tree.leaves(cost.masks))
-  prune = fp.fisher_prune(cost, prune_every=5, target=budget, features_per_prune=features, tie=FORMS[form])
-  tx = optax.chain(adamw(steps), prune)
-  step, state = pruning_step(model.apply, tx, 0.0), tx.init(params)
+  tx, middle = pruner.wrap(adamw(steps)), steps // 2
+  step = common.train_step(pruner.value_and_grad(partial(loss_fn, model.apply, 0.0)), tx)
+  state = tx.init(params)
   lessons = (Lesson(batch_at(text, seed, at)[:BATCH]) for at in range(1, steps + 1))
   for lesson in itertools.islice(lessons, middle):
     params, state, _ = step(params, state, lesson)
-  masks = fp.get_masks(state)
-  small = fp.compact(model.apply, {"params": params, "masks": masks}, text.held_out[:BATCH, :-1])
+  masks, small = pruner.masks(state), pruner.compact(params, state)
   params, state = small.variables["params"], small.shrink_opt_state(tx, state)
-  step = plain_step(small, tx, 0.0)
+  step = plain_step(small, tx)
   for lesson in lessons:
     params, state, _ = step(params, state, lesson)
   bits = evaluator(small, text)({"params": params})
@@ -136,7 +152,7 @@ def learn(layers: int, form: str, seed: int, steps: int, text: Text) -> dict[str
     "form": form,
     "seed": seed,
     "bits_per_byte": bits,
-    "flops_kept": small.cost / cost.dense,
+    "flops_kept": small.cost / pruner.cost.dense,
     "widths": [mask.sum(-1).astype(int).tolist() for mask in jax.tree.leaves(masks)],
   }
 

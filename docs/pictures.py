@@ -101,7 +101,7 @@ def _arrow(start: float, end: float, curve: float = 0.0, size: float = 9) -> Fan
 def draw_digits(path: Path) -> None:
   """The curve that the digits example draws."""
   with tempfile.TemporaryDirectory() as out:
-    example = HERE.parent / "examples" / "digits_cnn.py"
+    example = HERE.parent / "examples" / "showcase" / "digits_cnn" / "main.py"
     subprocess.run([sys.executable, str(example), "--flops-target", "0.1", "--out", out], check=True)
     shutil.copy(Path(out) / "curve.png", path)
 

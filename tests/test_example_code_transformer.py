@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 OPTIMIZED = os.environ | {"XLA_FLAGS": ""}  # it runs longer than it compiles
-EXAMPLE = Path(__file__).parent.parent / "examples" / "code_transformer.py"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "showcase" / "code_transformer" / "main.py"
 
 
 @pytest.mark.thorough
@@ -27,7 +27,7 @@ def test_a_few_steps(tmp_path):
   assert all(0 < report[f"{name}_bits_per_byte"] < 8.5 for name in ("dense", "pruned", "small"))
   assert report["sample"].startswith("def ")
   assert (tmp_path / "curve.png").stat().st_size > 10_000
-  assert len(list((tmp_path / "events").glob("*/events.out.tfevents*"))) == 3
+  assert len(list((tmp_path / "events").glob("*/events.out.tfevents*"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -46,8 +46,8 @@ def test_bad_options_are_refused(tmp_path, option, value, message):
 
 def test_what_is_learnt_from_a_teacher(monkeypatch):
   """Part of it is written, part of it is what the teacher thinks likely: a loop over bytes."""
-  monkeypatch.syspath_prepend(EXAMPLE.parent)
-  from code_network import Lesson, loss_of
+  monkeypatch.syspath_prepend(EXAMPLE.parents[1])
+  from code_transformer.network import Lesson, loss_of
 
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(2, 5, 256))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 OPTIMIZED = os.environ | {"XLA_FLAGS": ""}  # it runs longer than it compiles
-EXAMPLE = Path(__file__).parent.parent / "examples" / "ranking_mlp.py"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "showcase" / "ranking_mlp" / "main.py"
 OPTIONS = (
   "--steps 400 --save-every 40 --pruning.iter 1 --pruning.burn_in 30 --pruning.flops_target 1e5".split()
 )

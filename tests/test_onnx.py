@@ -20,7 +20,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.slow
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "digits_cnn.py"
+EXAMPLE = Path(__file__).parent.parent / "examples" / "showcase" / "digits_cnn" / "main.py"
 
 
 class Transformer(nn.Module):
@@ -42,11 +42,14 @@ class Transformer(nn.Module):
 
 def digits_cnn():
   images = 10 * np.random.default_rng(0).normal(size=(5, 8, 8, 1))
-  return runpy.run_path(str(EXAMPLE))["CNN"](), jnp.asarray(images, jnp.float32)
+  model, x = runpy.run_path(str(EXAMPLE))["CNN"](), jnp.asarray(images, jnp.float32)
+  auto = fp.auto_mask(model.apply, model.init(jax.random.key(0), x), x)
+  return model.apply, auto.apply, auto.variables, x
 
 
 def transformer():
-  return Transformer(), jnp.asarray(np.random.default_rng(0).integers(64, size=(5, 12)))
+  model, x = Transformer(), jnp.asarray(np.random.default_rng(0).integers(64, size=(5, 12)))
+  return model.apply, model.apply, model.init(jax.random.key(0), x), x
 
 
 def convert(function, x, path):
@@ -65,19 +68,18 @@ def convert(function, x, path):
 @pytest.fixture(scope="module", params=[digits_cnn, transformer], ids=lambda make: make.__name__)
 def converted(request, tmp_path_factory):
   """The masked network, its input, sessions of the compact and of the dense one, and the sizes of their files."""
-  model, x = request.param()
-  variables = model.init(jax.random.key(0), x)
+  apply, masked_apply, variables, x = request.param()
   dense = {"params": variables["params"]}
   variables = {**variables, "masks": random_masks(variables["masks"], 0, alive=0.4)}
-  small = fp.compact(model.apply, variables, x)
+  small = fp.compact(masked_apply, variables, x)
   assert not small.blockers
   folder = tmp_path_factory.mktemp("onnx")
   paths = [folder / "compact.onnx", folder / "dense.onnx"]
   sessions = [
     convert(lambda x: small(small.variables, x), x, paths[0]),
-    convert(lambda x: model.apply(dense, x), x, paths[1]),
+    convert(lambda x: apply(dense, x), x, paths[1]),
   ]
-  masked = lambda x: model.apply(variables, x)
+  masked = lambda x: masked_apply(variables, x)
   return masked, x, small, dense, sessions, [path.stat().st_size for path in paths]
 
 

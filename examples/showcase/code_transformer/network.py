@@ -1,8 +1,9 @@
-"""The network and the text of code_transformer.py: bytes of Python's standard library, causal attention."""
+"""A small causal transformer and its text: the bytes of Python's standard library."""
 
 import math
 import sys
 import sysconfig
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-import fisherprune_jax as fp
 
 LENGTH, BATCH = 128, 16  # bytes of context, examples in a batch
 LAYERS, WIDTH, HEADS, DEPTH, MLP = 3, 128, 8, 16, 512
@@ -35,10 +34,9 @@ class Block(nn.Module):
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / math.sqrt(DEPTH)
     past = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
     weights = nn.softmax(jnp.where(past, scores, -1e9).astype(jnp.float32)).astype(self.dtype)
-    y = fp.Mask(axis=-2, name="heads")(jnp.einsum("bhqk,bkhd->bqhd", weights, v))
-    x = x + dense(WIDTH, axis=(-2, -1), name="out")(y)
+    x = x + dense(WIDTH, axis=(-2, -1), name="out")(jnp.einsum("bhqk,bkhd->bqhd", weights, v))
     y = nn.gelu(dense(self.mlp, name="up")(nn.LayerNorm(dtype=self.dtype)(x)))
-    return x + dense(WIDTH, name="down")(fp.Mask(name="mlp")(y))
+    return x + dense(WIDTH, name="down")(y)
 
 
 class Transformer(nn.Module):
@@ -84,7 +82,7 @@ def batch_at(text: Text, seed: int, step: int) -> np.ndarray:
 
 
 def nats(logits: jax.Array, windows: jax.Array) -> jax.Array:
-  """The negative log-likelihood of every window, summed over its bytes: what pruning scores are made of."""
+  """The negative log-likelihood of every window, summed over its bytes."""
   return optax.softmax_cross_entropy_with_integer_labels(logits, windows[:, 1:]).sum(axis=1)
 
 
@@ -96,27 +94,44 @@ class Lesson(NamedTuple):
 
 
 def loss_of(logits: jax.Array, lesson: Lesson, weight: float) -> jax.Array:
-  """Nats of every window; with a teacher, that weight of them is of what it thinks likely, the rest of what is written."""
+  """Nats of every window. With a teacher, ``weight`` is the share of its predictions in the loss."""
   written = nats(logits, lesson.windows)
   if lesson.taught is None:
     return written
   return (1 - weight) * written + weight * optax.softmax_cross_entropy(logits, lesson.taught).sum(axis=1)
 
 
-def cost_of(model: Transformer) -> fp.CostModel:
-  """FLOPs of a window of LENGTH bytes."""
-  tokens = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32)
-  return fp.cost_model(model.apply, jax.eval_shape(model.init, jax.random.key(0), tokens), tokens)
+def loss_fn(apply: Callable[..., jax.Array], weight: float, params: Any, lesson: Lesson) -> jax.Array:
+  """The mean loss of a network without masks."""
+  return loss_of(apply({"params": params}, lesson.windows[:, :-1]), lesson, weight).mean()
 
 
-def narrower(budget: float, dtype: Any) -> Transformer:
-  """The widest network of one shape for all layers, heads and MLP scaled alike, that costs no more than a budget."""
+def adamw(steps: int) -> optax.GradientTransformation:
+  rate = optax.warmup_cosine_decay_schedule(0.0, 3e-3, max(1, steps // 20), steps, 1e-4)
+  return optax.adamw(rate, b2=0.98, weight_decay=0.05)
 
-  def model(mlp: int) -> Transformer:
-    return Transformer(max(1, round(HEADS * mlp / MLP)), mlp, dtype)
 
-  fits, too_wide = 1, MLP + 1
-  while too_wide - fits > 1:
-    mlp = (fits + too_wide) // 2
-    fits, too_wide = (mlp, too_wide) if cost_of(model(mlp)).dense <= budget else (fits, mlp)
-  return model(fits)
+def evaluator(apply: Callable[..., jax.Array], text: Text) -> Callable[..., float]:
+  """Bits per byte of the held-out windows, as a function of what ``apply`` takes before the tokens."""
+  score = jax.jit(lambda windows, *given: nats(apply(*given, windows[:, :-1]), windows).mean())
+
+  def evaluate(*given: Any) -> float:
+    parts = np.split(text.held_out, HELD_OUT // 64)
+    return float(np.mean([score(part, *given) for part in parts])) / LENGTH / math.log(2)
+
+  return evaluate
+
+
+def sample(apply: Callable[..., jax.Array], variables: Any, prompt: bytes, count: int, seed: int) -> str:
+  """Continues a prompt, byte by byte."""
+
+  @jax.jit
+  def pick(window: jax.Array, last: jax.Array, key: jax.Array) -> jax.Array:
+    return jax.random.categorical(key, apply(variables, window)[0, last] / 0.6)
+
+  text, key = list(prompt), jax.random.key(seed)
+  for n in range(count):
+    window = np.zeros((1, LENGTH), np.int32)
+    window[0, : len(text)] = text[-LENGTH:]
+    text.append(int(pick(window, min(len(text), LENGTH) - 1, jax.random.fold_in(key, n))))
+  return bytes(text).decode("utf-8", "replace")

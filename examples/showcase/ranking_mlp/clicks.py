@@ -1,4 +1,4 @@
-"""Clicks to train on, as many as wanted: rows of discretized features, clicked at the odds that a teacher knows."""
+"""Synthetic clicks: rows of discretized features, and labels with the probabilities that a teacher gives."""
 
 from statistics import NormalDist
 
@@ -13,12 +13,12 @@ FIRST, LAST, PRODUCTS = (_RNG.normal(size=size) for size in ((FEATURES, 16), 16,
 
 
 def log_odds_of(features: np.ndarray) -> np.ndarray:
-  """What the teacher knows of a click, from products of features and from a layer that saturates."""
+  """The log odds of a click by the teacher: products of features, and a layer that saturates."""
   return 0.35 * (np.tanh(features @ FIRST / 3) @ LAST + np.square(features @ PRODUCTS).sum(1) / 15) - 3.8
 
 
 def rows_of(rng: np.random.Generator, count: int) -> tuple[Data, np.ndarray]:
-  """Rows of normal features, in bins, clicked at the teacher's odds; and their log odds. A quarter is clicked."""
+  """Normal features in bins, with labels, and the teacher's log odds. A quarter of the rows is clicked."""
   features = rng.normal(size=(count, FEATURES))
   log_odds = log_odds_of(features)
   clicked = np.float32(rng.uniform(size=count) < 1 / (1 + np.exp(-log_odds)))
@@ -27,7 +27,7 @@ def rows_of(rng: np.random.Generator, count: int) -> tuple[Data, np.ndarray]:
 
 
 def relative_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
-  """By how many percent predictions are better than the share of clicks alone."""
+  """By how many percent the cross entropy is below that of the share of clicks."""
   base = np.log(labels.mean() / (1 - labels.mean()))
   entropy, base_entropy = (np.mean(np.logaddexp(0, z) - labels * z) for z in (np.float64(logits), base))
   return float(100 * (1 - entropy / base_entropy))

@@ -1,4 +1,4 @@
-"""What the dense encoder says of all sentences: the teacher of pretrained_encoder.py, asked once."""
+"""The embeddings of all sentences by the dense encoder, the teacher; computed once."""
 
 import os
 from collections.abc import Callable
@@ -6,19 +6,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import encoder_text
 import numpy as np
-from encoder_network import tokenize
+from pretrained_encoder import text
+from pretrained_encoder.network import tokenize
 from rich.progress import Progress
 
 LENGTH, BATCH = 32, 16  # tokens of a sentence, sentences of a batch
-SHORT = (
-  LENGTH // 2
-)  # half of the docstrings are shorter: batches of these have twice as many, and as many tokens
-CODE_EVERY = (
-  3  # of the training functions, one in so many gives its source as a sentence beside its docstring
-)
-VALIDATION, HELD_OUT = 192, 500  # sentences that are looked at in training, functions of the final report
+SHORT = LENGTH // 2
+"""Half of the docstrings are shorter. Batches of these have twice as many sentences, and as many tokens."""
+CODE_EVERY = 3
+"""One in so many training functions gives its source as a sentence beside its docstring."""
+VALIDATION, HELD_OUT = 192, 500  # sentences of an evaluation in training, functions of the final report
 
 
 class Sentences(NamedTuple):
@@ -57,7 +55,7 @@ def spread(found: list[Any], count: int) -> list[Any]:
 
 def sentences_of(share: float) -> dict[str, list[str]]:
   """What is read of all functions, by the name that it has in the cache."""
-  found = encoder_text.load(share)
+  found = text.load(share)
   train, held_out = found["train"], spread(found["held_out"], HELD_OUT)
   return {
     "train": [function.docstring for function in train] + [function.code for function in train[::CODE_EVERY]],

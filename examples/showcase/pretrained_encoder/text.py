@@ -1,4 +1,4 @@
-"""What pretrained_encoder.py reads: docstrings of Python's standard library and of what JAX needs, and their functions."""
+"""Docstrings of Python's standard library and of what JAX needs, and their functions."""
 
 import ast
 import sys

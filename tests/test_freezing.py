@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import io_callback
 
 import fisherprune_jax as fp
 from tests.auto_models import UNMASKED
@@ -289,3 +290,25 @@ def test_bad_input_is_refused(images):
   small = fp.compact(network, variables, x, freeze=True)
   with pytest.raises(ValueError, match="A tree to shrink must have the structure"):
     small.shrink(variables["params"])
+
+
+def test_prints_are_dropped_and_callbacks_run():
+  seen = []
+
+  def note(y):
+    seen.append(y.shape)
+    return np.float32(0)
+
+  def apply(v, x):
+    w = standardized(v["w"])
+    jax.debug.print("shift {}", v["shift"])
+    zero = io_callback(note, jax.ShapeDtypeStruct((), jnp.float32), v["shift"])
+    return jnp.tanh(x @ w) @ v["out"] + zero
+
+  x = normal(2, 4, 8)
+  network, masked = pruned(apply, {"w": normal(0, 8, 6), "out": normal(1, 6, 2), "shift": jnp.ones(2)}, x)
+  expected = network(masked, x)
+  small = fp.compact(network, masked, x, freeze=True)
+  seen.clear()
+  agree(small(small.variables, x), expected, 1e-5)
+  assert seen == [(2,)]

@@ -127,7 +127,7 @@ class Part:
     return [node for node in self.program.nodes if node in self._moved or not self._is_once(node)]
 
   def _is_once(self, node: Node) -> bool:
-    return all(map(self._is_stored, node.outs)) and not node.acts
+    return bool(node.outs) and all(map(self._is_stored, node.outs))
 
   def _passed(self, node: Node) -> list[Value]:
     """The operands that a node reads at each call; the body of a loop stores what it needs of variables."""
@@ -182,7 +182,7 @@ class Part:
     """The arrays of all slots, of those of the known inputs."""
     env: Env = {**dict(self.program.consts), **arrays}
     for node in self.program.nodes:
-      if all(out in self._known for out in node.outs) and not node.acts:
+      if node.outs and all(out in self._known for out in node.outs):
         outs = compat.bind(node.eqn, [_read(env, value) for value in node.ins])
         env.update(zip(node.outs, outs, strict=True))
     found = [slot.once(env) for slot in self.slots[: self._own]]

@@ -21,6 +21,8 @@ from fisherprune_jax._training.floors import MinFeatures, Widths, check_floors, 
 from fisherprune_jax._training.selection import Selection, scorer
 from fisherprune_jax._types import AxisNames, Masks
 
+MOST_RECOSTS = 2048
+"""How often the cost is recomputed, at least, while all features of a large network are masked."""
 INJECTED = "or use fp.inject_hyperparams."
 
 
@@ -220,7 +222,9 @@ class Options:
   @property
   def at_once(self) -> int:
     """How many features are masked before the cost is recomputed."""
-    return 1 if self.recost_every is None else self.recost_every
+    if self.recost_every is not None:
+      return self.recost_every
+    return max(1, min(self.features_per_prune, int(self.rows.starts[-1])) // MOST_RECOSTS)
 
   def is_settled(self, target: Any, step: jax.Array) -> Any:
     """Whether the target has stopped falling; exact widths wait for that."""

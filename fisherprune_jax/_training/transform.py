@@ -91,7 +91,7 @@ def fisher_prune(
       :func:`auto_mask`). While there are more, blocks go first, those of the lowest importance; then no block goes. Tied
       blocks go together. Without a target only blocks and ``widths`` are pruned. None treats blocks like other masks.
     recost_every: features masked before the cost is recomputed; larger is faster, and the target is met as exactly.
-      None is 1.
+      None is 1, or ``features_per_prune / 2048`` where that is larger.
     axis_name: a mapped axis (``pmap``, ``shard_map``), or a tuple of axes, to average the importance over; ``()`` if
       each network along a named axis prunes on its own.
     masks: the 0/1 masks to start from, a tree like ``cost.masks``; None for all ones.

@@ -101,12 +101,12 @@ class Examples:
     found = _taken_apart(rows, spec.ins[operand], spec, shown)
     gone = [f for f in found.keys if not isinstance(f, Node) and f not in shown]
     in_place = node.name in IN_PLACE or (operand == 0 and node.name in indexing.WRITES)
-    stirred = [f for f in found.keys if f in shown and f in spec.whole and not in_place]
+    stirred = [f for f in found.keys if f in shown and f in spec.unordered and not in_place]
     if not gone and not stirred:
       return [found]
     others = {f for at, state in enumerate(states) for f in _beside(state, spec.ins[at])}
     places = [f for f in shown if f not in others]
-    hidden = bool(stirred) or any(f in spec.whole or f not in spec.sizes for f in gone)
+    hidden = bool(stirred) or any(f in spec.unordered or f not in spec.sizes for f in gone)
     if not states[operand].made and (anew := self._anew(node, spec, found, places)):
       return [anew]
     return [lost(places, node, found.base)] if hidden and places else []

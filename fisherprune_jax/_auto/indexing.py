@@ -28,7 +28,7 @@ def followed(
   axes = [key for key in rows.keys if isinstance(key, int)]
   if len(axes) != 1 or not spec.outs[0]:
     return None
-  if node.name == "gather" and operand == 0 and spec.ins[0][axes[0]] in spec.whole:
+  if node.name == "gather" and operand == 0 and spec.ins[0][axes[0]] in spec.unordered:
     known = None if rows.via else _read(node, spec, rows, axes[0], live, makers)
     return _picked(node, spec, rows, axes[0], live, makers) if known is None and made else known
   if node.name.startswith("scatter") and operand == 2 and spec.ins[2][axes[0]] in spec.whole:

@@ -113,6 +113,11 @@ class Spec:
   windows: tuple[Window, ...] = ()
   bind: Bind | None = field(default=None, compare=False)
 
+  @property
+  def unordered(self) -> frozenset[Factor]:
+    """Factors whose entries may end up anywhere: indivisible ones, and the one that an index picks from."""
+    return self.whole if self.indexed is None else self.whole | {self.indexed}
+
   @functools.cached_property
   def roles(self) -> "Roles":
     """What it implies for zeros; cached."""

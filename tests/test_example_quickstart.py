@@ -11,6 +11,9 @@ import pytest
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "quickstart.py"
 ONE_SHOT = EXAMPLE.with_name("quickstart_one_shot.py")
+FRAMEWORKS = {
+  name: EXAMPLE.with_name(f"quickstart_{name}.py") for name in ("nnx", "equinox", "haiku", "keras")
+}
 
 
 def run(example, folder):
@@ -31,6 +34,16 @@ def test_it_prunes_digits_to_a_tenth_and_draws_a_picture(tmp_path):
   assert (tmp_path / "quickstart.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_it_prunes_a_model_of_each_framework(name, tmp_path):
+  pytest.importorskip({"nnx": "flax"}.get(name, name))
+  printed, correct = run(FRAMEWORKS[name], tmp_path)
+  dense, small = re.search(r"FLOPs per example +([\d,]+) +([\d,]+)", printed).groups()
+  assert int(small.replace(",", "")) <= 0.1 * int(dense.replace(",", ""))
+  assert correct[-1] == correct[-2]
+  assert correct[-1] > 96
+
+
 def test_one_shot_pruning_keeps_accuracy_without_training(tmp_path):
   printed, correct = run(ONE_SHOT, tmp_path)
   shares = [float(share) for share in re.findall(r"([\d.]+)% of the FLOPs", printed)]
@@ -39,7 +52,7 @@ def test_one_shot_pruning_keeps_accuracy_without_training(tmp_path):
   assert all(share > correct[0] - most for share, most in zip(correct[1:], (1, 1.5, 3), strict=True))
 
 
-@pytest.mark.parametrize("example", [EXAMPLE, ONE_SHOT], ids=lambda path: path.stem)
+@pytest.mark.parametrize("example", [EXAMPLE, ONE_SHOT, *FRAMEWORKS.values()], ids=lambda path: path.stem)
 def test_it_is_short_and_needs_little(example):
   text = example.read_text()
   assert len(text.splitlines()) <= 60
@@ -56,4 +69,5 @@ def test_it_is_short_and_needs_little(example):
     "numpy",
     "matplotlib",
     "fisherprune_jax",
+    *FRAMEWORKS,
   }

@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 import fisherprune_jax as fp
+from tests.counting import count
 
 WORDS, USERS, BATCH = 20, 9, 6
 
@@ -74,6 +75,9 @@ def test_masked_rows_read_as_zeros_and_are_removed(ranking):
   shape = small.variables["params"]["words"]["embedding"].shape
   assert shape == (int(masks["words.rows"].sum()), int(masks["words"].sum()))
   assert not small.blockers
+  depends = [False] * len(jax.tree.leaves(small.variables)) + [True] * 2
+  # Renumbering is looking up, which costs nothing.
+  assert count(jax.make_jaxpr(small)(small.variables, *data()), depends) == small.cost * BATCH
   np.testing.assert_array_equal(
     small.kept["params"]["words"]["embedding"][0], np.flatnonzero(masks["words.rows"])
   )

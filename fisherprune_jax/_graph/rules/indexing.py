@@ -1,6 +1,7 @@
 """Gathers and slices, at positions known when traced, or later."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,23 +80,22 @@ def _known_picks(node: Node, indices: np.ndarray | None) -> list[np.ndarray | No
 
 
 def renumbered(node: Node, indices: jax.Array, places: np.ndarray, count: int) -> tuple[jax.Array, jax.Array]:
-  """Indices into the live entries of an axis, and which of them point to none.
+  """Indices into the live entries of an axis, and which of them point to none; both are only looked up.
 
   Args:
     node: the gather.
     indices: indices into all entries, with a last axis of one.
     places: for each entry its place among the live ones; -1 for none.
-    count: how many are live.
+    count: how many are live: an index out of range stays so.
   """
-  size, mode = len(places), lax.GatherScatterMode.from_any(node.params["mode"])
-  numbers = jnp.clip(indices, 0, size - 1)
-  found = jnp.asarray(places, indices.dtype)[numbers]
-  dead = found < 0
-  found = jnp.maximum(found, 0)
-  if mode == lax.GatherScatterMode.FILL_OR_DROP:
-    outside = numbers != indices
-    found, dead = jnp.where(outside, count, found), dead & ~outside
-  return found, dead[..., 0]
+
+  def look_up(table: np.ndarray, outside: Any) -> jax.Array:
+    numbers = lax.GatherDimensionNumbers((), (0,), (0,))
+    mode = node.params["mode"]
+    return lax.gather(jnp.asarray(table), indices, numbers, (1,), mode=mode, fill_value=outside)
+
+  found = look_up(np.maximum(places, 0).astype(indices.dtype), count)
+  return found[..., None], look_up(places < 0, False)
 
 
 def without(node: Node, out: jax.Array, dead: jax.Array) -> jax.Array:

@@ -275,11 +275,12 @@ def picture(path: Path, report: Mapping[str, Any], panels: int = 1) -> Iterator[
   for row, width in enumerate(widths.values()):
     bars.text(102, row, f"{width['pruned']:,} of {width['dense']:,}", va="center")
   bars.set_yticks(range(len(widths)), widths)
-  bars.set(xlabel="width [% of the dense one]", xlim=(0, 128), ylim=(len(widths) - 0.4, -0.6))
+  bars.set(xlabel="width [% of the dense one]", xlim=(0, 138), ylim=(len(widths) - 0.4, -0.6))
   bars.set_xticks(range(0, 101, 25))
   yield axes
   for ax in axes:
     ax.grid(alpha=0.25)
+    ax.set_axisbelow(True)
     if ax.get_legend() is None:
       ax.legend(loc="best")
   bars.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)

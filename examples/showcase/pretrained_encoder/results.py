@@ -69,5 +69,5 @@ def plot(path: Path, report: dict[str, Any], curve: dict[str, np.ndarray]) -> No
       drawn = found.bar(np.arange(len(scores)) + (n - 1) * 0.27, shares, 0.25, color=color, label=title)
       found.bar_label(drawn, fmt="%.1f")
     found.set_xticks(range(len(scores)), scores)
-    found.set(ylabel="held-out functions\nfound by docstring [%]", ylim=(0, 110), xlim=(-0.5, 2.4))
+    found.set(ylabel="held-out functions\nfound by docstring [%]", ylim=(0, 110), xlim=(-0.5, 2.9))
     found.legend(loc="center right")

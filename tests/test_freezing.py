@@ -231,7 +231,7 @@ def test_tables_of_angles_are_stored_once():
   text = str(jax.make_jaxpr(small)(small.variables, x))
   assert " cos" not in text
   with pytest.raises(
-    ValueError, match=r"shapes that it was frozen with, but for the batch size.*freeze it anew"
+    ValueError, match=r"shapes that it was frozen with, but for the batch size.*freeze another one"
   ):
     small(small.variables, x[:, :5])
 

@@ -56,7 +56,7 @@ class Serving:
     if _shapes_of(part) != self._stored:
       raise ValueError(
         "A frozen network must be called with the shapes that it was frozen with, but for the batch size, got "
-        f"{', '.join(map(describe, jax.tree.leaves(args)))}. It has tables for these shapes: freeze it anew."
+        f"{', '.join(map(describe, jax.tree.leaves(args)))}. It has tables for these shapes: freeze another one."
       )
     inputs, count = part.program.inputs, len(self._flags)
     masks = [value for value, is_mask in zip(inputs[:count], self._flags, strict=True) if is_mask]

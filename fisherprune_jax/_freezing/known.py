@@ -11,7 +11,7 @@ from fisherprune_jax._graph.spec import Axis, Factor, Pick, Prod, Spec, Sum, fac
 from fisherprune_jax._graph.structured import STRUCTURED
 
 COSTLY = frozenset("sin cos tan tanh exp exp2 expm1 log log1p pow logistic erf erfc".split())
-"""Functions whose tables are worth to be stored: XLA computes them at each call, and for each example."""
+"""Functions whose tables are stored: XLA would compute them at each call, and for each example."""
 
 
 class Known(NamedTuple):
@@ -31,7 +31,7 @@ class Known(NamedTuple):
 
   @property
   def is_stored(self) -> bool:
-    """Whether it is worth to be stored: constants are made at each call if that is cheap."""
+    """Whether to store it: cheap constants are made at each call."""
     return bool(self.leaves) or self.is_costly
 
   @property

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 STEPS = 64
-"""In how many steps a group is taken down to nothing; several features go at once if it has more."""
+"""In how many steps a group is taken down to nothing; several features go together if it has more."""
 
 
 class Reader(NamedTuple):

@@ -56,7 +56,7 @@ def gather(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def _indexed(node: Node, ins: Sequence[Factor]) -> Factor | None:
-  """The factor of an axis of which single entries are picked, if it is the only one."""
+  """The factor of the only axis that is indexed, if single entries of it are picked."""
   numbers = node.params["dimension_numbers"]
   single = len(numbers.start_index_map) == 1 and numbers.collapsed_slice_dims == numbers.start_index_map
   return ins[numbers.start_index_map[0]] if single else None

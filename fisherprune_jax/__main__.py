@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from fisherprune_jax._compaction.inspecting import show
+from fisherprune_jax._html.page import write
+from fisherprune_jax._html.saved import report_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,9 +16,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   commands = parser.add_subparsers(dest="command", required=True)
   inspect = commands.add_parser("inspect", help="print what a saved network is")
   inspect.add_argument("file", metavar="FILE", help="what small.save wrote")
-  file = parser.parse_args(argv).file
+  inspect.add_argument(
+    "--html", metavar="OUT", nargs="?", const="", help="write a page instead; without OUT, to FILE.html"
+  )
+  args = parser.parse_args(argv)
   try:
-    show(file)
+    if args.html is None:
+      show(args.file)
+    else:
+      page = args.html or f"{args.file}.html"
+      write(page, lambda: report_of(args.file))
+      print(page)
     sys.stdout.flush()
   except BrokenPipeError:  # the reader stopped early, like ``head``
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,7 +20,7 @@ STOREYS = [
   {"_cost", "_freezing"},
   {"_training"},
   {"_compaction"},
-  {"_auto", "_latency", "_reconstruction"},
+  {"_auto", "_html", "_latency", "_reconstruction"},
   {"_pruner"},
   {"linen", "nnx", "rules"},
   {"__init__", "__main__"},

@@ -37,7 +37,7 @@ def described(path: PathLike) -> list[Table | list[str]]:
     for name, before, after in content.header["widths"]
   ]
   parts: list[Table | list[str]] = [
-    _first_lines(path, content),
+    first_lines(path, content),
     Table(("mask", "before", "after", "kept"), masks),
     Table(("variable", "before", "after", "kept"), _variable_rows(content)),
     Table(("in all", "before", "after", "kept"), _totals(content)),
@@ -47,7 +47,7 @@ def described(path: PathLike) -> list[Table | list[str]]:
   return [*parts, stays, *([Table(("step", "mask", "features masked"), _went(past))] if past else [])]
 
 
-def _first_lines(path: PathLike, content: Content) -> list[str]:
+def first_lines(path: PathLike, content: Content) -> list[str]:
   header = content.header
   return [
     f"{os.fspath(path)}: a compact network, {os.path.getsize(path):,} bytes, format {header['version']}",

@@ -119,7 +119,7 @@ class Pruner(Monitor):
         apply_fn, variables, *args, select=select, blocks=blocks, rows=rows, batch_axes=batch_axes
       )
       self._apply, found = self.auto.apply, self.auto.variables
-    self._masked = Masked(variables, self.auto)
+    self._masked, self._shapes = Masked(variables, self.auto), abstract(found)
     self.cost = cost_of(measure, self._apply, found, args, batch_axes)
     self._targets = targets_of(self.cost, keep, target)
     self.target, self._is_family = min(self._targets), isinstance(keep, Sequence)

@@ -65,7 +65,7 @@ bench: install  ## what pruning costs in training and brings afterwards; writes 
 	$(BIN)/python benchmarks/overhead.py --out benchmarks/results.json
 	$(BIN)/python benchmarks/tool_speed.py --out benchmarks/tool_speed.json
 	$(BIN)/python benchmarks/growth.py --out benchmarks/growth.json
-	$(BIN)/python benchmarks/compact_speed.py --out benchmarks/compact_speed.json
+	$(BIN)/python benchmarks/compact_speed.py --out benchmarks/results/compact_speed.json
 	$(BIN)/python benchmarks/latency.py --out benchmarks/latency.json
 	$(BIN)/python benchmarks/stacks.py --out benchmarks/stacks.json
 

@@ -1,6 +1,6 @@
 """How much faster compact networks run, against how many FLOPs they have less.
 
-  python benchmarks/compact_speed.py --out benchmarks/compact_speed.json
+  python benchmarks/compact_speed.py --out benchmarks/results/compact_speed.json
   python benchmarks/compact_speed.py --round-to 8 --networks resnet50-half vit
 
 On a CPU: one thread, process CPU time; on an accelerator: wall-clock time. Dense and compact take turns in one

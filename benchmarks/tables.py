@@ -72,8 +72,8 @@ def speed(network: str, batch: int) -> Cells:
 ROWS: dict[str, tuple[str, Cells]] = {
   "Sentence encoder, one-shot: agreement, 100 x cosine": ("results/one_shot.json", one_shot("encoder", 0.5)),
   "Residual network, one-shot: accuracy, %": ("results/one_shot.json", one_shot("residual", 0.25)),
-  "Digits network, in training: accuracy, %": ("quality/quality.json", in_training("digits", 0.125)),
-  "ResNet-50, one image on a CPU core: speed": ("compact_speed.json", speed("resnet50-half", 1)),
+  "Digits network, in training: accuracy, %": ("results/quality.json", in_training("digits", 0.125)),
+  "ResNet-50, one image on a CPU core: speed": ("results/compact_speed.json", speed("resnet50-half", 1)),
 }
 
 
@@ -199,6 +199,20 @@ def shapes(found: Any) -> str:
   return "\n".join(lines)
 
 
+def quantised(found: Any) -> str:
+  """``quantisation.py``: accuracy and file size, pruned, in int8 and both."""
+  head = ["accuracy, file", "dense", *(f"{100 * level:.3g} % of the FLOPs" for level in found["levels"])]
+  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+  for way in found["runs"][0]:
+    cells = []
+    for level in ("dense", *map(str, found["levels"])):
+      some = [run[way][level] for run in found["runs"] if level in run[way]]
+      size = statistics.mean(each["kilobytes"] for each in some) if some else 0
+      cells.append(f"{mean([each['accuracy'] for each in some])}, {size:.0f} kB" if some else "")
+    lines.append(f"| {way} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
   "one_shot": networks,
   "peers": agreements,
@@ -208,8 +222,14 @@ TABLES: dict[str, Callable[[Any], str]] = {
   "distillation": trained,
   "serving_form": serving,
   "llm_shapes": shapes,
+  "quantisation": quantised,
 }
-PAGES = {"distillation": "distillation.md", "serving_form": "serving.md", "llm_shapes": "fsdp.md"}
+PAGES = {
+  "distillation": "distillation.md",
+  "serving_form": "serving.md",
+  "llm_shapes": "fsdp.md",
+  "quantisation": "quantisation.md",
+}
 """Where tables are that are not on the page of benchmarks."""
 
 

@@ -145,6 +145,12 @@ def test_config_tells_widths_by_name():
   ("options", "kind", "message"),
   [
     ({"depth": LAYERS + 1}, ValueError, "depth must be at most 6, the number of residual blocks, got 7"),
+    (
+      {"widths": {"layer0/up": None}},
+      ValueError,
+      "widths must be whole numbers, for the pattern 'layer0/up', got None",
+    ),
+    ({"widths": {"layer0/up": float("nan")}}, ValueError, "widths must be whole numbers, for the pattern"),
     ({"depth": -1}, ValueError, "depth must be at least 0, got -1"),
     ({"depth": 1.5}, TypeError, "depth must be a Python int, got float"),
     ({"depth": True}, TypeError, "depth must be a Python int"),

@@ -92,6 +92,11 @@ def _exact(sizes: Sequence[tuple[str, int]], widths: Any) -> list[int | None]:
       f"widths must map patterns of mask names to numbers of features, such as {{'conv*': 16}}, got {widths!r}."
     )
   require_used("widths", widths, [name for name, _ in sizes])
+  for pattern, width in widths.items():
+    valid = is_number(width) and math.isfinite(width)
+    require(
+      valid, f"widths must be whole numbers, for the pattern {pattern!r}", width, "Leave other masks out."
+    )
   found = [first_that_fits(name, widths, None) for name, _ in sizes]
   for (name, size), width in zip(sizes, found, strict=True):
     valid = width is None or (is_number(width) and width == int(width) and 0 <= width <= size)

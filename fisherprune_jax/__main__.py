@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       show(args.file)
     else:
       page = args.html or f"{args.file}.html"
+      _check_apart(page, args.file)
       write(page, lambda: report_of(args.file))
       print(page)
     sys.stdout.flush()
@@ -34,6 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{parser.prog}: {error}", file=sys.stderr)
     return 1
   return 0
+
+
+def _check_apart(page: str, file: str) -> None:
+  """Raise if the page would replace the network."""
+  if os.path.exists(page) and os.path.exists(file) and os.path.samefile(page, file):
+    raise ValueError(
+      f"A page needs another file than the network, got {page!r}, the network itself. Name one such as {file}.html."
+    )
 
 
 if __name__ == "__main__":

@@ -432,6 +432,17 @@ def test_bad_files_and_places_are_one_line_and_exit_code_1(tmp_path, capsys):
   assert os.listdir(tmp_path) == ["other"]
 
 
+def test_a_page_never_replaces_its_network(tmp_path, capsys):
+  pruner, params, state = trained()
+  pruner.compact(params, state).save(tmp_path / "net")
+  before = (tmp_path / "net").read_bytes()
+  (tmp_path / "link").symlink_to(tmp_path / "net")
+  for out in ("net", "link"):
+    assert main(["inspect", str(tmp_path / "net"), "--html", str(tmp_path / out)]) == 1
+    assert "the network itself" in capsys.readouterr().err
+  assert (tmp_path / "net").read_bytes() == before
+
+
 def test_what_a_file_keeps_is_listed(tmp_path):
   masks = {EVIL: jnp.ones(6), "a&b": jnp.array([1.0, 0, 1, 0])}
   own = {"w": jnp.ones((8, 6)), "u": jnp.ones((6, 4)), "v": jnp.ones((4, 2))}

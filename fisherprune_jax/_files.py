@@ -14,6 +14,19 @@ def target_of(path: PathLike) -> str:
   return os.path.realpath(os.fspath(path))
 
 
+def check_place(path: PathLike, what: str) -> None:
+  """Raise if no file can be written, before any work is done; ``what`` needs it, for the error."""
+  folder = os.path.dirname(target_of(path))
+  if os.path.isdir(path):
+    raise IsADirectoryError(
+      f"{what} needs the path of a file, got the folder {os.fspath(path)!r}. Name a file in it."
+    )
+  if not os.path.isdir(folder):
+    raise FileNotFoundError(
+      f"{what} needs a folder that is there, got {folder!r}. Make it first: os.makedirs({folder!r})."
+    )
+
+
 @contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[str]:
   """A temporary name in the same folder; the written file replaces the target, or is removed after an error."""

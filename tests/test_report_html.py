@@ -370,7 +370,7 @@ def test_one_file_without_references(path):
 
 def test_bad_places_and_states_of_other_networks_are_errors(tmp_path):
   pruner, params, state = trained()
-  with pytest.raises(FileNotFoundError, match=r"A report needs a folder that exists, got '.*none'"):
+  with pytest.raises(FileNotFoundError, match=r"A report needs a folder that is there, got '.*none'"):
     pruner.report_html(tmp_path / "none" / "a.html")
   with pytest.raises(IsADirectoryError, match="A report needs the path of a file"):
     pruner.report_html(tmp_path)

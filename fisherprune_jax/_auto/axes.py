@@ -26,11 +26,19 @@ OUTPUT = "it reaches an output"
 
 
 class Reader(NamedTuple):
-  """A node that sums over a factor, and the places (operand, axis) for its mask, the best first."""
+  """A node that sums over a factor.
+
+  Attributes:
+    node: the node.
+    atom: the atom of the factor.
+    places: the operands and axes for its mask, the best first.
+    picker: the operand that picks rows of the only place, if that is a table.
+  """
 
   node: Node
   atom: Atom
   places: list[tuple[int, int]]
+  picker: int | None = None
 
 
 class Body(NamedTuple):
@@ -52,7 +60,6 @@ class Axes:
     bodies: the sub-programs.
     learned: arrays that depend on variables but not on arguments, with their first variable.
     rows: whether rows of tables, which are read by number, may be masked.
-    looked_up: the atoms of such rows.
     iterations: for a loop that reads or writes an entry of an array per iteration, the atom of its iterations.
   """
 
@@ -65,7 +72,6 @@ class Axes:
   produced: list[tuple[Atom, Value]] = field(default_factory=list)
   bodies: list[Body] = field(default_factory=list)
   iterations: dict[Node, Atom] = field(default_factory=dict)
-  looked_up: list[Atom] = field(default_factory=list)
   _operands: dict[tuple[Node, int], tuple[Atom, ...]] = field(default_factory=dict)
   _slices: list[tuple[Atom, Atom]] = field(default_factory=list)
 
@@ -173,8 +179,7 @@ class Axes:
     if not self.rows or table not in self.learned or self.varies(table) or not _is_float(table):
       block(atom, f"{spec.opaque}, at {node.source}")
       return
-    self.readers.append(Reader(node, atom, [(0, spec.ins[0].index(name))]))
-    self.looked_up.append(atom)
+    self.readers.append(Reader(node, atom, [(0, spec.ins[0].index(name))], picker=1))
     if self.varies(node.outs[0]):
       self.produced.append((atom, self.learned[table]))
 

@@ -101,7 +101,7 @@ def find(form: Form, paths: Sequence[tuple[str, ...]]) -> Found:
   rows = stacks(axes)
   whole = staying(axes, form.program, form.variables)
   roles = roles_of(axes, set(good))
-  tables = {leaf for atom in axes.looked_up for leaf in leaves(atom)}
+  tables = {leaf for reader in axes.readers if reader.picker is not None for leaf in leaves(reader.atom)}
   called: dict[Atom, str] = {}
   for mine in ([leaf for leaf in good if leaf not in tables], [leaf for leaf in good if leaf in tables]):
     made = [(makers[leaf], places[leaf]) for leaf in mine]

@@ -65,9 +65,7 @@ def plan_of(form: Form, found: Matched, numbering: Numbering | None) -> Plan:
     if same is not None:
       sites.remove(same)
       wanted = list(dict.fromkeys((*same.leaves, *wanted)))
-    spec = form.axes.live.specs.get(reader.node)
-    picker = 1 if spec and spec.indexed and reader.atom in form.axes.looked_up else None
-    sites.append(Site(operand, axis, tuple(wanted), picker))
+    sites.append(Site(operand, axis, tuple(wanted), reader.picker))
   return plan
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._compaction.schema import ARRAYS, misfits
-from fisherprune_jax._files import PathLike, replacing, target_of
+from fisherprune_jax._files import PathLike, replacing
 from fisherprune_jax._types import Array
 
 FORMAT = "fisherprune_jax"
@@ -48,19 +48,6 @@ def check_installed() -> None:
     raise ImportError(
       f"A compact network is saved and loaded with {' and '.join(NEEDS)}, got no {' and no '.join(missing)}: "
       "pip install 'fisherprune-jax[save]'."
-    )
-
-
-def check_place(path: PathLike) -> None:
-  """Raise if no file can be written, before any work is done."""
-  folder = os.path.dirname(target_of(path))
-  if os.path.isdir(path):
-    raise IsADirectoryError(
-      f"save needs the path of a file, got the folder {os.fspath(path)!r}. Name a file in it."
-    )
-  if not os.path.isdir(folder):
-    raise FileNotFoundError(
-      f"save needs a folder that is there, got {folder!r}. Make it first: os.makedirs(...)."
     )
 
 

@@ -6,6 +6,9 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from fisherprune_jax._compaction import files
 from fisherprune_jax._compaction.files import Content
@@ -57,25 +60,43 @@ def first_lines(path: PathLike, content: Content) -> list[str]:
   ]
 
 
+class Variable(NamedTuple):
+  """A variable of a file: its name, its array, and its shapes before and after."""
+
+  name: str
+  array: np.ndarray
+  before: tuple[int, ...]
+  after: tuple[int, ...]
+
+
+def variables_of(content: Content) -> list[Variable]:
+  """All variables except masks."""
+  return [
+    Variable(
+      line["array"].removeprefix("variables/"),
+      content.arrays[line["array"]],
+      original.shape,
+      original.compact_shape,
+    )
+    for line, original in zip(content.header["leaves"], originals_of(content), strict=True)
+    if not line["mask"]
+  ]
+
+
 def _variable_rows(content: Content) -> list[Cells]:
   """Shapes of all variables except masks, before and after."""
-  rows: list[Cells] = []
-  for line, original in zip(content.header["leaves"], originals_of(content), strict=True):
-    if not line["mask"]:
-      before, after = math.prod(original.shape), math.prod(original.compact_shape)
-      name = line["array"].removeprefix("variables/")
-      rows.append((name, times(original.shape), times(original.compact_shape), share(after, before)))
-  return rows
+  return [
+    (v.name, times(v.before), times(v.after), share(math.prod(v.after), math.prod(v.before)))
+    for v in variables_of(content)
+  ]
 
 
 def _totals(content: Content) -> list[Cells]:
   numbers, size = [0, 0], [0, 0]
-  for line, original in zip(content.header["leaves"], originals_of(content), strict=True):
-    if not line["mask"]:
-      both = [math.prod(original.shape), math.prod(original.compact_shape)]
-      array = content.arrays[line["array"]]
-      numbers = [have + n for have, n in zip(numbers, both, strict=True)]
-      size = [have + n * array.nbytes // max(both[1], 1) for have, n in zip(size, both, strict=True)]
+  for v in variables_of(content):
+    both = [math.prod(v.before), math.prod(v.after)]
+    numbers = [have + n for have, n in zip(numbers, both, strict=True)]
+    size = [have + n * v.array.nbytes // max(both[1], 1) for have, n in zip(size, both, strict=True)]
   rows: list[tuple[str, Sequence[float]]] = [
     ("FLOPs per example", (content.header["dense"], content.header["cost"])),
     ("parameters", numbers),

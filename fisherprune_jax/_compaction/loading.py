@@ -17,7 +17,7 @@ from fisherprune_jax._compaction.plain import from_json, plain
 from fisherprune_jax._compaction.saving import ALL, HISTORY, NONE, PROGRAM, VARIABLES, as_arrays, stored
 from fisherprune_jax._compaction.schema import contradictions, count_leaves, misfits
 from fisherprune_jax._errors import describe, path_name, require_same_tree
-from fisherprune_jax._files import PathLike
+from fisherprune_jax._files import PathLike, check_place
 from fisherprune_jax._training.history import Pruned
 from fisherprune_jax._types import PyTree
 
@@ -84,7 +84,7 @@ class Loaded:
       path: the file; it may be the one that was loaded.
       variables: other values of ``self.variables``, such as trained ones.
     """
-    files.check_place(path)
+    check_place(path, "save")
     given = as_arrays(plain(self.variables if variables is None else variables))
     how = "Pass a tree like loaded.variables."
     require_same_tree(given, self._trees["variables"], "variables", "loaded.variables", how)

@@ -16,7 +16,7 @@ from fisherprune_jax._compaction.originals import Original
 from fisherprune_jax._compaction.plain import plain, to_json
 from fisherprune_jax._compaction.plan import Plan
 from fisherprune_jax._errors import describe, is_traced, path_name, require_same_tree, warn
-from fisherprune_jax._files import PathLike
+from fisherprune_jax._files import PathLike, check_place
 from fisherprune_jax._graph.blockers import Stays
 from fisherprune_jax._graph.variables import VariableTree, abstract
 from fisherprune_jax._masks import named_rows
@@ -78,7 +78,7 @@ def save(
 ) -> None:
   """Write ``function(variables, *args)`` for arguments of these shapes; ``fixed`` are the same without symbols."""
   files.check_installed()
-  files.check_place(path)
+  check_place(path, "save")
   variables = as_arrays(variables)
   arrays, leaves = _variable_arrays(variables, known)
   past, went = _history(opt_state)

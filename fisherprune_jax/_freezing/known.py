@@ -65,8 +65,8 @@ def _varies(node: Node, operands: Sequence[Known], cautious: bool) -> list[tuple
   if cautious and node.name == "iota":
     return None
   spec = None if node.name in STRUCTURED else spec_of(node, [_info(value) for value in node.ins])
-  if spec is not None and _keeps_constants(node, spec, operands):
-    varying = _varying_factors(spec, operands)
+  varying = frozenset[Factor]() if spec is None else _varying_factors(spec, operands)
+  if spec is not None and _keeps_constants(node, spec, varying):
     return [
       tuple(long and _differs(axis, varying) for axis, long in zip(axes, _everywhere(out), strict=True))
       for axes, out in zip(spec.outs, node.outs, strict=True)
@@ -77,11 +77,11 @@ def _varies(node: Node, operands: Sequence[Known], cautious: bool) -> list[tuple
   return None
 
 
-def _keeps_constants(node: Node, spec: Spec, operands: Sequence[Known]) -> bool:
+def _keeps_constants(node: Node, spec: Spec, varying: frozenset[Factor]) -> bool:
   """Whether results are constant along each factor along which all operands are, and do not depend on its size."""
   if spec.opaque or spec.windows or node.name.startswith("cum"):
     return False
-  varying, shown = _varying_factors(spec, operands), set[Factor]()
+  shown = set[Factor]()
   for axis in (axis for axes in spec.outs for axis in axes):
     factors = set(factors_of(axis))
     shown |= factors

@@ -107,14 +107,8 @@ class Part:
     program = self.program
     for fold in self._folds.values():
       self._terms[fold.node] = self._add_terms(fold)
-    for node in [node for node in program.nodes if not self._is_once(node)]:
-      if node in self._folds:
-        reads = [node.ins[1 - self._folds[node].side]]
-      else:
-        reads = [] if node in self._folded else self._passed(node)
-      for value in reads:
-        self._store(value)
-    for value in program.outputs:
+    at_calls = [node for node in program.nodes if not self._is_once(node)]
+    for value in (*(value for node in at_calls for value in self._reads(node)), *program.outputs):
       self._store(value)
     for node, body in self._loops.items():
       self._first[node] = len(self.slots)
@@ -129,12 +123,14 @@ class Part:
   def _is_once(self, node: Node) -> bool:
     return bool(node.outs) and all(map(self._is_stored, node.outs))
 
-  def _passed(self, node: Node) -> list[Value]:
+  def _reads(self, node: Node) -> list[Value]:
     """The operands that a node reads at each call; the body of a loop stores what it needs of variables."""
-    if node not in self._loops:
-      return node.ins
-    consts, carried = compat.scan_counts(node.params)
-    return node.ins[consts : consts + carried]
+    if node in self._folds:
+      return [node.ins[1 - self._folds[node].side]]
+    if node in self._loops:
+      consts, carried = compat.scan_counts(node.params)
+      return node.ins[consts : consts + carried]
+    return [] if node in self._folded else node.ins
 
   def _store(self, value: Value) -> None:
     if not self._is_stored(value):
@@ -221,14 +217,12 @@ class Part:
       return _read(env, value)
 
     for node in self._nodes_at_calls():
-      if node in self._folds:
-        with compat.located(node.eqn, node.callers):
+      with compat.located(node.eqn, node.callers):
+        if node in self._folds:
           env[self._folds[node].result] = self._product(node, read, stored)
-      elif node in self._loops:
-        with compat.located(node.eqn, node.callers):
+        elif node in self._loops:
           env.update(zip(node.outs, self._loop(node, read, stored), strict=True))
-      elif node not in self._folded:
-        with compat.located(node.eqn, node.callers):
+        elif node not in self._folded:
           env.update(zip(node.outs, compat.bind(node.eqn, list(map(read, node.ins))), strict=True))
     return [read(value) for value in self.program.outputs]
 

@@ -1,13 +1,12 @@
 """The page: plain HTML with its style, its script and its charts inside."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from importlib import resources
 
 from fisherprune_jax._compaction.report import share
-from fisherprune_jax._files import PathLike, replacing, target_of
+from fisherprune_jax._files import PathLike, check_place, replacing
 from fisherprune_jax._html import charts
 from fisherprune_jax._html.report import MOST_HISTOGRAMS, MOST_STEPS, Bars, Figure, Frame, Histogram, Report
 from fisherprune_jax._tables import Shown, Table, as_number
@@ -18,23 +17,10 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inli
 
 def write(path: PathLike, make: Callable[[], Report]) -> None:
   """Write a page; raises for a bad place before the report is made."""
-  check_place(path)
+  check_place(path, "A report")
   text = page(make())
   with replacing(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
     file.write(text)
-
-
-def check_place(path: PathLike) -> None:
-  """Raise if no file can be written there."""
-  folder = os.path.dirname(target_of(path))
-  if os.path.isdir(path):
-    raise IsADirectoryError(
-      f"A report needs the path of a file, got the folder {os.fspath(path)!r}. Name a file in it, such as report.html."
-    )
-  if not os.path.isdir(folder):
-    raise FileNotFoundError(
-      f"A report needs a folder that exists, got {folder!r}. Make it first: os.makedirs({folder!r})."
-    )
 
 
 def page(report: Report) -> str:

@@ -22,20 +22,22 @@ from fisherprune_jax._html.report import (
   MOST_BARS,
   MOST_LAYERS,
   MOST_REASONS,
-  MOST_STEPS,
   Bar,
   Bars,
   Figure,
   Frame,
   Histogram,
   Report,
+  natural,
   section,
+  thinned,
 )
 from fisherprune_jax._masks import COLLECTION, named_rows
 from fisherprune_jax._tables import Table, as_number
 from fisherprune_jax._training.criteria import criterion_of
 from fisherprune_jax._training.criterion import Criterion
 from fisherprune_jax._training.finding import get_importance
+from fisherprune_jax._training.history import history, masks_at
 from fisherprune_jax._training.state import FisherPruneState
 from fisherprune_jax._types import ApplyFn, BatchAxes, Masks, PyTree
 
@@ -142,11 +144,6 @@ def _vectors(source: Source) -> list[Vector]:
   return sorted(found, key=lambda v: (own[v.key[0]][0], v.key[1]))
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-  """A key to sort by that puts ``Dense_2`` before ``Dense_10``."""
-  return [(int(part or 0), "") if at % 2 else (0, part) for at, part in enumerate(re.split(r"(\d+)", name))]
-
-
 def _widths(masks: Masks) -> list[int]:
   return [int(np.sum(row)) for _, row in named_rows(jax.tree.map(np.asarray, masks))]
 
@@ -210,20 +207,13 @@ def histogram(name: str, importance: np.ndarray, mask: np.ndarray) -> Histogram:
 
 def _frames(source: Source, state: FisherPruneState, shown: Sequence[Vector]) -> list[Frame]:
   """The steps at which something was masked, between the start and the last step."""
-  at = jax.tree.map(np.asarray, state.pruned_at)
-  steps = np.unique([0, int(state.step), *(step for leaf in jax.tree.leaves(at) for step in leaf[leaf >= 0])])
+  steps = {0, int(state.step), *(pruned.step for pruned in history(state))}
   frames = []
-  for step in thinned(steps.tolist()):
-    masks = jax.tree.map(lambda leaf, step=step: np.float32((leaf < 0) | (leaf > step)), at)
+  for step in thinned(sorted(steps)):
+    masks = masks_at(state, step)
     widths = _widths(masks)
     frames.append(Frame(step, _total(source, masks), [widths[v.at] for v in shown]))
   return frames
-
-
-def thinned(steps: Sequence[int]) -> list[int]:
-  """At most ``MOST_STEPS`` of some steps, the first and the last among them."""
-  chosen = np.linspace(0, len(steps) - 1, min(len(steps), MOST_STEPS)).round()
-  return [steps[int(at)] for at in chosen]
 
 
 def _kept(blockers: Sequence[Blocker] | None) -> Iterator[Table | str]:

@@ -1,7 +1,10 @@
 """The content of a page, whether it comes from a pruner or from a file."""
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from fisherprune_jax._compaction.report import share
 from fisherprune_jax._tables import Table, as_number
@@ -144,3 +147,14 @@ def section(heading: str, note: str, found: Sequence[Bar], most: int) -> Bars:
   more = found[most:]
   sizes = of(sum(bar.now for bar in more), sum(bar.before for bar in more))
   return Bars(heading, note, found[:most], f"and {len(more)} more: {sizes}" if more else "")
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+  """A key to sort by that puts ``Dense_2`` before ``Dense_10``."""
+  return [(int(part or 0), "") if at % 2 else (0, part) for at, part in enumerate(re.split(r"(\d+)", name))]
+
+
+def thinned(steps: Sequence[int]) -> list[int]:
+  """At most ``MOST_STEPS`` of some steps, the first and the last among them."""
+  chosen = np.linspace(0, len(steps) - 1, min(len(steps), MOST_STEPS)).round()
+  return [steps[int(at)] for at in chosen]

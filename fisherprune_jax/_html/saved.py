@@ -7,12 +7,21 @@ from collections.abc import Iterator, Sequence
 
 from fisherprune_jax._compaction import files
 from fisherprune_jax._compaction.files import Content
-from fisherprune_jax._compaction.inspecting import first_lines
-from fisherprune_jax._compaction.loading import history_of, originals_of, read
+from fisherprune_jax._compaction.inspecting import first_lines, variables_of
+from fisherprune_jax._compaction.loading import history_of, read
 from fisherprune_jax._compaction.report import times
 from fisherprune_jax._files import PathLike
-from fisherprune_jax._html.pruner import natural, thinned
-from fisherprune_jax._html.report import MOST_BARS, MOST_LAYERS, Bar, Figure, Frame, Report, section
+from fisherprune_jax._html.report import (
+  MOST_BARS,
+  MOST_LAYERS,
+  Bar,
+  Figure,
+  Frame,
+  Report,
+  natural,
+  section,
+  thinned,
+)
 from fisherprune_jax._training.history import Pruned
 
 GROUPS = "Each bar is a mask. Its outline is the width before, its filled part the width now."
@@ -54,11 +63,9 @@ def _order(bar: Bar) -> list[tuple[int, str]]:
 
 def _variable_bars(content: Content) -> Iterator[Bar]:
   """All variables except masks."""
-  for line, original in zip(content.header["leaves"], originals_of(content), strict=True):
-    if not line["mask"]:
-      before, now = original.shape, original.compact_shape
-      shapes = f"{times(before)} to {times(now)}" if before != now else times(now)
-      yield Bar(line["array"].removeprefix("variables/"), math.prod(before), math.prod(now), shapes)
+  for v in variables_of(content):
+    shapes = f"{times(v.before)} to {times(v.after)}" if v.before != v.after else times(v.after)
+    yield Bar(v.name, math.prod(v.before), math.prod(v.after), shapes)
 
 
 def _frames(past: Sequence[Pruned], masks: Sequence[Bar]) -> list[Frame]:

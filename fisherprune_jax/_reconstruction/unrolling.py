@@ -7,7 +7,7 @@ import jax
 from jax import lax
 
 from fisherprune_jax._graph import compat
-from fisherprune_jax._graph.program import Node, Program, Value, build, trace
+from fisherprune_jax._graph.program import CALLS, Node, Program, Value, build, trace
 from fisherprune_jax._types import PyTree
 
 MOST_NODES = 20_000
@@ -86,6 +86,5 @@ def _call(node: Node, arrays: Sequence[Any]) -> list[Any]:
 _WRITTEN_OUT: dict[str, Callable[[Node, Sequence[Any]], list[Any]]] = {
   "scan": _scan,
   "cond": _cond,
-  **dict.fromkeys(("remat", "remat2", "checkpoint"), _call),
-  **dict.fromkeys(("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"), _call),
+  **dict.fromkeys(CALLS, _call),
 }

@@ -99,7 +99,7 @@ def _exact(sizes: Sequence[tuple[str, int]], widths: Any) -> list[int | None]:
     )
   found = [first_that_fits(name, widths, None) for name, _ in sizes]
   for (name, size), width in zip(sizes, found, strict=True):
-    valid = width is None or (is_number(width) and width == int(width) and 0 <= width <= size)
+    valid = width is None or (width == int(width) and 0 <= width <= size)
     require(valid, f"widths must be whole numbers from 0 to {size}, the size of the mask {name}", width)
   return found
 

@@ -21,7 +21,7 @@ from fisherprune_jax._training.floors import MinFeatures, Widths, check_floors, 
 from fisherprune_jax._training.selection import Selection, scorer
 from fisherprune_jax._types import AxisNames, Masks
 
-MOST_RECOSTS = 2048
+RECOSTS = 2048
 """How often the cost is recomputed, at least, while all features of a large network are masked."""
 INJECTED = "or use fp.inject_hyperparams."
 
@@ -224,7 +224,7 @@ class Options:
     """How many features are masked before the cost is recomputed."""
     if self.recost_every is not None:
       return self.recost_every
-    return max(1, min(self.features_per_prune, int(self.rows.starts[-1])) // MOST_RECOSTS)
+    return max(1, min(self.features_per_prune, int(self.rows.starts[-1])) // RECOSTS)
 
   def is_settled(self, target: Any, step: jax.Array) -> Any:
     """Whether the target has stopped falling; exact widths wait for that."""

@@ -145,9 +145,8 @@ class Selection(NamedTuple):
     if rows.exact.any():  # exact widths come first, so that other masks keep more
       owed = rows.owed(alive)
       can_go &= owed | ~jnp.any(owed)
-    if (
-      self.depth is not None
-    ):  # blocks come first, one at a time: as long as there are too many, their number is the budget
+    if self.depth is not None:
+      # Blocks come first, one at a time: as long as there are too many, their number is the budget.
       surplus = rows.surplus(alive, self.depth)
       too_deep = jnp.any(surplus)
       can_go = jnp.where(too_deep, alive & surplus & jnp.isfinite(importance), can_go & ~rows.is_block())

@@ -312,3 +312,53 @@ def test_prints_are_dropped_and_callbacks_run():
   seen.clear()
   agree(small(small.variables, x), expected, 1e-5)
   assert seen == [(2,)]
+
+
+def nested(v, x):
+  def inner(h, w):
+    return h + jnp.tanh(h @ standardized(w["a"]) * w["s"] + w["t"]) @ w["b"], None
+
+  def outer(h, w):
+    return jax.lax.scan(inner, h, w)[0], None
+
+  return jax.lax.scan(outer, x, v)[0]
+
+
+def shared(v, x):
+  def body(h, s):
+    return h + jnp.tanh(h @ standardized(v["a"]) * s) @ v["b"], None
+
+  return jax.lax.scan(body, x, v["s"])[0]
+
+
+def backwards(v, x):
+  h, ys = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), h @ standardized(w)), x, v["w"], reverse=True)
+  return jnp.tanh((h + ys.sum(0)) @ v["a"]) @ v["b"]
+
+
+@pytest.mark.parametrize(
+  ("apply", "shapes", "left"),
+  [
+    (
+      nested,
+      {"a": (2, 3, 6, 8), "b": (2, 3, 8, 6), "s": (2, 3, 8), "t": (2, 3, 8)},
+      {"a": (2, 3, 6, 4), "b": (2, 3, 4, 6), "bias": (2, 3, 4)},
+    ),
+    (shared, {"a": (6, 8), "b": (8, 6), "s": (3, 8)}, {"a": (3, 6, 4), "b": (4, 6)}),
+    (
+      backwards,
+      {"w": (3, 6, 6), "a": (6, 8), "b": (8, 2)},
+      {"w": (3, 6, 6), "w_2": (3, 6, 6), "a": (6, 4), "b": (4, 2)},
+    ),
+  ],
+)
+def test_loops_in_loops_shared_kernels_and_loops_that_run_backwards(apply, shapes, left):
+  variables = {name: 0.4 * normal(at, *shape) for at, (name, shape) in enumerate(shapes.items())}
+  x = normal(9, 3, 6)
+  network, masked = pruned(apply, variables, x)
+  small = fp.compact(network, masked, x, freeze=True)
+  for data in (x, jnp.concatenate([x, x[:1]])):
+    agree(small(small.variables, data), network(masked, data), 1e-4)
+  assert jax.tree.map(jnp.shape, small.variables) == left
+  found = jax.grad(lambda x: jnp.sum(jnp.sin(small(small.variables, x))))(x)
+  agree(found, jax.grad(lambda x: jnp.sum(jnp.sin(network(masked, x))))(x), 1e-4)

@@ -147,7 +147,7 @@ def find(flat: Flat, trained: Sequence[bool], masked: set[Value]) -> Found:
 
 def _overlap(a: np.ndarray, b: np.ndarray) -> bool:
   """Whether two sets of entries have one in common."""
-  if not a.size or not b.size or a.max() < b.min() or b.max() < a.min():  # layers of a stack, at once
+  if not a.size or not b.size or a.max() < b.min() or b.max() < a.min():  # all layers of a stack
     return False
   found = np.zeros(max(a.max(), b.max()) + 1, bool)
   found[a] = True

@@ -95,7 +95,7 @@ def of_masks(flat: Flat, value: Value, masks: Mapping[Value, int]) -> list[Value
 
 
 def _codes(flat: Flat, value: Value, leaf: Value, masks: Mapping[Value, int]) -> jax.Array:
-  """The number of the feature of one mask at each entry of a value, from 1; 0 where there is none."""
+  """The number of the feature of one mask at each entry of a value, from 1; 0 elsewhere."""
   bits = binary_digits(leaf.aval.size)
   rows = np.concatenate([np.zeros((1, leaf.aval.size)), np.ones((1, leaf.aval.size)), bits])
   given = jnp.asarray(rows.reshape(-1, *leaf.shape), leaf.aval.dtype)

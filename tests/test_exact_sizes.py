@@ -326,5 +326,5 @@ def test_a_hugging_face_model_with_a_smaller_config_takes_the_weights(capsys):
   transformers = pytest.importorskip("transformers")
   if int(transformers.__version__.split(".")[0]) >= 5:
     pytest.skip("version 5 has no Flax models")
-  runpy.run_path(str(Path(__file__).with_name("hugging_face.py")))
+  runpy.run_path(str(Path(__file__).parent.parent / "examples" / "quickstart_hugging_face.py"))
   assert "equal outputs" in capsys.readouterr().out

@@ -457,3 +457,24 @@ def test_cost_and_compact_need_no_arguments():
   small = auto.compact(masked)
   assert small.variables["w"].shape == (3, 2)
   assert small.cost == fp.compact(auto.apply, masked, x, y, **axes).cost
+
+
+def test_what_a_variable_is_broadcast_along_is_no_axis_of_it():
+  """Haiku's biases have the shape of the image, by ``broadcast_to``; positions are no features."""
+  params = {"a": normal(3, 3, 2, 4), "b": normal(4), "s": normal(), "o": normal(7 * 7 * 4, 3)}
+
+  def network(p, x):
+    h = jax.lax.conv_general_dilated(x, p["a"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    h = jnp.tanh(h + jnp.broadcast_to(p["b"], h.shape) + jnp.broadcast_to(p["s"], h.shape[1:]))
+    return h.reshape(len(h), -1) @ p["o"]
+
+  auto = fp.auto_mask(network, params, normal(2, 7, 7, 2))
+  assert [(group.name, group.size) for group in auto.groups] == [("a", 4)]
+  assert auto.groups[0].members == (("a", 3), ("b", 0), ("o", 0))
+  assert ("o", 0, 7) in [(skipped.path, skipped.axis, skipped.size) for skipped in auto.skipped]
+
+
+def test_any_variable_that_an_array_is_computed_from_may_bring_an_axis():
+  params = {"scale": normal(3), "a": normal(3, 6), "o": normal(6, 2)}
+  network = lambda p, x: jnp.tanh(x @ (p["scale"][:, None] * p["a"])) @ p["o"]  # noqa: E731
+  assert [group.name for group in fp.auto_mask(network, params, X).groups] == ["a"]

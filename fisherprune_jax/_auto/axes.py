@@ -5,6 +5,7 @@ that a primitive needs whole in an operand, are blocked. Axes that are whole in 
 be sliced. Data ties only data: computations with variables take slices of it (``data.py``).
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -56,9 +57,9 @@ class Axes:
     live: the forward analysis.
     made: arrays that depend on a variable; the others are data.
     readers: the sums over atoms.
-    produced: atoms that a variable brings into an array that depends on the arguments, with that variable.
+    produced: atoms that variables bring into an array that depends on the arguments, with these variables.
     bodies: the sub-programs.
-    learned: arrays that depend on variables but not on arguments, with their first variable.
+    learned: arrays that depend on variables but not on arguments, with these variables.
     rows: whether rows of tables, which are read by number, may be masked.
     iterations: for a loop that reads or writes an entry of an array per iteration, the atom of its iterations.
   """
@@ -67,9 +68,9 @@ class Axes:
   made: set[Value]
   rows: bool = False
   atoms: dict[Value, tuple[Atom, ...]] = field(default_factory=dict)
-  learned: dict[Value, Value] = field(default_factory=dict)
+  learned: dict[Value, tuple[Value, ...]] = field(default_factory=dict)
   readers: list[Reader] = field(default_factory=list)
-  produced: list[tuple[Atom, Value]] = field(default_factory=list)
+  produced: list[tuple[Atom, tuple[Value, ...]]] = field(default_factory=list)
   bodies: list[Body] = field(default_factory=list)
   iterations: dict[Node, Atom] = field(default_factory=dict)
   _operands: dict[tuple[Node, int], tuple[Atom, ...]] = field(default_factory=dict)
@@ -144,21 +145,23 @@ class Axes:
       elif name not in made:
         self._sum(node, spec, name, factors[name])
       elif any(map(self.varies, node.outs)):
-        self.produced += [(factors[name], variable) for variable in self._brought(node, spec, name)]
+        self.produced.append((factors[name], self._brought(node, spec, name)))
 
   def _learn(self, ins: Sequence[Value], outs: Sequence[Value]) -> None:
     """Note which results depend on variables alone."""
-    made = [self.learned[value] for value in ins if value in self.learned]
-    if made:
-      self.learned.update((out, made[0]) for out in outs if not self.varies(out))
+    variables = self._variables(ins)
+    if variables:
+      self.learned.update((out, variables) for out in outs if not self.varies(out))
 
-  def _brought(self, node: Node, spec: Spec, name: Factor) -> list[Value]:
+  def _variables(self, values: Iterable[Value]) -> tuple[Value, ...]:
+    """All variables of some arrays, in order."""
+    found = [self.learned[value] for value in dict.fromkeys(values) if value in self.learned]
+    return found[0] if len(found) == 1 else tuple(dict.fromkeys(itertools.chain(*found)))
+
+  def _brought(self, node: Node, spec: Spec, name: Factor) -> tuple[Value, ...]:
     """The variables of operands with a factor."""
-    return [
-      self.learned[value]
-      for value, axes in zip(node.ins, spec.ins, strict=True)
-      if value in self.learned and any(name in factors_of(axis) for axis in axes)
-    ]
+    operands = zip(node.ins, spec.ins, strict=True)
+    return self._variables(value for value, axes in operands if any(name in factors_of(axis) for axis in axes))
 
   def _sum(self, node: Node, spec: Spec, name: Factor, atom: Atom) -> None:
     places = [

@@ -50,7 +50,7 @@ def _of_program(axes: Axes, program: Program, iterations: tuple[Atom, ...]) -> I
     for projected, operand in itertools.product((False, True), (1, 0)):
       branch, trunk = node.ins[operand], node.ins[1 - operand]
       own = before.of(branch) & ~before.of(trunk)
-      variables = frozenset(axes.learned[value] for value in before.values(own) if value in axes.learned)
+      variables = frozenset(v for value in before.values(own) for v in axes.learned.get(value, ()))
       if not variables or not _is_branch(axes, before, makers, own, branch, trunk, projected):
         continue
       rows = {atom.root() for variable in variables for atom in axes.of(variable)}

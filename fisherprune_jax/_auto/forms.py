@@ -68,7 +68,7 @@ def study(
   live.forward(program, [Info(whole_box(v.shape), varies=at >= count) for at, v in enumerate(program.inputs)])
   given = program.inputs[:count]
   axes = Axes(live, made_of(program, given, live), rows)
-  axes.learned.update((value, value) for value in given)
+  axes.learned.update((value, (value,)) for value in given)
   examples = _examples(axes, program.inputs[count:], example_axes)
   axes.walk(program)
   axes.hand_on(examples, program.inputs[count:])

@@ -92,10 +92,14 @@ def find(form: Form, paths: Sequence[tuple[str, ...]]) -> Found:
       for part, leaf in enumerate(leaves(atom)):
         places.setdefault(leaf, []).append((at, axis, part))
   position = {value: at for at, value in enumerate(form.variables)}
+  owners = {(leaf, at) for leaf, own in places.items() for at, _, _ in own}
   makers: dict[Atom, int] = {}
-  for atom, variable in axes.produced:
+  for atom, variables in axes.produced:
     for leaf in leaves(atom):
-      makers.setdefault(leaf, position[variable])
+      # A variable without the axis is broadcast along it, as a bias is along positions.
+      own = [position[value] for value in variables if (leaf, position[value]) in owners]
+      if own:
+        makers.setdefault(leaf, own[0])
   read = {leaf for reader in axes.readers for leaf in leaves(reader.atom)}
   good = [leaf for leaf in makers if leaf in places and leaf in read and _is_free(leaf)]
   rows = stacks(axes)

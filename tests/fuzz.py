@@ -77,7 +77,7 @@ class Network:
 
   def describe(self) -> str:
     """The steps and masks, for people."""
-    masks = {name: "".join(str(int(k)) for k in m) for name, m in self.masks.items()}
+    masks = {name: "".join(str(int(k)) for k in np.ravel(m)) for name, m in self.masks.items()}
     lines = [f"  {s.outs} = {s.name} {s.ins}" for s in self.steps]
     return "\n".join([f"input {self.shape}, outputs {self.outputs}, masks {masks}", *lines])
 
@@ -150,7 +150,7 @@ class Builder:
     return int(self.rng.integers(1, 7))
 
   def param(self, shape: Sequence[int], kind: str = "p") -> str:
-    """A new parameter; its name. Kernels that have taps are of the kind ``k``."""
+    """A new parameter; its name. Kernels that have taps are of the kind ``k``, stacks of layers of the kind ``s``."""
     name = f"{kind}{len(self.params)}"
     values = self.rng.normal(size=shape) / np.sqrt(np.prod(shape[:-1]) or 1)
     self.params[name] = np.asarray(values)
@@ -158,13 +158,19 @@ class Builder:
 
   def mask(self, size: int) -> str:
     """A mask of this size, new or not; its name."""
-    found = [name for name, mask in self.masks.items() if mask.size == size]
+    found = [name for name, mask in self.masks.items() if mask.shape == (size,)]
     if found and self.chance(0.4):
       return self.choice(found)
     name = f"m{len(self.masks)}"
     kind = self.rng.random()
     alive = 1.1 if kind < 0.1 else 0.0 if kind < 0.17 else 0.6
     self.masks[name] = (self.rng.random(size) < alive).astype(np.float32)
+    return name
+
+  def mask_of_layers(self, layers: int, size: int) -> str:
+    """A new mask with a row for each layer; its name."""
+    name = f"m{len(self.masks)}"
+    self.masks[name] = (self.rng.random((layers, size)) < 0.6).astype(np.float32)
     return name
 
   def add(self, name: str, fn: Callable[..., Any], *ins: int) -> list[int]:
@@ -350,6 +356,14 @@ def check_refusal(net: Network, error: ValueError) -> None:
   raise WildError("a mask without effect, which is refused")
 
 
+def _alive(gradients: Any, axis: int, is_stack: bool) -> int:
+  """How many entries along an axis have a gradient; in a stack, at most in one layer."""
+  layers, axis = (gradients, axis) if is_stack else (gradients[None], axis + 1)
+  return int(
+    np.moveaxis(layers, axis, 1).reshape(*layers.shape[:1], layers.shape[axis], -1).any(2).sum(1).max()
+  )
+
+
 def check_report(net: Network, small: Any, draws: int = 10) -> None:
   """What is kept of the parameters has a gradient under the masks, or the report says why it stays.
 
@@ -373,13 +387,10 @@ def check_report(net: Network, small: Any, draws: int = 10) -> None:
       found[at] = grads if found[at] is None else jax.tree.map(np.logical_or, found[at], grads)
   said = {(held.path, held.axis) for blocker in small.blockers for held in blocker.holds}
   for name, leaf in small.variables["params"].items():
-    taps = (
-      leaf.ndim - 2 if name.startswith("k") else 0
-    )  # no mask is of taps, though some may meet dead rows alone
+    # No mask is of taps, though some may meet dead rows alone; a stack keeps its layers.
+    taps = {"k": leaf.ndim - 2, "s": 1}.get(name[0], 0)
     for axis, kept in list(enumerate(leaf.shape))[taps:]:
-      alive, ever = (
-        int(np.moveaxis(f[name], axis, 0).reshape(f[name].shape[axis], -1).any(1).sum()) for f in found
-      )
+      alive, ever = (_alive(f[name], axis, name.startswith("s")) for f in found)
       never = net.params[name].shape[axis] - ever
       silent = (f"params/{name}", axis) not in said
       # Where nothing at all matters some set is empty, of one mask or of several together: as of emptied masks.

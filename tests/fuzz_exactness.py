@@ -247,3 +247,49 @@ def weights_of_variables(b: Any) -> None:
     return h @ p[w] + p[query] @ p[mix] if kind == "query" else h @ BY_VARIABLES[kind](p[w])
 
   b.add(f"by variables {kind} {name}", run, v)
+
+
+OF_STACKS = {
+  "plain": lambda w, p: w,
+  "cast": lambda w, p: w.astype(jnp.float32).astype(w.dtype),
+  "scaled": lambda w, p: w * (1 + p["scale"]),
+  "shared row": lambda w, p: w * (1 + p["row"]),
+  "low rank": lambda w, p: w + p["left"] @ p["right"],
+  "standardised": lambda w, p: (
+    (w - jnp.mean(w, 1, keepdims=True)) / jnp.sqrt(jnp.var(w, 1, keepdims=True) + 0.2)
+  ),
+  "cut": lambda w, p: jnp.concatenate([w[:, :, :1], jnp.sin(w[:, :, 1:])], 2),
+  "reshaped": lambda w, p: jnp.tanh(w.reshape(len(w), -1)).reshape(w.shape),
+  "backwards": lambda w, p: w[::-1],
+  "summed too": lambda w, p: w * (1 + jnp.sum(w, 0)),
+}
+"""What is done to a stack of kernels before the loop over its layers."""
+
+
+@op(1)
+def stacked_layers(b: Any) -> None:
+  """Residual layers in a loop, with a mask for each, of kernels that are computed with before the loop."""
+  v = b.pick(lambda s: len(s) >= 2)
+  need(b.free(v) and b.free(v)[-1] == len(b.shape(v)) - 1)
+  n, hidden, count = b.shape(v)[-1], b.size() + 1, int(b.rng.integers(2, 4))
+  first, last = b.param((count, n, hidden), "s"), b.param((count, hidden, n), "s")
+  more = {"scale": (count, 1, hidden), "row": (hidden,), "left": (count, n, 2), "right": (count, 2, hidden)}
+  kind, back, writes, again = b.choice([*OF_STACKS]), b.chance(0.3), b.chance(0.3), b.chance(0.2)
+  used = {"scaled": ["scale"], "shared row": ["row"], "low rank": ["left", "right"]}.get(kind, [])
+  own = {key: b.param(more[key], "s" if key != "row" else "p") for key in used}
+  name = b.mask_of_layers(count, hidden)
+
+  def run(p: Any, m: Any, x: Any) -> Any:
+    kernels = OF_STACKS[kind](p[first], {key: p[at] for key, at in own.items()})
+
+    def layer(h: Any, each: Any) -> Any:
+      ours, theirs, mask = each
+      inner = jnp.tanh(h @ ours) * mask
+      return h + inner @ theirs, jnp.sum(inner, -1)
+
+    h, sums = lax.scan(layer, x, (kernels, p[last], m[name]), reverse=back)
+    if again:
+      h, _ = lax.scan(layer, h, (kernels, p[last] * 0.5, m[name]))
+    return h + jnp.sum(sums, 0)[..., None] if writes else h
+
+  b.add(f"stack {kind} {back} {writes} {again} {name}", run, v)

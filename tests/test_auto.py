@@ -476,5 +476,5 @@ def test_what_a_variable_is_broadcast_along_is_no_axis_of_it():
 
 def test_any_variable_that_an_array_is_computed_from_may_bring_an_axis():
   params = {"scale": normal(3), "a": normal(3, 6), "o": normal(6, 2)}
-  network = lambda p, x: jnp.tanh(x @ (p["scale"][:, None] * p["a"])) @ p["o"]  # noqa: E731
+  network = lambda p, x: jnp.tanh(x @ (p["scale"][:, None] * p["a"])) @ p["o"]
   assert [group.name for group in fp.auto_mask(network, params, X).groups] == ["a"]

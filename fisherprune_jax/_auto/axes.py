@@ -161,7 +161,9 @@ class Axes:
   def _brought(self, node: Node, spec: Spec, name: Factor) -> tuple[Value, ...]:
     """The variables of operands with a factor."""
     operands = zip(node.ins, spec.ins, strict=True)
-    return self._variables(value for value, axes in operands if any(name in factors_of(axis) for axis in axes))
+    return self._variables(
+      value for value, axes in operands if any(name in factors_of(axis) for axis in axes)
+    )
 
   def _sum(self, node: Node, spec: Spec, name: Factor, atom: Atom) -> None:
     places = [

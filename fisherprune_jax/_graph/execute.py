@@ -17,7 +17,7 @@ from fisherprune_jax._graph import compat, sets
 from fisherprune_jax._graph.align import align, select, sources
 from fisherprune_jax._graph.boxes import Box, Where, whole_box
 from fisherprune_jax._graph.evaluate import Evaluation
-from fisherprune_jax._graph.facts import Info, box_of
+from fisherprune_jax._graph.facts import Factors, Info, box_of
 from fisherprune_jax._graph.liveness import Liveness, analyse
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.rules import indexing, spec_of
@@ -46,8 +46,9 @@ class Stack:
     return lax.slice(_entry(self.array, layer), (0,) * len(sizes), sizes)
 
   def read(self, box: Box, ev: Evaluation) -> jax.Array:
-    layers = [align(self.layer(layer, ev), held, box[1:], ev) for layer, held in enumerate(self.boxes)]
-    return align(jnp.stack(layers), (*whole_box((len(layers),)), *box[1:]), box, ev)
+    wanted = ev.index(box[0])
+    layers = range(len(self.boxes)) if wanted is None else wanted
+    return jnp.stack([align(self.layer(at, ev), self.boxes[at], box[1:], ev) for at in layers])
 
 
 @dataclass
@@ -116,7 +117,10 @@ class Run:
       return align(jnp.asarray(value.literal, value.aval.dtype), whole_box(value.shape), box, self.ev)
     if value not in arrays:
       return jnp.zeros([self.ev.width(s) for s in box], value.aval.dtype)
-    return align(arrays[value], self.box(value), box, self.ev)
+    array = arrays[value]
+    return (
+      array.read(box, self.ev) if isinstance(array, Stack) else align(array, self.box(value), box, self.ev)
+    )
 
   def read_layer(self, arrays: Arrays, value: Value, layer: int, box: Box) -> jax.Array:
     """One layer, at the entries of a box."""
@@ -164,10 +168,13 @@ def _entry(array: jax.Array, layer: int) -> jax.Array:
 
 
 def _execute(run: Run, node: Node, arrays: Arrays) -> Sequence[Any]:
+  if node in run.live.layered and (stack := _layers(run, node, arrays)) is not None:
+    arrays[node.outs[0]] = stack
+    return []
   if node in run.live.subs:
     outs, boxes = STRUCTURED[node.name].execute(run, node, arrays)
   else:
-    outs, boxes = _apply(run, node, arrays)
+    outs, boxes = _apply(run, node, arrays, run.live.factors[node])
   for out, array, box in zip(node.outs, outs, boxes, strict=True):
     if run.needs(out):
       arrays[out] = align(array, box, run.box(out), run.ev)
@@ -184,8 +191,26 @@ def _tied(outputs: list[Any], loose: Sequence[Any]) -> list[Any]:
   return [*outputs[:at], jnp.concatenate([out.reshape(-1), *nothing]).reshape(out.shape), *outputs[at + 1 :]]
 
 
-def _apply(run: Run, node: Node, arrays: Arrays) -> tuple[Sequence[Any], Sequence[Box]]:
-  spec, factors = run.live.specs[node], run.live.factors[node]
+def _layers(run: Run, node: Node, arrays: Arrays) -> Stack | None:
+  """The result layer by layer, if layers hold different entries."""
+  wheres = run.live.layers(node.outs[0]) or []
+  boxes = [run.ev.box(where) for where in wheres]
+  if all(run.is_same(box, boxes[0]) for box in boxes):
+    return None
+  layers = []
+  for factors, box in zip(run.live.layered[node], boxes, strict=True):
+    layer = jnp.zeros([run.ev.width(s) for s in box], node.outs[0].aval.dtype)
+    if factors is not None and layer.size:
+      (out,), (held,) = _apply(run, node, arrays, factors)
+      layer = align(_entry(out, 0), held[1:], box, run.ev)
+    layers.append(layer)
+  widest = np.max([layer.shape for layer in layers], 0)
+  padded = [jnp.pad(x, [(0, n - m) for n, m in zip(widest, x.shape, strict=True)]) for x in layers]
+  return Stack(jnp.stack(padded), boxes)
+
+
+def _apply(run: Run, node: Node, arrays: Arrays, factors: Factors) -> tuple[Sequence[Any], Sequence[Box]]:
+  spec = run.live.specs[node]
 
   def box(axes: Axes, value: Value) -> Box:
     return box_of(axes, factors, value.shape)

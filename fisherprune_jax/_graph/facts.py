@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fisherprune_jax._graph import compat, presence, sets, together, windows
-from fisherprune_jax._graph.boxes import Box, Where, empty_box, join, united, whole_box
+from fisherprune_jax._graph.boxes import Box, Where, empty_box, hull, join, united, whole_box
 from fisherprune_jax._graph.joint import Together
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.sets import Set
@@ -98,8 +98,8 @@ def results(node: Node, spec: Spec, infos: Sequence[Info]) -> list[Info]:
     )
     for at, (axes, out) in enumerate(zip(spec.outs, node.outs, strict=True))
   ]
-  if (layer := _layer_taken(spec, infos)) is not None:
-    return [layer]
+  if (taken := _layers_taken(spec, infos)) is not None:
+    return [taken]
   known = fold(node, [info.known for info in infos])
   if spec.moves:
     first, ((box, axes, when),) = infos[0], found
@@ -120,15 +120,24 @@ def _is_one(const: Any) -> bool:
   return const is not None and bool(const == 1)
 
 
-def _layer_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
-  """What is known of a layer, if a slice takes just that."""
+def stack_of(layers: Sequence[Info]) -> Info:
+  """What is known of a stack of layers."""
+  box = (*whole_box((len(layers),)), *hull(*(info.possible for info in layers)))
+  when = sets.union(*(info.when for info in layers))
+  return Info(box, varies=any(info.varies for info in layers), layers=tuple(layers), when=when)
+
+
+def _layers_taken(spec: Spec, infos: Sequence[Info]) -> Info | None:
+  """What is known of some layers of a stack, if a slice takes just these."""
   layers = infos[0].layers if infos else None
   if layers is None or not spec.outs or spec.alive or len(spec.outs[0]) != len(infos[0].possible):
     return None
   first, *rest = spec.outs[0]
-  if not isinstance(first, Pick) or first.index.size != 1 or any(isinstance(axis, Pick) for axis in rest):
+  if not isinstance(first, Pick) or any(isinstance(axis, Pick) for axis in rest) or (first.index < 0).any():
     return None
-  layer = layers[int(first.index[0])]
+  layer, *others = [layers[at] for at in first.index]
+  if others:
+    return stack_of([layer, *others])
   return layer._replace(possible=(*whole_box((1,)), *layer.possible), varies=infos[0].varies, layers=None)
 
 

@@ -6,11 +6,11 @@ demanded. So showing them as zero is always right, and execution relies on nothi
 """
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
-from fisherprune_jax._graph import presence, sets, signs, together
+from fisherprune_jax._graph import layered, presence, sets, signs, together
 from fisherprune_jax._graph.boxes import Where, hull, join, meet, nowhere, whole_box
 from fisherprune_jax._graph.facts import (
   Factors,
@@ -37,7 +37,7 @@ class Liveness:
   """The facts about a program, and the programs that it runs (``subs``).
 
   ``signed`` are values with zeros whose sign shows; they are computed as traced. ``also`` has conditions under which
-  nodes run with nothing stored of their results.
+  nodes run with nothing stored of their results. ``layered`` has factors per layer, of nodes that work layer by layer.
   """
 
   rules: Rules
@@ -50,6 +50,8 @@ class Liveness:
   subs: dict[Node, list[Program]] = field(default_factory=dict)
   demanded_layers: dict[Value, dict[int, Where]] = field(default_factory=dict)
   demanded_whole: set[Value] = field(default_factory=set)
+  demanded_alone: dict[Value, list[tuple[int, Where]]] = field(default_factory=dict)
+  layered: dict[Node, list[Factors | None]] = field(default_factory=dict)
   also: dict[Node, Set] = field(default_factory=dict)
   conditions: "dict[Node, Condition]" = field(default_factory=dict)
 
@@ -101,16 +103,30 @@ class Liveness:
     spec, infos = self.specs[node], [self.info(value) for value in node.ins]
     stored = self.wheres(node.outs)
     factors = self.factors[node] = needed(spec, infos, stored)
+    self.conditions[node] = self._condition(node)
+    self.layered.pop(node, None)
+    layers = layered.axis_of(node, self)
+    if layers is not None:
+      self.layered[node] = layered.backward(node, self, layers)
+      return
+    taken = layered.taken(spec)
+    for operand, value, where in self.demands(node, infos, factors, stored):
+      self.ask(value, where, taken if operand == 0 else None)
+
+  def demands(
+    self, node: Node, infos: Sequence[Info], factors: Factors, stored: Sequence[Where | None]
+  ) -> Iterator[tuple[int, Value, Where]]:
+    """What a node demands of each operand, where results are stored and factors needed."""
+    spec, when = self.specs[node], self.conditions[node]
     results = [
       (axes, where.box, where.together) for axes, where in zip(spec.outs, stored, strict=True) if where
     ]
     tied = together.backward(spec, [(info.possible, info.together) for info in infos], results, factors)
     demanded = demanded_of_operands(spec, factors, stored)
-    when = self.conditions[node] = self._condition(node)
     for operand, (value, axes) in enumerate(zip(node.ins, spec.ins, strict=True)):
       if value.literal is None and (spec.same_as in (None, operand) or self.keep_masks):
         box, merged = together.laid(spec, tied, axes, box_of(axes, demanded, value.shape), demanded)
-        self.ask(value, Where(box, merged, when(box, operand)))
+        yield operand, value, Where(box, merged, when(box, operand))
 
   def demanded_by(self, node: Node) -> Factors:
     return demanded_of_operands(self.specs[node], self.factors[node], self.wheres(node.outs))
@@ -159,11 +175,16 @@ class Liveness:
     merged = together.meet((info.possible, info.together), (box, merged))
     return Where(meet(info.possible, box), merged, sets.every(info.when, when))
 
-  def ask(self, value: Value, where: Where) -> None:
-    if value.literal is None:
+  def ask(self, value: Value, where: Where, layer: int | None = None) -> None:
+    """Demands entries; if they are all of one ``layer`` of a stack, loops may still read it by layers."""
+    if value.literal is not None:
+      return
+    if layer is None:
       self.demanded_whole.add(value)
-      before = self.demanded.get(value)
-      self.demanded[value] = where if before is None else join(before, where, self.infos[value].possible)
+    else:
+      self.demanded_alone.setdefault(value, []).append((layer, where.in_an_iteration()))
+    before = self.demanded.get(value)
+    self.demanded[value] = where if before is None else join(before, where, self.infos[value].possible)
 
   def ask_layer(self, value: Value, layer: int, where: Where) -> None:
     if value.literal is not None:
@@ -179,9 +200,14 @@ class Liveness:
 
   def layers(self, value: Value) -> list[Where] | None:
     """What is stored of each layer, if only layers are demanded."""
-    if value not in self.demanded_layers or value in self.demanded_whole:
-      return None
-    info, demanded = self.infos[value], self.demanded_layers[value]
+    is_stack = value in self.demanded_layers and value not in self.demanded_whole
+    return self.by_layer(value) if is_stack else None
+
+  def by_layer(self, value: Value) -> list[Where]:
+    """What is stored of each layer, where layers are demanded."""
+    info, demanded = self.infos[value], dict(self.demanded_layers.get(value, {}))
+    for layer, where in self.demanded_alone.get(value, ()):
+      demanded[layer] = join(demanded[layer], where) if layer in demanded else where
     possible = [
       info.where.in_an_iteration() if info.layers is None else info.layers[layer].where
       for layer in range(value.shape[0])

@@ -11,8 +11,8 @@ import jax
 from fisherprune_jax._errors import path_name, path_names
 from fisherprune_jax._graph import control as control
 from fisherprune_jax._graph import sets
-from fisherprune_jax._graph.boxes import Box, Where, hull, whole_box
-from fisherprune_jax._graph.facts import Info
+from fisherprune_jax._graph.boxes import Box, Where, whole_box
+from fisherprune_jax._graph.facts import Info, stack_of
 from fisherprune_jax._graph.liveness import Liveness, Rules
 from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of
@@ -149,7 +149,7 @@ def _mask_info(network: int, position: int, shape: tuple[int, ...], rank: int) -
     for layer in range(math.prod(shape[:-1]))
   ]
   for size in reversed(shape[:-1]):
-    leaves = [_stack_of(leaves[start : start + size]) for start in range(0, len(leaves), size)]
+    leaves = [stack_of(leaves[start : start + size]) for start in range(0, len(leaves), size)]
   (info,) = leaves
   return info
 
@@ -157,9 +157,3 @@ def _mask_info(network: int, position: int, shape: tuple[int, ...], rank: int) -
 def _with_examples(info: Info, size: int) -> Info:
   layers = info.layers and tuple(_with_examples(layer, size) for layer in info.layers)
   return info._replace(possible=(*info.possible[:-1], *whole_box((size,)), info.possible[-1]), layers=layers)
-
-
-def _stack_of(layers: list[Info]) -> Info:
-  return Info(
-    (*whole_box((len(layers),)), *hull(*(layer.possible for layer in layers))), layers=tuple(layers)
-  )

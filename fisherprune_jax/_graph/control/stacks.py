@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fisherprune_jax._graph import compat, program, sets
-from fisherprune_jax._graph.boxes import Box, hull, whole_box
-from fisherprune_jax._graph.facts import Info, info_of
+from fisherprune_jax._graph import compat, program
+from fisherprune_jax._graph.boxes import Box, whole_box
+from fisherprune_jax._graph.facts import Info, info_of, stack_of
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Node
 from fisherprune_jax._graph.structured import Cost, Counter, Link, costs_of
@@ -38,7 +38,7 @@ def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
     each = [_layer(info, iteration) for info in infos[consts + carry :]]
     outs = live.forward(live.subs[node][iteration], [*infos[:consts], *carried, *each])
     carried, written[iteration] = outs[:carry], outs[carry:]
-  return [*carried, *map(_stacked, zip(*written, strict=True))]
+  return [*carried, *map(stack_of, zip(*written, strict=True))]
 
 
 def backward(node: Node, live: Liveness) -> None:
@@ -188,9 +188,3 @@ def _order(node: Node) -> list[int]:
 
 def _layer(info: Info, iteration: int) -> Info:
   return info_of(info.where.in_an_iteration(), info.varies) if info.layers is None else info.layers[iteration]
-
-
-def _stacked(layers: Sequence[Info]) -> Info:
-  box = (*whole_box((len(layers),)), *hull(*(info.possible for info in layers)))
-  when = sets.union(*(info.when for info in layers))
-  return Info(box, varies=any(info.varies for info in layers), layers=tuple(layers), when=when)

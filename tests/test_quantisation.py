@@ -174,6 +174,48 @@ def test_a_quantised_network_shrinks_with_its_scales_and_outputs_stay(make, way)
   assert memory.exact(masks) == bytes_of(small.variables)
 
 
+@pytest.mark.parametrize("method", ["outputs", "fisher", "taylor"])
+def test_importance_with_int8_parameters(method):
+  """They are not differentiated: importance equals that of float parameters of the same values."""
+  model, variables = network(Net)
+  given, apply = quantise(variables), apply_of(model)
+  auto = fp.auto_mask(apply, given, X)
+
+  def of(params):
+    def outputs(p, masks, x):
+      return auto.apply({**quantised(p), "masks": masks}, x)
+
+    def quantised(p):
+      return jax.tree.map(lambda a, b: a.astype(b.dtype), p, given)
+
+    def loss(p, masks, x):
+      return jnp.mean(jnp.sum(outputs(p, masks, x) ** 2, -1))
+
+    how = {} if method == "outputs" else {"cost": auto.cost()}
+    return fp.estimate_importance(
+      outputs if method == "outputs" else loss, params, auto.masks, [X], method=method, **how
+    )
+
+  floats = jax.tree.map(lambda w: w.astype(jnp.float32), given)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), of(given), of(floats))
+
+
+def test_one_shot_of_an_int8_network():
+  model, variables = network(Net)
+  given, apply = quantise(variables), apply_of(model)
+  pruner = fp.Pruner(apply, given, X, keep=0.5)
+  params, masks = pruner.one_shot(given, [X], reconstruct=False)
+  small = pruner.compact(params, masks)
+  assert small.cost <= 0.5 * pruner.cost.dense
+  np.testing.assert_allclose(
+    small(small.variables, X), pruner.auto.apply({**params, "masks": masks}, X), atol=1e-5
+  )
+  with pytest.warns(UserWarning, match="left these products as they are"):
+    refitted, again = pruner.one_shot(given, [X])
+  assert {leaf.dtype for leaf in jax.tree.leaves(refitted)} == {leaf.dtype for leaf in jax.tree.leaves(given)}
+  assert all(map(np.array_equal, jax.tree.leaves(again), jax.tree.leaves(masks)))
+
+
 def test_products_of_int8_with_scales_behind_them():
   """Scales of the activations are fixed, those of the weights multiply the int32 result; masks are in the model."""
   rng = np.random.default_rng(0)

@@ -86,12 +86,14 @@ def estimate_importance(
     importance = jax.tree.map(jnp.float32, criterion.ranked(criterion.importance_of(own), own))
     require_finite(importance, f"The importance of method={criterion.name!r}")
     return importance
-  grads_of = value_and_mask_grads(loss_fn, has_aux=has_aux, reduction=reduction)
 
   @jax.jit
   def add(sums: _Sums, own: dict[str, Any], batch: PyTree) -> _Sums:
     number = (own["step"],) if projects else ()  # a new direction for each batch
-    _, (_, mask_grads) = grads_of(own["params"], own["masks"], batch, *number)
+    # Parameters are not differentiated, so they may be integers.
+    loss = lambda _, masks, *rest: loss_fn(own["params"], masks, *rest)
+    grads_of = value_and_mask_grads(loss, has_aux=has_aux, reduction=reduction)
+    _, (_, mask_grads) = grads_of((), own["masks"], batch, *number)
     given = {**own, "axis_name": None, "mask_grads": mask_grads}
     importance = criterion.ranked(criterion.importance_of(given), given)
     finite = jnp.all(jnp.isfinite(flatten(importance)))

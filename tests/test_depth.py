@@ -155,6 +155,11 @@ def test_config_tells_widths_by_name():
     ({"depth": 1.5}, TypeError, "depth must be a Python int, got float"),
     ({"depth": True}, TypeError, "depth must be a Python int"),
     ({"depth": 2, "blocks": False}, ValueError, r"depth=2 needs masks of residual blocks.*blocks=True"),
+    (
+      {"depth": 2, "widths": {"layer[0-4].block": 0}},
+      ValueError,
+      "depth must be at most 1, the blocks that widths leaves, got 2",
+    ),
     ({"depth": 2, "exclude": ["*.block"]}, ValueError, "depth must be at least 6, the blocks that"),
     ({"depth": 2, "min_features": {"layer[0-3].block": 1, "*": 1}}, ValueError, "depth must be at least"),
   ],

@@ -149,11 +149,11 @@ class Axes:
 
   def _learn(self, ins: Sequence[Value], outs: Sequence[Value]) -> None:
     """Note which results depend on variables alone."""
-    variables = self._variables(ins)
+    variables = self._of_variables(ins)
     if variables:
       self.learned.update((out, variables) for out in outs if not self.varies(out))
 
-  def _variables(self, values: Iterable[Value]) -> tuple[Value, ...]:
+  def _of_variables(self, values: Iterable[Value]) -> tuple[Value, ...]:
     """All variables of some arrays, in order."""
     found = [self.learned[value] for value in dict.fromkeys(values) if value in self.learned]
     return found[0] if len(found) == 1 else tuple(dict.fromkeys(itertools.chain(*found)))
@@ -161,7 +161,7 @@ class Axes:
   def _brought(self, node: Node, spec: Spec, name: Factor) -> tuple[Value, ...]:
     """The variables of operands with a factor."""
     operands = zip(node.ins, spec.ins, strict=True)
-    return self._variables(
+    return self._of_variables(
       value for value, axes in operands if any(name in factors_of(axis) for axis in axes)
     )
 

@@ -187,7 +187,8 @@ class Options:
 
   def _check_depth(self, depth: int | optax.Schedule) -> None:
     """Raise unless the number of residual blocks can come down to a depth."""
-    floors = self.rows.floors[self.rows.blocks]
+    blocks = self.rows.blocks
+    floors = self.rows.floors[blocks]
     if not floors.size:
       raise ValueError(
         f"depth={depth} needs masks of residual blocks, got a cost without any. Pass blocks=True to fp.Pruner or fp.auto_mask."
@@ -201,6 +202,8 @@ class Options:
     require(
       depth >= kept, f"depth must be at least {kept}, the blocks that min_features and exclude keep", depth
     )
+    left = floors.size - int(np.sum(self.rows.exact[blocks] & (floors == 0)))
+    require(depth <= left, f"depth must be at most {left}, the blocks that widths leaves", depth)
 
   @functools.cached_property
   def floors(self) -> Masks:

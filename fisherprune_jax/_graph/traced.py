@@ -89,7 +89,8 @@ class Analysis:
       info._replace(possible=known[value]) if value in known else info
       for value, info in zip(traced.program.inputs, traced.infos, strict=True)
     ]
-    return analyse(traced.program, infos, traced.updates, rules, live.keep_masks, demanded_of, live.subs)[0]
+    how = rules, live.keep_masks, demanded_of, live.subs
+    return analyse(traced.program, infos, traced.updates, *how, is_diagnosis=True)[0]
 
 
 def trace_apply(

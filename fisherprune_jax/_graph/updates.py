@@ -7,7 +7,8 @@ followed back to the nearest with other demands, and that is returned.
 from collections.abc import Callable, Sequence
 
 from fisherprune_jax._graph import liveness, sets
-from fisherprune_jax._graph.boxes import Where, join, whole
+from fisherprune_jax._graph.boxes import Where, hull, join, whole
+from fisherprune_jax._graph.control.fixpoint import EXACT_PASSES, MOST_PASSES
 from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness, Rules
 from fisherprune_jax._graph.program import Node, Program, Value
@@ -27,10 +28,12 @@ def analyse(
   keep_masks: bool,
   demanded_of: Callable[[Value], Where] = lambda value: whole(value.shape),
   subs: dict[Node, list[Program]] | None = None,
+  is_diagnosis: bool = False,
 ) -> tuple[Liveness, dict[int, Where]]:
-  """What is live if outputs that replace variables demand nothing, and others ``asked_of``.
+  """What is live if outputs that replace variables demand nothing, and others ``demanded_of``.
 
-  Also, per such output, the returned entries: what is stored of its input.
+  Also, per such output, the returned entries: what is stored of its input. If they keep growing, they are all entries; in a
+  diagnosis, those found so far.
   """
 
   def run(replacing: dict[int, Where | None]) -> Liveness:
@@ -44,16 +47,27 @@ def analyse(
     return live, {}
   sources = _sources(program)
   returned = {at: _demanded_of_producers(program.outputs[at], live, sources) for at in updates}
-  while True:
+  for iteration in range(MOST_PASSES):
     live = run(dict(returned))
-    grown = {at: _join(where, live, program.inputs[updates[at]]) for at, where in returned.items()}
-    if grown == returned:  # sets are interned, so equal ones are the same object
+    grown = {
+      at: _grown(where, live, program.inputs[updates[at]], iteration < EXACT_PASSES)
+      for at, where in returned.items()
+    }
+    if grown == returned or (
+      is_diagnosis and iteration == EXACT_PASSES
+    ):  # sets are interned, so equal ones are the same object
       return live, returned
     returned = grown
+  everything = {at: whole(program.outputs[at].shape) for at in updates}
+  return run(dict(everything)), everything
 
 
-def _join(where: Where, live: Liveness, value: Value) -> Where:
-  return join(where, live.stored(value)) if value in live.demanded else where
+def _grown(where: Where, live: Liveness, value: Value, is_exact: bool) -> Where:
+  """What is returned, and what is stored of the variable; in later passes without conditions, so that it settles."""
+  if value not in live.demanded:
+    return where
+  stored = live.stored(value)
+  return join(where, stored) if is_exact else Where(hull(where.box, stored.box))
 
 
 def _sources(program: Program) -> Sources:

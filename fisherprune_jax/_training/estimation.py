@@ -1,5 +1,6 @@
 """Importance of features over some batches, without training."""
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ def estimate_importance(
   def add(sums: _Sums, own: dict[str, Any], batch: PyTree) -> _Sums:
     number = (own["step"],) if projects else ()  # a new direction for each batch
     # Parameters are not differentiated, so they may be integers.
-    loss = lambda _, masks, *rest: loss_fn(own["params"], masks, *rest)
+    loss = functools.partial(_of_masks, loss_fn, own["params"])
     grads_of = value_and_mask_grads(loss, has_aux=has_aux, reduction=reduction)
     _, (_, mask_grads) = grads_of((), own["masks"], batch, *number)
     given = {**own, "axis_name": None, "mask_grads": mask_grads}
@@ -115,6 +116,10 @@ def estimate_importance(
   require(given > empty, "batches must hold at least one example", 0, "Iterators may be used up.")
   _check_skipped(sums, empty, given)
   return jax.tree.map(lambda t: t / sums.examples, sums.total)
+
+
+def _of_masks(loss_fn: Callable[..., Any], params: PyTree, _: tuple[()], masks: Masks, *rest: Any) -> Any:
+  return loss_fn(params, masks, *rest)
 
 
 def _projected(outputs_fn: Callable[..., Any], key: jax.Array | None, has_aux: bool) -> Callable[..., Any]:

@@ -16,10 +16,14 @@ from fisherprune_jax._graph.boxes import Box, Where, whole
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Value
+from fisherprune_jax._graph.updates import Returned
 from fisherprune_jax._types import Array
 
 Index = tuple[np.ndarray | None, ...]
 """Per axis the kept positions, or None for all."""
+
+
+_NONE = np.zeros(0, int)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +113,7 @@ def _with_examples(index: Index) -> Index:
   return (*index[:-1], None, index[-1])
 
 
-def keep(value: Value, live: Liveness, ev: Evaluation, returned: Where | None = None) -> Kept:
+def keep(value: Value, live: Liveness, ev: Evaluation, returned: Returned | None = None) -> Kept:
   """The kept entries of a variable: the stored ones, or ``returned`` if given; all if it is not needed."""
 
   def index_of(where: Where) -> Index:
@@ -118,10 +122,17 @@ def keep(value: Value, live: Liveness, ev: Evaluation, returned: Where | None = 
       return index  # an empty axis empties the array: the others keep their sizes
     return tuple(map(ev.index, ev.box(where)))
 
+  def index_of_layer(where: Where) -> Index:
+    index = index_of(where)
+    # An empty layer must not widen the others.
+    return (_NONE,) * len(index) if any(i is not None and i.size == 0 for i in index) else index
+
   stored = live.stored(value) if value in live.demanded else whole(value.shape)
   layers = live.layers(value) if returned is None else None
+  if isinstance(returned, list):
+    returned, layers = None, returned
   return Kept(
-    value.shape, index_of(returned or stored), None if layers is None else tuple(map(index_of, layers))
+    value.shape, index_of(returned or stored), None if layers is None else tuple(map(index_of_layer, layers))
   )
 
 

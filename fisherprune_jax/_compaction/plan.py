@@ -87,7 +87,7 @@ def make_plan(
 
 
 def _kept(analysis: Analysis, tree: VariableTree, ev: Evaluation) -> PyTree:
-  returned = {analysis.traced.updates[at]: box for at, box in analysis.returned.items()}
+  returned = analysis.new_values
   leaves = [keep(value, analysis.live, ev, returned.get(at)) for at, value in enumerate(analysis.variables)]
   return jax.tree.unflatten(jax.tree.structure(tree.variables), leaves)
 

@@ -9,8 +9,9 @@ from fisherprune_jax._compaction.kept import Kept, keep
 from fisherprune_jax._compaction.plan import Plan
 from fisherprune_jax._errors import Path
 from fisherprune_jax._graph.blockers import not_covered
-from fisherprune_jax._graph.boxes import Box, whole_box
-from fisherprune_jax._graph.execute import Held, Run
+from fisherprune_jax._graph.boxes import whole_box
+from fisherprune_jax._graph.execute import Run
+from fisherprune_jax._graph.stack import Held
 from fisherprune_jax._graph.traced import Analysis, Traced, trace_apply
 from fisherprune_jax._graph.variables import VariableTree, dtype_of, signature
 from fisherprune_jax._types import ApplyFn, Array, PyTree
@@ -72,7 +73,7 @@ class Runner:
     return analysis
 
 
-def _wanted(analysis: Analysis, boxes: Sequence[Box]) -> list[Box]:
+def _wanted(analysis: Analysis, boxes: Sequence[Held]) -> list[Held]:
   """The entries of every output to return; of new values of a variable, its kept entries."""
   updates = analysis.traced.updates
   return [

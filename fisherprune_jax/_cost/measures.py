@@ -18,7 +18,7 @@ from fisherprune_jax._graph.structured import STRUCTURED, Counter, costs_of
 from fisherprune_jax._graph.terms import sized
 from fisherprune_jax._graph.traced import Analysis, trace_apply
 from fisherprune_jax._graph.variables import MaskSelector, VariableTree
-from fisherprune_jax._types import ApplyFn, BatchAxes, PyTree
+from fisherprune_jax._types import ApplyFn, BatchAxes, Picker, PyTree
 
 COUNTERS: dict[str, Callable[[frozenset[str] | None], Counter]] = {
   "flops": FlopsCounter,
@@ -39,6 +39,7 @@ def cost_model(
   measure: str | Roofline = "flops",
   primitives: Sequence[str] | None = None,
   strict: bool = False,
+  state_from: Picker | None = None,
 ) -> CostModel:
   r"""Measure the cost of ``apply_fn(variables, *args)`` as a function of its masks; by default, its FLOPs.
 
@@ -60,6 +61,7 @@ def cost_model(
       of every node; or a :class:`Roofline`, for seconds.
     primitives: names of the primitives to count, such as ``("dot_general", "conv_general_dilated")``; None for all.
     strict: raise if a masked feature cannot be removed.
+    state_from: as in :func:`compact`: picks new values of variables from the output, such as a cache, which shrinks.
 
   Returns:
     The cost model: ``cost(masks)`` is per example.
@@ -90,7 +92,7 @@ def cost_model(
   known = isinstance(measure, Roofline) or measure in MEASURES
   require(known, f"measure must be one of {', '.join(MEASURES)}, or an fp.Roofline", measure)
   names = _names(primitives)
-  analysis, tree, examples = analysed(apply_fn, variables, args, masks, batch_axes, strict)
+  analysis, tree, examples = analysed(apply_fn, variables, args, masks, batch_axes, strict, state_from)
   if measure in ("params", "memory"):
     require(primitives is None, "primitives must be None where variables are counted", primitives)
     return variables_of(analysis, tree, measure == "memory")
@@ -136,11 +138,12 @@ def analysed(
   masks: MaskSelector,
   batch_axes: BatchAxes,
   strict: bool = False,
+  state_from: Picker | None = None,
 ) -> tuple[Analysis, VariableTree, int]:
   """The analysis of a function under its masks, its variables, and the number of examples in ``args``."""
   tree = VariableTree(variables, masks)
   examples = batch_size(args, batch_axes)
-  analysis = trace_apply(apply_fn, tree, args).analyse()
+  analysis = trace_apply(apply_fn, tree, args, state_from).analyse()
   check(analysis, tree, examples, FlopsCounter(), sample_masks(tree.mask_leaves) if strict else ())
   return analysis, tree, examples
 
@@ -164,11 +167,14 @@ def variables_of(analysis: Analysis, tree: VariableTree, in_bytes: bool = False)
 
 def _entries(analysis: Analysis, tree: VariableTree, unit: str) -> Iterator[Entry]:
   """The kept part of each variable; all of it, if it is not needed."""
-  live = analysis.live
-  for value, (path, _), is_mask in zip(analysis.variables, tree.paths, tree.flags, strict=True):
+  live, returned = analysis.live, analysis.new_values
+  for at, (value, (path, _), is_mask) in enumerate(
+    zip(analysis.variables, tree.paths, tree.flags, strict=True)
+  ):
     if is_mask:
       continue
     each, label = (value.aval.dtype.itemsize, "memory") if unit == "bytes" else (1, "parameters")
     stored = live.stored(value) if value in live.demanded else whole(value.shape)
-    for box, _, when in live.layers(value) or [stored]:
+    kept = returned.get(at) or live.layers(value) or stored
+    for box, _, when in kept if isinstance(kept, list) else [kept]:
       yield Entry(path_name(path), label, unit, sized(each, box).under(when))

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from fisherprune_jax._graph import compat, sets
 from fisherprune_jax._graph.align import align, select, sources
@@ -23,32 +22,11 @@ from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.rules import indexing, spec_of
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.spec import Axes, Factor, Pick, Spec
+from fisherprune_jax._graph.stack import Held, Stack, entry, padded
 from fisherprune_jax._graph.structured import STRUCTURED
 
 Arrays = dict[Value, Any]
 """The stored entries of each value: an array or stack."""
-
-
-Held = Box | list[Box]
-"""The entries of an array: one box, or one per layer, padded to the widest."""
-
-
-@dataclass
-class Stack:
-  """Layers of different widths in one array, each padded with zeros at the end."""
-
-  array: jax.Array
-  boxes: list[Box]
-
-  def layer(self, layer: int, ev: Evaluation) -> jax.Array:
-    """One layer, without padding."""
-    sizes = [ev.width(s) for s in self.boxes[layer]]
-    return lax.slice(_entry(self.array, layer), (0,) * len(sizes), sizes)
-
-  def read(self, box: Box, ev: Evaluation) -> jax.Array:
-    wanted = ev.index(box[0])
-    layers = range(len(self.boxes)) if wanted is None else wanted
-    return jnp.stack([align(self.layer(at, ev), self.boxes[at], box[1:], ev) for at in layers])
 
 
 @dataclass
@@ -60,12 +38,12 @@ class Run:
   ev: Evaluation
   _found: dict[Value, tuple[bool, Box]] = field(default_factory=dict, repr=False)
 
-  def __call__(self, inputs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Box]) -> list[Any]:
+  def __call__(self, inputs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Held]) -> list[Any]:
     """Executes the program on inputs with held entries; returns wanted entries of outputs."""
     return self.call(self.program, inputs, held, wanted)
 
   def call(
-    self, program: Program, xs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Box]
+    self, program: Program, xs: Sequence[Any], held: Sequence[Held], wanted: Sequence[Held]
   ) -> list[Any]:
     """Executes an inner program."""
     inputs = [
@@ -80,6 +58,11 @@ class Run:
   def box(self, value: Value) -> Box:
     """What is stored; empty along every axis if nothing is."""
     return self._stored(value)[1]
+
+  def layers(self, value: Value) -> list[Box] | None:
+    """What is stored of each layer, if only layers are demanded."""
+    wheres = self.live.layers(value)
+    return None if wheres is None else [self.ev.box(where) for where in wheres]
 
   def _stored(self, value: Value) -> tuple[bool, Box]:
     if value not in self._found:
@@ -97,7 +80,7 @@ class Run:
       return stack if self.live.layers(value) is not None else stack.read(self.box(value), self.ev)
     return align(x, held, self.box(value), self.ev)
 
-  def run(self, program: Program, inputs: Sequence[Any], wanted: Sequence[Box]) -> list[Any]:
+  def run(self, program: Program, inputs: Sequence[Any], wanted: Sequence[Held]) -> list[Any]:
     """Executes this program or an inner one, on stored inputs."""
     arrays = {value: x for value, x in zip(program.inputs, inputs, strict=True) if self.needs(value)}
     for value, const in program.consts:
@@ -108,8 +91,16 @@ class Run:
       if self.runs(node):
         outs = _execute(self, node, arrays)
         loose += outs if node in self.live.also and not any(map(self.needs, node.outs)) else ()
-    outputs = [self.read(arrays, value, box) for value, box in zip(program.outputs, wanted, strict=True)]
+    outputs = [self._output(arrays, value, held) for value, held in zip(program.outputs, wanted, strict=True)]
     return _tied(outputs, loose)
+
+  def _output(self, arrays: Arrays, value: Value, held: Held) -> jax.Array:
+    if not isinstance(held, list):
+      return self.read(arrays, value, held)
+    array = arrays.get(value)
+    if isinstance(array, Stack) and all(map(self.is_same, array.boxes, held)):
+      return array.array
+    return padded([self.read_layer(arrays, value, layer, box) for layer, box in enumerate(held)])
 
   def read(self, arrays: Arrays, value: Value, box: Box) -> jax.Array:
     """Entries of an array; zeros (mostly none) if nothing is stored."""
@@ -129,7 +120,7 @@ class Run:
     array = arrays[value]
     if isinstance(array, Stack):
       return align(array.layer(layer, self.ev), array.boxes[layer], box, self.ev)
-    return align(_entry(array, layer), self.box(value)[1:], box, self.ev)
+    return align(entry(array, layer), self.box(value)[1:], box, self.ev)
 
   def stacks(
     self, arrays: Arrays, values: Sequence[Value], layers: Sequence[Sequence[Box]]
@@ -163,10 +154,6 @@ class Run:
     return Run(program, analyse(program, inputs, wanted, spec_of, self.live.keep_masks), self.ev)
 
 
-def _entry(array: jax.Array, layer: int) -> jax.Array:
-  return lax.index_in_dim(array, layer, keepdims=False)
-
-
 def _execute(run: Run, node: Node, arrays: Arrays) -> Sequence[Any]:
   if node in run.live.layered and (stack := _layers(run, node, arrays)) is not None:
     arrays[node.outs[0]] = stack
@@ -177,7 +164,7 @@ def _execute(run: Run, node: Node, arrays: Arrays) -> Sequence[Any]:
     outs, boxes = _apply(run, node, arrays, run.live.factors[node])
   for out, array, box in zip(node.outs, outs, boxes, strict=True):
     if run.needs(out):
-      arrays[out] = align(array, box, run.box(out), run.ev)
+      arrays[out] = array if isinstance(array, Stack) else align(array, box, run.box(out), run.ev)
   return outs
 
 
@@ -193,8 +180,7 @@ def _tied(outputs: list[Any], loose: Sequence[Any]) -> list[Any]:
 
 def _layers(run: Run, node: Node, arrays: Arrays) -> Stack | None:
   """The result layer by layer, if layers hold different entries."""
-  wheres = run.live.layers(node.outs[0]) or []
-  boxes = [run.ev.box(where) for where in wheres]
+  boxes = run.layers(node.outs[0]) or []
   if all(run.is_same(box, boxes[0]) for box in boxes):
     return None
   layers = []
@@ -202,11 +188,9 @@ def _layers(run: Run, node: Node, arrays: Arrays) -> Stack | None:
     layer = jnp.zeros([run.ev.width(s) for s in box], node.outs[0].aval.dtype)
     if factors is not None and layer.size:
       (out,), (held,) = _apply(run, node, arrays, factors)
-      layer = align(_entry(out, 0), held[1:], box, run.ev)
+      layer = align(entry(out, 0), held[1:], box, run.ev)
     layers.append(layer)
-  widest = np.max([layer.shape for layer in layers], 0)
-  padded = [jnp.pad(x, [(0, n - m) for n, m in zip(widest, x.shape, strict=True)]) for x in layers]
-  return Stack(jnp.stack(padded), boxes)
+  return Stack(padded(layers), boxes)
 
 
 def _apply(run: Run, node: Node, arrays: Arrays, factors: Factors) -> tuple[Sequence[Any], Sequence[Box]]:

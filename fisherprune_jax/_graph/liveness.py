@@ -32,6 +32,10 @@ Condition = Callable[..., Set]
 """``condition(held, operand)``: when a node must run, beyond that sets are not empty (``presence.of_node``)."""
 
 
+Demand = Where | list[Where] | None
+"""What is demanded of an output: entries of the whole or of each layer, or nothing."""
+
+
 @dataclass
 class Liveness:
   """The facts about a program, and the programs that it runs (``subs``).
@@ -85,10 +89,13 @@ class Liveness:
       self.subs[node] = [build() for build in builders]
     return self.subs[node]
 
-  def backward(self, program: Program, demanded: Sequence[Where | None]) -> None:
+  def backward(self, program: Program, demanded: Sequence[Demand]) -> None:
     """Demands the outputs, and all that they need."""
     for value, where in zip(program.outputs, demanded, strict=True):
-      if where is not None:
+      if isinstance(where, list):
+        for layer, one in enumerate(where):
+          self.ask_layer(value, layer, one)
+      elif where is not None:
         self.ask(value, where)
     for node in reversed(program.nodes):
       if not self.runs(node):
@@ -223,7 +230,7 @@ class Liveness:
 def analyse(
   program: Program,
   inputs: Sequence[Info],
-  demanded: Sequence[Where | None],
+  demanded: Sequence[Demand],
   rules: Rules,
   keep_masks: bool = False,
   subs: dict[Node, list[Program]] | None = None,
@@ -233,7 +240,7 @@ def analyse(
   Args:
     program: the program.
     inputs: what is known of each input.
-    demanded: the demand on each output, or None.
+    demanded: the demand on each output.
     rules: gives specs of nodes that run no program.
     keep_masks: whether masks are multiplied; otherwise they are one on stored entries.
     subs: the programs of nodes by another analysis, so that values are the same.

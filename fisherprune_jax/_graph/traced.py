@@ -16,7 +16,7 @@ from fisherprune_jax._graph.facts import Info, stack_of
 from fisherprune_jax._graph.liveness import Liveness, Rules
 from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of
-from fisherprune_jax._graph.updates import analyse
+from fisherprune_jax._graph.updates import Returned, analyse
 from fisherprune_jax._graph.variables import VariableTree, abstract
 from fisherprune_jax._types import ApplyFn, Picker, PyTree
 
@@ -64,11 +64,16 @@ class Analysis:
 
   traced: Traced
   live: Liveness
-  returned: dict[int, Where]
+  returned: dict[int, Returned]
 
   @property
   def program(self) -> Program:
     return self.traced.program
+
+  @property
+  def new_values(self) -> dict[int, Returned]:
+    """The entries of new values of variables, by the position of the variable."""
+    return {self.traced.updates[at]: where for at, where in self.returned.items()}
 
   @property
   def variables(self) -> list[Value]:

@@ -1,23 +1,26 @@
-"""Outputs that replace variables (batch statistics): they demand nothing, and return what others demand.
+"""Outputs that replace variables (batch statistics, caches): they demand nothing, and return what others demand.
 
 They need their variables' kept shapes, without channels that nothing else demands. So along each axis, producers are
-followed back to the nearest with other demands, and that is returned.
+followed back to the nearest with other demands, and that is returned. A stack whose layers are demanded by themselves is
+returned layer by layer.
 """
 
 from collections.abc import Callable, Sequence
 
 from fisherprune_jax._graph import liveness, sets
 from fisherprune_jax._graph.boxes import Where, hull, join, whole
+from fisherprune_jax._graph.control import stacks
 from fisherprune_jax._graph.control.fixpoint import EXACT_PASSES, MOST_PASSES
 from fisherprune_jax._graph.facts import Info
-from fisherprune_jax._graph.liveness import Liveness, Rules
+from fisherprune_jax._graph.liveness import Demand, Liveness, Rules
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
+from fisherprune_jax._graph.structured import links
 
-Sources = dict[Value, list[tuple[Node, int]]]
-"""The nodes that compute a value, and as which result."""
 Updates = dict[int, int]
 """Which output replaces which input, by position."""
+Returned = Where | list[Where]
+"""The entries of an output, or of each layer."""
 
 
 def analyse(
@@ -29,14 +32,14 @@ def analyse(
   demanded_of: Callable[[Value], Where] = lambda value: whole(value.shape),
   subs: dict[Node, list[Program]] | None = None,
   is_diagnosis: bool = False,
-) -> tuple[Liveness, dict[int, Where]]:
+) -> tuple[Liveness, dict[int, Returned]]:
   """What is live if outputs that replace variables demand nothing, and others ``demanded_of``.
 
   Also, per such output, the returned entries: what is stored of its input. If they keep growing, they are all entries; in a
   diagnosis, those found so far.
   """
 
-  def run(replacing: dict[int, Where | None]) -> Liveness:
+  def run(replacing: dict[int, Demand]) -> Liveness:
     demanded = [
       replacing[at] if at in replacing else demanded_of(value) for at, value in enumerate(program.outputs)
     ]
@@ -45,71 +48,91 @@ def analyse(
   live = run(dict.fromkeys(updates))
   if not updates:
     return live, {}
-  sources = _sources(program)
-  returned = {at: _demanded_of_producers(program.outputs[at], live, sources) for at in updates}
+  sources = _Sources(program, live)
+  returned = {at: sources.demanded(program.outputs[at]) for at in updates}
   for iteration in range(MOST_PASSES):
-    live = run(dict(returned))
+    live = run({**returned})
     grown = {
       at: _grown(where, live, program.inputs[updates[at]], iteration < EXACT_PASSES)
       for at, where in returned.items()
     }
-    if grown == returned or (
-      is_diagnosis and iteration == EXACT_PASSES
-    ):  # sets are interned, so equal ones are the same object
-      return live, returned
+    if grown == returned or (is_diagnosis and iteration == EXACT_PASSES):
+      return live, returned  # sets are interned, so equal ones are the same object
     returned = grown
-  everything = {at: whole(program.outputs[at].shape) for at in updates}
-  return run(dict(everything)), everything
+  everything: dict[int, Returned] = {at: whole(program.outputs[at].shape) for at in updates}
+  return run({**everything}), everything
 
 
-def _grown(where: Where, live: Liveness, value: Value, is_exact: bool) -> Where:
+def _grown(returned: Returned, live: Liveness, value: Value, is_exact: bool) -> Returned:
   """What is returned, and what is stored of the variable; in later passes without conditions, so that it settles."""
   if value not in live.demanded:
-    return where
-  stored = live.stored(value)
-  return join(where, stored) if is_exact else Where(hull(where.box, stored.box))
+    return returned
+  layers = live.layers(value)
+  if isinstance(returned, list) and layers is not None:
+    return [_both(*pair, is_exact) for pair in zip(returned, layers, strict=True)]
+  if isinstance(returned, list):
+    returned = Where(hull(*(one.in_all_iterations(value.shape).box for one in returned)))
+  return _both(returned, live.stored(value), is_exact)
 
 
-def _sources(program: Program) -> Sources:
-  found: Sources = {}
-  for node in program.nodes:
-    for at, out in enumerate(node.outs):
-      found.setdefault(out, []).append((node, at))
-  return found
+def _both(a: Where, b: Where, is_exact: bool) -> Where:
+  return join(a, b) if is_exact else Where(hull(a.box, b.box))
 
 
-def _demanded_of_producers(value: Value, live: Liveness, sources: Sources) -> Where:
-  return Where(tuple(_follow(value, axis, live, sources) for axis in range(len(value.shape))))
+class _Sources:
+  """The nodes that compute each value of a program and its sub-programs, and the values that it is across their borders."""
 
+  def __init__(self, program: Program, live: Liveness) -> None:
+    self._live = live
+    self._makers: dict[Value, Node] = {}
+    self._others: dict[Value, list[Value]] = {}
+    self._add(program)
 
-def _follow(value: Value, axis: int, live: Liveness, sources: Sources) -> Set:
-  """The demand along one axis, at the nearest demanded producers."""
-  pending, seen, found = [(value, axis)], set(), []
-  while pending:
-    here = pending.pop()
-    if here in seen:
-      continue
-    seen.add(here)
-    if here[0] in live.demanded:
-      stored = live.stored(here[0])
-      found.append(sets.gated(stored.box[here[1]], stored.when))
-    else:
-      pending += _back(*here, live, sources)
-  return sets.union(*found) if found else sets.everything(value.shape[axis])
+  def _add(self, program: Program) -> None:
+    for node in program.nodes:
+      self._makers.update(dict.fromkeys(node.outs, node))
+      for link in links(node, self._live):
+        for outer, inner in (*((b, a) for a, b in link.ins), *link.outs, *link.iterations):
+          self._others.setdefault(outer, []).append(inner)
+        self._add(link.program)
 
+  def demanded(self, value: Value) -> Returned:
+    """What is demanded of an output at its nearest demanded producers; per layer, if a loop over a stack writes it."""
+    node = self._makers.get(value)
+    written = None if node is None else stacks.written(node, self._live, value)
+    return self._demanded(value) if written is None else [self._demanded(one) for one in written]
 
-def _back(value: Value, axis: int, live: Liveness, sources: Sources) -> list[tuple[Value, int]]:
-  """Where an axis comes from unchanged."""
-  out = []
-  for node, at in sources.get(value, []):
-    spec = live.specs.get(node)
-    if spec is None:  # it runs a program: its axes are unknown
-      continue
-    factor = spec.outs[at][axis]
-    out += [
-      (operand, place)
-      for operand, axes in zip(node.ins, spec.ins, strict=True)
-      for place, other in enumerate(axes)
-      if isinstance(factor, str) and other == factor and operand.literal is None
+  def _demanded(self, value: Value) -> Where:
+    return Where(tuple(self._follow(value, axis) for axis in range(len(value.shape))))
+
+  def _follow(self, value: Value, axis: int) -> Set:
+    """The demand along one axis."""
+    pending, seen, found = [(value, axis)], set(), []
+    while pending:
+      here = pending.pop()
+      if here in seen:
+        continue
+      seen.add(here)
+      if here[0] in self._live.demanded:
+        stored = self._live.stored(here[0])
+        found.append(sets.gated(stored.box[here[1]], stored.when))
+      else:
+        pending += self._back(*here)
+    return sets.union(*found) if found else sets.everything(value.shape[axis])
+
+  def _back(self, value: Value, axis: int) -> list[tuple[Value, int]]:
+    """Where an axis comes from unchanged."""
+    found = [
+      (other, axis + len(other.shape) - len(value.shape))
+      for other in self._others.get(value, [])
+      if axis + len(other.shape) >= len(value.shape)
     ]
-  return out
+    node = self._makers.get(value)
+    spec = None if node is None else self._live.specs.get(node)
+    if node is None or spec is None:
+      return found
+    factor = spec.outs[node.outs.index(value)][axis]
+    for operand, axes in zip(node.ins, spec.ins, strict=True):
+      if isinstance(factor, str) and operand.literal is None:
+        found += [(operand, place) for place, one in enumerate(axes) if one == factor]
+    return found

@@ -10,10 +10,11 @@ import numpy as np
 from jax import lax
 
 from fisherprune_jax._graph import compat, program
-from fisherprune_jax._graph.boxes import Box, whole_box
+from fisherprune_jax._graph.boxes import Box, Where, whole_box
 from fisherprune_jax._graph.facts import Info, info_of, stack_of
 from fisherprune_jax._graph.liveness import Liveness
-from fisherprune_jax._graph.program import Node
+from fisherprune_jax._graph.program import Node, Value
+from fisherprune_jax._graph.stack import Stack, padded
 from fisherprune_jax._graph.structured import Cost, Counter, Link, costs_of
 
 if TYPE_CHECKING:
@@ -43,11 +44,11 @@ def forward(node: Node, infos: Sequence[Info], live: Liveness) -> list[Info]:
 
 def backward(node: Node, live: Liveness) -> None:
   consts, carry = compat.scan_counts(node.params)
-  demanded = live.wheres(node.outs)
-  carried, written = demanded[:carry], [where and where.in_an_iteration() for where in demanded[carry:]]
+  carried = live.wheres(node.outs[:carry])
+  written = [_demanded(out, live) for out in node.outs[carry:]]
   for iteration in reversed(_order(node)):
     body = live.subs[node][iteration]
-    live.backward(body, [*carried, *written])
+    live.backward(body, [*carried, *(layers[iteration] for layers in written)])
     wanted = live.wheres(body.inputs)
     carried = wanted[consts : consts + carry]
     for value, where in zip(node.ins[:consts], wanted[:consts], strict=True):
@@ -61,6 +62,22 @@ def backward(node: Node, live: Liveness) -> None:
       live.ask(value, where)
 
 
+def written(node: Node, live: Liveness, out: Value) -> list[Value] | None:
+  """What each iteration writes into a result of a scan over stacks of layers."""
+  if node.name != "scan" or not has_stack(node, live):
+    return None
+  _, carry = compat.scan_counts(node.params)
+  at = node.outs.index(out)
+  return None if at < carry else [body.outputs[at] for body in live.subs[node]]
+
+
+def _demanded(out: Value, live: Liveness) -> Sequence[Where | None]:
+  """What is demanded of each layer of a result."""
+  if out not in live.demanded:
+    return [None] * out.shape[0]
+  return live.layers(out) or [live.stored(out).in_an_iteration()] * out.shape[0]
+
+
 def costs(node: Node, live: Liveness, counter: Counter) -> Iterator[Cost]:
   for body in live.subs[node]:
     yield from costs_of(body, live, counter)
@@ -70,11 +87,13 @@ def execute(run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Se
   """The iterations in order; as a loop if all do the same."""
   consts, carry = compat.scan_counts(node.params)
   boxes = [(*whole_box(out.shape[:1]), *run.box(out)[1:]) for out in node.outs[carry:]]  # all iterations
+  apart = [run.layers(out) if run.needs(out) else None for out in node.outs[carry:]]
   fixed = list(map(run.box, node.ins[:consts]))
   shared = [run.read(arrays, value, box) for value, box in zip(node.ins, fixed, strict=False)]
   held = list(map(run.box, node.ins[consts : consts + carry]))
   carried = [run.read(arrays, value, box) for value, box in zip(node.ins[consts:], held, strict=False)]
-  iterations = _iterations(run, node, fixed, held, [box[1:] for box in boxes])
+  written = [layers or [box[1:]] * node.params["length"] for layers, box in zip(apart, boxes, strict=True)]
+  iterations = _iterations(run, node, fixed, held, written)
   layers = run.stacks(arrays, node.ins[consts + carry :], [iterations[at].layers for at in _order(node)])
   if layers is not None and _are_alike(iterations, shared, carried, layers):
 
@@ -82,16 +101,20 @@ def execute(run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Se
       outs = iterations[0](shared, carried, layer)
       return outs[:carry], outs[carry:]
 
-    carried, written = lax.scan(step, carried, layers, len(iterations), node.params["reverse"])
-    return [*carried, *written], [*held, *boxes]
+    carried, rows = lax.scan(step, carried, layers, len(iterations), node.params["reverse"])
+    stacks = [Stack(x, each) if each else x for x, each in zip(rows, apart, strict=True)]
+    return [*carried, *stacks], [*held, *boxes]
   columns: list[list[Any]] = [[] for _ in iterations]
   for at, iteration in zip(_order(node), iterations, strict=True):
     xs = zip(node.ins[consts + carry :], iteration.layers, strict=True)
     each = [run.read_layer(arrays, value, at, box) for value, box in xs]
     outs = iteration(shared, carried, each)
     carried, columns[at] = outs[:carry], outs[carry:]
-  written = [jnp.stack(column) for column in zip(*columns, strict=True)]
-  return [*carried, *written], [*(iterations[-1].after if iterations else held), *boxes]
+  stacks = [
+    Stack(padded(x), each) if each else jnp.stack(x)
+    for x, each in zip(zip(*columns, strict=True), apart, strict=True)
+  ]
+  return [*carried, *stacks], [*(iterations[-1].after if iterations else held), *boxes]
 
 
 class Iteration(NamedTuple):
@@ -118,7 +141,7 @@ class Iteration(NamedTuple):
 
 
 def _iterations(
-  run: "Run", node: Node, fixed: list[Box], held: list[Box], written: list[Box]
+  run: "Run", node: Node, fixed: list[Box], held: list[Box], written: list[list[Box]]
 ) -> list[Iteration]:
   consts, carry = compat.scan_counts(node.params)
   found = []
@@ -126,7 +149,8 @@ def _iterations(
     body = run.live.subs[node][at]
     layers = list(map(run.box, body.inputs[consts + carry :]))
     after = list(map(run.box, body.outputs[:carry]))
-    found.append(Iteration(run, body, [*fixed, *held], layers, after, [*after, *written]))
+    wanted = [*after, *(boxes[at] for boxes in written)]
+    found.append(Iteration(run, body, [*fixed, *held], layers, after, wanted))
     held = after
   return found
 

@@ -1,0 +1,162 @@
+"""Decoding with caches of keys and values, which shrink by the masks that an ordinary forward pass has."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fisherprune_jax as fp
+from benchmarks import decoding
+from benchmarks.decoding import Sizes, empty_cache, forward, init, step
+
+SIZES = Sizes(layers=3, width=16, heads=6, shared=3, depth=4, hidden=24, vocabulary=32)
+BATCH, TIME = 3, 8
+TOKENS = jax.random.randint(jax.random.key(0), (BATCH, TIME), 0, SIZES.vocabulary)
+STATE = lambda output: {"cache": output[1]}
+SHARED, DEPTH = "layers.heads.0", "layers/v.depth"
+
+
+def decoded(small, tokens):
+  """The logits of all tokens, one by one."""
+  variables, found, run = dict(small.variables), [], jax.jit(small)
+  shapes = jax.tree.map(jnp.shape, variables)
+  for at in range(tokens.shape[1]):
+    logits, new = run(variables, tokens[:, at : at + 1])
+    variables |= new if set(new) <= set(variables) else {"cache": new}
+    assert jax.tree.map(jnp.shape, variables) == shapes
+    found.append(logits)
+  return jnp.concatenate(found, 1)
+
+
+def stacked(masks):
+  variables = init(SIZES)
+  auto = fp.auto_mask(forward, variables, TOKENS)
+  given = {**variables, "masks": {**auto.masks, **masks}}
+  small = fp.compact(
+    auto.wrap(step),
+    {**given, "cache": empty_cache(SIZES, BATCH, TIME)},
+    TOKENS[:, :1],
+    state_from=STATE,
+  )
+  return small, auto.apply(given, TOKENS)
+
+
+@pytest.mark.parametrize(
+  ("shared", "depth", "is_loop"),
+  [
+    ([[1, 0, 0], [0, 1, 0], [0, 0, 1]], [[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]], True),
+    ([[1, 0, 1], [0, 1, 0], [0, 0, 1]], [[1, 0, 1, 0], [0, 1, 0, 1], [1, 0, 0, 0]], False),
+    ([[1, 0, 1], [0, 0, 0], [0, 0, 1]], [[1, 0, 1, 0], [0, 1, 1, 1], [1, 0, 0, 0]], False),
+    ([[1, 1, 1]] * 3, [[0, 1, 0, 0]] * 3, True),
+  ],
+)
+def test_each_layer_of_a_stack_has_its_own_heads_in_the_cache(shared, depth, is_loop):
+  small, expected = stacked({SHARED: jnp.asarray(shared, float), DEPTH: jnp.asarray(depth, float)})
+  heads, width = (int(np.sum(mask, 1).max()) for mask in (shared, depth))
+  if not np.sum(shared, 1).all():
+    width = int(np.sum(depth, 1)[np.sum(shared, 1) > 0].max())  # a layer without heads holds nothing
+  assert small.variables["cache"]["k"].shape == (3, BATCH, TIME, heads, 4)
+  assert small.variables["cache"]["v"].shape == (3, BATCH, TIME, heads, width)
+  assert small.variables["params"]["layers"]["v"].shape == (3, 16, heads, width)
+  assert not small.blockers
+  np.testing.assert_allclose(decoded(small, TOKENS), expected, rtol=1e-4, atol=1e-5)
+  assert ("scan[" in str(jax.make_jaxpr(small)(small.variables, TOKENS[:, :1]))) == is_loop
+
+
+def test_a_compact_decoder_is_saved_with_its_cache(tmp_path):
+  small, expected = stacked({SHARED: jnp.asarray([[1.0, 0, 0], [0, 1, 0], [0, 1, 1]])})
+  small.save(tmp_path / "decoder.safetensors", batch=None)  # the cache is for a number of sequences
+  loaded = fp.load(tmp_path / "decoder.safetensors")
+  np.testing.assert_allclose(decoded(loaded, TOKENS), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bytes_of_the_cache_are_counted():
+  variables = init(SIZES)
+  auto = fp.auto_mask(forward, variables, TOKENS)
+  cache = empty_cache(SIZES, BATCH, TIME)
+  given = {**variables, "masks": auto.masks, "cache": cache}
+  memory = fp.cost_model(auto.wrap(step), given, TOKENS[:, :1], measure="memory", state_from=STATE)
+  assert memory.exact(auto.masks) == sum(
+    leaf.nbytes for leaf in jax.tree.leaves({**variables, "cache": cache})
+  )
+  masks = {**auto.masks, SHARED: jnp.asarray([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])}
+  small, _ = stacked(masks)
+  assert memory.exact(masks) == sum(leaf.nbytes for leaf in jax.tree.leaves(small.variables))
+
+
+class Decoder(nn.Module):
+  """A language model of Flax's own attention, with its own cache."""
+
+  decode: bool = False
+
+  @nn.compact
+  def __call__(self, tokens):
+    x = nn.Embed(SIZES.vocabulary, 16)(tokens)
+    mask = None if self.decode else nn.make_causal_mask(tokens)
+    for _ in range(2):
+      y = nn.RMSNorm()(x)
+      x = x + nn.MultiHeadDotProductAttention(num_heads=4, decode=self.decode)(y, mask=mask)
+      x = x + nn.Dense(16)(nn.gelu(nn.Dense(24)(nn.RMSNorm()(x))))
+    return nn.Dense(SIZES.vocabulary)(x)
+
+
+def test_the_cache_of_flax_s_own_attention():
+  decoder = Decoder(decode=True)
+  variables = Decoder().init(jax.random.key(1), TOKENS)
+  cache = decoder.init(jax.random.key(1), TOKENS)["cache"]
+  auto = fp.auto_mask(Decoder().apply, variables, TOKENS)
+  masks = {name: jnp.arange(mask.size) % 2.0 for name, mask in auto.masks.items()}
+  given = {**variables, "masks": masks}
+  one = functools.partial(decoder.apply, mutable=["cache"])
+  small = fp.compact(auto.wrap(one), {**given, "cache": cache}, TOKENS[:, :1], state_from=lambda out: out[1])
+  sizes = {leaf.shape for leaf in jax.tree.leaves(small.variables["cache"]) if leaf.ndim}
+  assert sizes == {(BATCH, TIME, 2, 2)}
+  np.testing.assert_allclose(decoded(small, TOKENS), auto.apply(given, TOKENS), rtol=1e-4, atol=1e-5)
+  assert "cache" in str(small)  # the report ends, though what is returned keeps growing in it
+  assert small.blockers == []
+
+
+class Norms(nn.Module):
+  """Layers in a loop, with batch statistics."""
+
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, x):
+    class Layer(nn.Module):
+      train: bool
+
+      @nn.compact
+      def __call__(self, x):
+        y = nn.BatchNorm(use_running_average=not self.train, momentum=0.9)(nn.Dense(6)(x))
+        return x + nn.Dense(4)(fp.Mask()(nn.relu(y))), None
+
+    axes = {"params": 0, "batch_stats": 0, "masks": 0}
+    layers = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=3)
+    return layers(self.train)(x)[0]
+
+
+def test_batch_statistics_of_layers_in_a_loop():
+  x = jax.random.normal(jax.random.key(0), (5, 4))
+  given = Norms().init(jax.random.key(1), x)
+  rows = jnp.asarray([[1.0, 0, 0, 0, 0, 1], [0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]])
+  given = {**given, "masks": jax.tree.map(lambda _: rows, given["masks"])}
+  train = functools.partial(Norms(train=True).apply, mutable=["batch_stats"])
+  small = fp.compact(train, given, x, state_from=lambda out: out[1])
+  assert {leaf.shape for leaf in jax.tree.leaves(small.variables["batch_stats"])} == {(3, 2)}
+  (y, new), (expected, stats) = small(small.variables, x), train(given, x)
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    new["batch_stats"],
+    small.shrink(stats["batch_stats"]),
+  )
+
+
+def test_the_benchmark_runs(capsys):
+  (dense, *others) = decoding.measured(decoding.TINY, 2, 16, {"flops": 0.6, "bytes": 0.9}, repeats=1)
+  assert all(row["tokens_per_second"] > 0 for row in (dense, *others))
+  assert all(row["weights_mb"] < dense["weights_mb"] for row in others)

@@ -119,6 +119,50 @@ def test_the_cache_of_flax_s_own_attention():
   assert small.blockers == []
 
 
+CELLS = {"gru": nn.GRUCell, "lstm": nn.OptimizedLSTMCell, "simple": nn.SimpleCell}
+
+
+class Recurrent(nn.Module):
+  """A recurrent network of all steps, or of one that starts from a given carry."""
+
+  kind: str
+
+  @nn.compact
+  def __call__(self, x, carry=None):
+    cell = CELLS[self.kind](features=8, name="cell")
+    if carry is None:
+      return nn.Dense(3, name="head")(nn.RNN(cell)(x))
+    carry, h = cell(carry, x)
+    return nn.Dense(3, name="head")(h), carry
+
+
+@pytest.mark.parametrize("kind", CELLS)
+def test_the_carry_of_a_recurrent_step(kind):
+  model, x = Recurrent(kind), jax.random.normal(jax.random.key(0), (4, 6, 5))
+  variables = model.init(jax.random.key(1), x)
+  auto = fp.auto_mask(model.apply, variables, x)
+  (group,) = auto.groups
+  given = {**variables, "masks": {group.name: jnp.arange(8) % 2.0}}
+  carry = CELLS[kind](features=8).initialize_carry(jax.random.key(0), (4, 5))
+
+  def step(variables, x):
+    return model.apply({"params": variables["params"]}, x, variables["carry"])
+
+  small = fp.compact(
+    auto.wrap(step), {**given, "carry": carry}, x[:, 0], state_from=lambda out: {"carry": out[1]}
+  )
+  assert {leaf.shape for leaf in jax.tree.leaves(small.variables["carry"])} == {(4, 4)}
+  assert not small.blockers
+  expected, state = auto.apply(given, x), dict(small.variables)
+  for at in range(x.shape[1]):
+    y, state["carry"] = small(state, x[:, at])
+    np.testing.assert_allclose(y, expected[:, at], rtol=1e-5, atol=1e-6)
+  whole = fp.compact(auto.wrap(step), {**given, "carry": carry, "masks": auto.masks}, x[:, 0],
+    state_from=lambda out: {"carry": out[1]})  # fmt: skip
+  dense = fp.cost_model(auto.apply, {**variables, "masks": auto.masks}, x).dense
+  assert whole.cost == pytest.approx(dense / 6, rel=0.02)  # a step reads its carry, which is no constant
+
+
 class Norms(nn.Module):
   """Layers in a loop, with batch statistics."""
 

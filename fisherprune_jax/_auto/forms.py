@@ -1,6 +1,7 @@
 """A function of variables, traced: the atoms of its axes."""
 
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ def study(
   args: Sequence[PyTree],
   example_axes: Sequence[int | None],
   rows: bool = False,
+  state: AbstractSet[int] = frozenset(),
 ) -> Form:
   """Trace ``fn(variables, *args)`` and tie its axes.
 
@@ -56,6 +58,7 @@ def study(
     args: its other arguments.
     example_axes: an axis or None for each leaf of ``args``.
     rows: whether rows of tables may be masked.
+    state: the positions of variables that are another value at each call, such as caches.
   """
   program, out_tree = trace(
     fn, variables, *args
@@ -65,10 +68,13 @@ def study(
   program.consts[:] = [(value, const) for value, const in program.consts if not is_traced(const)]
   count = len(jax.tree.leaves(variables))
   live = Liveness(spec_of)
-  live.forward(program, [Info(whole_box(v.shape), varies=at >= count) for at, v in enumerate(program.inputs)])
+  varies = [at >= count or at in state for at in range(len(program.inputs))]
+  live.forward(
+    program, [Info(whole_box(v.shape), varies=x) for v, x in zip(program.inputs, varies, strict=True)]
+  )
   given = program.inputs[:count]
   axes = Axes(live, made_of(program, given, live), rows)
-  axes.learned.update((value, (value,)) for value in given)
+  axes.learned.update((value, (value,)) for at, value in enumerate(given) if at not in state)
   examples = _examples(axes, program.inputs[count:], example_axes)
   axes.walk(program)
   axes.hand_on(examples, program.inputs[count:])

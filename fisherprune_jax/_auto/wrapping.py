@@ -65,6 +65,12 @@ class Model:
         )
     return [found[path][1] if path in found else None for path in self.paths]
 
+  def strange(self, variables: PyTree) -> frozenset[int]:
+    """The positions of leaves that the function of ``auto_mask`` did not have: caches and other state."""
+    known = set(self.paths)
+    paths = (path_names(path) or NO_PATH for path, _ in jax.tree_util.tree_leaves_with_path(variables))
+    return frozenset(at for at, path in enumerate(paths) if path not in known)
+
   def examples_of(self, masks: dict[str, Any]) -> int | None:
     """Check the masks; returns the number of examples if masks are per example."""
     expected = {group.name: 0 for group in self.groups}
@@ -138,7 +144,7 @@ class Wrapped:
 
     axes = given.example_axes(self.batch_axes, count)
     tables = any(group.kind == ROWS for group in self.model.groups)
-    form = study(function, own, given.arrays, axes, tables)
+    form = study(function, own, given.arrays, axes, tables, self.model.strange(own))
     found = match(
       form, self.model.in_order(own, form.variables), self.model.trees, self.model.groups, self.model.places
     )

@@ -115,7 +115,10 @@ def trace_apply(
   values = program.inputs[:count]
   infos = _variable_infos(values, tree.flags, ranks or [len(mask.shape) for mask in tree.mask_leaves])
   infos += [Info(whole_box(value.shape), varies=True) for value in program.inputs[count:]]
-  return Traced(program, values, infos, out_tree, _places(state_from, out_tree, tree) if state_from else {})
+  updates = _places(state_from, out_tree, tree) if state_from else {}
+  for at in updates.values():  # state is another one at each call
+    infos[at] = infos[at]._replace(varies=True)
+  return Traced(program, values, infos, out_tree, updates)
 
 
 def _places(state_from: Picker, out_tree: PyTree, tree: VariableTree) -> dict[int, int]:

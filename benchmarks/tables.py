@@ -213,6 +213,38 @@ def quantised(found: Any) -> str:
   return "\n".join(lines)
 
 
+def decoders(found: Any) -> str:
+  """``decoding.py``: widths, sizes and speed of a step for one token."""
+  heads = [
+    "sequences x context",
+    "network",
+    "keys and values x queries of each",
+    "MLP",
+    "weights, MB",
+    "cache, MB",
+    "tokens/s",
+  ]
+  lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+  sizes = found["sizes"]
+  for row in found["rows"]:
+    left = row.get("left", {})
+    shared, each = (
+      left.get("layers.heads.0", sizes["shared"]),
+      left.get("layers.heads.1", sizes["heads"] // sizes["shared"]),
+    )
+    cells = [
+      f"{row['batch']} x {row['context']:,}",
+      row["network"].replace("flops", "FLOPs"),
+      f"{shared} x {each}",
+      f"{left.get('layers/gate', sizes['hidden']):,}",
+      f"{row['weights_mb']:.1f}",
+      f"{row['cache_mb']:.1f}",
+      f"{row['tokens_per_second']:.0f}",
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
   "one_shot": networks,
   "peers": agreements,
@@ -223,12 +255,14 @@ TABLES: dict[str, Callable[[Any], str]] = {
   "serving_form": serving,
   "llm_shapes": shapes,
   "quantisation": quantised,
+  "decoding": decoders,
 }
 PAGES = {
   "distillation": "distillation.md",
   "serving_form": "serving.md",
   "llm_shapes": "fsdp.md",
   "quantisation": "quantisation.md",
+  "decoding": "decoding.md",
 }
 """Where tables are that are not on the page of benchmarks."""
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import threading
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -529,3 +530,34 @@ def test_all_that_a_rule_is_made_of_is_public():
   ):
     assert hasattr(fp.rules, name)
   assert fp.rules.register_rule is fp.register_rule
+
+
+def pallas_network(estimate):
+  from jax.experimental import pallas as pl
+
+  def kernel(x, out):
+    out[...] = jnp.tanh(x[...])
+
+  def call(x):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    cost = pl.CostEstimate(flops=96, transcendentals=4, bytes_accessed=0) if estimate else None
+    return pl.pallas_call(kernel, out_shape=shape, interpret=True, cost_estimate=cost)(x)
+
+  return lambda v, x: call((x @ v["w"]) * v["masks"]) @ v["v"]
+
+
+@pytest.mark.parametrize("estimate", [True, False])
+def test_a_pallas_kernel_is_kept_whole_at_the_cost_that_it_states(estimate):
+  masks = jnp.array([1.0, 0, 1, 0])
+  variables = {"w": jnp.ones((3, 4)), "v": jnp.ones((4, 2)), "masks": masks}
+  x, network = jnp.ones((5, 3)), pallas_network(estimate)
+  with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # once per process
+    cost = fp.cost_model(network, variables, x)
+    small = fp.compact(network, variables, x)
+  assert cost.exact(jnp.ones(4)) == 5 * 4 * (5 + 1) + 5 * 2 * 7 + 100 * estimate
+  np.testing.assert_allclose(small(small.variables, x), network(variables, x), rtol=1e-6)
+  assert small.variables["w"].shape == (3, 4)
+  assert "no rule for pallas_call" in str(small.report())
+  names = [row.primitive for row in cost.breakdown(masks)]
+  assert ("pallas_call" in names, "pallas_call (not counted)" in names) == (estimate, not estimate)

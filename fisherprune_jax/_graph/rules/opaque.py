@@ -56,10 +56,20 @@ def random(node: Node, infos: Sequence[Info]) -> Spec:
 
 
 def spec_of(node: Node, infos: Sequence[Info]) -> Spec:
-  """The spec by a node's rule; without one, it is kept whole."""
+  """The spec by a node's rule; without one, it is kept whole, at the cost that a kernel states."""
   rule = rule_named(node.name)
   spec = ask(rule, node, infos) if rule else None
-  return opaque(node, unknown(node.name), counted=False) if spec is None else spec
+  if spec is not None:
+    return spec
+  stated = _stated_flops(node)
+  counts = () if stated is None else (Flops((), scale=stated),)
+  return opaque(node, unknown(node.name), counts, counted=stated is not None)
+
+
+def _stated_flops(node: Node) -> int | None:
+  """What the ``cost_estimate`` of a Pallas kernel says, or None."""
+  estimate = node.params.get("cost_estimate")
+  return None if estimate is None else int(estimate.flops) + int(estimate.transcendentals)
 
 
 def unknown(name: str) -> str:

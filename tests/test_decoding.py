@@ -163,6 +163,38 @@ def test_the_carry_of_a_recurrent_step(kind):
   assert whole.cost == pytest.approx(dense / 6, rel=0.02)  # a step reads its carry, which is no constant
 
 
+@pytest.mark.parametrize("kind", [*CELLS, "attention", "stack"])
+def test_the_groups_of_a_step_alone(kind):
+  """They are those of the network that reads a whole sequence, and the state shrinks with them."""
+  if kind == "stack":
+    variables, state, first = init(SIZES), {"cache": empty_cache(SIZES, BATCH, TIME)}, TOKENS[:, :1]
+    whole, one, rest = forward, step, TOKENS
+  elif kind == "attention":
+    decoder, variables = Decoder(decode=True), Decoder().init(jax.random.key(1), TOKENS)
+    state = {"cache": decoder.init(jax.random.key(1), TOKENS)["cache"]}
+    one = functools.partial(decoder.apply, mutable=["cache"])
+    whole, first, rest = Decoder().apply, TOKENS[:, :1], TOKENS
+  else:
+    model, rest = Recurrent(kind), jax.random.normal(jax.random.key(0), (4, 6, 5))
+    variables, whole, first = model.init(jax.random.key(1), rest), model.apply, rest[:, 0]
+    state = {"cache": CELLS[kind](features=8).initialize_carry(jax.random.key(0), (4, 5))}
+    one = lambda v, x: model.apply({"params": v["params"]}, x, v["cache"])
+  state_from = (lambda out: out[1]) if kind == "attention" else STATE
+  known = fp.auto_mask(whole, variables, rest)
+  auto = fp.auto_mask(one, {**variables, **state}, first, state_from=state_from)
+  assert [(g.name, g.size, g.rows) for g in auto.groups] == [(g.name, g.size, g.rows) for g in known.groups]
+  assert {path.split("/")[0] for g in auto.groups for path, _ in g.members} == {"params", "cache"}
+  masks = {g.name: jnp.broadcast_to(jnp.arange(g.size) % 2.0, (*g.rows, g.size)) for g in auto.groups}
+  small = auto.compact({**variables, **state, "masks": masks})
+  assert small.cost < 0.5 * auto.cost().dense
+  assert not small.blockers
+  if kind in ("attention", "stack"):
+    found = decoded(small, TOKENS)
+    np.testing.assert_allclose(
+      found, known.apply({**variables, "masks": masks}, TOKENS), rtol=1e-4, atol=1e-5
+    )
+
+
 class Norms(nn.Module):
   """Layers in a loop, with batch statistics."""
 

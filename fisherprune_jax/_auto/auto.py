@@ -21,7 +21,7 @@ from fisherprune_jax._graph.examples import batch_size, example_axes
 from fisherprune_jax._graph.variables import abstract
 from fisherprune_jax._masks import COLLECTION
 from fisherprune_jax._tables import Shown, Table
-from fisherprune_jax._types import ApplyFn, BatchAxes, PyTree, Shape
+from fisherprune_jax._types import ApplyFn, BatchAxes, Picker, PyTree, Shape
 
 Select = Callable[[Group], bool] | Collection[str] | None
 
@@ -43,6 +43,7 @@ class AutoMask(Shown):
   variables: dict[str, PyTree]
   _apply: Wrapped
   _args: tuple[PyTree, ...]
+  _state_from: Picker | None = None
 
   @property
   def apply(self) -> Callable[..., PyTree]:
@@ -81,8 +82,7 @@ class AutoMask(Shown):
       measure: what is counted, as in :func:`cost_model`.
       **options: other options of :func:`cost_model`.
     """
-    options = {"batch_axes": self._apply.batch_axes, **options}
-    return cost_model(self.apply, self.variables, *self._args, measure=measure, **options)
+    return cost_model(self.apply, self.variables, *self._args, measure=measure, **{**self._how, **options})
 
   def compact(self, variables: PyTree, **options: Any) -> Compact:
     """The network without its masked features, at the arguments of :func:`auto_mask`.
@@ -91,7 +91,11 @@ class AutoMask(Shown):
       variables: the variables, with masks.
       **options: options of :func:`compact`.
     """
-    return compact(self.apply, variables, *self._args, **{"batch_axes": self._apply.batch_axes, **options})
+    return compact(self.apply, variables, *self._args, **{**self._how, **options})
+
+  @property
+  def _how(self) -> dict[str, Any]:
+    return {"batch_axes": self._apply.batch_axes, "state_from": self._state_from}
 
   def tables(self) -> list[Table | str]:
     """Groups with the share of the FLOPs that depends on each, and skipped axes."""
@@ -112,6 +116,7 @@ def auto_mask(
   blocks: bool = False,
   rows: bool = False,
   batch_axes: BatchAxes = 0,
+  state_from: Picker | None = None,
 ) -> AutoMask:
   r"""Find what can be pruned in a function without masks, and insert masks.
 
@@ -133,6 +138,8 @@ def auto_mask(
     rows: whether rows of tables that are read by number get masks too (embeddings). A masked row reads as zeros; the compact
       network renumbers the index. Measure the cost in ``"params"`` or ``"memory"``: rows take no FLOPs.
     batch_axes: the example axes of ``args``, like ``jax.vmap``'s ``in_axes``.
+    state_from: as in :func:`compact`: picks new values of variables from the output, such as a cache or a carry. They may
+      shrink, too.
 
   Returns:
     An :class:`AutoMask`.
@@ -159,7 +166,7 @@ def auto_mask(
   """
   paths = _paths(variables)
   batch_size(args, batch_axes)
-  form = study(apply_fn, variables, args, example_axes(args, batch_axes), rows)
+  form = study(apply_fn, variables, args, example_axes(args, batch_axes), rows, state_from=state_from)
   found = find(form, paths)
   if blocks:
     more, places = find_blocks(form, paths)
@@ -175,6 +182,7 @@ def auto_mask(
     trees,
     [found.groups[at] for at in kept],
     [found.places[at] for at in kept],
+    frozenset(paths[at] for at in form.state),
   )
   masks = {group.name: jnp.ones((*group.rows, group.size), jnp.float32) for group in model.groups}
   holder = {**variables} if isinstance(variables, Mapping) else {"params": variables}
@@ -186,6 +194,7 @@ def auto_mask(
     {**holder, COLLECTION: masks},
     Wrapped(apply_fn, model, batch_axes),
     abstract(args),
+    state_from,
   )
 
 

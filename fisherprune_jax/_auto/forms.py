@@ -16,7 +16,8 @@ from fisherprune_jax._graph.facts import Info
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of
-from fisherprune_jax._types import PyTree
+from fisherprune_jax._graph.traced import replaced_by
+from fisherprune_jax._types import Picker, PyTree
 
 EXAMPLES = "it is an axis of examples"
 
@@ -32,6 +33,7 @@ class Form:
     variables: the values of the variables' leaves.
     examples: the atom of all example axes.
     captured: tracers that the function closes over, as inputs after the arguments.
+    state: the positions of variables that are another value at each call.
   """
 
   program: Program
@@ -40,6 +42,7 @@ class Form:
   variables: list[Value]
   examples: Atom
   captured: list[Any]
+  state: AbstractSet[int]
 
 
 def study(
@@ -49,6 +52,7 @@ def study(
   example_axes: Sequence[int | None],
   rows: bool = False,
   state: AbstractSet[int] = frozenset(),
+  state_from: Picker | None = None,
 ) -> Form:
   """Trace ``fn(variables, *args)`` and tie its axes.
 
@@ -59,6 +63,7 @@ def study(
     example_axes: an axis or None for each leaf of ``args``.
     rows: whether rows of tables may be masked.
     state: the positions of variables that are another value at each call, such as caches.
+    state_from: picks new values of variables from the output; these variables are state, too.
   """
   program, out_tree = trace(
     fn, variables, *args
@@ -68,6 +73,9 @@ def study(
   program.consts[:] = [(value, const) for value, const in program.consts if not is_traced(const)]
   count = len(jax.tree.leaves(variables))
   live = Liveness(spec_of)
+  paths = jax.tree_util.tree_leaves_with_path(variables)
+  updates = replaced_by(state_from, out_tree, paths) if state_from else {}
+  state = state | {*updates.values()}
   varies = [at >= count or at in state for at in range(len(program.inputs))]
   live.forward(
     program, [Info(whole_box(v.shape), varies=x) for v, x in zip(program.inputs, varies, strict=True)]
@@ -80,8 +88,13 @@ def study(
   axes.hand_on(examples, program.inputs[count:])
   block(examples, EXAMPLES)
   axes.block_all(program.inputs[count:], ARGUMENT)
-  axes.block_all(program.outputs, OUTPUT)
-  return Form(program, jax.tree.structure(out_tree), axes, given, examples, captured)
+  for at, value in enumerate(program.outputs):
+    if at not in updates:
+      axes.block_all([value], OUTPUT)
+    elif value.literal is None:
+      for new, old in zip(axes.of(value), axes.of(given[updates[at]]), strict=True):
+        tie(new, old)
+  return Form(program, jax.tree.structure(out_tree), axes, given, examples, captured, state)
 
 
 def _examples(axes: Axes, inputs: Sequence[Value], example_axes: Sequence[int | None]) -> Atom:

@@ -36,6 +36,7 @@ class Model:
   trees: list[list[Tree]]
   groups: list[Group]
   places: list[list[Place]]
+  state: frozenset[tuple[str, ...]] = frozenset()
 
   def split(self, variables: PyTree) -> tuple[PyTree, dict[str, Any] | None]:
     """The model's variables, and the masks among them; variables without ``"params"`` may come under that key."""
@@ -65,9 +66,9 @@ class Model:
         )
     return [found[path][1] if path in found else None for path in self.paths]
 
-  def strange(self, variables: PyTree) -> frozenset[int]:
-    """The positions of leaves that the function of ``auto_mask`` did not have: caches and other state."""
-    known = set(self.paths)
+  def state_among(self, variables: PyTree) -> frozenset[int]:
+    """The positions of state, such as caches: it is declared, or the function of ``auto_mask`` did not have it."""
+    known = set(self.paths) - self.state
     paths = (path_names(path) or NO_PATH for path, _ in jax.tree_util.tree_leaves_with_path(variables))
     return frozenset(at for at, path in enumerate(paths) if path not in known)
 
@@ -144,7 +145,7 @@ class Wrapped:
 
     axes = given.example_axes(self.batch_axes, count)
     tables = any(group.kind == ROWS for group in self.model.groups)
-    form = study(function, own, given.arrays, axes, tables, self.model.strange(own))
+    form = study(function, own, given.arrays, axes, tables, self.model.state_among(own))
     found = match(
       form, self.model.in_order(own, form.variables), self.model.trees, self.model.groups, self.model.places
     )

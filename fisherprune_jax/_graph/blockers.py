@@ -209,7 +209,11 @@ def _warn_of_unknown(analysis: Analysis, masks: Sequence[Array], examples: int, 
       continue  # it keeps nothing, and costs nothing
     if not _is_news(name):
       continue
-    own = "its own cost is what its cost_estimate says" if live.specs[node].counted else "its own cost is not counted"
+    own = (
+      "its own cost is what its cost_estimate says"
+      if live.specs[node].counted
+      else "its own cost is not counted"
+    )
     warn(
       f"fisherprune_jax has no rule for the primitive `{name}` ({node.source}): arrays that "
       f"it reads or writes are kept whole, and with them up to {max(left, 0):,.0f} FLOPs per example; {own}. "

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import jax
 
-from fisherprune_jax._errors import path_name, path_names
+from fisherprune_jax._errors import Path, path_name, path_names
 from fisherprune_jax._graph import control as control
 from fisherprune_jax._graph import sets
 from fisherprune_jax._graph.boxes import Box, Where, whole_box
@@ -18,7 +18,7 @@ from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of
 from fisherprune_jax._graph.updates import Returned, analyse
 from fisherprune_jax._graph.variables import VariableTree, abstract
-from fisherprune_jax._types import ApplyFn, Picker, PyTree
+from fisherprune_jax._types import ApplyFn, Array, Picker, PyTree
 
 _networks = itertools.count()
 """Numbers the traced functions."""
@@ -115,17 +115,17 @@ def trace_apply(
   values = program.inputs[:count]
   infos = _variable_infos(values, tree.flags, ranks or [len(mask.shape) for mask in tree.mask_leaves])
   infos += [Info(whole_box(value.shape), varies=True) for value in program.inputs[count:]]
-  updates = _places(state_from, out_tree, tree) if state_from else {}
+  updates = replaced_by(state_from, out_tree, tree.paths) if state_from else {}
   for at in updates.values():  # state is another one at each call
     infos[at] = infos[at]._replace(varies=True)
   return Traced(program, values, infos, out_tree, updates)
 
 
-def _places(state_from: Picker, out_tree: PyTree, tree: VariableTree) -> dict[int, int]:
-  """Which leaf of the output replaces which variable."""
+def replaced_by(state_from: Picker, out_tree: PyTree, paths: Sequence[tuple[Path, Array]]) -> dict[int, int]:
+  """Which leaf of the output replaces which variable, of ``paths`` with leaves."""
   shapes = [leaf.shape for leaf in jax.tree.leaves(out_tree)]
   picked = state_from(jax.tree.unflatten(jax.tree.structure(out_tree), range(len(shapes))))
-  places = {path_names(path): (at, leaf.shape) for at, (path, leaf) in enumerate(tree.paths)}
+  places = {path_names(path): (at, leaf.shape) for at, (path, leaf) in enumerate(paths)}
   found = {}
   for path, out in jax.tree_util.tree_leaves_with_path(picked):
     at, shape = places.get(path_names(path), (None, None))

@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 def axis_of(node: Node, live: "Liveness") -> Factor | Pick | None:
   """The axis of layers, if a node computes a stack of which layers are demanded, from variables layer by layer."""
-  (out, *others), spec = node.outs, live.specs[node]
+  if len(node.outs) != 1:
+    return None
+  (out,), spec = node.outs, live.specs[node]
   is_by_layer = out not in live.demanded_whole and (out in live.demanded_layers or out in live.demanded_alone)
-  if others or live.info(out).varies or not is_by_layer:
+  if live.info(out).varies or not is_by_layer:
     return None
   axis = spec.outs[0][0]
   is_filled = isinstance(axis, Pick) and (axis.filled or (axis.index < 0).any())

@@ -220,7 +220,8 @@ def decoders(found: Any) -> str:
   heads = [
     "sequences x context",
     "network",
-    "keys and values x queries of each",
+    "heads",
+    "depth",
     "MLP",
     "weights, MB",
     "cache, MB",
@@ -238,6 +239,7 @@ def decoders(found: Any) -> str:
       f"{row['batch']} x {row['context']:,}",
       row["network"].replace("flops", "FLOPs"),
       f"{shared} x {each}",
+      f"{2 * left.get('layers/q.depth', sizes['depth'] // 2)}, {left.get('layers/v.depth', sizes['depth'])}",
       f"{left.get('layers/gate', sizes['hidden']):,}",
       f"{row['weights_mb']:.1f}",
       f"{row['cache_mb']:.1f}",

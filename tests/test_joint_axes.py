@@ -97,3 +97,42 @@ def test_all_that_joint_masks_remove_is_removed(name):
     assert kept == np.moveaxis(matters, axis, 0).reshape(weights[axis], -1).any(1).sum()
   assert not any(blocker.holds for blocker in small.blockers)
   np.testing.assert_allclose(small(small.variables, x), apply(variables, x), rtol=1e-5, atol=1e-6)
+
+
+PADS = [
+  ((1, 0), (0, 0)),
+  ((0, 2), (0, 0)),
+  ((0, 0), (1, 1)),
+  ((1, 0), (0, 1)),
+  ((0, 0), (-1, 2)),
+  ((2, 1), (-1, 0)),
+]
+
+
+@pytest.mark.parametrize("fill", [0.0, 0.7])
+@pytest.mark.parametrize("inside", [0, 1])
+@pytest.mark.parametrize("pads", PADS)
+def test_a_filling_beside_joint_axes_is_not_masked(pads, inside, fill, x64):
+  """What is padded in along one axis is there for all entries of the other."""
+  rng = np.random.default_rng(0)
+  config = [(0, 0, 0), *((low, high, inside) for low, high in pads)]
+  padded = jax.eval_shape(lambda x: lax.pad(x, 0.0, config), jax.ShapeDtypeStruct((1, 3, 2), float)).shape
+  params = {
+    "w": rng.normal(size=(3, 6)),
+    "o": rng.normal(size=(padded[2], 4)),
+    "p": rng.normal(size=(padded[1], 2)),
+  }
+
+  def network(variables, x):
+    p = variables["params"]
+    h = (jnp.tanh(x @ p["w"]) * variables["masks"]).reshape(-1, 3, 2)
+    h = lax.pad(h, fill, config)
+    return jnp.einsum("btc,tk->bkc", jnp.tanh(h @ p["o"]), p["p"])
+
+  x = rng.normal(size=(5, 3))
+  for mask in ([1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0], [1, 0, 1, 0, 1, 0], [0, 1, 1, 0, 0, 0], [0] * 6):
+    variables = {"params": params, "masks": np.asarray(mask, float)}
+    small = fp.compact(network, variables, x)
+    np.testing.assert_allclose(small(small.variables, x), network(variables, x), atol=1e-12)
+    cost = fp.cost_model(network, variables, x)
+    assert cost.exact(variables["masks"]) == round(small.cost * len(x))

@@ -168,7 +168,7 @@ def _roles(
   keeping = frozenset(givers) - alive - whole
   shown = {f for axes in outs for axis in axes for f in factors_of(axis)}
   told = tuple(
-    frozenset(f for axis in axes if not _has_others(axis) for f in factors_of(axis)) for axes in outs
+    frozenset(f for axis in axes if not has_others(axis) for f in factors_of(axis)) for axes in outs
   )
   alone = [{givers[f][0] for f in by & keeping if len(givers[f]) == 1} for by in told]
   deciding = tuple(frozenset() if lasts else kills | found for found in alone)
@@ -181,7 +181,7 @@ def _roles(
   return Roles(givers, keeping, frozenset(factors) - shown - whole, told, deciding, adding, vanishing)
 
 
-def _has_others(axis: Axis) -> bool:
+def has_others(axis: Axis) -> bool:
   """Whether an axis has positions outside of one factor."""
   return isinstance(axis, Sum) or (isinstance(axis, Pick) and axis.filled)
 

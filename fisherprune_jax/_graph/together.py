@@ -24,7 +24,7 @@ from fisherprune_jax._graph.joint import (
 )
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.sizes import are_static
-from fisherprune_jax._graph.spec import Axes, Factor, Prod, Spec, Sum, compose, factors_of, project
+from fisherprune_jax._graph.spec import Axes, Factor, Prod, Spec, compose, factors_of, has_others, project
 
 
 def _of_each(spec: Spec, axes: Axes, box: Sequence[Set]) -> dict[Factor, Set]:
@@ -130,10 +130,10 @@ def laid(
 def _projected(tied: Tied, ones: Singles, axes: Axes, spec: Spec) -> tuple[Tied, dict[Factor, Set]]:
   """Joint and single sets for an array's factors.
 
-  A factor laid end to end with others implies nothing for their entries.
+  A factor laid end to end with others, or with a filling, implies nothing for their entries.
   """
   held = {f for axis in axes for f in factors_of(axis)}
-  alone = {f for axis in axes if not isinstance(axis, Sum) for f in factors_of(axis)}
+  alone = {f for axis in axes if not has_others(axis) for f in factors_of(axis)}
   loose = beside_others(spec) - alone
   left, each = Tied(), dict(ones)
   for names, s in tied.items():
@@ -152,8 +152,9 @@ def _projected(tied: Tied, ones: Singles, axes: Axes, spec: Spec) -> tuple[Tied,
 
 
 def beside_others(spec: Spec) -> frozenset[Factor]:
+  """The factors that some axis has beside entries of others, or a filling."""
   all_axes = (axis for axes in (*spec.ins, *spec.outs) for axis in axes)
-  return frozenset(f for axis in all_axes if isinstance(axis, Sum) for f in axis.parts)
+  return frozenset(f for axis in all_axes if has_others(axis) for f in factors_of(axis))
 
 
 def _places(names: Sequence[Factor], axes: Axes) -> tuple[int, ...]:

@@ -47,9 +47,10 @@ def forward(spec: Spec, arrays: Sequence[tuple[Sequence[Set], Together]]) -> Tie
       continue
     seen = [known(factors, tied, one, spec.sizes) for tied, one in zip(said, ones, strict=True)]
     by_one = [seen[at] for at in spec.kills]
-    by_one += [
-      sets.union(*(seen[at] for at in spec.roles.givers[f])) for f in factors if f in spec.roles.keeping
-    ]
+    if spec.alive.isdisjoint(factors):  # otherwise zeros of single entries become non-zero
+      by_one += [
+        sets.union(*(seen[at] for at in spec.roles.givers[f])) for f in factors if f in spec.roles.keeping
+      ]
     if by_one:
       found[factors] = sets.intersection(*by_one)
   return found

@@ -19,7 +19,7 @@ import pytest
 # What takes most of the time: whole tables of networks, trainings, processes of their own. ``make test-fast`` leaves it out.
 SLOW = """
   balancing bench_gpu decoding depth exact_sizes quantisation report_html rows one_shot reconstruct auto_blocks auto_examples auto_models batches budget choices compaction conformance cost criteria criterion devices docs edits emptied
-  freezing exactness example_axes example_code_transformer example_pretrained_encoder example_quickstart example_ranking_mlp export frameworks
+  freezing exactness example_axes example_code_transformer example_pretrained_encoder example_quickstart example_ranking_mlp example_ranking_tables export frameworks
   fuzz growth joint_axes kept latency linen linen_training many_masks measures nnx nnx_auto onnx opt_states parity placing plan
   precision prices pruner pruner_frameworks pruner_training regressions report restarts saving seeing sets several several_processes threads
   training training_edges uniform vmapped_loops

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import fisherprune_jax as fp
+from fisherprune_jax._pruner import blocks
 
 LAYERS = 6
 
@@ -76,6 +77,72 @@ def test_the_number_of_blocks_is_exact_beside_a_target_and_widths(stacked):
   assert float(pruner.cost(masks)) <= 0.5 * pruner.cost.dense
   free = fp.select_masks(pruner.cost, importance, 0.5 * pruner.cost.dense)
   assert live_blocks(free) < 5  # without it, the budget takes blocks too
+
+
+@pytest.mark.parametrize("labels", [False, True])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_one_shot_leaves_out_blocks_one_after_the_other(stacked, labels):
+  """Each time the one that harms the outputs (or the loss) least, by brute force."""
+  _, variables, pruner = network(stacked, keep=1.0, depth=2)
+  y = jnp.sin(X[:, :3])
+  _, masks = pruner.one_shot(
+    variables["params"],
+    [(X, y)],
+    loss_fn=(lambda p, batch: jnp.mean((Net(stacked).apply({"params": p}, batch[0]) - batch[1]) ** 2))
+    if labels
+    else None,
+    reconstruct=False,
+  )
+  names = [name for name in masks if name.endswith(".block")]
+  places = [(name, at) for name in names for at in np.ndindex(masks[name].shape)]
+
+  def harm(gone):
+    tried = {name: np.ones(mask.shape, np.float32) for name, mask in masks.items()}
+    for name, at in gone:
+      tried[name][at] = 0
+    found = pruner.apply(variables["params"], tried, X)
+    dense = pruner.apply(variables["params"], pruner.cost.masks, X)
+    return float(jnp.mean((found - y) ** 2) if labels else jnp.mean(jnp.sum((found - dense) ** 2, -1)))
+
+  gone = []
+  while len(gone) < LAYERS - 2:
+    gone.append(min((place for place in places if place not in gone), key=lambda place: harm([*gone, place])))
+  assert {place for place in places if not masks[place[0]][place[1]]} == {*gone}
+
+
+def test_tied_blocks_are_left_out_together_and_many_in_fewer_rounds(monkeypatch):
+  calls = []
+
+  def harm(masks):
+    gone = [int(name[1:].split(".")[0]) for name, mask in masks.items() if not mask[0]]
+    calls.append(gone)
+    return float(sum(1 + at for at in gone))
+
+  masks = {f"b{at}.block": jnp.ones(1) for at in range(6)} | {"width": jnp.ones(3)}
+  ones = jax.tree.map(jnp.ones_like, masks)
+  found = blocks.with_blocks(masks, ["b[01].block"], harm)(ones)
+  assert float(found["b0.block"][0]) == float(found["b1.block"][0]) == pytest.approx(1.5)
+  order = sorted((name for name in found if name != "width"), key=lambda name: float(found[name][0]))
+  assert order[-1] == "b5.block"
+  np.testing.assert_array_equal(found["width"], ones["width"])
+  assert all((0 in gone) == (1 in gone) for gone in calls)
+  count = len(calls)
+  calls.clear()
+  monkeypatch.setattr(blocks, "MOST_RUNS", 8)
+  few = blocks.with_blocks(masks, ["b[01].block"], harm)(ones)
+  assert len(calls) < count
+  assert float(few["b5.block"][0]) == max(float(few[name][0]) for name in order)
+  assert blocks.with_blocks({"width": jnp.ones(3)}, (), harm)({"width": ones["width"]})["width"].tolist() == [
+    1,
+    1,
+    1,
+  ]
+
+
+def test_blocks_without_which_nothing_is_finite_stay():
+  masks = {"a.block": jnp.ones(1), "b.block": jnp.ones(1)}
+  found = blocks.with_blocks(masks, (), lambda m: float("nan") if not m["a.block"][0] else 1.0)(masks)
+  assert float(found["b.block"][0]) == 1.0 < float(found["a.block"][0]) < float("inf")
 
 
 def test_one_shot_keeps_the_blocks_and_widths_stay_at_keep_one():

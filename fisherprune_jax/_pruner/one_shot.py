@@ -11,6 +11,7 @@ from fisherprune_jax._cost.cost import CostModel
 from fisherprune_jax._errors import describe, require
 from fisherprune_jax._graph.variables import VariableTree
 from fisherprune_jax._masks import COLLECTION
+from fisherprune_jax._pruner.blocks import with_blocks
 from fisherprune_jax._reconstruction.balancing import balanced
 from fisherprune_jax._reconstruction.calibration import Arguments, arguments, is_held_out, listed, parted
 from fisherprune_jax._reconstruction.fitting import Fit
@@ -93,7 +94,12 @@ def one_shot(
     some = fitted[:: stride(fit.traced[0])]
   alone = _alone(network, raw if masked_loss else some, masked_loss)
   found: list[list[tuple[float, Result]]] = [[] for _ in network.targets]
-  for way in itertools.islice(_ways(network, fit, alone), candidates):
+  blocks = with_blocks(
+    network.cost.masks,
+    network.options.get("tie", ()),
+    _harm(network, raw[0] if masked_loss else some[0], masked_loss),
+  )
+  for way in itertools.islice(_ways(network, fit, alone, blocks), candidates):
     for at, masks in enumerate(_masks(network, way)):
       variables = {**network.variables, COLLECTION: masks}
       if fit is not None:
@@ -126,12 +132,27 @@ def _alone(network: Network, batches: Iterable[PyTree], loss: Callable[..., Any]
   return estimate_importance(outputs, own, masks, batches, method=OUTPUTS)
 
 
-def _ways(network: Network, fit: Fit | None, alone: Masks) -> Iterator[Masks]:
-  """Importance to choose features by, the most promising first."""
+def _harm(network: Network, batch: Any, loss: Callable[..., Any] | None) -> Callable[[Masks], float]:
+  """What masks do to a batch: half the squared change of the outputs per example, or the increase of a loss."""
+  own = {name: tree for name, tree in network.variables.items() if name != COLLECTION}
+  ones = network.variables[COLLECTION]
+  if loss is not None:
+    run = jax.jit(lambda masks: loss(own, masks, batch))
+    dense = float(run(ones))
+    return lambda masks: float(run(masks)) - dense
+  outputs = jax.jit(lambda masks: floating(network.apply_fn({**own, COLLECTION: masks}, *batch)))
+  examples, said = jax.tree.leaves(batch)[0].shape[0], outputs(ones)
+  return lambda masks: 0.5 * float(squared_error(outputs(masks), said, None)) / examples
+
+
+def _ways(
+  network: Network, fit: Fit | None, alone: Masks, blocks: Callable[[Masks], Masks]
+) -> Iterator[Masks]:
+  """Importance to choose features by, the most promising first; ``blocks`` replaces that of residual blocks."""
   kinds = [alone]
   if fit is not None:
     kinds.insert(0, refitted_importance(fit.traced[0], network.variables, alone, jax.random.key(1)))
-  for kind in kinds:
+  for kind in map(blocks, kinds):
     # Powers of shares: those of a small importance itself would be too small for a float32.
     most = max(float(jnp.max(x)) for x in jax.tree.leaves(kind)) or 1.0
     yield kind

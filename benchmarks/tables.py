@@ -30,10 +30,10 @@ HEADER = "| | cost left | before | after |\n|---|---|---|---|"
 Cells = Callable[[Any], tuple[str, str, str]]
 
 
-def mean(values: Sequence[float]) -> str:
+def mean(values: Sequence[float], digits: int = 1) -> str:
   """Mean, and the standard error if values differ."""
   error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-  return f"{statistics.mean(values):.1f}" + (f" ± {error:.1f}" if error else "")
+  return f"{statistics.mean(values):.{digits}f}" + (f" ± {error:.{digits}f}" if error else "")
 
 
 def one_shot(task: str, level: float) -> Cells:
@@ -249,6 +249,16 @@ def decoders(found: Any) -> str:
   return "\n".join(lines)
 
 
+def layers(found: Any) -> str:
+  """``depth.py``: bits per byte with half of the layers."""
+  runs, lines = found["runs"], ["| what stays | as it is | refitted |", "|---|---|---|"]
+  lines.append(f"| all {found['layers']} layers | {mean([run['dense'] for run in runs], 2)} | |")
+  for way in [way for way in runs[0] if f"{way}, refitted" in runs[0]]:
+    cells = (mean([run[name] for run in runs], 2) for name in (way, f"{way}, refitted"))
+    lines.append(f"| {way} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[Any], str]] = {
   "one_shot": networks,
   "peers": agreements,
@@ -260,6 +270,7 @@ TABLES: dict[str, Callable[[Any], str]] = {
   "llm_shapes": shapes,
   "quantisation": quantised,
   "decoding": decoders,
+  "depth": layers,
 }
 PAGES = {
   "distillation": "distillation.md",
@@ -267,6 +278,7 @@ PAGES = {
   "llm_shapes": "fsdp.md",
   "quantisation": "quantisation.md",
   "decoding": "decoding.md",
+  "depth": "exact-sizes.md",
 }
 """Where tables are that are not on the page of benchmarks."""
 

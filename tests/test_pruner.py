@@ -515,3 +515,11 @@ def test_a_budget_in_float32_is_never_above_its_target_nor_below_the_whole_netwo
   assert min(float(falling(dense, dense, 2, 9)(step)) for step in range(12)) >= dense
   for target in (0.3 * dense, dense - 1):
     assert target * (1 - 2e-7) <= float(falling(dense, target, 2, 9)(20)) <= target
+
+
+def test_a_network_without_a_cost():
+  variables = {"params": {}, "masks": {"m": jnp.ones(3)}}
+  with pytest.raises(
+    ValueError, match="keep needs a network that costs more than 0 FLOPs, got 0.0. Choose another"
+  ):
+    fp.Pruner(lambda v, x: x * v["masks"]["m"], variables, jnp.ones((2, 3)), keep=0.5)

@@ -74,6 +74,8 @@ def targets_of(cost: CostModel, keep: Keep, target: float | None) -> tuple[float
   """The costs to come down to, in the unit of the cost."""
   if keep is not None:
     require(len(_fractions(keep)) > 0, "keep must hold at least one fraction", keep)
+    how = "Choose another measure, such as 'params'."
+    require(cost.dense > 0, f"keep needs a network that costs more than 0 {cost.unit}", cost.dense, how)
     return tuple(float(each) * cost.dense for each in _fractions(keep))
   assert target is not None
   fraction = (

@@ -519,7 +519,5 @@ def test_a_budget_in_float32_is_never_above_its_target_nor_below_the_whole_netwo
 
 def test_a_network_without_a_cost():
   variables = {"params": {}, "masks": {"m": jnp.ones(3)}}
-  with pytest.raises(
-    ValueError, match="keep needs a network that costs more than 0 FLOPs, got 0.0. Choose another"
-  ):
+  with pytest.raises(ValueError, match="keep needs a network that costs more than 0 FLOPs"):
     fp.Pruner(lambda v, x: x * v["masks"]["m"], variables, jnp.ones((2, 3)), keep=0.5)

@@ -112,3 +112,67 @@ def test_mixed_precision_with_automatic_masks():
   small = auto.compact(masked)
   assert jax.tree.map(jnp.shape, small.variables["params"]) == {"w": (LAYERS, 4, 3), "v": (LAYERS, 3, 4)}
   np.testing.assert_allclose(small(small.variables, X), auto.apply(masked, X), rtol=0.03, atol=0.03)
+
+
+def repeated_while(f, v, x):
+  return lax.while_loop(lambda carry: carry[0] < 2, lambda carry: (carry[0] + 1, f(v, carry[1])), (0, x))[1]
+
+
+def in_iterations(f, v, x):
+  return lax.scan(lambda h, y: (f(v, h) + y, jnp.sum(h)), x, jnp.stack([x, 2 * x]))[0]
+
+
+def under_a_rule(f, v, x):
+  run = jax.custom_jvp(f)
+  run.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
+  return run(v, x)
+
+
+AROUND = {
+  "remat": lambda f, v, x: jax.checkpoint(f)(v, x),
+  "remat twice": lambda f, v, x: jax.checkpoint(lambda v, x: jax.checkpoint(f)(v, x) + x)(v, x),
+  "counted loop": lambda f, v, x: lax.fori_loop(0, 2, lambda _, h: f(v, h), x),
+  "while": repeated_while,
+  "scan": in_iterations,
+  "scan of remat": lambda f, v, x: in_iterations(jax.checkpoint(f), v, x),
+  "cond": lambda f, v, x: lax.cond(x.sum() > 0, lambda x: f(v, x), lambda x: 2 * f(v, 0.5 * x), x),
+  "vmap": lambda f, v, x: jax.vmap(lambda one: f(v, one[None])[0])(x),
+  "jit": lambda f, v, x: jax.jit(f)(v, x),
+  "rule": under_a_rule,
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", "cast", "backwards"])
+@pytest.mark.parametrize("around", AROUND)
+def test_the_loop_over_layers_may_be_inside_of_others(around, kind):
+  def fn(v, x):
+    return AROUND[around](network(kind), v, x)
+
+  given = variables(kind)
+  masks = given["masks"]
+  small = fp.compact(fn, given, X)
+  np.testing.assert_allclose(small(small.variables, X), fn(given, X), rtol=1e-9)
+  if around != "while":  # JAX has no reverse mode for it
+    expected = small.shrink(gradients(lambda p, x: fn({"params": p, "masks": masks}, x), given["params"], X))
+    found = gradients(lambda p, x: small({"params": p}, x), small.variables["params"], X)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9), found, expected)
+  # A derivative rule of the whole loop needs what any layer keeps.
+  widest = int(MASK.any(0).sum() if around == "rule" else MASK.sum(1).max())
+  assert small.variables["params"]["w"].shape == (LAYERS, 4, widest)
+  assert small.variables["params"]["v"].shape == (LAYERS, widest, 4)
+  assert fp.cost_model(fn, given, X).exact(masks) == round(small.cost * len(X))
+  frozen = fp.compact(fn, given, X, freeze=True)
+  np.testing.assert_allclose(frozen(frozen.variables, X), fn(given, X), rtol=1e-9)
+
+
+@pytest.mark.parametrize("around", ["remat", "scan", "while"])
+def test_equal_layers_stay_a_loop_inside_of_others(around):
+  def fn(v, x):
+    return AROUND[around](network("cast"), v, x)
+
+  rows = np.asarray([np.roll(MASK[0], at) for at in range(LAYERS)])
+  small = fp.compact(fn, variables("cast", rows), X)
+  np.testing.assert_allclose(small(small.variables, X), fn(variables("cast", rows), X), rtol=1e-9)
+  assert small.variables["params"]["w"].shape == (LAYERS, 4, 3)
+  jaxpr = str(jax.make_jaxpr(small)(small.variables, X))
+  assert f"length={LAYERS}" in jaxpr

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 import fisherprune_jax as fp
+from fisherprune_jax._graph import updates
 
 RNG = np.random.default_rng(0)
 N, H, L = 5, 6, 3
@@ -152,3 +153,16 @@ def test_state_shrinks_and_stays_that_of_the_masked_network(network):
     full, compact = {**full, **new}, {**compact, **new_compact}
   whole = small.shrink({name: tree for name, tree in full.items() if name != "masks"})
   np.testing.assert_allclose(compact["s"], whole["s"], atol=1e-12)
+
+
+def test_state_that_does_not_settle_is_kept_whole(monkeypatch):
+  """As if the returned entries kept growing."""
+  monkeypatch.setattr(updates, "MOST_PASSES", 0)
+  given = {"p": params("rows"), "masks": ROWS, "s": normal(L, H)}
+  x = normal(4, N)
+  small = fp.compact(rows, given, x, state_from=lambda output: output[1])
+  assert small.variables["s"].shape == (L, H)
+  (y, new), (found, new_compact) = rows(given, x), small(small.variables, x)
+  np.testing.assert_allclose(found, y, atol=1e-12)
+  live = ROWS > 0
+  np.testing.assert_allclose(np.where(live, new_compact["s"], 0), np.where(live, new["s"], 0), atol=1e-12)

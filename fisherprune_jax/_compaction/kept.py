@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from fisherprune_jax._compaction.placing import put_like, sharding_for
 from fisherprune_jax._errors import describe
 from fisherprune_jax._graph import compat, sets
-from fisherprune_jax._graph.boxes import Box, Where, whole
+from fisherprune_jax._graph.boxes import Box, Entries, Where, whole
 from fisherprune_jax._graph.evaluate import Evaluation
 from fisherprune_jax._graph.liveness import Liveness
 from fisherprune_jax._graph.program import Value
-from fisherprune_jax._graph.updates import Returned
+from fisherprune_jax._graph.stack import padded
 from fisherprune_jax._types import Array
 
 Index = tuple[np.ndarray | None, ...]
@@ -104,16 +104,14 @@ class Kept:
   def _cut(self, leaf: Array, xp: ModuleType) -> Any:
     if self.layers is None:
       return _slice(leaf, self.index, xp)
-    widest = self.compact_shape[1:]
-    layers = [_slice(leaf[at], layer, xp) for at, layer in enumerate(self.layers)]
-    return xp.stack([xp.pad(r, [(0, n - m) for n, m in zip(widest, r.shape, strict=True)]) for r in layers])
+    return padded([_slice(leaf[at], layer, xp) for at, layer in enumerate(self.layers)], xp)
 
 
 def _with_examples(index: Index) -> Index:
   return (*index[:-1], None, index[-1])
 
 
-def keep(value: Value, live: Liveness, ev: Evaluation, returned: Returned | None = None) -> Kept:
+def keep(value: Value, live: Liveness, ev: Evaluation, returned: Entries | None = None) -> Kept:
   """The kept entries of a variable: the stored ones, or ``returned`` if given; all if it is not needed."""
 
   def index_of(where: Where) -> Index:
@@ -128,12 +126,10 @@ def keep(value: Value, live: Liveness, ev: Evaluation, returned: Returned | None
     return (_NONE,) * len(index) if any(i is not None and i.size == 0 for i in index) else index
 
   stored = live.stored(value) if value in live.demanded else whole(value.shape)
-  layers = live.layers(value) if returned is None else None
-  if isinstance(returned, list):
-    returned, layers = None, returned
-  return Kept(
-    value.shape, index_of(returned or stored), None if layers is None else tuple(map(index_of_layer, layers))
-  )
+  entries = returned or (live.entries(value) if value in live.demanded else stored)
+  if isinstance(entries, list):
+    return Kept(value.shape, index_of(stored), tuple(map(index_of_layer, entries)))
+  return Kept(value.shape, index_of(entries))
 
 
 def _within(few: np.ndarray | None, many: np.ndarray | None, size: int) -> bool:

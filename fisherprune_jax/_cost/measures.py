@@ -174,7 +174,6 @@ def _entries(analysis: Analysis, tree: VariableTree, unit: str) -> Iterator[Entr
     if is_mask:
       continue
     each, label = (value.aval.dtype.itemsize, "memory") if unit == "bytes" else (1, "parameters")
-    stored = live.stored(value) if value in live.demanded else whole(value.shape)
-    kept = returned.get(at) or live.layers(value) or stored
+    kept = returned.get(at) or (live.entries(value) if value in live.demanded else whole(value.shape))
     for box, _, when in kept if isinstance(kept, list) else [kept]:
       yield Entry(path_name(path), label, unit, sized(each, box).under(when))

@@ -49,8 +49,8 @@ def owned(analysis: Analysis, tree: VariableTree) -> list[Owned]:
   live, found = analysis.live, []
   for value, (path, _), is_mask in zip(analysis.variables, tree.paths, tree.flags, strict=True):
     if not is_mask and value in live.demanded:
-      layers = live.layers(value)
-      parts = [(None, live.stored(value))] if layers is None else list(enumerate(layers))
+      entries = live.entries(value)
+      parts = list(enumerate(entries)) if isinstance(entries, list) else [(None, entries)]
       found += [Owned(keys_of(path), value.shape, layer, where) for layer, where in parts]
   return found
 

@@ -59,6 +59,10 @@ class Where(NamedTuple):
     return Where(box, together.in_all_iterations(self.together), self.when)
 
 
+Entries = Where | list[Where]
+"""Some entries of an array: of the whole, or of each layer of a stack."""
+
+
 def whole_box(shape: Shape) -> Box:
   return tuple(sets.everything(n) for n in shape)
 

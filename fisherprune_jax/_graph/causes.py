@@ -74,8 +74,8 @@ class Causes:
     return Stay(kept, allowed, self._seer(self._forwards((value, axis))))
 
   def entries(self, value: Value) -> int:
-    layers = self._live.layers(value)
-    wheres = [self._live.stored(value)] if layers is None else layers
+    entries = self._live.entries(value)
+    wheres = entries if isinstance(entries, list) else [entries]
     return sum(math.prod(int(self._ev.count(s)) for s in self._ev.box(where)) for where in wheres)
 
   def _seer(self, cause: Node | None) -> Node | None:

@@ -64,6 +64,10 @@ class Run:
     wheres = self.live.layers(value)
     return None if wheres is None else [self.ev.box(where) for where in wheres]
 
+  def held(self, value: Value) -> Held:
+    """What is stored: of each layer, if only layers are demanded."""
+    return self.layers(value) or self.box(value)
+
   def _stored(self, value: Value) -> tuple[bool, Box]:
     if value not in self._found:
       where = self.live.stored(value)
@@ -91,10 +95,13 @@ class Run:
       if self.runs(node):
         outs = _execute(self, node, arrays)
         loose += outs if node in self.live.also and not any(map(self.needs, node.outs)) else ()
-    outputs = [self._output(arrays, value, held) for value, held in zip(program.outputs, wanted, strict=True)]
+    outputs = [
+      self.read_held(arrays, value, held) for value, held in zip(program.outputs, wanted, strict=True)
+    ]
     return _tied(outputs, loose)
 
-  def _output(self, arrays: Arrays, value: Value, held: Held) -> jax.Array:
+  def read_held(self, arrays: Arrays, value: Value, held: Held) -> jax.Array:
+    """Entries of an array; those of layers are padded to the widest."""
     if not isinstance(held, list):
       return self.read(arrays, value, held)
     array = arrays.get(value)

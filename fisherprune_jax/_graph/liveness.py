@@ -11,7 +11,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
 
 from fisherprune_jax._graph import layered, presence, sets, signs, together
-from fisherprune_jax._graph.boxes import Where, hull, join, meet, nowhere, whole_box
+from fisherprune_jax._graph.boxes import Entries, Where, hull, join, meet, nowhere, whole_box
 from fisherprune_jax._graph.facts import (
   Factors,
   Info,
@@ -30,10 +30,6 @@ from fisherprune_jax._graph.structured import STRUCTURED, links
 Rules = Callable[[Node, Sequence[Info]], Spec]
 Condition = Callable[..., Set]
 """``condition(held, operand)``: when a node must run, beyond that sets are not empty (``presence.of_node``)."""
-
-
-Demand = Where | list[Where] | None
-"""What is demanded of an output: entries of the whole or of each layer, or nothing."""
 
 
 @dataclass
@@ -89,14 +85,11 @@ class Liveness:
       self.subs[node] = [build() for build in builders]
     return self.subs[node]
 
-  def backward(self, program: Program, demanded: Sequence[Demand]) -> None:
+  def backward(self, program: Program, demanded: Sequence[Entries | None]) -> None:
     """Demands the outputs, and all that they need."""
     for value, where in zip(program.outputs, demanded, strict=True):
-      if isinstance(where, list):
-        for layer, one in enumerate(where):
-          self.ask_layer(value, layer, one)
-      elif where is not None:
-        self.ask(value, where)
+      if where is not None:
+        self.ask_entries(value, where)
     for node in reversed(program.nodes):
       if not self.runs(node):
         continue
@@ -146,7 +139,7 @@ class Liveness:
     """Demands of values what a program demands of the inputs that they become."""
     for value, inner in zip(values, inputs, strict=False):
       if inner in self.demanded:
-        self.ask(value, self.stored(inner))
+        self.ask_entries(value, self.entries(inner))
 
   def runs(self, node: Node) -> bool:
     """Whether a node may have to run: a result is demanded, or it has outside effects."""
@@ -193,6 +186,13 @@ class Liveness:
     before = self.demanded.get(value)
     self.demanded[value] = where if before is None else join(before, where, self.infos[value].possible)
 
+  def ask_entries(self, value: Value, entries: Entries) -> None:
+    if isinstance(entries, list):
+      for layer, where in enumerate(entries):
+        self.ask_layer(value, layer, where)
+    else:
+      self.ask(value, entries)
+
   def ask_layer(self, value: Value, layer: int, where: Where) -> None:
     if value.literal is not None:
       return
@@ -209,6 +209,11 @@ class Liveness:
     """What is stored of each layer, if only layers are demanded."""
     is_stack = value in self.demanded_layers and value not in self.demanded_whole
     return self.by_layer(value) if is_stack else None
+
+  def entries(self, value: Value) -> Entries:
+    """What is stored: of each layer, if only layers are demanded."""
+    layers = self.layers(value)
+    return self.stored(value) if layers is None else layers
 
   def by_layer(self, value: Value) -> list[Where]:
     """What is stored of each layer, where layers are demanded."""
@@ -230,7 +235,7 @@ class Liveness:
 def analyse(
   program: Program,
   inputs: Sequence[Info],
-  demanded: Sequence[Demand],
+  demanded: Sequence[Entries | None],
   rules: Rules,
   keep_masks: bool = False,
   subs: dict[Node, list[Program]] | None = None,
@@ -240,7 +245,7 @@ def analyse(
   Args:
     program: the program.
     inputs: what is known of each input.
-    demanded: the demand on each output.
+    demanded: the demand on each output, or None.
     rules: gives specs of nodes that run no program.
     keep_masks: whether masks are multiplied; otherwise they are one on stored entries.
     subs: the programs of nodes by another analysis, so that values are the same.

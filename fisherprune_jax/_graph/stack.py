@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +40,7 @@ def entry(array: jax.Array, layer: int) -> jax.Array:
   return lax.index_in_dim(array, layer, keepdims=False)
 
 
-def padded(layers: Sequence[jax.Array]) -> jax.Array:
-  """Layers of different shapes in one array."""
+def padded(layers: Sequence[Any], xp: ModuleType = jnp) -> Any:
+  """Layers of different shapes in one array, of NumPy's or JAX's functions."""
   widest = np.max([layer.shape for layer in layers], 0)
-  return jnp.stack([jnp.pad(x, [(0, n - m) for n, m in zip(widest, x.shape, strict=True)]) for x in layers])
+  return xp.stack([xp.pad(x, [(0, n - m) for n, m in zip(widest, x.shape, strict=True)]) for x in layers])

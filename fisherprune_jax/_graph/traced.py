@@ -11,12 +11,12 @@ import jax
 from fisherprune_jax._errors import Path, path_name, path_names
 from fisherprune_jax._graph import control as control
 from fisherprune_jax._graph import sets
-from fisherprune_jax._graph.boxes import Box, Where, whole_box
+from fisherprune_jax._graph.boxes import Box, Entries, Where, whole_box
 from fisherprune_jax._graph.facts import Info, stack_of
 from fisherprune_jax._graph.liveness import Liveness, Rules
 from fisherprune_jax._graph.program import Program, Value, trace
 from fisherprune_jax._graph.rules import spec_of
-from fisherprune_jax._graph.updates import Returned, analyse
+from fisherprune_jax._graph.updates import analyse
 from fisherprune_jax._graph.variables import VariableTree, abstract
 from fisherprune_jax._types import ApplyFn, Array, Picker, PyTree
 
@@ -64,14 +64,14 @@ class Analysis:
 
   traced: Traced
   live: Liveness
-  returned: dict[int, Returned]
+  returned: dict[int, Entries]
 
   @property
   def program(self) -> Program:
     return self.traced.program
 
   @property
-  def new_values(self) -> dict[int, Returned]:
+  def new_values(self) -> dict[int, Entries]:
     """The entries of new values of variables, by the position of the variable."""
     return {self.traced.updates[at]: where for at, where in self.returned.items()}
 

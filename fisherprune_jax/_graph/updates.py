@@ -8,19 +8,17 @@ returned layer by layer.
 from collections.abc import Callable, Sequence
 
 from fisherprune_jax._graph import liveness, sets
-from fisherprune_jax._graph.boxes import Where, hull, join, whole
+from fisherprune_jax._graph.boxes import Entries, Where, hull, join, whole
 from fisherprune_jax._graph.control import stacks
 from fisherprune_jax._graph.control.fixpoint import EXACT_PASSES, MOST_PASSES
 from fisherprune_jax._graph.facts import Info
-from fisherprune_jax._graph.liveness import Demand, Liveness, Rules
+from fisherprune_jax._graph.liveness import Liveness, Rules
 from fisherprune_jax._graph.program import Node, Program, Value
 from fisherprune_jax._graph.sets import Set
 from fisherprune_jax._graph.structured import links
 
 Updates = dict[int, int]
 """Which output replaces which input, by position."""
-Returned = Where | list[Where]
-"""The entries of an output, or of each layer."""
 
 
 def analyse(
@@ -32,14 +30,14 @@ def analyse(
   demanded_of: Callable[[Value], Where] = lambda value: whole(value.shape),
   subs: dict[Node, list[Program]] | None = None,
   is_diagnosis: bool = False,
-) -> tuple[Liveness, dict[int, Returned]]:
+) -> tuple[Liveness, dict[int, Entries]]:
   """What is live if outputs that replace variables demand nothing, and others ``demanded_of``.
 
   Also, per such output, the returned entries: what is stored of its input. If they keep growing, they are all entries; in a
   diagnosis, those found so far.
   """
 
-  def run(replacing: dict[int, Demand]) -> Liveness:
+  def run(replacing: dict[int, Entries | None]) -> Liveness:
     demanded = [
       replacing[at] if at in replacing else demanded_of(value) for at, value in enumerate(program.outputs)
     ]
@@ -59,11 +57,11 @@ def analyse(
     if grown == returned or (is_diagnosis and iteration == EXACT_PASSES):
       return live, returned  # sets are interned, so equal ones are the same object
     returned = grown
-  everything: dict[int, Returned] = {at: whole(program.outputs[at].shape) for at in updates}
+  everything: dict[int, Entries] = {at: whole(program.outputs[at].shape) for at in updates}
   return run({**everything}), everything
 
 
-def _grown(returned: Returned, live: Liveness, value: Value, is_exact: bool) -> Returned:
+def _grown(returned: Entries, live: Liveness, value: Value, is_exact: bool) -> Entries:
   """What is returned, and what is stored of the variable; in later passes without conditions, so that it settles."""
   if value not in live.demanded:
     return returned
@@ -96,7 +94,7 @@ class _Sources:
           self._others.setdefault(outer, []).append(inner)
         self._add(link.program)
 
-  def demanded(self, value: Value) -> Returned:
+  def demanded(self, value: Value) -> Entries:
     """What is demanded of an output at its nearest demanded producers; per layer, if a loop over a stack writes it."""
     node = self._makers.get(value)
     written = None if node is None else stacks.written(node, self._live, value)

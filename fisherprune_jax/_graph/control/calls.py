@@ -35,12 +35,10 @@ class Checkpoint:
 
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     (body,) = run.live.subs[node]
-    inputs = [
-      run.read(arrays, value, run.box(inner)) for value, inner in zip(node.ins, body.inputs, strict=True)
-    ]
-    boxes = list(map(run.box, node.outs))
+    held, boxes = list(map(run.held, body.inputs)), list(map(run.box, node.outs))
+    inputs = [run.read_held(arrays, value, each) for value, each in zip(node.ins, held, strict=True)]
     options = {name: node.params[name] for name in ("policy", "prevent_cse")}
-    return jax.checkpoint(lambda *xs: run.run(body, xs, boxes), **options)(*inputs), boxes
+    return jax.checkpoint(lambda *xs: run.call(body, xs, held, boxes), **options)(*inputs), boxes
 
   def links(self, node: Node, live: Liveness) -> list[Link]:
     (body,) = live.subs[node]

@@ -55,7 +55,9 @@ class Scan:
     demanded = live.wheres(node.outs)
     demanded = [*demanded[:carry], *(where and where.in_an_iteration() for where in demanded[carry:])]
     fixpoint.backward(body, consts, carry, demanded, live, _again(node))
-    for value, where in zip(node.ins, self._held(node, body, live), strict=True):
+    for value, inner in zip(node.ins[:consts], body.inputs, strict=False):
+      live.ask_entries(value, live.entries(inner))
+    for value, where in zip(node.ins[consts:], self._varying(node, body, live), strict=True):
       live.ask(value, where)
 
   def costs(self, node: Node, live: Liveness, counter: Counter) -> Iterator[Cost]:
@@ -71,12 +73,13 @@ class Scan:
       return stacks.execute(run, node, arrays)
     consts, carry = compat.scan_counts(node.params)
     (body,) = run.live.subs[node]
-    outer = list(map(run.ev.box, self._held(node, body, run.live)))
-    outer[consts + carry :] = [_every_iteration(box) for box in outer[consts + carry :]]
-    inner = [*outer[: consts + carry], *(box[1:] for box in outer[consts + carry :])]
-    kept = inner[consts : consts + carry]
+    varying = list(map(run.ev.box, self._varying(node, body, run.live)))
+    fixed, kept = list(map(run.held, body.inputs[:consts])), varying[:carry]
+    read = list(map(_every_iteration, varying[carry:]))
+    inner = [*fixed, *kept, *(box[1:] for box in read)]
     boxes = [_every_iteration(run.box(out)) for out in node.outs[carry:]]  # every iteration writes
-    inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, outer, strict=True)]
+    outer = zip(node.ins, [*fixed, *kept, *read], strict=True)
+    inputs = [run.read_held(arrays, value, held) for value, held in outer]
 
     def iteration(carried: list[Any], each: list[Any]) -> tuple[list[Any], list[Any]]:
       wanted = [*kept, *(box[1:] for box in boxes)]
@@ -99,12 +102,12 @@ class Scan:
     )
     return [Link(body, _pairs(node.ins, body.inputs), _pairs(node.outs, body.outputs), iterations)]
 
-  def _held(self, node: Node, body: Program, live: Liveness) -> list[Where]:
+  def _varying(self, node: Node, body: Program, live: Liveness) -> list[Where]:
+    """What is stored of carried values, and of arrays that are read one entry per iteration."""
     consts, carry = compat.scan_counts(node.params)
-    stored = [live.stored(inner) for inner in body.inputs]
-    each = zip(node.ins[consts + carry :], stored[consts + carry :], strict=True)
+    each = zip(node.ins[consts + carry :], body.inputs[consts + carry :], strict=True)
     carried = fixpoint.carried(node, body, consts, carry, live)
-    return [*stored[:consts], *carried, *(where.in_all_iterations(v.shape) for v, where in each)]
+    return [*carried, *(live.stored(inner).in_all_iterations(value.shape) for value, inner in each)]
 
 
 class While:
@@ -135,7 +138,11 @@ class While:
       for out, inner in zip(node.outs, cond.inputs[first:], strict=True)
     ]
     fixpoint.backward(body, consts, len(node.outs), demanded, live)
-    for value, where in zip(node.ins, self._held(node, live), strict=True):
+    constants = self._constants(node, live)
+    for value, inner in zip(node.ins, constants, strict=False):
+      entries = live.entries(inner)
+      live.ask_entries(value, entries if isinstance(entries, list) else _alone(entries))
+    for value, where in zip(node.ins[len(constants) :], self._carried(node, live), strict=True):
       live.ask(value, _alone(where))
 
   def costs(self, node: Node, live: Liveness, counter: Counter) -> Iterator[Cost]:
@@ -147,9 +154,9 @@ class While:
   def execute(self, run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Sequence[Box]]:
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = run.live.subs[node]
-    held = list(map(run.ev.box, self._held(node, run.live)))
-    kept, each = held[first + consts :], whole_box(cond.outputs[0].shape)
-    inputs = [run.read(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
+    kept, each = list(map(run.ev.box, self._carried(node, run.live))), whole_box(cond.outputs[0].shape)
+    held = [*map(run.held, self._constants(node, run.live)), *kept]
+    inputs = [run.read_held(arrays, value, box) for value, box in zip(node.ins, held, strict=True)]
 
     def go_on(carried: list[Any]) -> Any:
       return run.call(cond, [*inputs[:first], *carried], [*held[:first], *kept], [each])[0]
@@ -178,16 +185,15 @@ class While:
       Link(cond, _pairs([*node.ins[:first], *carried], cond.inputs), [], []),
     ]
 
-  def _held(self, node: Node, live: Liveness) -> list[Where]:
+  def _constants(self, node: Node, live: Liveness) -> list[Value]:
+    cond, body = live.subs[node]
+    return [*cond.inputs[: node.params["cond_nconsts"]], *body.inputs[: node.params["body_nconsts"]]]
+
+  def _carried(self, node: Node, live: Liveness) -> list[Where]:
     first, consts = node.params["cond_nconsts"], node.params["body_nconsts"]
     cond, body = live.subs[node]
-    of_cond = [live.stored(inner) for inner in cond.inputs]
     carried = fixpoint.carried(node, body, consts, len(node.outs), live)
-    return [
-      *of_cond[:first],
-      *(live.stored(inner) for inner in body.inputs[:consts]),
-      *map(join, carried, of_cond[first:]),
-    ]
+    return list(map(join, carried, map(live.stored, cond.inputs[first:])))
 
 
 def _writing_iterations(

@@ -51,9 +51,7 @@ def backward(node: Node, live: Liveness) -> None:
     live.backward(body, [*carried, *(layers[iteration] for layers in written)])
     wanted = live.wheres(body.inputs)
     carried = wanted[consts : consts + carry]
-    for value, where in zip(node.ins[:consts], wanted[:consts], strict=True):
-      if where is not None:
-        live.ask(value, where)
+    live.pass_on(node.ins[:consts], body.inputs)
     for value, where in zip(node.ins[consts + carry :], wanted[consts + carry :], strict=True):
       if where is not None:
         live.ask_layer(value, iteration, where)
@@ -92,8 +90,10 @@ def execute(run: "Run", node: Node, arrays: "Arrays") -> tuple[Sequence[Any], Se
   shared = [run.read(arrays, value, box) for value, box in zip(node.ins, fixed, strict=False)]
   held = list(map(run.box, node.ins[consts : consts + carry]))
   carried = [run.read(arrays, value, box) for value, box in zip(node.ins[consts:], held, strict=False)]
-  written = [layers or [box[1:]] * node.params["length"] for layers, box in zip(apart, boxes, strict=True)]
-  iterations = _iterations(run, node, fixed, held, written)
+  each_wanted = [
+    layers or [box[1:]] * node.params["length"] for layers, box in zip(apart, boxes, strict=True)
+  ]
+  iterations = _iterations(run, node, fixed, held, each_wanted)
   layers = run.stacks(arrays, node.ins[consts + carry :], [iterations[at].layers for at in _order(node)])
   if layers is not None and _are_alike(iterations, shared, carried, layers):
 

@@ -97,11 +97,15 @@ def means(runs: Iterable[Sequence[float]]) -> list[str]:
   return [mean(values) for values in zip(*runs, strict=True)]
 
 
-def grid(titles: list[str], levels: Iterable[float], rows: list[list[str]]) -> str:
-  """A table with a column for each title and each level."""
-  head = [*titles, *(f"{100 * level:.3g} % of the MACs" for level in levels)]
+def plain(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+  """A table of cells."""
   lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
   return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def grid(titles: list[str], levels: Iterable[float], rows: list[list[str]]) -> str:
+  """A table with a column for each title and each level."""
+  return plain([*titles, *(f"{100 * level:.3g} % of the MACs" for level in levels)], rows)
 
 
 def networks(found: Any) -> str:
@@ -164,99 +168,93 @@ def files(found: Any) -> str:
 
 def serving(found: Any) -> str:
   """``serving_form.py``: compact networks without and with ``freeze=True``."""
-  head = ["network", "parameters, million", "file, MB", "one call, ms"]
-  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-  for row in found["rows"]:
-    pairs = [(row[f"compact_{what}"], row[f"frozen_{what}"]) for what in ("parameters", "megabytes", "ms")]
-    cells = [f"{a / scale:.2f} to {b / scale:.2f}" for (a, b), scale in zip(pairs, (1e6, 1, 1), strict=True)]
-    lines.append(f"| {row['network']} | {' | '.join(cells)} |")
-  return "\n".join(lines)
+  scales = {"parameters": 1e6, "megabytes": 1, "ms": 1}
+  rows = [
+    [
+      row["network"],
+      *(
+        f"{row[f'compact_{what}'] / scale:.2f} to {row[f'frozen_{what}'] / scale:.2f}"
+        for what, scale in scales.items()
+      ),
+    ]
+    for row in found["rows"]
+  ]
+  return plain(["network", "parameters, million", "file, MB", "one call, ms"], rows)
 
 
 def shapes(found: Any) -> str:
   """``llm_shapes.py``: what one host needs for large models."""
-  head = [
-    "model",
-    "parameters, billion",
-    "masks",
-    "features",
-    "pruning state, MB",
-    "groups, s",
-    "cost, s",
-    "selection, s",
-    "memory, GB",
-  ]
-  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-  for row in found["rows"]:
-    seconds = [f"{row[what]:.1f}" for what in ("groups_s", "cost_s", "select_first_s")]
-    cells = [
+  head = ["model", "parameters, billion", "masks", "features", "pruning state, MB"]
+  rows = [
+    [
       row["model"],
       f"{row['parameters'] / 1e9:.1f}",
       f"{row['masks']}",
       f"{row['features']:,}",
       f"{12 * row['features'] / 1e6:.1f}",
-      *seconds,
+      *(f"{row[what]:.1f}" for what in ("groups_s", "cost_s", "select_first_s")),
+      f"{row['peak_gigabytes']:.2f}",
     ]
-    lines.append(f"| {' | '.join(cells)} | {row['peak_gigabytes']:.2f} |")
-  return "\n".join(lines)
+    for row in found["rows"]
+  ]
+  return plain([*head, "groups, s", "cost, s", "selection, s", "memory, GB"], rows)
 
 
 def quantised(found: Any) -> str:
   """``quantisation.py``: accuracy and file size, pruned, in int8 and both."""
+
+  def cell(way: str, level: str) -> str:
+    some = [run[way][level] for run in found["runs"] if level in run[way]]
+    if not some:
+      return ""
+    size = statistics.mean(each["kilobytes"] for each in some)
+    return f"{mean([each['accuracy'] for each in some])}, {size:.0f} kB"
+
+  levels = ["dense", *map(str, found["levels"])]
   head = ["accuracy, file", "dense", *(f"{100 * level:.3g} % of the FLOPs" for level in found["levels"])]
-  lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-  for way in found["runs"][0]:
-    cells = []
-    for level in ("dense", *map(str, found["levels"])):
-      some = [run[way][level] for run in found["runs"] if level in run[way]]
-      size = statistics.mean(each["kilobytes"] for each in some) if some else 0
-      cells.append(f"{mean([each['accuracy'] for each in some])}, {size:.0f} kB" if some else "")
-    lines.append(f"| {way} | {' | '.join(cells)} |")
-  return "\n".join(lines)
+  return plain(head, [[way, *(cell(way, level) for level in levels)] for way in found["runs"][0]])
 
 
 def decoders(found: Any) -> str:
   """``decoding.py``: widths, sizes and speed of a step for one token."""
-  heads = [
-    "sequences x context",
-    "network",
-    "heads",
-    "depth",
-    "MLP",
-    "weights, MB",
-    "cache, MB",
-    "tokens/s",
-  ]
-  lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
   sizes = found["sizes"]
+  whole = {
+    "layers.heads.0": sizes["shared"],
+    "layers.heads.1": sizes["heads"] // sizes["shared"],
+    "layers/q.depth": sizes["depth"] // 2,
+    "layers/v.depth": sizes["depth"],
+    "layers/gate": sizes["hidden"],
+  }
+  head = ["sequences x context", "network", "heads", "depth", "MLP", "weights, MB", "cache, MB", "tokens/s"]
+  rows = []
   for row in found["rows"]:
-    left = row.get("left", {})
-    shared, each = (
-      left.get("layers.heads.0", sizes["shared"]),
-      left.get("layers.heads.1", sizes["heads"] // sizes["shared"]),
+    shared, each, pairs, depth, hidden = {**whole, **row.get("left", {})}.values()
+    rows.append(
+      [
+        f"{row['batch']} x {row['context']:,}",
+        row["network"].replace("flops", "FLOPs"),
+        f"{shared} x {each}",
+        f"{2 * pairs}, {depth}",
+        f"{hidden:,}",
+        f"{row['weights_mb']:.1f}",
+        f"{row['cache_mb']:.1f}",
+        f"{row['tokens_per_second']:.0f}",
+      ]
     )
-    cells = [
-      f"{row['batch']} x {row['context']:,}",
-      row["network"].replace("flops", "FLOPs"),
-      f"{shared} x {each}",
-      f"{2 * left.get('layers/q.depth', sizes['depth'] // 2)}, {left.get('layers/v.depth', sizes['depth'])}",
-      f"{left.get('layers/gate', sizes['hidden']):,}",
-      f"{row['weights_mb']:.1f}",
-      f"{row['cache_mb']:.1f}",
-      f"{row['tokens_per_second']:.0f}",
-    ]
-    lines.append(f"| {' | '.join(cells)} |")
-  return "\n".join(lines)
+  return plain(head, rows)
 
 
 def layers(found: Any) -> str:
   """``depth.py``: bits per byte with half of the layers."""
-  runs, lines = found["runs"], ["| what stays | as it is | refitted |", "|---|---|---|"]
-  lines.append(f"| all {found['layers']} layers | {mean([run['dense'] for run in runs], 2)} | |")
-  for way in [way for way in runs[0] if f"{way}, refitted" in runs[0]]:
-    cells = (mean([run[name] for run in runs], 2) for name in (way, f"{way}, refitted"))
-    lines.append(f"| {way} | {' | '.join(cells)} |")
-  return "\n".join(lines)
+  runs = found["runs"]
+
+  def bits(way: str) -> str:
+    return mean([run[way] for run in runs], 2)
+
+  ways = [way for way in runs[0] if f"{way}, refitted" in runs[0]]
+  rows = [[f"all {found['layers']} layers", bits("dense"), ""]]
+  rows += [[way, bits(way), bits(f"{way}, refitted")] for way in ways]
+  return plain(["what stays", "as it is", "refitted"], rows)
 
 
 TABLES: dict[str, Callable[[Any], str]] = {

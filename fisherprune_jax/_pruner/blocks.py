@@ -23,50 +23,48 @@ LEAST, WORST = 1e-30, 1e30
 """The importance of a block that does no good, and the harm of a network that is not finite."""
 
 
-def with_blocks(masks: Masks, tie: Sequence[str], harm: Callable[[Masks], float]) -> Callable[[Masks], Masks]:
+def with_blocks(
+  masks: Masks, tie: Sequence[str], harm_of: Callable[[], Callable[[Masks], float]]
+) -> Callable[[Masks], Masks]:
   """Returns a function that replaces the importance of residual blocks by what was measured.
 
   Args:
     masks: masks of ones.
     tie: patterns of masks that keep equal widths; tied blocks are left out together.
-    harm: how much worse the network is under some masks.
+    harm_of: makes a function that tells how much worse the network is under some masks; without blocks it is not called.
   """
   rows = rows_of(masks, floors_of(masks, 1), 1, tie, {})
   units = [rows.starts[:-1][rows.together == unit] for unit in dict.fromkeys(rows.together[rows.blocks])]
-  found = _left_out(
-    units, np.ones(rows.starts[-1], np.float32), lambda alive: harm(unflatten(jnp.asarray(alive), masks))
-  )
+  if not units:
+    return lambda importance: importance
+  harm = harm_of()
+
+  def harm_without(gone: Sequence[int]) -> float:
+    alive = np.ones(rows.starts[-1], np.float32)
+    alive[np.concatenate([units[unit] for unit in gone])] = 0
+    value = harm(unflatten(jnp.asarray(alive), masks))
+    return min(value, WORST) if math.isfinite(value) else WORST
+
+  found = _left_out(len(units), harm_without)
 
   def replaced(importance: Masks) -> Masks:
     vector = np.array(flatten(importance))
     for places, value in zip(units, found, strict=True):
       vector[places] = value / len(places)
-    return unflatten(jnp.asarray(vector), masks) if units else importance
+    return unflatten(jnp.asarray(vector), masks)
 
   return replaced
 
 
-def _left_out(
-  units: Sequence[np.ndarray], alive: np.ndarray, harm: Callable[[np.ndarray], float]
-) -> list[float]:
+def _left_out(count: int, harm_without: Callable[[Sequence[int]], float]) -> list[float]:
   """The harm that each unit adds when it is left out, never less than that of one before."""
-  found, left, before, least = [0.0] * len(units), list(range(len(units))), 0.0, LEAST
-  each_round = math.ceil(len(units) * (len(units) + 1) / 2 / MOST_RUNS)
-
-  def without(gone: Sequence[int]) -> float:
-    tried = alive.copy()
-    for unit in gone:
-      tried[units[unit]] = 0
-    value = harm(tried)
-    return min(value, WORST) if math.isfinite(value) else WORST
-
-  while left:
-    harms = {unit: without([unit]) for unit in left}
-    gone = sorted(left, key=lambda unit: harms[unit])[:each_round]
-    for unit in gone:
+  found, gone, before, least = [0.0] * count, list[int](), 0.0, LEAST
+  each_round = math.ceil(count * (count + 1) / 2 / MOST_RUNS)
+  while left := [unit for unit in range(count) if unit not in gone]:
+    harms = {unit: harm_without([*gone, unit]) for unit in left}
+    chosen = sorted(left, key=lambda unit: harms[unit])[:each_round]
+    for unit in chosen:
       least = found[unit] = max(least * ORDER, harms[unit] - before)
-    before = harms[gone[0]] if len(gone) == 1 else without(gone)
-    for unit in gone:
-      alive[units[unit]] = 0
-    left = [unit for unit in left if unit not in gone]
+    gone += chosen
+    before = harms[chosen[0]] if len(chosen) == 1 else harm_without(gone)
   return found

@@ -1,5 +1,6 @@
 """Pruning of a trained network without training: ``Pruner.one_shot``."""
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -94,11 +95,8 @@ def one_shot(
     some = fitted[:: stride(fit.traced[0])]
   alone = _alone(network, raw if masked_loss else some, masked_loss)
   found: list[list[tuple[float, Result]]] = [[] for _ in network.targets]
-  blocks = with_blocks(
-    network.cost.masks,
-    network.options.get("tie", ()),
-    _harm(network, raw[0] if masked_loss else some[0], masked_loss),
-  )
+  harm = functools.partial(_harm, network, raw[0], fitted[0], masked_loss)
+  blocks = with_blocks(network.cost.masks, network.options.get("tie", ()), harm)
   for way in itertools.islice(_ways(network, fit, alone, blocks), candidates):
     for at, masks in enumerate(_masks(network, way)):
       variables = {**network.variables, COLLECTION: masks}
@@ -132,17 +130,17 @@ def _alone(network: Network, batches: Iterable[PyTree], loss: Callable[..., Any]
   return estimate_importance(outputs, own, masks, batches, method=OUTPUTS)
 
 
-def _harm(network: Network, batch: Any, loss: Callable[..., Any] | None) -> Callable[[Masks], float]:
+def _harm(
+  network: Network, batch: PyTree, args: Arguments, loss: Callable[..., Any] | None
+) -> Callable[[Masks], float]:
   """What masks do to a batch: half the squared change of the outputs per example, or the increase of a loss."""
+  if loss is None:
+    closeness, examples = _closeness(network, [args]), jax.tree.leaves(args)[0].shape[0]
+    return lambda masks: -0.5 * closeness(Result({**network.variables, COLLECTION: masks}, masks)) / examples
   own = {name: tree for name, tree in network.variables.items() if name != COLLECTION}
-  ones = network.variables[COLLECTION]
-  if loss is not None:
-    run = jax.jit(lambda masks: loss(own, masks, batch))
-    dense = float(run(ones))
-    return lambda masks: float(run(masks)) - dense
-  outputs = jax.jit(lambda masks: floating(network.apply_fn({**own, COLLECTION: masks}, *batch)))
-  examples, said = jax.tree.leaves(batch)[0].shape[0], outputs(ones)
-  return lambda masks: 0.5 * float(squared_error(outputs(masks), said, None)) / examples
+  run = jax.jit(lambda masks: loss(own, masks, batch))
+  dense = float(run(network.variables[COLLECTION]))
+  return lambda masks: float(run(masks)) - dense
 
 
 def _ways(

@@ -1,6 +1,5 @@
 """Importance of features over some batches, without training."""
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,13 +87,16 @@ def estimate_importance(
     require_finite(importance, f"The importance of method={criterion.name!r}")
     return importance
 
+  def loss_of_masks(_: tuple[()], masks: Masks, batch: PyTree, params: PyTree, *rest: Any) -> Any:
+    return loss_fn(params, masks, batch, *rest)
+
+  # Parameters come last and are not differentiated, so they may be integers.
+  grads_of = value_and_mask_grads(loss_of_masks, has_aux=has_aux, reduction=reduction)
+
   @jax.jit
   def add(sums: _Sums, own: dict[str, Any], batch: PyTree) -> _Sums:
     number = (own["step"],) if projects else ()  # a new direction for each batch
-    # Parameters are not differentiated, so they may be integers.
-    loss = functools.partial(_of_masks, loss_fn, own["params"])
-    grads_of = value_and_mask_grads(loss, has_aux=has_aux, reduction=reduction)
-    _, (_, mask_grads) = grads_of((), own["masks"], batch, *number)
+    _, (_, mask_grads) = grads_of((), own["masks"], batch, own["params"], *number)
     given = {**own, "axis_name": None, "mask_grads": mask_grads}
     importance = criterion.ranked(criterion.importance_of(given), given)
     finite = jnp.all(jnp.isfinite(flatten(importance)))
@@ -116,10 +118,6 @@ def estimate_importance(
   require(given > empty, "batches must hold at least one example", 0, "Iterators may be used up.")
   _check_skipped(sums, empty, given)
   return jax.tree.map(lambda t: t / sums.examples, sums.total)
-
-
-def _of_masks(loss_fn: Callable[..., Any], params: PyTree, _: tuple[()], masks: Masks, *rest: Any) -> Any:
-  return loss_fn(params, masks, *rest)
 
 
 def _projected(outputs_fn: Callable[..., Any], key: jax.Array | None, has_aux: bool) -> Callable[..., Any]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def axis_of(node: Node, live: "Liveness") -> Factor | Pick | None:
-  """The axis of layers, if a node computes a stack of which layers are demanded, from variables layer by layer."""
+  """The axis of layers, if a node computes a stack from variables layer by layer, and layers of it are demanded."""
   if len(node.outs) != 1:
     return None
   (out,), spec = node.outs, live.specs[node]
